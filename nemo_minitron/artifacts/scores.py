@@ -1,0 +1,121 @@
+"""Scores: what matters in a model, in global order, independent of the layout that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import atomic_file, digest_of
+from nemo_minitron.errors import InputError, nearest
+
+VERSION = 1
+
+
+@dataclasses.dataclass
+class Scores:
+    """Importance, fp32, global order; a larger number matters more.
+
+    `s["ffn"]` [num_layers, ffn]; `s["heads"]` [num_layers, heads]; `s["query_groups"]` [num_layers, groups];
+    `s["norms"]` [norms, hidden] (input and pre-MLP norm of each layer, then the final one); `s["hidden"]`
+    [hidden]; `s["layers"]` [num_layers] (block influence). Only what was asked for is there.
+    `states` are the mergeable statistics behind them, keyed `axis/field`. `samples`, `tokens`, `layout` and
+    `notes` say what made it and are not part of its identity.
+    """
+
+    architecture: Architecture
+    tensors: dict[str, np.ndarray]
+    criterion: str = "l2,mean"
+    norms: str = "all"
+    samples: int = 0
+    tokens: int = 0
+    model_digest: str | None = None
+    data_digest: str | None = None
+    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    depth: dict[str, dict[tuple[int, int], float]] = dataclasses.field(default_factory=dict)
+    states: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Raises InputError for an axis that these scores do not have, naming those that they have."""
+        if name not in self.tensors:
+            raise InputError(f"these scores have no '{name}'; {nearest(name, self.tensors)}")
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    @property
+    def digest(self) -> str:
+        """Identity of the numbers and of what they are about; not of the layout that made them."""
+        import hashlib
+
+        numbers = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.tensors.items()}
+        return digest_of([self.architecture.as_dict(), self.criterion, self.norms, self.model_digest, numbers])
+
+    def save(self, path: str | Path) -> None:
+        from safetensors.numpy import save_file
+
+        header = {
+            "version": VERSION,
+            "architecture": self.architecture.as_dict(),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "depth": {c: [[*block, value] for block, value in d.items()] for c, d in self.depth.items()},
+        }
+        arrays = {f"scores/{name}": np.ascontiguousarray(a, np.float32) for name, a in self.tensors.items()}
+        arrays |= {f"states/{name}": np.ascontiguousarray(a) for name, a in self.states.items()}
+        with atomic_file(path) as temporary:
+            save_file(arrays, str(temporary), metadata={"scores": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Raises InputError for a file that is missing, is no safetensors file or holds no scores."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise InputError(f"the scores '{path}' do not exist")
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = json.loads((file.metadata() or {})["scores"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = {name: header[name] for name in _PLAIN}
+            depth = {c: {(int(a), int(b)): v for a, b, v in rows} for c, rows in header["depth"].items()}
+            architecture = Architecture.from_dict(header["architecture"])
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(f"'{path}' is no file of scores ({type(error).__name__}: {error})") from None
+        scores = cls(architecture, _under("scores/", arrays), depth=depth, states=_under("states/", arrays), **plain)
+        scores.check(path)
+        return scores
+
+    def check(self, path: str | Path = "scores") -> None:
+        """Raises InputError where a tensor's shape or a number does not fit the architecture."""
+        for name, shape in expected_shapes(self.architecture).items():
+            if name in self.tensors and self.tensors[name].shape != shape:
+                raise InputError(f"'{path}': '{name}' is {self.tensors[name].shape}, the architecture says {shape}")
+        for name, array in self.tensors.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"'{path}': '{name}' holds a number that is not finite")
+
+
+_PLAIN = ("criterion", "norms", "samples", "tokens", "model_digest", "data_digest", "layout", "notes")
+
+
+def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Global shape of each tensor of scores."""
+    layers, hidden = architecture.num_layers, architecture.hidden_size
+    return {
+        "ffn": (layers, architecture.ffn_hidden_size),
+        "heads": (layers, architecture.num_attention_heads),
+        "query_groups": (layers, architecture.num_query_groups),
+        "hidden": (hidden,),
+        "norms": (2 * layers + 1, hidden),
+        "layers": (layers,),
+    }

@@ -1,0 +1,215 @@
+"""The `minitron` command. Each function is thin: it reads options, calls a room, prints what came out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from nemo_minitron.errors import InputError
+
+app = typer.Typer(
+    help="Makes trained language models smaller in NeMo: score, cut, distil (NVIDIA's Minitron method).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Out = Annotated[Optional[Path], typer.Option("--out", help="Where the result goes.")]
+Data = Annotated[str, typer.Option("--data", help="Text file, JSONL, `datasets` name or .bin/.idx prefix.")]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
+Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]
+Dp = Annotated[int, typer.Option("--dp", help="Data-parallel size.")]
+Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tensor-parallel groups.")]
+Precision = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")]
+Seed = Annotated[int, typer.Option("--seed")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """`--debug` is read in `main`."""
+
+
+@app.command()
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. distillation.tokens=2000")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="The run folder [default: runs/NAME].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and load nothing.")] = False,
+    tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel size; layout.tp of the recipe.")] = None,
+    dp: Annotated[Optional[int], typer.Option("--dp", help="Data-parallel size; layout.dp.")] = None,
+    sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
+) -> None:
+    """The whole job, resumable, into one run folder."""
+    from nemo_minitron.job.dry_run import check, describe
+    from nemo_minitron.job.find import find
+
+    layout = {"tp": tp, "dp": dp, "sp": sp}
+    chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
+    job = find(recipe).override([*(overrides or []), *chosen])
+    if dry_run:
+        print(describe(job))
+        return
+    check(job)
+    from nemo_minitron.job.run import execute, open_run
+    from nemo_minitron.job.stages import stages
+
+    run = open_run(job, out or Path("runs") / job.name)
+    execute(run, stages(job))
+    run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out")] = Path("scores.safetensors"),
+    samples: Annotated[int, typer.Option("--samples")] = 1024,
+    sequence_length: Length = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
+    criterion: Annotated[str, typer.Option("--criterion", help="batch,sequence: mean, l2, var or max.")] = "l2,mean",
+    norms: Annotated[str, typer.Option("--norms", help="all or layers: which norms `hidden` sums.")] = "all",
+    precision: Precision = "fp32",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
+    dp: Dp = 1,
+    sp: Sp = False,
+    seed: Seed = 1234,
+) -> None:
+    """Score what matters, with forward passes only."""
+    from nemo_minitron.job import Calibration, Layout
+    from nemo_minitron.job.commands import run_estimate
+
+    calibration = Calibration(samples, sequence_length, batch_size, criterion, norms, precision, seed)
+    layout = Layout(tp=tp, pp=pp, vp=vp, dp=dp, sp=sp)
+    scores = run_estimate(model, data, out, calibration, layout)
+    print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="Scores of `minitron estimate`.")],
+    keep: Annotated[str, typer.Option("--keep", help="Sizes to keep, e.g. ffn=1024,hidden=448,layers=24")],
+    out: Annotated[Path, typer.Option("--out")] = Path("plan.json"),
+) -> None:
+    """Choose what stays."""
+    from nemo_minitron.artifacts import Scores
+    from nemo_minitron.job.commands import sizes
+    from nemo_minitron.search import plan as make_plan
+
+    made = make_plan(Scores.load(scores), keep=sizes(keep))
+    made.save(out)
+    print(f"{out}: {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan`.")],
+    out: Annotated[Path, typer.Argument(help="The student's folder.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> None:
+    """Cut a model as a plan says; moves bytes, loads no model library."""
+    from nemo_minitron.families import from_hf, resolve
+    from nemo_minitron.pruning import prune as cut
+
+    student = cut(resolve(model), plan, out, overwrite=overwrite)
+    print(f"{student}: {from_hf(student).parameters():,} parameters")
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Argument(help="Hugging Face folder of the pruned student.")],
+    teacher: Annotated[str, typer.Option("--teacher", help="Hugging Face folder, hub id or NeMo checkpoint.")],
+    data: Data,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of all steps together.")],
+    out: Annotated[Path, typer.Option("--out", help="The distilled Hugging Face folder.")],
+    sequence_length: Length = 512,
+    global_batch_size: Annotated[int, typer.Option("--global-batch-size")] = 1,
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate")] = 3e-4,
+    precision: Precision = "bf16",
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 100,
+    tp: Tp = 1,
+    dp: Dp = 1,
+    sp: Sp = False,
+    seed: Seed = 1234,
+) -> None:
+    """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
+    from nemo_minitron.job import Distillation, Layout
+    from nemo_minitron.job.commands import run_distill
+
+    settings = Distillation(
+        tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
+        warmup_steps=10, precision=precision, save_every=save_every, seed=seed,
+    )  # fmt: skip
+    run_distill(student, teacher, data, out, settings, Layout(tp=tp, dp=dp, sp=sp))
+    print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    data: Data,
+    tokens: Annotated[int, typer.Option("--tokens", help="At most so many tokens.")] = 16_384,
+    sequence_length: Length = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 4,
+    precision: Precision = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss, perplexity and bits per byte."""
+    import json
+
+    from nemo_minitron.job import Evaluation
+    from nemo_minitron.job.commands import run_evaluate
+
+    numbers = run_evaluate(model, data, Evaluation(tokens, sequence_length, batch_size, precision))
+    print(json.dumps(numbers) if as_json else "\n".join(f"{name:14}{value}" for name, value in numbers.items()))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron compress`.")]) -> None:
+    """report.html, the figures, and the CSV behind each."""
+    from nemo_minitron.export import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What is installed, whether it fits together, and what to run to mend it."""
+    from nemo_minitron.backend.doctor import examine
+
+    found = examine()
+    print(found.json() if as_json else found.text())
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def main() -> None:
+    """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except InputError as error:
+        if debug:
+            raise
+        print(f"minitron: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if debug:
+            raise
+        print(f"minitron: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

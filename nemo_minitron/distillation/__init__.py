@@ -1,0 +1,1 @@
+"""Teacher + student + batches -> gradients: losses on vocabulary shards, the frozen teacher, the step."""

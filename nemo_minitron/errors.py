@@ -1,0 +1,17 @@
+"""The one error that a user can cause: what was given, what is legal, the nearest legal value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input from outside, told in one sentence; the command line prints it and exits with code 2."""
+
+
+def nearest(given: str, legal: Iterable[str]) -> str:
+    """The end of a refusal: the legal name closest to `given`, or the list of them when none is close."""
+    names = sorted(legal)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"legal are: {', '.join(names)}"

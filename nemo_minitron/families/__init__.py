@@ -1,0 +1,90 @@
+"""Model families: one small file each. Here: which family a config is of, and where a model lies.
+
+No torch: configs are dicts, names are strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families.base import Family
+from nemo_minitron.families.llama import Llama
+from nemo_minitron.families.mistral import Mistral
+
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral())
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config. Raises InputError for one that is not supported."""
+    classes = config.get("architectures") or []
+    kind = config.get("model_type")
+    for family in FAMILIES:
+        if family.hf_class in classes or (not classes and family.model_type == kind):
+            return family
+    given = classes[0] if classes else kind
+    raise InputError(
+        f"models of class '{given}' are not supported; supported are: {', '.join(f.hf_class for f in FAMILIES)}"
+    )
+
+
+def family_of_nemo(model_class: str) -> Family:
+    """The family whose NeMo class has this name. Raises InputError for one that is not supported."""
+    for family in FAMILIES:
+        if family.nemo_model == model_class:
+            return family
+    raise InputError(
+        f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
+        f"{', '.join(f.nemo_model for f in FAMILIES)}"
+    )
+
+
+def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a Hugging Face folder, as a dict. Raises InputError for a folder that is none."""
+    if isinstance(model, Mapping):
+        return dict(model)
+    folder = Path(model)
+    if not folder.exists():
+        raise InputError(f"the model folder '{folder}' does not exist")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"'{folder}' has no config.json, so it is no Hugging Face model folder")
+    config = read_json(folder / "config.json", "the model's config")
+    if not isinstance(config, dict):
+        raise InputError(f"'{folder / 'config.json'}' is no config: it holds a {type(config).__name__}")
+    return config
+
+
+def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:
+    """Architecture of a Hugging Face folder or config dict. Raises InputError as `family_of` does."""
+    config = read_config(model)
+    return family_of(config).architecture(config)
+
+
+def to_hf(architecture: Architecture, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`base_config` with the sizes of `architecture`. Raises InputError for what it cannot represent."""
+    return family_of(base_config).config(architecture, base_config)
+
+
+def resolve(model: str | Path) -> Path:
+    """A folder as it is; a hub id (`org/name`) through huggingface_hub's cache or, online, the hub."""
+    path = Path(model)
+    if path.exists() or not _is_hub_id(str(model)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        raise InputError(
+            f"'{model}' is neither a folder here nor a model that the hub or its cache gives; "
+            "give a Hugging Face folder, a NeMo checkpoint or a hub id"
+        ) from None
+
+
+def _is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")

@@ -1,0 +1,140 @@
+"""What a model family is: a Hugging Face config <-> Architecture, and Hugging Face names <-> canonical names.
+
+No torch here: a config is a dict, a name is a string. A family is a subclass with tables; where a family
+follows Llama's field names it changes only what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
+
+Config = Mapping[str, Any]
+
+LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
+    "model.embed_tokens.weight": ("embedding.weight",),
+    "model.layers.{i}.input_layernorm.weight": ("layers.{i}.input_norm.weight",),
+    "model.layers.{i}.self_attn.q_proj.weight": ("layers.{i}.q.weight",),
+    "model.layers.{i}.self_attn.k_proj.weight": ("layers.{i}.k.weight",),
+    "model.layers.{i}.self_attn.v_proj.weight": ("layers.{i}.v.weight",),
+    "model.layers.{i}.self_attn.o_proj.weight": ("layers.{i}.o.weight",),
+    "model.layers.{i}.post_attention_layernorm.weight": ("layers.{i}.pre_mlp_norm.weight",),
+    "model.layers.{i}.mlp.gate_proj.weight": ("layers.{i}.gate.weight",),
+    "model.layers.{i}.mlp.up_proj.weight": ("layers.{i}.up.weight",),
+    "model.layers.{i}.mlp.down_proj.weight": ("layers.{i}.down.weight",),
+    "model.norm.weight": ("final_norm.weight",),
+    "lm_head.weight": ("head.weight",),
+}
+LLAMA_SIZES = {  # Architecture field -> Hugging Face field
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+}
+
+
+class Family:
+    """Class attributes are the tables; see `families/llama.py` for a whole family."""
+
+    model_type: ClassVar[str]
+    hf_class: ClassVar[str]
+    nemo_model: ClassVar[str]
+    tensors: ClassVar[Mapping[str, tuple[str, ...]]] = LLAMA_TENSORS
+    """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0."""
+    sizes: ClassVar[Mapping[str, str]] = LLAMA_SIZES
+    exact_axes: ClassVar[frozenset[str]] = frozenset({"ffn", "heads", "query_groups", "layers", "vocab"})
+    """Axes along which an all-zero unit goes without changing a logit (hidden never: norms divide by it)."""
+    ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    """Ends of Hugging Face names that carry no weights."""
+
+    def architecture(self, config: Config) -> Architecture:
+        """Raises InputError for a config that lacks a size or has an illegal one."""
+        return Architecture(**self.read_sizes(config), **self.features(config))
+
+    def read_sizes(self, config: Config) -> dict[str, int]:
+        defaults = self.default_sizes(config)
+        sizes = {}
+        for field, name in self.sizes.items():
+            value = config.get(name)
+            value = defaults.get(field) if value is None else value
+            if value is None:
+                raise InputError(f"the config of this {self.model_type} model has no '{name}'")
+            sizes[field] = value
+        return sizes
+
+    def default_sizes(self, config: Config) -> dict[str, int]:
+        """What transformers takes where a config is silent."""
+        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        whole = isinstance(heads, int) and isinstance(hidden, int) and heads > 0
+        return {"num_query_groups": heads, "head_dim": hidden // heads} if whole else {}  # type: ignore[dict-item]
+
+    def features(self, config: Config) -> dict[str, Any]:
+        """Architecture fields other than sizes."""
+        return {"tied_embeddings": bool(config.get("tie_word_embeddings", False))}
+
+    def config(self, architecture: Architecture, base: Config) -> dict[str, Any]:
+        """`base` with the sizes of `architecture`; head_dim is always written out.
+
+        Raises InputError for what the family cannot represent.
+        """
+        result = dict(base) | {name: getattr(architecture, field) for field, name in self.sizes.items()}
+        if self.architecture(result) != architecture:
+            raise InputError(f"a {self.hf_class} config cannot represent {architecture}")
+        return result
+
+    def hf_tensors(self, architecture: Architecture) -> dict[str, tuple[str, ...]]:
+        """Hugging Face name -> canonical names, for the whole model, in the model's order.
+
+        The mapping is total: raises InputError where a canonical tensor has no Hugging Face name.
+        """
+        shapes = architecture.shapes()
+        names: dict[str, tuple[str, ...]] = {}
+        for pattern, parts in self.tensors.items():
+            for i in range(architecture.num_layers if "{i}" in pattern else 1):
+                canonical = tuple(part.format(i=i) for part in parts)
+                if all(part in shapes for part in canonical):
+                    names[pattern.format(i=i)] = canonical
+        missing = shapes.keys() - {part for parts in names.values() for part in parts}
+        if missing:
+            raise InputError(f"{self.hf_class} has no name for the tensor '{min(missing)}'")
+        order = {name: position for position, name in enumerate(shapes)}
+        return dict(sorted(names.items(), key=lambda item: order[item[1][0]]))
+
+    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+        """Name of NeMo's config class and the fields to give it, as plain values.
+
+        Raises InputError for a model that NeMo's class of the family cannot be.
+        """
+        raise NotImplementedError
+
+    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults)."""
+        raise NotImplementedError
+
+
+def nemo_sizes(architecture: Architecture) -> dict[str, Any]:
+    """Fields of NeMo's GPTConfig that the Architecture decides."""
+    return {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "vocab_size": architecture.vocab_size,
+        "share_embeddings_and_output_weights": architecture.tied_embeddings,
+        "make_vocab_size_divisible_by": _largest_power_of_two(architecture.vocab_size, 128),
+    }
+
+
+def _largest_power_of_two(value: int, most: int) -> int:
+    """Largest power of two up to `most` that divides `value`: NeMo then pads nothing at TP=1."""
+    while value % most:
+        most //= 2
+    return most

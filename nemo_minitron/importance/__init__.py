@@ -1,0 +1,33 @@
+"""Running model + calibration batches -> Scores, with forward passes only, in any layout.
+
+`estimate` runs the batches itself; under NeMo's trainer the `Importance` callback opens the same Collector.
+A user's own estimator: subclass `Estimator`, decorate with `@estimator(ModuleType)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.collector import Collector
+    from nemo_minitron.importance.estimate import estimate
+    from nemo_minitron.importance.estimators import Estimator, Watch, estimator
+    from nemo_minitron.importance.reduce import reduce
+
+__all__ = ["Collector", "Estimator", "Watch", "estimate", "estimator", "reduce"]
+
+_WHERE = {
+    "Collector": "collector", "estimate": "estimate", "Estimator": "estimators", "Watch": "estimators",
+    "estimator": "estimators", "reduce": "reduce",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    import importlib
+
+    # The import also sets the submodule `estimate` on this package; the function must win over it.
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,6 @@
+"""A recipe's value (Job), the order of the stages, and the processes that run them."""
+
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.recipe import Calibration, Data, Distillation, Evaluation, Job
+
+__all__ = ["Calibration", "Data", "Distillation", "Evaluation", "Job", "Layout"]

@@ -1,0 +1,95 @@
+"""What a job would do, before anything is loaded: the resolved recipe, sizes, memory, stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import axis
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf, resolve, to_hf
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.recipe import Distillation, Job
+
+STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
+
+
+def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
+    """The student's Architecture. Raises InputError for an unknown axis or a size above the source's."""
+    if not keep:
+        raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
+    sizes = {}
+    for name, size in keep.items():
+        cut, whole = axis(name), axis(name).length(source)
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= whole:
+            near = size if isinstance(size, int) and size < 1 else whole
+            raise InputError(f"keep.{name} is {size!r}; legal are 1 to {whole}, the nearest is {max(1, min(near, whole))}")
+        sizes[cut.size] = size
+    return source.replace(**sizes)
+
+
+def check(job: Job) -> tuple[Architecture, Architecture]:
+    """(teacher's, student's) Architecture; raises InputError for anything that could not run."""
+    folder = resolve(job.teacher)
+    source = from_hf(folder)
+    target = target_of(source, job.keep)
+    to_hf(target, _config(job))
+    job.layout.check(source)
+    job.layout.check(target)
+    batch, micro = job.distillation.global_batch_size, job.distillation.micro_batch_size
+    if batch % (micro * job.layout.dp):
+        step = micro * job.layout.dp
+        raise InputError(
+            f"distillation.global_batch_size {batch} does not divide into micro-batches of {micro} on "
+            f"{job.layout.dp} data-parallel ranks; the nearest legal size is {max(1, round(batch / step)) * step}"
+        )
+    return source, target
+
+
+def _config(job: Job) -> dict:
+    from nemo_minitron.families import read_config
+
+    return read_config(resolve(job.teacher))
+
+
+def training_memory(student: Architecture, teacher: Architecture, settings: Distillation, layout: Layout) -> dict[str, int]:
+    """Bytes per rank: weights, gradients and Adam's state (fp32 master, two moments) of the student, the
+    frozen teacher's weights, activations of one micro-batch. The distributed optimizer shards over DP."""
+    parts = layout.tp * layout.pp
+    size = 2 if settings.precision == "bf16" else 4
+    count = student.parameters() / parts
+    return {
+        "weights": round(count * size),
+        "gradients": round(count * 4),
+        "optimizer": round(count * 12 / layout.dp),
+        "teacher": round(teacher.parameters() / parts * size),
+        "activations": student.activations(
+            batch=settings.micro_batch_size, context=settings.sequence_length, bytes_per_value=size
+        )
+        // (layout.tp * layout.pp),
+    }
+
+
+def describe(job: Job) -> str:
+    """The text of `--dry-run`. Raises InputError as `check`."""
+    source, target = check(job)
+    memory = training_memory(target, source, job.distillation, job.layout)
+    lines = [json.dumps(job.as_dict(), indent=1), "", f"{'':24}{'teacher':>16}{'student':>16}"]
+    for field, before in source.as_dict().items():
+        if isinstance(before, int) and not isinstance(before, bool):
+            lines.append(f"{field:24}{before:>16,}{getattr(target, field):>16,}")
+    rows = {
+        "parameters": lambda a: a.parameters(),
+        "without embeddings": lambda a: a.parameters(embeddings=False),
+        "bytes in bf16": lambda a: a.memory(batch=1, context=0),
+        "FLOPs a token": lambda a: a.flops_per_token(job.distillation.sequence_length),
+    }
+    lines += [f"{name:24}{count(source):>16,}{count(target):>16,}" for name, count in rows.items()]
+    lines += ["", "memory of a distillation step, each rank:"]
+    lines += [f"  {name:22}{size / 1e9:>12.3f} GB" for name, size in {**memory, "sum": sum(memory.values())}.items()]
+    settings = job.distillation
+    tokens = settings.steps * settings.sequence_length * settings.global_batch_size
+    lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, loss {settings.loss}, {settings.precision}"]
+    lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(STAGES), "nothing was loaded or written"]
+    return "\n".join(lines)

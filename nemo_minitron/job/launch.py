@@ -1,0 +1,71 @@
+"""Starting the processes of a stage: one Python process, or torchrun for a layout of several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import InputError
+
+WORKER = "nemo_minitron.nemo.worker"
+ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
+
+
+def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | None = None) -> None:
+    """Runs a stage of `nemo_minitron.nemo.worker` with these settings in so many processes on this machine.
+
+    Everything the processes print goes to `log`, but for their lines of progress. One rank's failure ends
+    them all. Raises InputError with the sentence of the rank that refused, RuntimeError for any other end.
+    """
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        file = Path(scratch) / "settings.json"
+        file.write_text(json.dumps(settings))
+        command = [sys.executable, *_torchrun(processes), "-m", WORKER, stage, str(file)]
+        code, tail = _follow(command, os.environ | _environment(processes) | {ERRORS: scratch}, log)
+        refusals = sorted(Path(scratch).glob("refused-*"))
+        if refusals:
+            raise InputError(refusals[0].read_text())
+    if code:
+        where = f"; all of it is in {log}" if log else ""
+        raise RuntimeError(f"{stage} ended with exit code {code}{where}. Its last lines:\n{tail}")
+
+
+def _torchrun(processes: int) -> list[str]:
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Threads share the cores; one CUDA queue keeps Megatron's overlap of communication in order."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    wanted = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if processes == 1:
+        wanted |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _follow(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+    """Passes lines that begin with '  ' (progress) on to the screen; keeps the last lines for a message."""
+    last: list[str] = []
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    try:
+        with open(log or os.devnull, "a") as file:
+            assert process.stdout
+            for line in process.stdout:
+                file.write(line)
+                if line.startswith("  > "):
+                    print(line[2:], end="", flush=True)
+                last = [*last[-19:], line]
+        return process.wait(), "".join(last)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()

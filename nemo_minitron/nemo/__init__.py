@@ -1,0 +1,23 @@
+"""What NeMo sees: callbacks, model building, live and sharded checkpoints, data. Loads NeMo on first use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_WHERE = {
+    "Importance": "nemo_minitron.nemo.callbacks",
+    "Pruning": "nemo_minitron.nemo.callbacks",
+    "Distillation": "nemo_minitron.nemo.distill",
+    "register": "nemo_minitron.nemo.models",
+    "load_model": "nemo_minitron.nemo.models",
+}
+
+__all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,39 @@
+"""What a teacher looks like to the cut: canonical tensors that can be read in blocks, as raw bits.
+
+Raw bits are unsigned integers of the stored dtype's size (bf16 -> uint16, fp32 -> uint32): a cut moves
+them and never computes, so the same plan gives the same bytes from every source that stores the same dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.digest import Index, bf16_bits, model_digest
+
+RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}  # safetensors dtype -> raw bits
+
+
+class TensorSource(Protocol):
+    """A model that can be read in blocks: a Hugging Face folder, a NeMo checkpoint."""
+
+    architecture: Architecture
+
+    def dtype(self, name: str) -> str:
+        """The safetensors name of the dtype that stores canonical tensor `name`."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Raw bits of the outer product of sorted indices, one array per dimension, as a new array."""
+        ...
+
+
+def whole(shape: tuple[int, ...]) -> Index:
+    return tuple(np.arange(n) for n in shape)
+
+
+def source_digest(source: TensorSource) -> str:
+    """The model digest of a source; reads a few blocks of each tensor."""
+    return model_digest(source.architecture, lambda name, index: bf16_bits(source.read(name, index), source.dtype(name)))

@@ -1,0 +1,17 @@
+"""SmolLM2-135M-Instruct, ffn 1536 -> 1024: 134.5M -> 108.0M parameters (about 10 minutes on two cores)."""
+
+from nemo_minitron.job import Job
+from nemo_minitron.recipes import smollm2_135m as common
+
+
+def recipe() -> Job:
+    return Job(
+        name="smollm2_135m_to_108m_width",
+        teacher=common.TEACHER,
+        data=common.DATA,
+        keep={"ffn": 1024},
+        calibration=common.CALIBRATION,
+        distillation=common.DISTILLATION,
+        evaluation=common.EVALUATION,
+        licence=common.LICENCE,
+    )

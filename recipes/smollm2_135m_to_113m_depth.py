@@ -1,0 +1,17 @@
+"""SmolLM2-135M-Instruct, 30 -> 24 layers by block influence: 134.5M -> 113.3M parameters."""
+
+from nemo_minitron.job import Job
+from nemo_minitron.recipes import smollm2_135m as common
+
+
+def recipe() -> Job:
+    return Job(
+        name="smollm2_135m_to_113m_depth",
+        teacher=common.TEACHER,
+        data=common.DATA,
+        keep={"layers": 24},
+        calibration=common.CALIBRATION,
+        distillation=common.DISTILLATION,
+        evaluation=common.EVALUATION,
+        licence=common.LICENCE,
+    )

@@ -1,0 +1,240 @@
+"""Numbers of a Hugging Face folder, against float64 and by hand."""
+
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation import Numbers, evaluate, generate, perplexity, run_tasks
+from nemo_minitron.evaluation.tasks import task_name
+from nemo_minitron.families import from_hf
+
+FP32_LOSS = 2e-5  # relative, fp32 forward of two layers against float64; measured 1e-7 to 1e-6
+BF16_LOSS = 0.05  # relative, bf16 forward with large weights against float64; measured 0.005
+VOCAB = 61
+WORDS = ["<unk>", *(f"w{index}" for index in range(VOCAB - 1))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A two-layer Llama with large weights (so that its loss is far from ln V) and a tokenizer of words."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.5, bos_token_id=None,
+        eos_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return np.random.default_rng(1).integers(0, VOCAB, (5, 23))
+
+
+def reference(folder, windows):
+    """Mean next-token cross entropy, all in float64, one position at a time."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder).double()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(windows)).logits.numpy()
+    nats = []
+    for row, window in zip(logits, windows, strict=True):
+        for position in range(len(window) - 1):
+            scores = row[position] - row[position].max()
+            nats.append(math.log(np.exp(scores).sum()) - scores[window[position + 1]])
+    return math.fsum(nats) / len(nats)
+
+
+def test_loss_equals_float64(folder, windows, monkeypatch):
+    monkeypatch.setattr(perplexity, "POSITIONS", 7)  # 22 predictions: three whole chunks and a rest
+    expected = reference(folder, windows)
+    numbers = evaluate(folder, windows, precision="fp32", corpus="noise", stage="teacher")
+    assert abs(expected - math.log(VOCAB)) > 0.5  # else a wrong shift would not show
+    assert numbers.loss == pytest.approx(expected, rel=FP32_LOSS)
+    assert numbers.perplexity == pytest.approx(math.exp(expected), rel=10 * FP32_LOSS)
+    assert evaluate(folder, windows).loss == pytest.approx(expected, rel=BF16_LOSS)
+
+
+def test_numbers_have_exactly_the_keys_of_the_file(folder, windows):
+    values = evaluate(folder, windows, precision="fp32", corpus="noise", stage="teacher").as_dict()
+    assert list(values) == [
+        "stage", "corpus", "tokens", "parameters", "loss", "perplexity", "bits_per_byte", "seconds",
+    ]  # fmt: skip
+    assert (values["stage"], values["corpus"], values["bits_per_byte"]) == ("teacher", "noise", None)
+    assert values["tokens"] == 5 * 22
+    assert values["parameters"] == from_hf(folder).parameters()
+    assert values["seconds"] > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_batch_size_changes_nothing(folder, windows, batch_size):
+    done = []
+    numbers = evaluate(
+        folder, windows, precision="fp32", batch_size=batch_size, progress=lambda *state: done.append(state)
+    )
+    assert numbers.loss == pytest.approx(
+        evaluate(folder, windows, precision="fp32", batch_size=5).loss, rel=1e-6
+    )
+    assert done[-1] == (5, 5)
+    assert len(done) == math.ceil(5 / batch_size)
+
+
+def test_bits_per_byte_by_hand(folder, windows):
+    token_bytes = np.arange(VOCAB)
+    numbers = evaluate(folder, windows, token_bytes=token_bytes, precision="fp32")
+    text = windows[:, 1:].sum()  # a token's id is its length here; the first of a window is not predicted
+    assert numbers.bits_per_byte == pytest.approx(numbers.loss * 110 / math.log(2) / text)
+    assert Numbers.from_totals(
+        nats=8 * math.log(2), tokens=4, text_bytes=16, corpus="", parameters=1, seconds=0.0
+    ).bits_per_byte == pytest.approx(0.5)
+
+
+def test_a_hopeless_loss_stays_a_number():
+    numbers = Numbers.from_totals(1e6, 1, corpus="", parameters=1, seconds=0.0)
+    assert json.loads(json.dumps(numbers.as_dict(), allow_nan=False))["loss"] == 1e6
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (np.zeros(8, int), "windows"),
+        (np.zeros((2, 1), int), "at least 2 tokens"),
+        (np.zeros((0, 8), int), "at least one window"),
+        (np.zeros((2, 8)), "float64"),
+        (np.full((1, 8), VOCAB), f"token {VOCAB} is outside"),
+        (np.full((1, 8), -1), "token -1 is outside"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(folder, bad, says):
+    with pytest.raises(InputError, match=says):
+        evaluate(folder, bad)
+
+
+def test_other_refusals(folder, windows, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        evaluate(tmp_path / "nothing", windows)
+    with pytest.raises(InputError, match="bf16"):
+        evaluate(folder, windows, precision="bf17")
+    with pytest.raises(InputError, match="batch_size"):
+        evaluate(folder, windows, batch_size=0)
+    with pytest.raises(InputError, match="token_bytes"):
+        evaluate(folder, windows, token_bytes=np.ones(3, int))
+
+
+def damaged(folder, target, change):
+    """A copy of the folder whose tensors went through `change`."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, target)
+    tensors = change(load_file(target / "model.safetensors"))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_missing_weight_is_an_error(folder, windows, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = damaged(folder, tmp_path / "a", lambda tensors: {k: v for k, v in tensors.items() if k != name})
+    with pytest.raises(InputError, match=f"missing weights, such as '{name}'"):
+        evaluate(path, windows)
+
+
+def test_a_weight_of_another_shape_is_an_error(folder, windows, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = damaged(folder, tmp_path / "a", lambda tensors: tensors | {name: tensors[name][:-1].copy()})
+    with pytest.raises(InputError, match="cannot load"):
+        evaluate(path, windows)
+
+
+def test_weights_that_are_not_finite_are_an_error(folder, windows, tmp_path):
+    path = damaged(
+        folder, tmp_path / "a", lambda tensors: {k: v * np.float32("nan") for k, v in tensors.items()}
+    )
+    with pytest.raises(InputError, match="not finite"):
+        evaluate(path, windows)
+
+
+def greedy(folder, ids, steps):
+    """Greedy decoding without a cache."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids
+
+
+def test_generate_is_greedy_and_leaves_sampling_settings_aside(folder):
+    path = folder / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({"do_sample": True, "temperature": 5.0}))
+    try:
+        texts = generate(folder, ["w4 w9", "w7"], max_new_tokens=6, precision="fp32")
+    finally:
+        path.write_text(before)
+    expected = [greedy(folder, [5, 10], 6)[2:], greedy(folder, [8], 6)[1:]]
+    assert texts == ["".join(WORDS[token] for token in new if token) for new in expected]
+
+
+def test_generate_refuses_an_empty_prompt_and_a_folder_without_tokenizer(folder, tmp_path):
+    with pytest.raises(InputError, match="no token"):
+        generate(folder, ["w4", ""])
+    with pytest.raises(InputError, match="does not exist"):
+        generate(tmp_path / "nothing", ["w4"])
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(InputError, match="no tokenizer"):
+        generate(tmp_path, ["w4"])
+
+
+def test_tasks_without_lm_eval_say_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match="pip install"):
+        run_tasks(folder, ["hellaswag"])
+
+
+def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text("tag: x\ntask: 'my_task'  # a comment\nprocess: !function a.b\n")
+    called = {}
+
+    class TaskManager:
+        def __init__(self, include_path):
+            self.all_tasks = ["hellaswag", "my_task"] if include_path == [str(tmp_path)] else ["hellaswag"]
+
+    def simple_evaluate(**given):
+        called.update(given)
+        return {"results": {"my_task": {"acc,none": 0.5}}}
+
+    package = types.ModuleType("lm_eval")
+    package.simple_evaluate = simple_evaluate
+    package.tasks = types.ModuleType("lm_eval.tasks")
+    package.tasks.TaskManager = TaskManager
+    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", package.tasks)
+    results = run_tasks(folder, ["hellaswag", str(tmp_path / "mine.yaml")], limit=3, precision="fp32")
+    assert results == {"my_task": {"acc,none": 0.5}}
+    assert called["tasks"] == ["hellaswag", "my_task"]
+    assert (called["limit"], called["model_args"]["dtype"]) == (3, "float32")
+    with pytest.raises(InputError, match="no task 'hellaswig'"):
+        run_tasks(folder, ["hellaswig"])
+    with pytest.raises(InputError, match="does not exist"):
+        task_name(str(tmp_path / "other.yaml"))
