@@ -96,8 +96,8 @@ class Collector:
 
 def unwrap(chunk: Any) -> Any:
     """Megatron's GPTModel inside NeMo's, DDP's and precision wrappers."""
-    while not hasattr(chunk, "decoder"):
-        chunk = chunk.module
+    while "decoder" not in chunk._modules:  # not hasattr: NeMo's wrappers answer for what they wrap
+        chunk = chunk._modules["module"]
     return chunk
 
 

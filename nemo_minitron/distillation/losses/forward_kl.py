@@ -33,12 +33,13 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
         shape, vocab = student.shape[:-1], student.shape[-1]
-        student, teacher = student.reshape(-1, vocab), teacher.reshape(-1, vocab)
+        rows = shape.numel()  # not -1: a rank may hold no column at all
+        student, teacher = student.reshape(rows, vocab), teacher.reshape(rows, vocab)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         statistics = torch.empty(5, len(student), dtype=torch.float32, device=student.device)
         sharded = group is not None and torch.distributed.get_world_size(group) > 1
-        rows = max(1, CHUNK // max(vocab, 1))
-        chunks = [slice(start, start + rows) for start in range(0, len(student), rows)]
+        step = max(1, CHUNK // max(vocab, 1))
+        chunks = [slice(start, start + step) for start in range(0, rows, step)]
         for at in chunks:
             part, exp_s, exp_t = _local(student[at], teacher[at], temperature)
             statistics[:, at] = part

@@ -1,0 +1,135 @@
+"""Core attention by torch's scaled_dot_product_attention, in the place of Transformer Engine's."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from nemo_minitron.errors import InputError
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class Attention(MegatronModule):
+    """softmax(Q K^T * scale) V, the same numbers as Megatron's unfused DotProductAttention.
+
+    Rotary embedding and QK norm come before it. It has no parameters. `softmax_scale` defaults to
+    1/sqrt(head_dim); Megatron's query-key layer scaling divides and multiplies by the same number, and so needs
+    nothing. Raises InputError for context parallelism and for softmax offsets, which it does not have.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse(config)
+        self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = tuple(config.window_size) if window else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """query [Sq, B, heads, D], key and value [Sk, B, groups, D] of this rank -> [Sq, B, heads * D].
+
+        `attention_mask`: bool, True where attention is forbidden, broadcast to [B, heads, Sq, Sk], taken
+        as it is; None means causal, or everything where the mask type is not causal. Raises InputError for
+        packed sequences.
+        """
+        if packed_seq_params is not None:
+            raise InputError("packed sequences need Transformer Engine's attention; turn sequence packing off")
+        kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        mask, causal = self._mask(query.shape[0], key.shape[0], kind, attention_mask, query.device)
+        if attention_bias is not None:
+            mask, causal = _with_bias(attention_bias, mask, causal, query, key), False
+        p = self.dropout if self.training else 0.0
+        with self._random(p):
+            out = F.scaled_dot_product_attention(
+                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+                attn_mask=mask,
+                dropout_p=p,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(
+        self, queries: int, keys: int, kind: AttnMaskType, given: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """What SDPA wants: True where attention is allowed, or None and whether it is causal."""
+        if self.window is not None and (keys > self.window[0] >= 0 or kind not in CAUSAL):
+            return _window(queries, keys, self.window, device), False
+        if given is not None:
+            return ~given if given.dtype is torch.bool else given < 0.5, False
+        if kind not in CAUSAL or queries == 1:
+            return None, False
+        if queries == keys:
+            return None, True
+        return _window(queries, keys, (-1, 0), device), False  # a prompt behind a cache: the last rows
+
+    def _random(self, p: float) -> contextlib.AbstractContextManager[Any]:
+        """Under tensor parallelism each rank drops its own heads' probabilities."""
+        if not p or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Nothing, as of Transformer Engine's."""
+        return {}
+
+
+def _refuse(config: Any) -> None:
+    if config.context_parallel_size > 1 or (
+        parallel_state.model_parallel_is_initialized() and parallel_state.get_context_parallel_world_size() > 1
+    ):
+        raise InputError(
+            f"context parallelism {config.context_parallel_size} needs Transformer Engine; without it use 1"
+        )
+    if config.softmax_type != "vanilla":
+        raise InputError(f"softmax_type '{config.softmax_type}' needs Transformer Engine; legal is 'vanilla'")
+
+
+def _window(queries: int, keys: int, window: tuple[int, ...], device: torch.device) -> Tensor:
+    """[queries, keys], True where a query sees a key; `window`: keys to the left and right, -1 for all."""
+    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+    left, right = window
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        seen &= distance >= -left
+    return seen & (distance <= right) if right >= 0 else seen
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
+    """An additive mask: SDPA takes one or the other."""
+    if causal:
+        mask = _window(query.shape[0], key.shape[0], (-1, 0), query.device)
+    bias = bias.to(query.dtype)
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))

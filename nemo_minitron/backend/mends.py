@@ -1,0 +1,107 @@
+"""What is mended in modules of others right after they are imported, each named by string in one table.
+
+NeMo is never imported from here: a mend runs when somebody else imports its module, or at once where it is
+there already.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from nemo_minitron.backend.versions import replace
+
+Mend = Callable[[ModuleType], None]
+
+
+def _eager(jit: ModuleType) -> None:
+    """torch.compile cannot see through the CPU redirect, and pays for itself only in long GPU jobs."""
+    replace(jit, "jit_fuser", lambda function: function)
+
+
+def _models(package: ModuleType) -> None:
+    """NeMo's default layer spec and forward step take the Transformer Engine way, which leads to the twin.
+
+    Done once the whole package is imported: some of its files ask TE's version where they see HAVE_TE.
+    """
+    replace(sys.modules[f"{package.__name__}.base"], "HAVE_TE", True)
+
+
+def _data(module: ModuleType) -> None:
+    """Causal attention needs no mask of [S, S] per sample from the dataset."""
+    replace(module, "HAVE_TE", True)
+
+
+def _seeding(init: ModuleType) -> None:
+    """NeMo seeds Megatron's random generators only where it sees a device."""
+    original = init._set_random_seed
+
+    def seed_all(seed_: int) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        original(seed_)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed_ + 100 * stage)
+
+    replace(init, "_set_random_seed", seed_all)
+
+
+def _reading(pl: ModuleType) -> None:
+    """NeMo's checkpoint reader asserts CUDA before it moves tensors to their GPU."""
+    replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)
+
+
+CPU: dict[str, Mend] = {
+    "megatron.core.jit": _eager,
+    "nemo.lightning.megatron_init": _seeding,
+    "nemo.lightning.io.pl": _reading,
+}
+REFERENCE: dict[str, Mend] = {
+    "nemo.collections.llm.gpt.model": _models,
+    "nemo.collections.llm.gpt.data.pre_training": _data,
+    "nemo.collections.llm.gpt.data.mock": _data,
+}
+
+
+def watch(cpu: bool, reference: bool) -> None:
+    """Mends the table's modules that are loaded, and the others as they are imported."""
+    table = (CPU if cpu else {}) | (REFERENCE if reference else {})
+    for name, mend in table.items():
+        if name in sys.modules:
+            mend(sys.modules[name])
+    sys.meta_path.insert(0, _Finder({name: mend for name, mend in table.items() if name not in sys.modules}))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, and lets a module's mend follow its execution."""
+
+    def __init__(self, mends: dict[str, Mend]) -> None:
+        self._mends = mends
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        mend = self._mends.get(name)
+        if mend is None:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                _follow(spec.loader, mend)
+                return spec
+        return None
+
+
+def _follow(loader: Any, mend: Mend) -> None:
+    execute = loader.exec_module
+
+    def execute_and_mend(module: ModuleType) -> None:
+        execute(module)
+        mend(module)
+
+    loader.exec_module = execute_and_mend

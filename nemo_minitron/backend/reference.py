@@ -1,0 +1,121 @@
+"""A pure-PyTorch twin of Transformer Engine's layers: the same module tree, parameter names and checkpoints.
+
+Megatron's layer specs name Transformer Engine's provider of layers; `install` puts this one in its place, and
+the final norm apart, which Megatron chooses elsewhere. So NeMo's own model classes, with their default layer
+spec, build, train and convert on any device, and what they save is read under Transformer Engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor, nn
+
+from nemo_minitron.backend.attention import Attention
+from nemo_minitron.backend.norms import Norm, norm_parameters, normalize
+from nemo_minitron.backend.versions import replace
+from nemo_minitron.errors import InputError
+
+
+def _mark(parameter: nn.Parameter | None, dim: int) -> None:
+    """Megatron marks shards only where it initialises them, Transformer Engine always; without the mark a
+    gradient's norm counts one rank's shard alone."""
+    if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """y [S, B, out/tp] = x [S or S/tp, B, in] W^T: `weight` [out/tp, in] and `bias` [out/tp], local shards."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _mark(self.weight, 0)
+        _mark(self.bias, 0)
+
+
+class RowLinear(RowParallelLinear):
+    """y [S or S/tp, B, out] = sum over ranks of x [S, B, in/tp] W^T: `weight` [out, in/tp]; `bias` [out] whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _mark(self.weight, 1)
+
+
+class NormColumnLinear(ColumnLinear):
+    """A norm and a column-parallel linear in one module, as Transformer Engine fuses them.
+
+    Beside ColumnLinear's parameters it has `layer_norm_weight` [in] and, for LayerNorm, `layer_norm_bias` [in]:
+    whole on every tensor-parallel rank, also in a checkpoint. The norm's output does not leave the module.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, is_expert: bool, **kwargs: Any) -> None:
+        if is_expert or kwargs.get("gather_output"):
+            raise InputError("a norm fused with a linear layer is neither an expert's nor gathered")
+        super().__init__(input_size, output_size, config=config, is_expert=False, **kwargs)
+        self.layer_norm_weight, bias = norm_parameters(config, input_size)
+        self.register_parameter("layer_norm_bias", bias)
+        for name in ("weight", "bias"):  # Transformer Engine's order, which optimizer buckets follow
+            self._parameters[name] = self._parameters.pop(name)
+        self._norm = (config.layernorm_epsilon, config.normalization == "RMSNorm")
+        self._zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        normed = normalize(x, self.layer_norm_weight, self.layer_norm_bias, *self._norm, self._zero_centered)
+        return super().forward(normed, *args, **kwargs)
+
+
+class ReferenceSpecProvider(BackendSpecProvider):
+    """What Megatron's layer specs ask, in the order of Transformer Engine's provider."""
+
+    def linear(self) -> type:
+        raise InputError("multi-latent attention needs Transformer Engine, which is not installed")
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return NormColumnLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return Norm  # which kind is the config's to say, as with Transformer Engine's
+
+    def core_attention(self) -> type:
+        return Attention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules]:
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+
+    def activation_func(self) -> None:
+        return None
+
+
+def install() -> None:
+    """Puts the twin where Megatron looks for Transformer Engine's layers; raises InputError where it no
+    longer looks there."""
+    from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
+    from megatron.core.transformer import multi_token_prediction, transformer_block
+    from megatron.core.transformer.moe import moe_utils
+
+    if "TESpecProvider" not in gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec.__code__.co_names:
+        raise InputError("this Megatron-core builds its layers another way; run: minitron doctor")
+    for module in (gpt_layer_specs, moe_module_specs, multi_token_prediction):
+        module.TESpecProvider = ReferenceSpecProvider
+    gpt_layer_specs.TENorm = Norm
+    replace(transformer_block, "LayerNormImpl", Norm)
+    moe_utils.te_general_gemm = None  # the router's; Megatron names it without importing it

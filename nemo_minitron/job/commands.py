@@ -1,0 +1,152 @@
+"""What the commands and the stages of a job do: each reads files, calls one room and leaves files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.recipe import Calibration, Distillation, Evaluation
+
+
+def sizes(text: str) -> dict[str, int]:
+    """`ffn=1024,layers=24` -> sizes by axis. Raises InputError."""
+    found = {}
+    for part in text.split(","):
+        name, separator, value = part.partition("=")
+        if not separator or not value.strip().isdigit():
+            raise InputError(f"'{part}' in --keep is no size; write axis=size, for example ffn=1024,layers=24")
+        found[name.strip()] = int(value)
+    return found
+
+
+def tokenise(data: str, model: str | Path, prefix: Path) -> Any:
+    """Text -> `.bin/.idx` with the model's tokenizer, once; gives the Tokens."""
+    from nemo_minitron.nemo.data import build, load_tokenizer
+
+    return build(data, load_tokenizer(model), prefix)
+
+
+def cache_of(out: Path) -> Path:
+    """Where a command keeps its tokens and sample index: beside its result, named so that it is not read as one."""
+    return out.parent / f".{out.name}.work"
+
+
+def architecture_of(model: Path) -> Any:
+    """Of a Hugging Face folder or a NeMo checkpoint, before anything heavy is loaded."""
+    if (model / "context").is_dir():
+        from nemo_minitron.nemo.context import hf_config
+
+        return from_hf(hf_config(model))
+    return from_hf(model)
+
+
+def run_estimate(
+    model: str, data: str, out: Path, calibration: Calibration, layout: Layout, log: Path | None = None
+) -> Scores:
+    """Scores of a model into `out`, in the processes of the layout. Raises InputError."""
+    folder = resolve(model)
+    layout.check(architecture_of(folder))
+    work = cache_of(out)
+    tokens = tokenise(data, folder, work / "calibration")
+    settings = {
+        "model": str(folder), "data": str(tokens.prefix), "out": str(out), "index": str(work / "index"),
+        "calibration": dataclasses.asdict(calibration), "layout": dataclasses.asdict(layout),
+    }  # fmt: skip
+    launch("estimate", settings, layout.processes, log)
+    return Scores.load(out)
+
+
+def run_training(
+    student: Path, teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
+    log: Path | None = None,
+) -> None:  # fmt: skip
+    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew."""
+    identity = digest_of([dataclasses.asdict(recipe), teacher_identity(str(student)), teacher_identity(teacher)])
+    mark = out / "settings.json"
+    if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(mark, identity)
+    settings = {
+        "student": str(student), "teacher": str(teacher), "train": str(prefixes[0]), "validation": str(prefixes[1]),
+        "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
+        "layout": dataclasses.asdict(layout),
+    }  # fmt: skip
+    launch("distill", settings, layout.processes, log)
+
+
+def run_distill(
+    student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout
+) -> Path:
+    """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
+    source, teacher_folder = resolve(student), resolve(teacher)
+    layout.check(from_hf(source))
+    layout.check(architecture_of(teacher_folder))
+    work = cache_of(out)
+    tokens = tokenise(data, source, work / "train")
+    training = work / "training"
+    run_training(source, str(teacher_folder), (tokens.prefix, tokens.prefix), training, recipe, layout, work / "log.txt")
+    return export_student(training, source, out)
+
+
+def export_student(training: Path, base: Path, out: Path) -> Path:
+    """The last checkpoint of a training -> a Hugging Face folder like `base`, with the new weights.
+
+    Weights keep the dtype that `base` stores, so that the folder is what its config says.
+    """
+    from nemo_minitron.nemo.checkpoint import CheckpointSource, last_checkpoint
+    from nemo_minitron.nemo.convert import to_stored_dtype
+    from nemo_minitron.pruning.folder import HFSource
+    from nemo_minitron.pruning.write import write_weights
+
+    stored = HFSource(base)
+    source = to_stored_dtype(CheckpointSource(last_checkpoint(training)), stored)
+    with atomic_folder(out) as folder:
+        for file in sorted(base.iterdir()):
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
+                shutil.copy2(file, folder / file.name)
+        write_weights(source, identity(stored.architecture), folder, stored.config)
+        if (training / "loss.csv").exists():
+            shutil.copy2(training / "loss.csv", folder / "loss.csv")
+    return out
+
+
+def teacher_identity(teacher: str) -> str:
+    """The model digest of a teacher on disk."""
+    from nemo_minitron.nemo.sources import open_source
+    from nemo_minitron.pruning.tensors import source_digest
+
+    return source_digest(open_source(teacher))
+
+
+def identity(architecture: Any) -> PrunePlan:
+    return PrunePlan(source=architecture, target=architecture, keep={})
+
+
+def run_evaluate(model: str, data: str, settings: Evaluation, tokens: Any = None, name: str | None = None) -> dict:
+    """Numbers of a Hugging Face folder on a corpus; `tokens` where it is tokenised already."""
+    import tempfile
+
+    from nemo_minitron.evaluation import evaluate
+    from nemo_minitron.nemo.data import load_tokenizer, token_bytes
+
+    folder = resolve(model)
+    from_hf(folder)
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        tokens = tokens or tokenise(data, folder, Path(scratch) / "corpus")
+        count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
+        windows = tokens.windows(settings.sequence_length, count)
+        numbers = evaluate(
+            folder, windows, token_bytes=token_bytes(load_tokenizer(folder)), precision=settings.precision,
+            batch_size=settings.batch_size,
+        )  # fmt: skip
+    return numbers.as_dict() | {"corpus": name or data}

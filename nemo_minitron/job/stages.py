@@ -1,0 +1,162 @@
+"""The stages of `minitron compress`: what each reads, calls and leaves in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.families import resolve
+from nemo_minitron.job import commands
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.run import Run, Stage
+
+SPLITS = ("train", "test", "calibration")
+PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
+
+
+def stages(job: Job) -> list[Stage]:
+    """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
+    random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
+    return [
+        Stage("data", tokenise, _data_inputs, outputs=("data/train.idx", "data/test.idx")),
+        Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
+        Stage("plan", plan, lambda run: dict(run.job.keep), ("estimate",), ("plan.json",)),
+        Stage("prune", prune, _prune_inputs, ("plan",), (f"{PRUNED}/config.json", *random)),
+        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
+        Stage("distill", distill, _distill_inputs, ("data", "prune"), (f"{DISTILLED}/last.json",)),
+        Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
+        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), ("numbers.json",)),
+        Stage("report", report, lambda run: run.job.as_dict(), ("evaluate student",), ("report.html",)),
+    ]
+
+
+# -- inputs: what decides a stage's result, besides the stages before it --------------------------------
+def _data_inputs(run: Run) -> Any:
+    data, teacher = run.job.data, resolve(run.job.teacher)
+    files = [path for path in (data.train, data.test, data.calibration or data.train) if Path(path).is_file()]
+    tokenizer = [file_digest(file) for file in sorted(teacher.glob("tokenizer*")) if file.is_file()]
+    return [dataclasses.asdict(data), [file_digest(file) for file in files], tokenizer]
+
+
+def _estimate_inputs(run: Run) -> Any:
+    return [dataclasses.asdict(run.job.calibration), commands.teacher_identity(run.job.teacher)]
+
+
+def _prune_inputs(run: Run) -> Any:
+    return [run.job.seed, run.job.evaluation.random_baseline]
+
+
+def _evaluation_inputs(run: Run) -> Any:
+    return dataclasses.asdict(run.job.evaluation)
+
+
+def _distill_inputs(run: Run) -> Any:
+    return dataclasses.asdict(run.job.distillation)
+
+
+# -- the stages ----------------------------------------------------------------------------------------
+def tokenise(run: Run) -> None:
+    data = run.job.data
+    for split, source in zip(SPLITS, (data.train, data.test, data.calibration or data.train), strict=True):
+        tokens = commands.tokenise(source, resolve(run.job.teacher), run.path("data", split))
+        run.say(f"    {split}: {len(tokens):,} documents, {tokens.tokens:,} tokens")
+
+
+def estimate(run: Run) -> None:
+    job, out = run.job, run.path("scores.safetensors")
+    settings = {
+        "model": str(resolve(job.teacher)), "data": str(run.path("data", "calibration")), "out": str(out),
+        "index": str(run.path("data", "index")), "calibration": dataclasses.asdict(job.calibration),
+        "layout": dataclasses.asdict(job.layout),
+    }  # fmt: skip
+    launch("estimate", settings, job.layout.processes, run.path("log.txt"))
+    scores = Scores.load(out)
+    run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
+
+
+def plan(run: Run) -> None:
+    from nemo_minitron.search import plan as make_plan
+    from nemo_minitron.search import threshold_band
+
+    scores = Scores.load(run.path("scores.safetensors"))
+    made = make_plan(scores, keep=dict(run.job.keep))
+    made.save(run.path("plan.json"))
+    run.manifest.digests |= {"scores": scores.digest, "plan": made.digest, "model": scores.model_digest or ""}
+    run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+    close = threshold_band(scores, made, 1e-5)
+    run.say("    units within 1e-5 of their threshold: " + ", ".join(f"{n} of {a}" for a, n in close.items()))
+
+
+def prune(run: Run) -> None:
+    from nemo_minitron.pruning import prune as cut
+    from nemo_minitron.search import random_plan
+
+    teacher, made = resolve(run.job.teacher), PrunePlan.load(run.path("plan.json"))
+    cut(teacher, made, run.path(PRUNED), overwrite=True)
+    if run.job.evaluation.random_baseline:
+        chance = random_plan(made.source, keep=dict(run.job.keep), seed=run.job.seed)
+        cut(teacher, chance, run.path(RANDOM), overwrite=True)
+
+
+def evaluate(run: Run) -> None:
+    models = {"teacher": resolve(run.job.teacher), "random": run.path(RANDOM), "pruned": run.path(PRUNED)}
+    if not run.job.evaluation.random_baseline:
+        del models["random"]
+    numbers = [_measure(run, stage, folder) for stage, folder in models.items()]
+    write_json(run.path("numbers.json"), numbers)
+    samples = [text for stage in ("teacher", "pruned") for text in _continue(run, stage, models[stage])]
+    write_json(run.path("samples.json"), samples)
+
+
+def distill(run: Run) -> None:
+    job, prefixes = run.job, (run.path("data", "train"), run.path("data", "test"))
+    commands.run_training(
+        run.path(PRUNED), str(resolve(job.teacher)), prefixes, run.path(DISTILLED), job.distillation, job.layout,
+        run.path("log.txt"),
+    )  # fmt: skip
+
+
+def export(run: Run) -> None:
+    commands.export_student(run.path(DISTILLED), run.path(PRUNED), run.path("student"))
+
+
+def evaluate_student(run: Run) -> None:
+    student = run.path("student")
+    numbers = [row for row in read_json(run.path("numbers.json"), "the numbers") if row["stage"] != "distilled"]
+    write_json(run.path("numbers.json"), [*numbers, _measure(run, "distilled", student)])
+    samples = [row for row in read_json(run.path("samples.json"), "the samples") if row["stage"] != "distilled"]
+    write_json(run.path("samples.json"), [*samples, *_continue(run, "distilled", student)])
+
+
+def report(run: Run) -> None:
+    from nemo_minitron.export import write_card, write_report
+    from nemo_minitron.job.facts import card_facts
+
+    write_card(run.path("student"), card_facts(run))
+    run.say(f"    {write_report(run.folder)}")
+
+
+def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
+    from nemo_minitron.nemo.data import Tokens
+
+    row = commands.run_evaluate(
+        str(folder), run.job.data.test, run.job.evaluation, Tokens(run.path("data", "test")), run.job.data.name
+    )
+    run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
+    return row | {"stage": stage}
+
+
+def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
+    from nemo_minitron.evaluation import generate
+
+    settings = run.job.evaluation
+    prompts = list(settings.prompts)
+    if not prompts:
+        return []
+    texts = generate(folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision)
+    return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+

@@ -1,0 +1,171 @@
+"""A NeMo checkpoint (torch_dist weights beside a context) as a TensorSource, read chunk by chunk.
+
+Neither part is trusted: `.metadata` is a pickle, read through an allow-list of classes; the context's
+`io.json` names classes that NeMo would import and call, here it is read as data. Chunks are read one at a
+time with torch's weights-only loader.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_minitron.artifacts.digest import Index
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf
+from nemo_minitron.nemo.context import hf_config
+from nemo_minitron.nemo.live import DTYPES, as_raw
+from nemo_minitron.nemo.mapping import Piece, pieces
+from nemo_minitron.pruning.tensors import RAW
+
+_ALLOWED = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "Path"),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def read_metadata(weights: Path) -> Any:
+    """torch's Metadata of a torch_dist folder. Raises InputError; runs nothing that the file names."""
+    file = weights / ".metadata"
+    if not file.is_file():
+        raise InputError(f"'{weights}' has no .metadata, so it holds no torch_dist checkpoint")
+    try:
+        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        return metadata if metadata.state_dict_metadata and metadata.storage_data else None
+    except Exception as error:  # a hostile or damaged pickle can raise anything
+        raise InputError(f"'{file}' was refused: {error}") from None
+
+
+class CheckpointSource:
+    """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: its tokenizer's.
+
+    Holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
+    Raises InputError for what is damaged, hostile or not a model of a supported family.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.folder = self.path / "context" / "nemo_tokenizer"
+        self.config = hf_config(self.path)
+        self._weights = self.path / "weights"
+        self._metadata = read_metadata(self._weights)
+        if self.config["vocab_size"] is None:  # NeMo took it from the tokenizer and padded it
+            embedding = self._metadata.state_dict_metadata.get("module.embedding.word_embeddings.weight")
+            self.config["vocab_size"] = embedding.size[0] if embedding else None
+        self.architecture = from_hf(self.config)
+        self._places = self._locate()
+        self._chunk: tuple[Any, torch.Tensor] | None = None
+
+    def dtype(self, name: str) -> str:
+        key, _, _ = self._places[name][0]
+        return DTYPES[self._metadata.state_dict_metadata[key].properties.dtype]
+
+    def _locate(self) -> dict[str, list[tuple[str, int | None, Piece]]]:
+        """Canonical name -> (key in the checkpoint, layer where layers are stacked, piece of the tensor)."""
+        found: dict[str, list[tuple[str, int | None, Piece]]] = {}
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if not key.startswith("module.") or not hasattr(entry, "size"):
+                continue
+            for name, layer in _parameters(key.removeprefix("module."), entry.size, self.architecture.num_layers):
+                for piece in pieces(name, self.architecture):
+                    found.setdefault(piece.tensor, []).append((key, layer, piece))
+        missing = self.architecture.shapes().keys() - found.keys()
+        if missing:
+            raise InputError(f"the checkpoint '{self.path}' lacks the tensor '{min(missing)}'")
+        return found
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Raw bits of the outer product of sorted indices, one array per dimension."""
+        block = np.empty([len(i) for i in index], RAW[self.dtype(name)])
+        for key, layer, piece in self._places[name]:
+            inside = [np.nonzero((i >= a) & (i < b))[0] for i, (a, b) in zip(index, piece.box, strict=True)]
+            if all(len(at) for at in inside):
+                wanted = [
+                    i[at] - box[0] + place[0]
+                    for i, at, box, place in zip(index, inside, piece.box, piece.place, strict=True)
+                ]
+                block[np.ix_(*inside)] = self._block(key, layer, wanted)
+        return block
+
+    def _block(self, key: str, layer: int | None, wanted: list[np.ndarray]) -> np.ndarray:
+        """Elements of one saved tensor, gathered from the chunks that hold them."""
+        entry = self._metadata.state_dict_metadata[key]
+        full = ([np.array([layer])] if layer is not None else []) + wanted
+        block = np.zeros([len(i) for i in full], RAW[DTYPES[entry.properties.dtype]])
+        for chunk in entry.chunks:
+            first = np.array(chunk.offsets)
+            last = first + np.array(chunk.sizes)
+            inside = [np.nonzero((i >= a) & (i < b))[0] for i, a, b in zip(full, first, last, strict=True)]
+            if all(len(at) for at in inside):
+                data = as_raw(self._read_chunk(key, chunk)).reshape(tuple(chunk.sizes))
+                local = [i[at] - a for i, at, a in zip(full, inside, first, strict=True)]
+                block[np.ix_(*inside)] = data[np.ix_(*local)]
+        return block[0] if layer is not None else block
+
+    def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        where = MetadataIndex(key, chunk.offsets)
+        if self._chunk is None or self._chunk[0] != where:
+            info = self._metadata.storage_data[where]
+            file = (self._weights / info.relative_path).resolve()
+            if self._weights.resolve() not in file.parents:
+                raise InputError(f"the checkpoint '{self.path}' points outside of itself, to '{info.relative_path}'")
+            self._chunk = (where, _load(file, info.offset, info.length, tuple(chunk.sizes)))
+        return self._chunk[1]
+
+
+def _load(file: Path, offset: int, length: int, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            tensor = torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
+        return tensor.detach().reshape(shape)
+    except Exception as error:  # torch raises many kinds for damaged bytes
+        raise InputError(f"a chunk of '{file}' cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _parameters(name: str, size: Any, layers: int) -> list[tuple[str, int | None]]:
+    """A checkpoint's key -> Megatron parameters: layers are stacked along dimension 0, or each has a key."""
+    stacked = "decoder.layers."
+    if not name.startswith(stacked) or name.removeprefix(stacked)[0].isdigit():
+        return [(name, None)]
+    if size[0] != layers:
+        raise InputError(f"'{name}' is stacked for {size[0]} layers, the checkpoint's config has {layers}")
+    return [(f"{stacked}{layer}.{name.removeprefix(stacked)}", layer) for layer in range(layers)]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Where `distill` left its last checkpoint. Raises InputError where there is none."""
+    where = read_json(folder / "last.json", "the record of the last checkpoint")
+    return folder / where["checkpoint"]

@@ -1,0 +1,22 @@
+"""Megatron's GPT dataset, mended in one place. Imports Megatron: load it through `data_module`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+NO_TOKEN = -1
+
+
+class PackedDataset(GPTDataset):
+    """GPTDataset over packed documents, in which the padding token is a token like any other.
+
+    Megatron takes the tokenizer's padding id as a mark of padding: it puts token 0 in its place and its
+    loss to zero. Where padding and EOS are one id (SmolLM2, Llama 3 and most others) every end of document
+    would turn into token 0. Packed samples have no padding: no token is one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pad_token_id = NO_TOKEN

@@ -1,0 +1,181 @@
+"""A Job's heavy stages as NeMo runs them: estimate is `trainer.validate`, distill is `llm.train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nemo_minitron.backend as backend
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import read_config
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.recipe import Calibration, Distillation
+
+LAST = "last"
+
+
+def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
+    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU."""
+    import torch
+    from nemo import lightning as nl
+    from nemo.lightning.pytorch.plugins import MegatronDataSampler  # noqa: F401  registers NeMo's samplers
+
+    gpu = torch.cuda.is_available()
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sp and layout.tp > 1,
+        pipeline_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+        ckpt_async_save=False,
+        **options.pop("strategy", {}),
+    )
+    return nl.Trainer(
+        devices=layout.processes,
+        num_nodes=1,
+        accelerator="gpu" if gpu else "cpu",
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision={"fp32": "32", "bf16": "bf16-mixed"}[precision]),
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def estimate(settings: dict[str, Any]) -> None:
+    """`model`, `data` (.bin/.idx prefix), `out`, `calibration`, `layout`: writes Scores to `out`."""
+    backend.setup()
+    from nemo_minitron.nemo.callbacks import Importance
+    from nemo_minitron.nemo.data import Tokens, data_module
+    from nemo_minitron.nemo.distill import FillStudent
+    from nemo_minitron.nemo.models import nemo_model
+    from nemo_minitron.nemo.sources import open_source
+
+    calibration, layout = Calibration(**settings["calibration"]), Layout(**settings["layout"])
+    source = open_source(settings["model"])
+    whole = calibration.batch_size * layout.dp
+    if calibration.samples % whole:
+        raise InputError(
+            f"{calibration.samples} calibration samples do not divide into batches of {calibration.batch_size} on "
+            f"{layout.dp} data-parallel ranks; the nearest legal number is "
+            f"{max(1, round(calibration.samples / whole)) * whole}"
+        )
+    data = data_module(
+        settings["data"], settings["data"], tokenizer=str(source.folder), seed=calibration.seed,
+        sequence_length=calibration.sequence_length, micro_batch_size=calibration.batch_size,
+        global_batch_size=whole, index_folder=settings["index"],
+    )  # fmt: skip
+    trainer = make_trainer(
+        layout, calibration.precision, limit_val_batches=calibration.samples // whole, logger=False, max_steps=1,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    importance = Importance(None, calibration.criterion, calibration.norms)
+    trainer.callbacks.extend([FillStudent(settings["model"]), importance])
+    model = nemo_model(source.config, tokenizer=data.tokenizer, precision=calibration.precision, layout=layout)
+    trainer.validate(model, data, verbose=False)
+    assert importance.scores is not None
+    importance.scores.data_digest = _data_digest(Tokens(settings["data"]))
+    importance.scores.notes = {"precision": calibration.precision, "seed": calibration.seed}
+    if trainer.is_global_zero:
+        importance.scores.save(settings["out"])
+
+
+def _data_digest(tokens: Any) -> str | None:
+    return tokens.corpus.content if tokens.corpus else None
+
+
+def distill(settings: dict[str, Any]) -> None:
+    """`student` (HF folder), `teacher`, `train`, `validation` (prefixes), `out`, `distillation`, `layout`:
+    trains to `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped."""
+    backend.setup()
+    from nemo.collections import llm
+
+    from nemo_minitron.nemo.data import data_module
+    from nemo_minitron.nemo.distill import Distillation as DistillationCallback
+    from nemo_minitron.nemo.distill import FillStudent, LossLog
+    from nemo_minitron.nemo.models import nemo_model
+
+    recipe, layout = Distillation(**settings["distillation"]), Layout(**settings["layout"])
+    data = data_module(
+        settings["train"], settings["validation"], tokenizer=settings["student"], seed=recipe.seed,
+        sequence_length=recipe.sequence_length, micro_batch_size=recipe.micro_batch_size,
+        global_batch_size=recipe.global_batch_size, index_folder=settings["index"],
+    )  # fmt: skip
+    optim = optimizer(recipe)
+    trainer = make_trainer(
+        layout, recipe.precision, max_steps=recipe.steps, limit_val_batches=0, val_check_interval=None,
+        check_val_every_n_epoch=None, log_every_n_steps=1, strategy=training_strategy(),
+    )  # fmt: skip
+    model = nemo_model(
+        read_config(settings["student"]), tokenizer=data.tokenizer, precision=recipe.precision, layout=layout,
+        optim=optim,
+    )  # fmt: skip
+    tokens = recipe.sequence_length * recipe.global_batch_size
+    trainer.callbacks.extend([
+        FillStudent(settings["student"]),
+        DistillationCallback(settings["teacher"], recipe.loss, recipe.temperature, recipe.precision),
+        LossLog(str(Path(settings["out"]) / "loss.csv"), tokens),
+    ])  # fmt: skip
+    llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
+    _mark_last(trainer, Path(settings["out"]))
+
+
+def optimizer(recipe: Distillation) -> Any:
+    """Adam in Megatron's distributed optimizer, cosine schedule with warm-up (2408.11796, table 4)."""
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+
+    bf16 = recipe.precision == "bf16"
+    return MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate, bf16=bf16, fp16=False,
+            weight_decay=recipe.weight_decay, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0,
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=recipe.steps, warmup_steps=min(recipe.warmup_steps, max(0, recipe.steps - 1)),
+            constant_steps=0, min_lr=recipe.min_learning_rate,
+        ),
+    )  # fmt: skip
+
+
+def training_strategy() -> dict[str, Any]:
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return {
+        "ddp": DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        ),
+        "gradient_accumulation_fusion": False,
+    }
+
+
+def logger(out: str, recipe: Distillation) -> Any:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from nemo import lightning as nl
+
+    return nl.NeMoLogger(
+        explicit_log_dir=out,
+        tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
+        update_logger_directory=False,
+        ckpt=nl.ModelCheckpoint(
+            monitor=None, save_last=True, save_top_k=1, every_n_train_steps=recipe.save_every,
+            save_on_train_epoch_end=False, save_optim_on_train_end=False, filename="{step}",
+        ),
+    )  # fmt: skip
+
+
+def resume() -> Any:
+    from nemo import lightning as nl
+
+    return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
+
+
+def _mark_last(trainer: Any, out: Path) -> None:
+    """Writes down where the last checkpoint lies, for the stage that comes after."""
+    if trainer.is_global_zero:
+        path = Path(trainer.checkpoint_callback.last_model_path)
+        (out / f"{LAST}.json").write_text(json.dumps({"checkpoint": str(path.resolve().relative_to(out.resolve()))}))

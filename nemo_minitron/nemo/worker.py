@@ -1,0 +1,33 @@
+"""The processes of a stage: `python -m nemo_minitron.nemo.worker STAGE SETTINGS.json`, under torchrun or alone.
+
+Nothing heavy is imported at module level: saving a checkpoint starts a helper that imports this module again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Runs one stage; a refusal is left as a file for the process that launched this one, exit code 2."""
+    stage, file = sys.argv[1:3]
+    settings = json.loads(Path(file).read_text())
+    from nemo_minitron.errors import InputError
+
+    try:
+        from nemo_minitron.nemo import stages
+
+        {"estimate": stages.estimate, "distill": stages.distill}[stage](settings)
+    except InputError as error:
+        folder = os.environ.get("MINITRON_ERRORS")
+        if folder:
+            Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
+        print(f"minitron: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # no clean-up that could wait for other ranks: torchrun ends them
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Every tolerance of the tests, each with its reason."""
+
+# Scores of two layouts of one model in fp32: sums over channels and tokens are taken in another order.
+# Relative to the largest score of the row.
+SCORES_FP32 = 1e-5
+
+# fp32 logits of Megatron and transformers on SmolLM2-135M: 30 layers of matrix products in another order
+# (QKV and gate/up fused, SDPA for both). Absolute, logits reach about 30.
+LOGITS_FP32 = 1e-3
+
+# fp32 logits of pico models (6 layers, width 48): the same, with far shorter sums. Absolute.
+LOGITS_PICO_FP32 = 2e-5
+
+# A KL in fp32 against float64: exponentials and their sum over the vocabulary. Relative to 1 + KL, per token.
+KL_FP32 = 1e-6
+
+# Its gradient with respect to a logit: a difference of two probabilities, each right to a few units of fp32. Absolute.
+KL_GRADIENT_FP32 = 5e-7
+
+# bf16 keeps 8 bits: a gradient stored in bf16 is right to half a unit in the last place. Relative.
+GRADIENT_BF16 = 2**-8
+
+# Training losses of two layouts over a few fp32 steps: gradients are summed in another order. Relative.
+LOSS_LAYOUT_FP32 = 1e-4
