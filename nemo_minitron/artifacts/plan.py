@@ -37,6 +37,9 @@ class PrunePlan:
     def __post_init__(self) -> None:
         for name in self.keep:
             self._check_axis(axis(name))
+        for field in sorted(self.source.as_dict().keys() - {cut.size for cut in AXES.values()}):
+            if getattr(self.source, field) != getattr(self.target, field):
+                raise InputError(f"a plan cannot change {field}; its source and its target differ in it")
         for name, cut in AXES.items():
             if name not in self.keep and cut.length(self.source) != cut.length(self.target):
                 raise InputError(
@@ -81,7 +84,7 @@ class PrunePlan:
         heads = self.indices("heads", layer)
         groups = list(range(self.source.num_query_groups)) if groups is None else groups
         if heads is None:
-            if self.target.num_attention_heads != self.source.num_attention_heads:
+            if self.target.num_query_groups != self.source.num_query_groups:
                 raise InputError("a plan that cuts query groups must list the heads that stay")
             return
         counts = {group: sum(head // size == group for head in heads) for group in groups}

@@ -7,6 +7,7 @@ NeMo call without asking.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def redirect() -> None:
         replace(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     Redirect().__enter__()  # never left
     _megatron_rng()
+    _megatron_two_stages()
 
 
 def _megatron_rng() -> None:
@@ -113,6 +115,26 @@ def _megatron_rng() -> None:
     # Both generators are one here, so Megatron's check that the CPU's did not move always fails.
     logger = logging.getLogger(random.__name__)
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _megatron_two_stages() -> None:
+    """Two pipeline stages with virtual ones: the next rank is the previous one too, and a batch of sends
+    and receives between the same two confuses activations with gradients: training goes wrong in silence.
+    Megatron's own launcher refuses it; through NeMo it gets by. One by one they find their way."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.utils import get_model_config
+
+    original = schedules.forward_backward_pipelining_with_interleaving
+
+    @functools.wraps(original)
+    def one_by_one(*, model: Any, **options: Any) -> Any:
+        config = get_model_config(model[0])
+        if parallel_state.get_pipeline_model_parallel_world_size() == 2:
+            config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        return original(model=model, **options)
+
+    replace(schedules, "forward_backward_pipelining_with_interleaving", one_by_one)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------

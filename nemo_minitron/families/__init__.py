@@ -23,6 +23,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config. Raises InputError for one that is not supported."""
     classes = config.get("architectures") or []
     kind = config.get("model_type")
+    if not isinstance(classes, list):
+        raise InputError(f"the config's 'architectures' is {classes!r}; it must be a list of class names")
     for family in FAMILIES:
         if family.hf_class in classes or (not classes and family.model_type == kind):
             return family

@@ -103,18 +103,20 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
 
     Weights keep the dtype that `base` stores, so that the folder is what its config says.
     """
+    from nemo_minitron.export import finish_folder
     from nemo_minitron.nemo.checkpoint import CheckpointSource, last_checkpoint
-    from nemo_minitron.nemo.convert import to_stored_dtype
+    from nemo_minitron.nemo.convert import Converted
     from nemo_minitron.pruning.folder import HFSource
     from nemo_minitron.pruning.write import write_weights
 
     stored = HFSource(base)
-    source = to_stored_dtype(CheckpointSource(last_checkpoint(training)), stored)
+    source = Converted(CheckpointSource(last_checkpoint(training)), stored)
     with atomic_folder(out) as folder:
         for file in sorted(base.iterdir()):
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
                 shutil.copy2(file, folder / file.name)
         write_weights(source, identity(stored.architecture), folder, stored.config)
+        finish_folder(folder, base_folder=base)
         if (training / "loss.csv").exists():
             shutil.copy2(training / "loss.csv", folder / "loss.csv")
     return out

@@ -73,7 +73,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays."""
+    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays.
+
+    `base_model` and `licence` are the teacher's name and licence on the model card.
+    """
 
     name: str
     teacher: str
@@ -84,6 +87,7 @@ class Job:
     evaluation: Evaluation = Evaluation()
     layout: Layout = Layout()
     licence: str = "unknown"
+    base_model: str | None = None
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,7 +19,6 @@ def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
     """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU."""
     import torch
     from nemo import lightning as nl
-    from nemo.lightning.pytorch.plugins import MegatronDataSampler  # noqa: F401  registers NeMo's samplers
 
     gpu = torch.cuda.is_available()
     strategy = nl.MegatronStrategy(
@@ -37,12 +36,25 @@ def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
         num_nodes=1,
         accelerator="gpu" if gpu else "cpu",
         strategy=strategy,
-        plugins=nl.MegatronMixedPrecision(precision={"fp32": "32", "bf16": "bf16-mixed"}[precision]),
+        plugins=_precision(precision),
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         **options,
     )
+
+
+def _precision(precision: str) -> Any:
+    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says."""
+    import torch
+    from nemo import lightning as nl
+
+    if precision == "fp32":
+        return nl.MegatronMixedPrecision(precision="32")
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )  # fmt: skip
 
 
 def estimate(settings: dict[str, Any]) -> None:
@@ -149,7 +161,8 @@ def training_strategy() -> dict[str, Any]:
         "ddp": DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
         ),
-        "gradient_accumulation_fusion": False,
+        # Any layout can resume any other; the other format also trips over the step counter of torch's Adam.
+        "ckpt_optim_fully_reshardable": True,
     }
 
 
@@ -162,7 +175,7 @@ def logger(out: str, recipe: Distillation) -> Any:
         tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
         update_logger_directory=False,
         ckpt=nl.ModelCheckpoint(
-            monitor=None, save_last=True, save_top_k=1, every_n_train_steps=recipe.save_every,
+            monitor=None, save_last=True, save_top_k=0, every_n_train_steps=recipe.save_every,
             save_on_train_epoch_end=False, save_optim_on_train_end=False, filename="{step}",
         ),
     )  # fmt: skip
@@ -177,5 +190,7 @@ def resume() -> Any:
 def _mark_last(trainer: Any, out: Path) -> None:
     """Writes down where the last checkpoint lies, for the stage that comes after."""
     if trainer.is_global_zero:
-        path = Path(trainer.checkpoint_callback.last_model_path)
+        from nemo.lightning.ckpt_utils import ckpt_to_dir
+
+        path = Path(ckpt_to_dir(trainer.checkpoint_callback.last_model_path))
         (out / f"{LAST}.json").write_text(json.dumps({"checkpoint": str(path.resolve().relative_to(out.resolve()))}))

@@ -13,7 +13,8 @@ import numpy as np
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index, bf16_bits, model_digest
 
-RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}  # safetensors dtype -> raw bits
+# safetensors dtype -> raw bits
+RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 
 
 class TensorSource(Protocol):
@@ -36,4 +37,6 @@ def whole(shape: tuple[int, ...]) -> Index:
 
 def source_digest(source: TensorSource) -> str:
     """The model digest of a source; reads a few blocks of each tensor."""
-    return model_digest(source.architecture, lambda name, index: bf16_bits(source.read(name, index), source.dtype(name)))
+    return model_digest(
+        source.architecture, lambda name, index: bf16_bits(source.read(name, index), source.dtype(name))
+    )

@@ -236,5 +236,7 @@ def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
     assert (called["limit"], called["model_args"]["dtype"]) == (3, "float32")
     with pytest.raises(InputError, match="no task 'hellaswig'"):
         run_tasks(folder, ["hellaswig"])
+    with pytest.raises(InputError, match="bf16"):
+        run_tasks(folder, ["hellaswag"], precision="bf17")
     with pytest.raises(InputError, match="does not exist"):
         task_name(str(tmp_path / "other.yaml"))

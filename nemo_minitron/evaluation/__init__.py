@@ -1,0 +1,11 @@
+"""Model -> numbers: loss, perplexity and bits per byte of packed windows, greedy text, lm-eval tasks.
+
+Models are Hugging Face folders, read by transformers, so a student is measured by code that did not make
+it. Importing this room loads neither torch nor transformers.
+"""
+
+from nemo_minitron.evaluation.generation import generate
+from nemo_minitron.evaluation.perplexity import Numbers, evaluate
+from nemo_minitron.evaluation.tasks import run_tasks
+
+__all__ = ["Numbers", "evaluate", "generate", "run_tasks"]

@@ -1,0 +1,62 @@
+"""A Hugging Face folder as a live transformers model: offline, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.families import from_hf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
+    """The model of `folder` in eval mode, on the GPU where there is one.
+
+    Raises InputError for an unknown precision, a folder that is no model, and a weight that is missing:
+    transformers would fill it with random numbers and only warn.
+    """
+    dtype = dtype_name(precision)
+    from_hf(folder)  # refuses, in one sentence, what is no folder of a supported family
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_dtype(getattr(torch, dtype)),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"transformers cannot load the model '{folder}': {_first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            kind = problem.removesuffix("_keys")
+            raise InputError(f"the model '{folder}' has {kind} weights, such as '{min(info[problem])}'")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def dtype_name(precision: str) -> str:
+    """torch's name of a precision. Raises InputError for an unknown one."""
+    if precision not in DTYPES:
+        raise InputError(f"precision '{precision}' is unknown here; {nearest(precision, DTYPES)}")
+    return DTYPES[precision]
+
+
+def _dtype(dtype: Any) -> dict[str, Any]:
+    """transformers renamed the argument in 4.56 and warns about the old name from then on."""
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

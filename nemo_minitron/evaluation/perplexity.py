@@ -1,0 +1,162 @@
+"""Loss, perplexity and bits per byte of a Hugging Face folder on packed windows of tokens.
+
+Shapes: N windows, B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.model import load
+from nemo_minitron.families import from_hf
+
+if TYPE_CHECKING:
+    import torch
+
+POSITIONS = 512  # logits that are held in fp32 at once: at V = 128k they and their softmax take 0.5 GB
+LARGEST_LOSS = 700.0  # exp of more is no float, and JSON has no infinity
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """One row of `numbers.json`.
+
+    `tokens`: predicted positions; `loss`: nats per predicted token; `bits_per_byte`: None where the bytes of
+    the tokens are not known; `seconds`: of the forward passes, without loading the model.
+    """
+
+    corpus: str
+    tokens: int
+    parameters: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    seconds: float
+    stage: str = ""
+
+    @classmethod
+    def from_totals(cls, nats: float, tokens: int, text_bytes: int | None = None, **rest: Any) -> Numbers:
+        """From sums over all predicted positions; `rest`: the fields that do not follow from them."""
+        loss = nats / tokens
+        bits = nats / math.log(2) / text_bytes if text_bytes else None
+        perplexity = math.exp(min(loss, LARGEST_LOSS))
+        return cls(tokens=tokens, loss=loss, perplexity=perplexity, bits_per_byte=bits, **rest)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, `stage` and `corpus` first."""
+        values = dataclasses.asdict(self)
+        return {"stage": values.pop("stage")} | values
+
+
+def evaluate(
+    folder: str | Path,
+    windows: np.ndarray,
+    *,
+    token_bytes: np.ndarray | None = None,
+    precision: str = "bf16",
+    batch_size: int = 4,
+    corpus: str = "",
+    stage: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Numbers:
+    """Mean cross entropy of each next token over positions 1 to S-1 of each window.
+
+    `windows`: whole numbers [N, S], packed tokens without padding. `token_bytes`: whole numbers [V], UTF-8
+    bytes of each token. `precision`: bf16 or fp32, of the forward pass; the loss is fp32 from the logits and
+    is summed in float64. `progress(windows done, N)` is called after each batch. The batch size changes the
+    result by rounding only: nothing is padded.
+
+    Raises InputError for windows that do not fit the model, a model that cannot be loaded, and logits that
+    are not finite.
+    """
+    architecture = from_hf(folder)
+    windows = check_windows(windows, architecture.vocab_size)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    text_bytes = None if token_bytes is None else predicted_bytes(windows, token_bytes)
+    model = load(folder, precision)
+    start = time.perf_counter()
+    total = _total_nats(model, windows, batch_size, progress)
+    if not math.isfinite(total):
+        raise InputError(f"the model '{folder}' gives logits that are not finite; its weights are damaged")
+    return Numbers.from_totals(
+        total,
+        windows[:, 1:].size,
+        text_bytes,
+        corpus=corpus,
+        stage=stage,
+        parameters=architecture.parameters(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+
+
+def _total_nats(
+    model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
+) -> float:
+    """Exactly rounded sum over windows, so that it does not depend on how they are batched."""
+    nats: list[float] = []
+    for first in range(0, len(windows), batch_size):
+        nats += _batch_nats(model, windows[first : first + batch_size])
+        if progress:
+            progress(len(nats), len(windows))
+    return math.fsum(nats)
+
+
+def _batch_nats(model: Any, windows_BS: np.ndarray) -> list[float]:
+    """Summed cross entropy of each row, in nats."""
+    import torch
+
+    tokens_BS = torch.from_numpy(windows_BS).to(model.device)
+    with torch.inference_mode():
+        logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
+        return [_row_nats(logits_BSV[row], tokens_BS[row]) for row in range(len(tokens_BS))]
+
+
+def _row_nats(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+    """Position i predicts token i + 1. By chunks, so that no fp32 copy of all logits exists."""
+    from torch.nn.functional import cross_entropy
+
+    total = 0.0
+    for first in range(0, len(tokens_S) - 1, POSITIONS):
+        last = min(first + POSITIONS, len(tokens_S) - 1)
+        targets = tokens_S[first + 1 : last + 1]
+        nats = cross_entropy(logits_SV[first:last].float(), targets, reduction="none")
+        total += nats.double().sum().item()
+    return total
+
+
+def check_windows(windows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """`windows` as int64 [N, S]. Raises InputError where they are none, or do not fit the vocabulary."""
+    windows = np.ascontiguousarray(windows)
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2 or windows.dtype.kind not in "iu":
+        raise InputError(
+            f"windows are {windows.dtype} {list(windows.shape)}; whole numbers [windows, sequence] are "
+            "needed, at least one window of at least 2 tokens"
+        )
+    windows = windows.astype(np.int64, copy=False)
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"token {low if low < 0 else high} is outside the model's vocabulary (0 to {vocab_size - 1}); "
+            "the text was made with another tokenizer"
+        )
+    return windows
+
+
+def predicted_bytes(windows: np.ndarray, token_bytes: np.ndarray) -> int:
+    """UTF-8 bytes of the tokens that are predicted: all but the first of each window."""
+    token_bytes = np.asarray(token_bytes)
+    if token_bytes.ndim != 1 or len(token_bytes) <= windows.max():
+        raise InputError(
+            f"token_bytes has {token_bytes.shape} entries; the text has token {windows.max()}, so "
+            f"[{windows.max() + 1}] or more are needed"
+        )
+    return int(token_bytes[windows[:, 1:]].sum(dtype=np.int64))

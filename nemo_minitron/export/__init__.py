@@ -1,0 +1,10 @@
+"""Student -> what surrounds its weights: a complete Hugging Face folder, its model card, the run's report.
+
+Nothing here needs torch; matplotlib, jinja2 and huggingface_hub are imported where they are used.
+"""
+
+from nemo_minitron.export.card import CardFacts, write_card
+from nemo_minitron.export.folder import finish_folder
+from nemo_minitron.export.report import write_report
+
+__all__ = ["CardFacts", "finish_folder", "write_card", "write_report"]

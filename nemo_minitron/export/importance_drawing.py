@@ -1,0 +1,142 @@
+"""How the figures of importance are drawn; what they show is in `importance_figures.py`.
+
+Shapes: L layers, H hidden channels, N heads, C columns of the heat map.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_minitron.export.plot import (
+    CUT,
+    INK,
+    KEPT,
+    MUTED,
+    layer_ticks,
+    log_axis,
+    log_ticks,
+    plain_number,
+    thousands,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FLOOR = 1e-3  # of a layer's largest score: what is below has the palest colour
+
+
+def layers(figure: Figure, *, score_L: np.ndarray, kept_L: np.ndarray, planned: bool) -> None:
+    """Stems; logarithmic, since the first layer's influence is many times that of the others."""
+    axes = figure.subplots()
+    index_L = np.arange(len(score_L))
+    positive = bool((score_L > 0).all())
+    base = score_L.min() / 1.5 if positive else min(0, score_L.min())
+    if positive:
+        log_axis(axes, "y", base, score_L.max() * 1.4)
+    for mask, colour, label, marker in ((kept_L, KEPT, "kept", "o"), (~kept_L, CUT, "cut", "X")):
+        if mask.any():
+            axes.vlines(index_L[mask], base, score_L[mask], color=colour, linewidth=2, alpha=0.45)
+            axes.plot(index_L[mask], score_L[mask], marker, color=colour, markersize=6, label=label)
+    axes.set(xlabel="layer", ylabel="block influence (1 − cosine)", xlim=(-0.8, len(score_L) - 0.2))
+    layer_ticks(axes.xaxis)
+    if planned:
+        axes.legend(ncols=2)
+
+
+def neurons(
+    figure: Figure,
+    *,
+    edges: np.ndarray,
+    mean_LC: np.ndarray,
+    counts: dict[int, int],
+    share: dict[int, float],
+) -> None:
+    """Heat map with the line between kept and cut; beside it the part of each layer's score that stays."""
+    panels = figure.subplots(1, 2 if counts else 1, width_ratios=(5, 1) if counts else None, squeeze=False)[0]
+    main = panels[0]
+    image = _heat_map(main, edges, mean_LC)
+    main.set(xlabel="neurons of the layer, most important first", ylabel="layer")
+    thousands(main.xaxis)
+    _colour_bar(figure, image, main, location="top", aspect=45, pad=0.02, shrink=0.8)
+    if counts:
+        _thresholds(main, counts)
+        _shares(panels[1], share, main.get_ylim())
+
+
+def hidden(figure: Figure, *, score_H: np.ndarray, kept_H: np.ndarray, planned: bool) -> None:
+    """Bars in the order given; two outlines, so that thousands of channels stay a small SVG."""
+    axes = figure.subplots()
+    positive = score_H[score_H > 0]
+    base = positive.min() / 1.3 if len(positive) else 0
+    many = len(score_H) > 1000  # as an outline each channel costs 100 bytes
+    for mask, colour, label in ((kept_H, KEPT, "kept"), (~kept_H, CUT, "cut")):
+        if mask.any():
+            heights = np.where(mask, np.maximum(score_H, base), base)
+            label = f"{label} ({mask.sum():,})"
+            axes.stairs(heights, baseline=base, fill=True, color=colour, label=label, rasterized=many)
+    if base:
+        log_axis(axes, "y", base, score_H.max() * 1.4)
+    axes.set(xlabel="hidden channels, most important first", ylabel="score (sum over the norms)")
+    axes.set_xlim(0, len(score_H))
+    thousands(axes.xaxis)
+    if planned:
+        axes.legend()
+
+
+def grid(figure: Figure, *, score_LN: np.ndarray, kept_LN: np.ndarray, one: str) -> None:
+    """Heat map of few columns, each cut cell crossed out."""
+    axes = figure.subplots()
+    image = _heat_map(axes, np.arange(score_LN.shape[1] + 1) - 0.5, score_LN)
+    whole_L = ~kept_LN.any(axis=1)
+    _veil(axes, np.flatnonzero(whole_L).tolist())
+    layer, column = np.nonzero(~kept_LN & ~whole_L[:, None])
+    axes.plot(column, layer, "x", color=CUT, markersize=6, markeredgewidth=1.8)
+    axes.set(xlabel=one, ylabel="layer")
+    layer_ticks(axes.xaxis)
+    _colour_bar(figure, image, axes)
+
+
+def _heat_map(axes: Axes, edges: np.ndarray, score_LC: np.ndarray) -> Any:
+    """Each row against its largest, logarithmic, layer 0 on top; rasterised, so that an SVG stays small."""
+    from matplotlib.colors import LogNorm
+
+    relative_LC = score_LC / np.maximum(score_LC.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    relative_LC = np.clip(relative_LC, FLOOR, 1)
+    norm = LogNorm(min(0.5, float(relative_LC.min())), 1)
+    rows = np.arange(len(score_LC) + 1) - 0.5
+    image = axes.pcolormesh(edges, rows, relative_LC, norm=norm, cmap="YlGnBu", rasterized=True)
+    axes.set_ylim(len(score_LC) - 0.5, -0.5)
+    layer_ticks(axes.yaxis)
+    return image
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Axes, **place: Any) -> None:
+    ticks = log_ticks(image.norm.vmin, image.norm.vmax)
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, format=plain_number, **place)
+    bar.minorticks_off()
+    bar.set_label("score, as a part of the layer's largest")
+
+
+def _thresholds(axes: Axes, counts: dict[int, int]) -> None:
+    """A line in each kept layer between what stays and what goes."""
+    layers = sorted(counts)
+    ends = [layer - 0.5 for layer in layers], [layer + 0.5 for layer in layers]
+    axes.vlines([counts[layer] for layer in layers], *ends, color=CUT, linewidth=2)
+    _veil(axes, [layer for layer in range(round(max(axes.get_ylim()) + 0.5)) if layer not in counts])
+
+
+def _veil(axes: Axes, layers: list[int]) -> None:
+    """Layers that go as a whole."""
+    middle = sum(axes.get_xlim()) / 2
+    for layer in layers:
+        axes.axhspan(layer - 0.5, layer + 0.5, color="white", alpha=0.8, linewidth=0)
+        axes.text(middle, layer, "layer cut", ha="center", va="center_baseline", fontsize=7, color=INK)
+
+
+def _shares(axes: Axes, share: dict[int, float], limits: tuple[float, float]) -> None:
+    axes.barh(list(share), [100 * value for value in share.values()], height=0.7, color=KEPT, alpha=0.85)
+    axes.axvline(100, color=MUTED, linewidth=0.8)
+    axes.set(xlim=(0, 103), xlabel="score kept (%)", xticks=(0, 50, 100), ylim=limits, yticks=())

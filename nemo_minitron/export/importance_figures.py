@@ -1,0 +1,149 @@
+"""Figures of what matters: layers, neurons of each layer, hidden channels, heads; kept and cut marked.
+
+Each function gives a Plot, or a sentence that says why there is none.
+Shapes: L layers, F neurons of a layer, H hidden channels, N heads, C columns of the heat map.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from nemo_minitron.export import importance_drawing as drawing
+from nemo_minitron.export.plot import Plot
+from nemo_minitron.export.run import Run
+
+COLUMNS = 256  # of the heat map
+Kept = dict[int, list[int]]  # source layer -> kept indices
+
+
+def layers(run: Run) -> Plot | str:
+    """Block influence of each layer."""
+    if run.scores is None or "layers" not in run.scores:
+        return "The run has no scores of layers (block influence)."
+    score_L = run.scores["layers"]
+    kept_L = kept_mask(run.plan.keep.get("layers") if run.plan else None, len(score_L))
+    caption = "How much a layer turns the residual stream: 1 − cosine of its input and its output."
+    if run.plan:
+        cut = np.flatnonzero(~kept_L).tolist()
+        caption += f" The plan cuts {words_of(cut)}." if cut else " The plan keeps every layer."
+    rows = [(i, score_L[i], kept_L[i]) for i in range(len(score_L))]
+    draw = partial(drawing.layers, score_L=score_L, kept_L=kept_L, planned=run.plan is not None)
+    return Plot("layers", caption, ("layer", "block_influence", "kept"), rows, draw)
+
+
+def neurons(run: Run) -> Plot | str:
+    """Heat map of the FFN neurons of each layer, sorted by score within the layer."""
+    score_LF, why_not = _scores(run, "ffn", "FFN width")
+    if score_LF is None:
+        return why_not
+    kept: Kept = run.plan.keep["ffn"] if run.plan else {}
+    order_LF = np.argsort(-score_LF, axis=1, kind="stable")
+    width = score_LF.shape[1]
+    edges = np.linspace(0, width, min(COLUMNS, width) + 1).round().astype(int)
+    mean_LC = in_columns(np.take_along_axis(score_LF, order_LF, axis=1), edges) / np.diff(edges)
+    mask_LF = np.array([kept_mask(kept.get(i, []), width) for i in range(len(score_LF))])
+    kept_LC = in_columns(np.take_along_axis(mask_LF, order_LF, axis=1), edges).astype(int)
+    share = {i: _share(score_LF[i], indices) for i, indices in kept.items()}
+    rows = [
+        (i, edges[c], edges[c + 1] - 1, mean_LC[i, c], *([kept_LC[i, c]] if kept else []))
+        for i, c in np.ndindex(*mean_LC.shape)
+    ]
+    columns = ("layer", "first_rank", "last_rank", "mean_score", *(["kept"] if kept else []))
+    counts = {i: len(indices) for i, indices in kept.items()}
+    draw = partial(drawing.neurons, edges=edges, mean_LC=mean_LC, counts=counts, share=share)
+    height = float(np.clip(1.8 + 0.11 * len(mean_LC), 3, 7))
+    return Plot("ffn", _neuron_caption(order_LF, kept, share), columns, rows, draw, height)
+
+
+def _neuron_caption(order_LF: np.ndarray, kept: Kept, share: dict[int, float]) -> str:
+    text = "Each row is a layer, its neurons sorted by score."
+    if not kept:
+        return text
+    size = len(next(iter(kept.values())))
+    low, high = (f"{100 * value:.1f}" for value in (min(share.values()), max(share.values())))
+    text += f" The plan keeps {size:,} of {order_LF.shape[1]:,} neurons in each layer"
+    text += f", which hold {low} to {high} % of a layer's score"
+    inside = min(np.isin(indices, order_LF[i, :size]).mean() for i, indices in kept.items())
+    if inside == 1:
+        return text + ": those left of the line."
+    return (
+        text + f". They are not this score's best: {100 * inside:.0f} % or more of them lie left of the line."
+    )
+
+
+def hidden(run: Run) -> Plot | str:
+    """Hidden channels, sorted by score."""
+    score_H, why_not = _scores(run, "hidden", "hidden size")
+    if score_H is None:
+        return why_not
+    kept_H = kept_mask(run.plan.keep["hidden"] if run.plan else None, len(score_H))
+    order_H = np.argsort(-score_H, kind="stable")
+    caption = "One bar for each channel of the residual stream; the same channels stay in the whole model."
+    if run.plan:
+        caption += f" The kept ones hold {100 * _share(score_H, run.plan.keep['hidden']):.1f} % of the score."
+    rows = [(rank, i, score_H[i], kept_H[i]) for rank, i in enumerate(order_H)]
+    draw = partial(
+        drawing.hidden, score_H=score_H[order_H], kept_H=kept_H[order_H], planned=run.plan is not None
+    )
+    return Plot("hidden", caption, ("rank", "channel", "score", "kept"), rows, draw)
+
+
+def heads(run: Run) -> Plot | str:
+    """Attention heads of each layer, those that go crossed out."""
+    return _grid(run, "heads", "head", "attention heads")
+
+
+def query_groups(run: Run) -> Plot | str:
+    """Query groups (heads of keys and values) of each layer, those that go crossed out."""
+    return _grid(run, "query_groups", "query_group", "query groups")
+
+
+def _grid(run: Run, axis: str, one: str, many: str) -> Plot | str:
+    score_LN, why_not = _scores(run, axis, f"number of {many}")
+    if score_LN is None:
+        return why_not
+    kept: Kept | None = run.plan.keep[axis] if run.plan else None
+    indices = [None if kept is None else kept.get(i, []) for i in range(len(score_LN))]
+    kept_LN = np.array([kept_mask(i, score_LN.shape[1]) for i in indices])
+    rows = [(i, j, score_LN[i, j], kept_LN[i, j]) for i, j in np.ndindex(*score_LN.shape)]
+    draw = partial(drawing.grid, score_LN=score_LN, kept_LN=kept_LN, one=one.replace("_", " "))
+    height = float(np.clip(1.5 + 0.13 * len(score_LN), 2.5, 8))
+    caption = f"Each row is a layer, each cell one of its {many}" + ("; × is cut." if kept else ".")
+    return Plot(axis, caption, ("layer", one, "score", "kept"), rows, draw, height)
+
+
+# -- parts -------------------------------------------------------------------------------------------
+def _scores(run: Run, axis: str, what: str) -> tuple[np.ndarray | None, str]:
+    """The scores of an axis that is cut (or of any, before there is a plan), or why there is no figure."""
+    if run.plan is not None and not run.cuts(axis):
+        return None, f"The plan does not cut the {what}."
+    if run.scores is None or axis not in run.scores:
+        return None, f"The run has no scores for the {what}."
+    return run.scores[axis], ""
+
+
+def in_columns(values_LF: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Sums [L, C] over the columns between `edges`, in float64."""
+    return np.add.reduceat(values_LF.astype(np.float64), edges[:-1], axis=1)
+
+
+def _share(score: np.ndarray, kept: list[int]) -> float:
+    """Part of the whole score that the kept indices hold."""
+    whole = score.sum(dtype=np.float64)
+    return float(score[kept].sum(dtype=np.float64) / whole) if whole else 0.0
+
+
+def kept_mask(kept: list[int] | None, size: int) -> np.ndarray:
+    """True where kept; everywhere if the plan says nothing (None)."""
+    return np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
+
+
+def words_of(layers: list[int]) -> str:
+    """[12] -> layer 12; [12, 13, 14] -> layers 12 to 14; else a list."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"

@@ -1,0 +1,137 @@
+"""One figure: data as CSV, drawing as SVG that is the same bytes on every run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_minitron.artifacts.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 7.0  # inches
+KEPT, CUT, MUTED, INK = "#1f5f8b", "#d9722b", "#8b95a1", "#1d2733"
+STAGE_COLOURS = {"teacher": INK, "pruned": CUT, "random": MUTED, "distilled": KEPT}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "text.parse_math": False,  # a '$' in a corpus's name is a dollar
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """`name`: of the files; `columns`, `rows`: the CSV; `draw(figure)` fills an empty matplotlib Figure."""
+
+    name: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    draw: Callable[[Figure], None]
+    height: float = 3.0  # inches
+
+
+def svg(plot: Plot) -> str:
+    """The figure as an `<svg>` element; no date, no random ids, no link to anything outside."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}):
+        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
+        plot.draw(figure)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", dpi=150, metadata=nothing)
+    text = buffer.getvalue()
+    return _own_ids(text[text.index("<svg") :], plot.name)
+
+
+def _own_ids(drawing: str, name: str) -> str:
+    """Ids that begin with the figure's name: several figures stand in one page, where ids must differ."""
+    drawing = re.sub(r'(<[^<>]*\bid=")', rf"\g<1>{name}-", drawing)
+    return re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", drawing)
+
+
+def write_plot(folder: Path, plot: Plot) -> str:
+    """Writes NAME.svg and NAME.csv into `folder`; the SVG's text."""
+    drawing = svg(plot)
+    with atomic_file(folder / f"{plot.name}.svg") as temporary:
+        temporary.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + drawing, encoding="utf-8")
+    with (
+        atomic_file(folder / f"{plot.name}.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(plot.columns)
+        writer.writerows([_plain(value) for value in row] for row in plot.rows)
+    return drawing
+
+
+def _plain(value: Any) -> Any:
+    """Nine digits give an fp32 score back exactly."""
+    if isinstance(value, np.float32):
+        return f"{value:.9g}"
+    return int(value) if isinstance(value, bool | np.bool_) else value
+
+
+def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
+    """A logarithmic axis from `low` to `high`, labelled with plain numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_major_formatter(FuncFormatter(plain_number))
+    axis.set_minor_locator(NullLocator())
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between `low` and `high`: powers of ten, over few decades also 2 and 5 times these."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    step = math.ceil(len(decades) / 7)
+    factors = (1, 2, 5) if high / low < 200 else (1,)
+    ticks = [f * 10.0**d for d in decades if d % step == 0 for f in factors if low <= f * 10.0**d <= high]
+    if len(ticks) > 1:
+        return ticks
+    return sorted({float(f"{low * (high / low) ** part:.2g}") for part in (0.1, 0.5, 0.9)})
+
+
+def plain_number(value: float, _: object = None) -> str:
+    """0.02, 1,000, 1e6: matplotlib's own would write mathematics, which is switched off."""
+    if 1e-4 < value < 1e6:
+        return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def thousands(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def layer_ticks(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))

@@ -1,0 +1,149 @@
+"""report.html of a run folder: one file that opens without a network; figures/ with the data behind each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.export import importance_figures, result_figures, words
+from nemo_minitron.export.plot import Plot, write_plot
+from nemo_minitron.export.run import Run, read_run
+
+TEMPLATE = "report.html.jinja"
+FIGURES: dict[str, tuple[str, Callable[[Run], Plot | str]]] = {
+    "layers": ("Layers", importance_figures.layers),
+    "ffn": ("Neurons of the FFN", importance_figures.neurons),
+    "hidden": ("Hidden channels", importance_figures.hidden),
+    "heads": ("Attention heads", importance_figures.heads),
+    "query_groups": ("Query groups", importance_figures.query_groups),
+    "distillation": ("Distillation", result_figures.distillation),
+    "perplexity": ("Perplexity", result_figures.perplexity),
+}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Writes RUN/report.html and RUN/figures/*.svg, *.csv from the files of the run folder alone.
+
+    What the run has not made yet is left out, with a line that says so. The same folder gives the same
+    bytes. Returns the path of the report. Raises InputError for what is no run folder, and damaged files.
+    """
+    run = read_run(run_folder)
+    context = {
+        "title": run.folder.resolve().name,
+        "tiles": _tiles(run),
+        "sizes": words.size_rows(run.plan.source, run.plan.target) if run.plan else [],
+        "figures": {name: _figure(run, name) for name in FIGURES},
+        "numbers": _numbers(run),
+        "samples": _samples(run),
+        "calibration": _calibration(run),
+        "stages": _stages(run),
+        "facts": _facts(run),
+        "recipe": None if run.recipe is None else json.dumps(run.recipe, indent=2, ensure_ascii=False),
+    }
+    with atomic_file(run.folder / "report.html") as temporary:
+        temporary.write_text(_render(context), encoding="utf-8")
+    return run.folder / "report.html"
+
+
+def _render(context: dict[str, Any]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(context)
+
+
+def _figure(run: Run, name: str) -> dict[str, Any]:
+    """Writes the figure's files; of one that cannot be made, files of an earlier report go."""
+    from markupsafe import Markup
+
+    title, make = FIGURES[name]
+    plot, folder = make(run), run.folder / "figures"
+    if isinstance(plot, str):
+        for kind in ("svg", "csv"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        return {"title": title, "missing": plot}
+    # matplotlib escapes what it draws, so its SVG may go into the page as it is.
+    drawing = Markup(write_plot(folder, plot))
+    return {"title": title, "svg": drawing, "caption": plot.caption, "csv": f"figures/{name}.csv"}
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(what, number, beside it) of the two results that a reader looks for first."""
+    tiles = []
+    if run.plan:
+        before, after = run.plan.source.parameters(), run.plan.target.parameters()
+        tiles.append(("parameters", words.short_count(after), f"of {words.short_count(before)}"))
+    for corpus in dict.fromkeys(row["corpus"] for row in run.numbers):
+        value = {row["stage"]: row["perplexity"] for row in result_figures.stages_of(run.numbers, corpus)}
+        for stage in ("distilled", "pruned"):
+            if stage in value:
+                beside = f"teacher {words.number(value['teacher'], 1)}" if "teacher" in value else ""
+                tiles.append((f"perplexity, {stage}, {corpus}", words.number(value[stage], 1), beside))
+                break
+    return tiles
+
+
+def _numbers(run: Run) -> list[list[str]]:
+    return [
+        [
+            words.STAGES.get(row["stage"], str(row["stage"])),
+            str(row["corpus"]),
+            words.count(row["parameters"]),
+            words.number(row["loss"]),
+            words.number(row["perplexity"], 2),
+            words.number(row["bits_per_byte"]),
+            words.count(row["tokens"]),
+            words.seconds(row["seconds"]),
+        ]
+        for corpus in dict.fromkeys(row["corpus"] for row in run.numbers)
+        for row in result_figures.stages_of(run.numbers, corpus)
+    ]
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """[{"prompt", "texts": [(stage, text)]}], prompts in the order of the file, teacher first."""
+    samples = []
+    for prompt in dict.fromkeys(row["prompt"] for row in run.samples):
+        rows = sorted(
+            (r for r in run.samples if r["prompt"] == prompt), key=lambda r: words.stage_order(r["stage"])
+        )
+        texts = [(words.STAGES.get(row["stage"], row["stage"]), row["text"]) for row in rows]
+        samples.append({"prompt": prompt, "texts": texts})
+    return samples
+
+
+def _calibration(run: Run) -> str:
+    if run.scores is None:
+        return "The run has no scores yet."
+    scores = run.scores
+    return (
+        f"Scored by forward passes over {words.count(scores.samples)} samples "
+        f"({words.count(scores.tokens)} tokens); criterion {scores.criterion}."
+    )
+
+
+def _stages(run: Run) -> list[tuple[str, str]]:
+    stages = run.manifest.stages if run.manifest else []
+    rows = [(str(stage["name"]), words.seconds(stage["seconds"])) for stage in stages]
+    total = ("together", words.seconds(sum(stage["seconds"] for stage in stages)))
+    return [*rows, total] if rows else []
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Versions and digests."""
+    manifest = run.manifest
+    versions = sorted((manifest.versions if manifest else {}).items())
+    digests = [
+        (f"digest of {name}", value) for name, value in sorted((manifest.digests if manifest else {}).items())
+    ]
+    plan = [("digest of the plan", run.plan.digest)] if run.plan else []
+    return [*versions, *digests, *plan]

@@ -1,0 +1,93 @@
+"""Numbers as a reader wants them, for card and report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+
+NONE = "–"
+STAGES = {  # in the order in which a reader compares them
+    "teacher": "teacher",
+    "random": "cut at random",
+    "pruned": "pruned",
+    "distilled": "distilled",
+}
+SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "ffn_hidden_size": "FFN width",
+    "num_attention_heads": "attention heads",
+    "num_query_groups": "query groups",
+    "head_dim": "head dimension",
+    "vocab_size": "vocabulary",
+}
+CONTEXT = 4096  # tokens, of the KV cache in the table
+
+
+def count(value: float) -> str:
+    """134515008 -> 134,515,008"""
+    return f"{value:,.0f}"
+
+
+def short_count(value: float) -> str:
+    """134515008 -> 134.5 M"""
+    for size, letter, digits in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
+        if value >= size:
+            return f"{value / size:.{digits}f} {letter}"
+    return f"{value:.0f}"
+
+
+def memory(size: float) -> str:
+    """269030016 -> 269.0 MB (decimal, as file sizes are)"""
+    for unit, letter in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {letter}"
+    return f"{size:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """75.2 -> 1 min 15 s"""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def change(before: float, after: float) -> str:
+    """Change against `before` in per cent, with a true minus sign; nothing where nothing changed."""
+    if before == after:
+        return ""
+    return f"{(after / before - 1) * 100:+.1f} %".replace("-", "−")
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Perplexities from 17.2 to 9.70e7 in one column; NONE for None."""
+    if value is None:
+        return NONE
+    if abs(value) >= 1e6:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+
+
+def stage_order(stage: str) -> tuple[int, str]:
+    known = list(STAGES)
+    return (known.index(stage) if stage in known else len(known), stage)
+
+
+def size_rows(source: Architecture, target: Architecture) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, change) of everything a cut changes."""
+    rows = [(what, count(a), count(b), change(a, b)) for what, a, b in _sizes(source, target)]
+    for what, batch in (("weights in bf16", 0), (f"weights and KV cache of {CONTEXT:,} tokens, bf16", 1)):
+        a, b = (sizes.memory(batch=batch, context=CONTEXT) for sizes in (source, target))
+        rows.append((what, memory(a), memory(b), change(a, b)))
+    return rows
+
+
+def _sizes(source: Architecture, target: Architecture) -> list[tuple[str, int, int]]:
+    sizes = [(what, getattr(source, field), getattr(target, field)) for field, what in SIZES.items()]
+    sizes.append(("parameters", source.parameters(), target.parameters()))
+    without = source.parameters(embeddings=False), target.parameters(embeddings=False)
+    return [*sizes, ("parameters without embeddings", *without)]

@@ -1,0 +1,96 @@
+"""Folder to folder: a teacher, a plan, and the student that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder, write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import resolve, to_hf
+from nemo_minitron.pruning.folder import HFSource
+from nemo_minitron.pruning.tensors import source_digest
+from nemo_minitron.pruning.write import SHARD, write_weights
+
+PLAN = "minitron_plan.json"
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
+OWN_FILES = ("config.json", PLAN)  # written anew, not copied
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
+
+
+def prune(
+    teacher: str | Path,
+    plan: PrunePlan | str | Path,
+    student: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_size: int = SHARD,
+) -> Path:
+    """Cuts a Hugging Face folder (or hub id) as `plan` says; returns the student's folder.
+
+    Weights keep their dtype; configs, tokenizer and other small files come along, model cards do not; the
+    plan lies beside them as `minitron_plan.json`. The folder appears whole or not at all.
+
+    Raises InputError for a damaged teacher or plan, a plan made for another model, a student's folder that
+    is not empty (without `overwrite`) or overlaps the teacher's, and for a disk that is too small or fails.
+    """
+    source_folder, student = resolve(teacher), Path(student)
+    _check_place(source_folder, student, overwrite)
+    plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    if "vocab" in plan.keep:
+        raise InputError(
+            "the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out"
+        )
+    source = HFSource(source_folder)
+    check_plan(plan, source)
+    config = to_hf(plan.target, source.config)
+    try:
+        with atomic_folder(student.resolve()) as folder:
+            write_weights(source, plan, folder, config, shard_size=shard_size, threads=2)
+            _copy_side_files(source_folder, folder)
+            write_json(folder / "config.json", config)
+            plan.save(folder / PLAN)
+    except OSError as error:
+        raise InputError(f"the student '{student}' could not be written: {error}") from error
+    return student
+
+
+def check_plan(plan: PrunePlan, source: HFSource) -> None:
+    """Raises InputError where `plan` was made for a model other than `source`."""
+    for field in dataclasses.fields(plan.source):
+        planned, found = (getattr(a, field.name) for a in (plan.source, source.architecture))
+        if planned != found:
+            raise InputError(
+                f"the plan was made for another model: its {field.name} is {planned}, "
+                f"that of '{source.folder}' is {found}"
+            )
+    if plan.model_digest is not None and plan.model_digest != source_digest(source):
+        raise InputError(
+            f"the plan was made for another model: '{source.folder}' has the same sizes and other weights"
+        )
+
+
+def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:
+    """The teacher is never written to, and nothing but a model folder is ever replaced."""
+    source, target = teacher.resolve(), student.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise InputError(f"the student's folder '{student}' overlaps the teacher's '{teacher}'")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"the student's folder '{student}' is a file; choose another name")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"the student's folder '{student}' is not empty; choose another, or overwrite it")
+    if not (target / "config.json").is_file():
+        raise InputError(f"'{student}' is no model folder (it has no config.json), so it is not overwritten")
+
+
+def _copy_side_files(teacher: Path, student: Path) -> None:
+    for pattern in SIDE_FILES:
+        for file in sorted(teacher.glob(pattern)):
+            if file.is_file() and file.name not in OWN_FILES and not file.name.endswith(WEIGHTS):
+                shutil.copyfile(file, student / file.name)

@@ -1,0 +1,141 @@
+"""A Hugging Face folder as a TensorSource: bytes by pread, no torch, no mmap.
+
+A mapped file counts into the process's peak memory and is slower here than reading the rows that stay.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nemo_minitron.artifacts.digest import Index
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of, read_config
+from nemo_minitron.pruning.headers import SIZES, Entry, read_header, shards
+from nemo_minitron.pruning.tensors import RAW
+
+
+class HFSource:
+    """The safetensors of a Hugging Face folder, under canonical names; reading is safe from several threads.
+
+    `architecture`, `config` (the folder's, as a dict), `family` and `folder` are public.
+
+    Raises InputError where config and files contradict each other: a tensor that nothing claims, one that is
+    missing, a shape or dtype that is not what the config says, a damaged file, weights only as a pickle.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        self.family = family_of(self.config)
+        self.architecture = self.family.architecture(self.config)
+        stored = _stored(self.folder)
+        if self.architecture.num_layers > len(stored):  # before anything as long as the model is built
+            raise InputError(
+                f"the config of '{self.folder}' speaks of {self.architecture.num_layers} layers, "
+                f"its files hold {len(stored)} tensors"
+            )
+        self._shapes = self.architecture.shapes()
+        self._places = self._claim(stored)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors name of the dtype that stores canonical tensor `name`."""
+        return self._place(name)[0].dtype
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Raw bits (uint16, uint32, uint64) of the outer product of sorted indices, as a new array.
+
+        Only the runs of rows in `index[0]` are read; the other dimensions are picked from them in memory.
+        Raises InputError where the file has become shorter since it was opened.
+        """
+        entry, first = self._place(name)
+        rows, *rest = index
+        row = entry.shape[1:]
+        block: np.ndarray
+        if not row:  # a vector: elements are too small to be read one by one
+            block = _read_rows(entry, np.arange(first, first + self._shapes[name][0]), row)[rows]
+        else:
+            block = _read_rows(entry, rows + first, row)
+        for dim, kept in enumerate(rest, start=1):
+            if len(kept) != block.shape[dim]:
+                block = block.take(kept, axis=dim)
+        return block
+
+    def _place(self, name: str) -> tuple[Entry, int]:
+        if name not in self._places:
+            raise InputError(f"'{self.folder}' has no tensor '{name}'")
+        return self._places[name]
+
+    def _claim(self, stored: dict[str, Entry]) -> dict[str, tuple[Entry, int]]:
+        """Canonical name -> (stored tensor, first row in it); the mapping is total in both directions."""
+        wanted = self.family.hf_tensors(self.architecture)
+        places: dict[str, tuple[Entry, int]] = {}
+        for name, parts in wanted.items():
+            entry = _checked(self.folder, name, stored, [self._shapes[part] for part in parts])
+            first = 0
+            for part in parts:
+                places[part] = (entry, first)
+                first += self._shapes[part][0]
+        self._refuse_unclaimed(stored.keys() - wanted.keys())
+        return places
+
+    def _refuse_unclaimed(self, names: set[str]) -> None:
+        tied = {n for n, parts in self.family.tensors.items() if parts == ("head.weight",)}
+        known = tied if self.architecture.tied_embeddings else set()
+        unclaimed = {n for n in names if not n.endswith(self.family.ignored)} - known
+        if unclaimed:
+            raise InputError(
+                f"'{self.folder}' has the tensor '{min(unclaimed)}', "
+                f"which its config ({self.family.hf_class}) does not speak of"
+            )
+
+
+def _stored(folder: Path) -> dict[str, Entry]:
+    stored: dict[str, Entry] = {}
+    for file, promised in shards(folder):
+        entries = read_header(file)
+        absent, twice = promised - entries.keys(), stored.keys() & entries.keys()
+        if absent:
+            raise InputError(f"'{file}' lacks the tensor '{min(absent)}' that the index puts there")
+        if twice:
+            raise InputError(f"'{folder}' has the tensor '{min(twice)}' in two shards")
+        stored |= entries
+    return stored
+
+
+def _checked(folder: Path, name: str, stored: dict[str, Entry], parts: list[tuple[int, ...]]) -> Entry:
+    if name not in stored:
+        raise InputError(f"'{folder}' lacks the tensor '{name}' that its config speaks of")
+    entry, shape = stored[name], (sum(part[0] for part in parts), *parts[0][1:])
+    if entry.shape != shape:
+        raise InputError(f"'{name}' in '{folder}' is {entry.shape}; its config says {shape}")
+    if entry.dtype not in RAW:
+        raise InputError(f"'{name}' in '{folder}' is stored as {entry.dtype}; legal are {', '.join(RAW)}")
+    return entry
+
+
+def _read_rows(entry: Entry, rows: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
+    """Sorted rows of a stored tensor, run by run, [len(rows), *row] as raw bits."""
+    if len(rows) and not 0 <= rows[0] <= rows[-1] < entry.shape[0]:
+        raise IndexError(f"rows {rows[0]} to {rows[-1]} of a tensor of {entry.shape[0]} rows")
+    block = np.empty((len(rows), *row), RAW[entry.dtype])
+    step = math.prod(row) * SIZES[entry.dtype]
+    view = block.reshape(-1).view(np.uint8).data
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    with open(entry.file, "rb", buffering=0) as stream:
+        for begin, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            if end > begin:
+                _fill(stream, view[begin * step : end * step], entry.start + int(rows[begin]) * step)
+    return block
+
+
+def _fill(stream: BinaryIO, view: memoryview, position: int) -> None:
+    while len(view):
+        count = os.preadv(stream.fileno(), [view], position)
+        if not count:
+            raise InputError(f"'{stream.name}' is no whole safetensors file: it ends at byte {position}")
+        view, position = view[count:], position + count

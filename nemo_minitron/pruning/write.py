@@ -1,0 +1,141 @@
+"""A student as Hugging Face safetensors, written in row blocks: memory does not grow with the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import need_space, write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of
+from nemo_minitron.pruning.headers import SIZES
+from nemo_minitron.pruning.selection import shapes_of, student_index
+from nemo_minitron.pruning.tensors import TensorSource
+
+SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
+BLOCK = 16 << 20  # bytes of the teacher's rows that one read takes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One stored tensor of the student; `parts` are canonical names, one after another along dimension 0."""
+
+    name: str
+    parts: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+def write_weights(
+    source: TensorSource,
+    plan: PrunePlan,
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    shard_size: int = SHARD,
+    threads: int = 1,
+) -> None:
+    """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
+
+    `config` (of the teacher or of the student) says under which names. Tensors keep the dtype that `source`
+    stores. With more than one thread `source.read` is called from each of them. A tensor larger than
+    `shard_size` gets a shard of its own.
+
+    Raises InputError where the disk is too small, before the first byte, and what `student_index` raises.
+    """
+    folder = Path(folder)
+    tensors = _tensors(source, plan, config)
+    total = sum(tensor.size for tensor in tensors)
+    need_space(folder, total)
+    shards = _shards(tensors, shard_size)
+    tasks: list[Callable[[], None]] = []
+    for file, members in shards.items():
+        tasks += _open_shard(folder / file, members, source, plan)
+    # map cancels what has not begun when one task fails
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda task: task(), tasks):
+            pass
+    if len(shards) > 1:
+        places = {tensor.name: file for file, members in shards.items() for tensor in members}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _tensors(source: TensorSource, plan: PrunePlan, config: Mapping[str, Any]) -> list[_Tensor]:
+    shapes = plan.target.shapes()
+    tensors = []
+    for name, parts in family_of(config).hf_tensors(plan.target).items():
+        dtypes = {source.dtype(student_index(plan, part)[0]) for part in parts}
+        if len(dtypes) > 1:
+            raise InputError(f"'{name}' fuses tensors that are stored as {' and '.join(sorted(dtypes))}")
+        shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+        tensors.append(_Tensor(name, parts, dtypes.pop(), shape))
+    return tensors
+
+
+def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
+    """File name -> its tensors, in the model's order, as many as fit."""
+    groups: list[list[_Tensor]] = [[]]
+    for tensor in tensors:
+        if groups[-1] and sum(t.size for t in groups[-1]) + tensor.size > limit:
+            groups.append([])
+        groups[-1].append(tensor)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{k:05d}-of-{count:05d}.safetensors": group for k, group in enumerate(groups, start=1)}
+
+
+def _open_shard(
+    file: Path, members: list[_Tensor], source: TensorSource, plan: PrunePlan
+) -> list[Callable[[], None]]:
+    """Writes the header, sets the file's length, and returns what fills it, one task a tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, starts = 0, {}
+    # Wide dtypes first, so that each element lies at a multiple of its own size
+    for tensor in sorted(members, key=lambda t: -SIZES[t.dtype]):
+        end = position + tensor.size
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+        starts[tensor], position = position, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + position)
+    data = 8 + len(text)
+    return [functools.partial(_fill, file, data + starts[t], t, source, plan) for t in members]
+
+
+def _fill(file: Path, position: int, tensor: _Tensor, source: TensorSource, plan: PrunePlan) -> None:
+    with open(file, "r+b", buffering=0) as stream:
+        for part in tensor.parts:
+            name, (rows, *rest) = student_index(plan, part)
+            # The teacher's rows decide the block: they are read whole before columns are picked
+            width = math.prod(shapes_of(plan.source)[name][1:]) * SIZES[tensor.dtype]
+            step = max(1, BLOCK // width)
+            for begin in range(0, len(rows), step):
+                block = source.read(name, (rows[begin : begin + step], *rest))
+                position = _write(stream.fileno(), np.ascontiguousarray(block), position)
+
+
+def _write(handle: int, block: np.ndarray, position: int) -> int:
+    """Writes all bytes of `block` at `position`; returns the position after them."""
+    view = block.reshape(-1).view(np.uint8).data
+    while len(view):
+        count = os.pwrite(handle, view, position)
+        view, position = view[count:], position + count
+    return position

@@ -1,0 +1,113 @@
+"""Which units stay: the most important ones, or for a baseline the least important or random ones.
+
+Everything here is numbered as in the source: a plan that drops layers keeps units of its kept layers under
+their own numbers, and a layer's units are ranked by the scores of that layer in the uncut model
+(P1, section 2: ranked once, cut in one shot).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.axes import AXES, axis
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
+
+Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> one score a unit of the source
+
+
+def plan(scores: Scores, keep: Keep, *, least: bool = False) -> PrunePlan:
+    """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list).
+
+    ffn is ranked within its layer; heads within their query group; query groups within their layer, by
+    their own score or else the sum of their heads'; hidden over the model; layers by block influence.
+    Of units with equal scores the one with the lower index stays. `least=True` keeps the least important
+    ones instead, with the same rule for ties. An axis that keeps its size is absent from the plan.
+
+    Raises InputError for sizes that are not legal and for an axis that was not scored.
+    """
+    kept = "least" if least else "most"
+    made = _select(scores.architecture, keep, lambda name, layer: scores_of(scores, name, layer), least)
+    made.model_digest = scores.model_digest
+    made.notes = {"kept": f"{kept} important", "scores": scores.digest, "criterion": scores.criterion}
+    return made
+
+
+def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> PrunePlan:
+    """Keeps random units, as a baseline; sizes as in `plan`.
+
+    Each axis and source layer draws from a PCG64 generator of its own, seeded by (seed, axis, layer), so
+    that its choice does not depend on what else is cut. Raises InputError as `plan` does.
+    """
+    if seed < 0:
+        raise InputError(f"seed={seed} is not legal; legal are whole numbers from 0, the nearest is 0")
+
+    def draw(name: str, layer: int | None) -> np.ndarray:
+        entropy = [seed, zlib.crc32(name.encode()), 0 if layer is None else layer + 1]
+        return np.random.Generator(np.random.PCG64(entropy)).random(axis(name).length(architecture))
+
+    made = _select(architecture, keep, draw, least=False)
+    made.notes = {"kept": "random", "seed": seed}
+    return made
+
+
+def scores_of(scores: Scores, name: str, layer: int | None) -> np.ndarray:
+    """Scores of an axis' units, [units]; of source layer `layer` where the axis is per layer.
+
+    Raises InputError for an axis that was not scored.
+    """
+    if name == "query_groups" and name not in scores:
+        heads = scores["heads"][layer].astype(np.float64)
+        return heads.reshape(scores.architecture.num_query_groups, -1).sum(axis=1)
+    return scores[name][layer] if axis(name).per_layer else scores[name]
+
+
+def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> PrunePlan:
+    target = student_architecture(source, keep)
+    sizes = {name: a.length(target) for name, a in AXES.items() if a.length(source) != a.length(target)}
+    layers = _layers(source, target, keep, values, least)
+    chosen: dict[str, Any] = {}
+    for name in sizes.keys() - {"layers", "heads"}:
+        if axis(name).per_layer:
+            chosen[name] = {layer: _best(values(name, layer), sizes[name], least) for layer in layers}
+        else:
+            chosen[name] = _best(values(name, None), sizes[name], least)
+    if "layers" in sizes:
+        chosen["layers"] = layers
+    if "heads" in sizes or "query_groups" in sizes:
+        groups, everyone = chosen.get("query_groups", {}), list(range(source.num_query_groups))
+        chosen["heads"] = {
+            n: _heads(source, target, groups.get(n, everyone), n, values, least) for n in layers
+        }
+    ordered = {name: chosen[name] for name in AXES if name in chosen}
+    return PrunePlan(source=source, target=target, keep=ordered)
+
+
+def _layers(source: Architecture, target: Architecture, keep: Keep, values: Values, least: bool) -> list[int]:
+    listed = given_layers(source, keep)
+    if listed is None and target.num_layers != source.num_layers:
+        return _best(values("layers", None), target.num_layers, least)
+    return listed or list(range(source.num_layers))
+
+
+def _heads(
+    source: Architecture, target: Architecture, groups: list[int], layer: int, values: Values, least: bool
+) -> list[int]:
+    """Heads that stay in a layer: as many in each kept query group, ranked within it (P1, section 2)."""
+    size, kept = source.heads_per_group, target.heads_per_group
+    if size == kept:  # whole groups go: heads need no scores
+        return [group * size + head for group in groups for head in range(size)]
+    ranked = values("heads", layer).reshape(-1, size)
+    return [group * size + head for group in groups for head in _best(ranked[group], kept, least)]
+
+
+def _best(values: np.ndarray, count: int, least: bool) -> list[int]:
+    """Sorted indices of the `count` largest (or smallest) values; of equal ones the lower index."""
+    order = np.argsort(values if least else -values, kind="stable")
+    return sorted(order[:count].tolist())

@@ -1,0 +1,65 @@
+"""`keep`, as a user gives it -> the student's Architecture, or one sentence about what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import axis
+from nemo_minitron.errors import InputError
+
+Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the indices that stay
+
+
+def student_architecture(source: Architecture, keep: Keep) -> Architecture:
+    """The Architecture that `keep` leaves of `source`; its heads follow from cut query groups.
+
+    Raises InputError for an unknown axis, a size that is not within the source's, and heads that do not
+    divide into the query groups.
+    """
+    sizes = {axis(name).size: _size(source, name, value) for name, value in keep.items()}
+    groups = sizes.get("num_query_groups", source.num_query_groups)
+    heads = sizes.setdefault("num_attention_heads", groups * source.heads_per_group)
+    if heads % groups or heads > groups * source.heads_per_group:
+        legal = range(groups, groups * source.heads_per_group + 1, groups)
+        raise InputError(
+            f"heads={heads} is not legal with {groups} query groups of {source.heads_per_group} heads; "
+            f"legal are multiples of {groups} up to {legal[-1]}, the nearest is {_nearest(heads, legal)}"
+        )
+    return source.replace(**sizes)
+
+
+def given_layers(source: Architecture, keep: Keep) -> list[int] | None:
+    """The layers to keep, sorted, where `keep` lists them; else None."""
+    layers = keep.get("layers")
+    if layers is None or not isinstance(layers, Sequence):
+        return None
+    most = source.num_layers - 1
+    if isinstance(layers, str) or not all(_whole(layer) and 0 <= layer <= most for layer in layers):
+        raise InputError(f"layers={layers!r} is not legal; legal are layer numbers from 0 to {most}")
+    if not layers or len(set(layers)) != len(layers):
+        raise InputError(f"layers={list(layers)} is not legal; give at least one layer, and none twice")
+    return sorted(int(layer) for layer in layers)
+
+
+def _size(source: Architecture, name: str, value: Any) -> int:
+    listed = given_layers(source, {name: value})
+    if listed is not None:
+        return len(listed)
+    most = axis(name).length(source)
+    if not _whole(value):
+        raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from 1 to {most}")
+    if not 1 <= value <= most:
+        near = min(max(value, 1), most)
+        raise InputError(f"{name}={value} is not legal; legal are 1 to {most}, the nearest is {near}")
+    return int(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _nearest(value: int, legal: Sequence[int]) -> int:
+    return min(legal, key=lambda size: abs(size - value))

@@ -1,0 +1,102 @@
+"""Whole or not at all; the manifest; the model digest's rounding."""
+
+import math
+
+import numpy as np
+import pytest
+from test_architecture import smollm2
+
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.digest import bf16_bits, model_digest, sample_index
+from nemo_minitron.artifacts.files import (
+    atomic_file,
+    atomic_folder,
+    digest_of,
+    need_space,
+    read_json,
+    write_json,
+)
+from nemo_minitron.errors import InputError
+
+
+def _stopped(block, write):
+    with block as temporary:
+        write(temporary)
+        raise KeyboardInterrupt
+
+
+def test_file_keeps_the_old_when_stopped(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, 1)
+    with pytest.raises(KeyboardInterrupt):
+        _stopped(atomic_file(file), lambda temporary: temporary.write_text("half"))
+    assert read_json(file, "it") == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_folder_keeps_the_old_when_stopped(tmp_path):
+    for expected in ([], ["whole"]):
+        with pytest.raises(KeyboardInterrupt):
+            _stopped(atomic_folder(tmp_path / "f"), lambda temporary: (temporary / "half").touch())
+        assert sorted(p.name for p in tmp_path.glob("f/*")) == expected
+        assert len(list(tmp_path.iterdir())) == len(expected)
+        with atomic_folder(tmp_path / "f") as temporary:
+            (temporary / "whole").touch()
+    assert [p.name for p in tmp_path.glob("f/*")] == ["whole"]
+
+
+def test_disk_too_small(tmp_path):
+    need_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(InputError, match="GB free"):
+        need_space(tmp_path / "not" / "yet", 1 << 60)
+
+
+def test_digest_of_is_canonical():
+    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1}) != digest_of({"a": 2, "b": 1})
+
+
+def test_manifest(tmp_path):
+    manifest = Manifest.open(tmp_path / "manifest.json")
+    manifest.finish("plan", 1.234, "d1")
+    manifest.finish("prune", 2.0, "d2")
+    manifest.finish("plan", 3.0, "d3")
+    again = Manifest.open(tmp_path / "manifest.json")
+    assert [stage["name"] for stage in again.stages] == ["prune", "plan"]
+    assert again.done("plan", "d3")
+    assert not again.done("plan", "d1")
+
+
+def test_rounding_is_torchs():
+    import torch
+
+    values = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    values[:4] = [1 + 2**-8, 1 + 3 * 2**-8, -0.0, 0.0]  # ties go to even
+    expected = torch.tensor(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(bf16_bits(values.view(np.uint32), "F32"), expected)
+    half = values.astype(np.float16)
+    expected = torch.tensor(half).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(bf16_bits(half.view(np.uint16), "F16"), expected)
+
+
+def test_model_digest_sees_sampled_elements_names_and_shapes():
+    architecture = smollm2(num_layers=1, hidden_size=6, ffn_hidden_size=8, head_dim=2, vocab_size=11)
+    shapes = architecture.shapes()
+    tensors = {n: np.arange(math.prod(s), dtype=np.uint16).reshape(s) for n, s in shapes.items()}
+
+    def digest(model=architecture):
+        return model_digest(model, lambda name, index: tensors[name][np.ix_(*index)])
+
+    first = digest()
+    assert digest() == first
+    tensors["layers.0.q.weight"][sample_index("layers.0.q.weight", (18, 6))[0][3], 2] ^= 1
+    assert digest() != first
+
+
+def test_sample_is_seeded_sorted_and_small():
+    rows, columns = sample_index("layers.0.q.weight", (1000, 8))
+    assert len(rows) == 16
+    np.testing.assert_array_equal(columns, np.arange(8))
+    assert (np.diff(rows) > 0).all()
+    again = sample_index("layers.0.q.weight", (1000, 8))[0]
+    np.testing.assert_array_equal(rows, again)
+    assert not np.array_equal(rows, sample_index("layers.0.k.weight", (1000, 8))[0])

@@ -1,0 +1,167 @@
+"""The report of synthetic run folders: what it says, that it stands alone, what it leaves out and refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from run_folder import EVIL, SOURCE, page, rows, write
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.errors import InputError
+from nemo_minitron.export import write_report
+
+
+def test_the_report_says_what_came_out(run):
+    text = " ".join(" ".join(page(run).words).split())
+    for fact in (
+        "my run", "hidden size 12 8 −33.3 %", "FFN width 600 400", "layers 4 4", "17.25", "500.50",
+        "9.70e7", "estimate 1 min 15 s", "together 1 min 16 s", "torch 2.13.0", "feed", '"ffn": 400',
+        "8 samples (4,096 tokens)", "12,800 tokens in all; 100 steps", "keeps 400 of 600 neurons",
+        "those left of the line", "The plan keeps every layer",
+        "The plan does not cut the number of attention heads",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert text.index("teacher text") < text.index("pruned text")
+
+
+def test_the_report_opens_without_a_network(run):
+    shown = page(run)
+    assert shown.tags.count("svg") == 5  # layers, ffn, hidden, distillation, perplexity
+    assert all(address.startswith(("#", "data:image/")) for address in shown.loads), shown.loads
+    assert all((run / address).is_file() for address in shown.links)
+    assert not set(shown.tags) & {"script", "link", "iframe", "object", "img"}
+    text = (run / "report.html").read_text()
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
+        "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink",
+    }  # fmt: skip
+
+
+def test_text_from_outside_is_text(run):
+    shown = page(run)
+    assert EVIL in "".join(shown.words)
+    for drawing in (run / "figures").glob("*.svg"):
+        assert "<script" not in drawing.read_text()
+
+
+def test_ids_of_the_figures_do_not_clash(run):
+    text = write_report(run).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
+    assert len(ids) == len(set(ids)) > 50
+    assert len(used) > 20
+    assert set(used) <= set(ids)
+
+
+def test_the_same_run_gives_the_same_bytes(run):
+    files = [write_report(run), *sorted((run / "figures").iterdir())]
+    before = [file.read_bytes() for file in files]
+    write_report(run)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_figures_stay_small(run):
+    write_report(run)
+    assert max(file.stat().st_size for file in (run / "figures").glob("*.svg")) < 100_000
+
+
+# -- what is missing -------------------------------------------------------------------------------------
+def test_a_plan_that_cuts_depth_only(run):
+    write_report(run)
+    PrunePlan(SOURCE, SOURCE.replace(num_layers=2), {"layers": [0, 3]}).save(run / "plan.json")
+    text = " ".join(page(run).words)
+    assert "The plan does not cut the FFN width." in text
+    assert "The plan does not cut the hidden size." in text
+    assert "The plan cuts layers 1 to 2." in text
+    names = {file.name for file in (run / "figures").iterdir()}
+    assert "layers.svg" in names
+    assert not names & {
+        "ffn.svg",
+        "ffn.csv",
+        "hidden.svg",
+        "hidden.csv",
+    }  # those of the earlier plan are gone
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("scores.safetensors", "The run has no scores yet."),
+        ("plan.json", "The run has no plan yet."),
+        ("numbers.json", "No model of this run was evaluated yet."),
+        ("samples.json", "The run has no samples of text."),
+        ("checkpoints/distilled/loss.csv", "The run has no distillation curve."),
+        ("recipe.json", "The run folder has no recipe.json."),
+        ("manifest.json", "No stage is finished yet."),
+    ],
+)
+def test_each_file_may_be_missing(run, file, says):
+    (run / file).unlink()
+    assert says in " ".join(page(run).words)
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    write(tmp_path, "recipe.json", {"name": "x"})
+    assert page(tmp_path).tags.count("svg") == 0
+
+
+def test_the_curve_may_lie_in_the_students_folder(run):
+    (run / "student").mkdir()
+    (run / "checkpoints/distilled/loss.csv").rename(run / "student/loss.csv")
+    write_report(run)
+    assert len(rows(run, "distillation")) == 100
+
+
+@pytest.mark.parametrize("content", ["step,tokens,loss,seconds\n", "step,tokens,loss,seconds\n1,128,4.5,1\n"])
+def test_a_curve_of_no_or_one_step(run, content):
+    (run / "checkpoints/distilled/loss.csv").write_text(content)
+    write_report(run)
+    assert (run / "figures/distillation.csv").exists() == ("4.5" in content)
+
+
+def test_scores_of_zero(run):
+    tensors = {"ffn": (4, 600), "hidden": (12,), "layers": (4,)}
+    Scores(SOURCE, {n: np.zeros(s, np.float32) for n, s in tensors.items()}).save(run / "scores.safetensors")
+    assert page(run).tags.count("svg") == 5
+
+
+# -- refusals --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("numbers.json", '[{"stage": "teacher"}]', "a row has no 'corpus'"),
+        ("numbers.json", "{}", "a list of objects"),
+        ("samples.json", '[{"stage": "teacher", "text": "x"}]', "a row has no 'prompt'"),
+        ("manifest.json", '{"stages": [{"name": "x"}]}', "no manifest"),
+        ("manifest.json", "[]", "no manifest"),
+        ("recipe.json", "{", "not valid JSON"),
+        ("checkpoints/distilled/loss.csv", "step,loss\n1,2\n", "no loss curve"),
+        ("checkpoints/distilled/loss.csv", "step,tokens,loss\n1,2,x\n", "no loss curve"),
+        ("scores.safetensors", "x", "no file of scores"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(run, file, content, says):
+    (run / file).write_text(content)
+    with pytest.raises(InputError, match=says) as caught:
+        write_report(run)
+    assert (run / file).name in str(caught.value)
+
+
+def test_numbers_that_are_none_are_refused(run):
+    numbers = json.loads((run / "numbers.json").read_text())
+    write(run, "numbers.json", [numbers[0] | {"perplexity": float("inf")}])
+    with pytest.raises(InputError, match="'perplexity' of stage 'distilled' is inf"):
+        write_report(run)
+
+
+def test_what_is_no_run_folder_is_refused(run, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        write_report(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no run folder"):
+        write_report(tmp_path / "empty")
+    other = SOURCE.replace(num_layers=5)
+    PrunePlan(other, other, {}).save(run / "plan.json")
+    with pytest.raises(InputError, match="different models"):
+        write_report(run)

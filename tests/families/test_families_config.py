@@ -1,0 +1,111 @@
+"""Hugging Face configs <-> Architecture."""
+
+import math
+
+import pytest
+from pico import SIZES
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of, from_hf, read_config, to_hf
+
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+GROUPS = "num_key_value_heads"
+MISTRAL = SIZES | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+def without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL])
+def test_round_trip(config):
+    architecture = from_hf(config)
+    assert (architecture.num_layers, architecture.hidden_size, architecture.ffn_hidden_size) == (6, 48, 96)
+    assert (architecture.num_attention_heads, architecture.num_query_groups) == (6, 3)
+    assert architecture.head_dim == 8
+    assert to_hf(architecture, config) == config
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL])
+def test_student_config(config):
+    smaller = from_hf(config).replace(num_layers=4, hidden_size=40, ffn_hidden_size=64, num_attention_heads=3)
+    result = to_hf(smaller, config | {"torch_dtype": "bfloat16", "custom": [1, 2]})
+    assert from_hf(result) == smaller
+    changed = {name: value for name, value in result.items() if config.get(name) != value}
+    assert changed == {
+        "num_hidden_layers": 4, "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 3,
+        "torch_dtype": "bfloat16", "custom": [1, 2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("absent", [(), ("head_dim",), (GROUPS,), (GROUPS, "head_dim")])
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig"])
+def test_defaults_are_transformers(name, absent):
+    import transformers
+
+    sizes = without(SIZES | {"num_attention_heads": 24, "hidden_size": 96, "head_dim": 4}, *absent)
+    theirs = getattr(transformers, name)(**sizes)
+    architecture = from_hf(sizes | {"model_type": theirs.model_type})
+    assert architecture.num_query_groups == theirs.num_key_value_heads
+    assert architecture.head_dim == (getattr(theirs, "head_dim", None) or 96 // 24)
+
+
+def test_head_dim_is_written_out():
+    config = without(LLAMA, "head_dim") | {"head_dim": None}
+    student = from_hf(config).replace(num_attention_heads=3)
+    assert to_hf(student, config)["head_dim"] == 8  # not 48 / 3
+
+
+def test_features():
+    architecture = from_hf(LLAMA | {"attention_bias": True, "tie_word_embeddings": True})
+    assert architecture.qkv_bias
+    assert architecture.attention_output_bias
+    assert not architecture.mlp_bias
+    assert architecture.tied_embeddings
+    assert not from_hf(MISTRAL).qkv_bias
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
+def test_missing_size(name):
+    with pytest.raises(InputError, match=f"no '{name}'"):
+        from_hf(without(LLAMA, name))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1, 0, "48", 48.0, [48], True])
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size", "num_key_value_heads"])
+def test_illegal_size(name, bad):
+    with pytest.raises(InputError, match="must be a whole number"):
+        from_hf(LLAMA | {name: bad})
+
+
+def test_unknown_class():
+    with pytest.raises(InputError, match="'PhiForCausalLM' are not supported; supported are: Llama"):
+        from_hf(LLAMA | {"architectures": ["PhiForCausalLM"]})
+    with pytest.raises(InputError, match="not supported"):
+        from_hf({})
+    with pytest.raises(InputError, match="must be a list"):
+        from_hf(LLAMA | {"architectures": 5})
+
+
+def test_what_a_config_cannot_represent():
+    with pytest.raises(InputError, match="cannot represent"):
+        to_hf(from_hf(LLAMA).replace(qk_norm=True), LLAMA)
+    with pytest.raises(InputError, match="cannot represent"):
+        to_hf(from_hf(LLAMA | {"attention_bias": True}), MISTRAL)
+
+
+def test_no_name_for_a_tensor():
+    biased = from_hf(LLAMA).replace(qkv_bias=True)
+    with pytest.raises(InputError, match=r"no name for the tensor 'layers\.0\.k\.bias'"):
+        family_of(MISTRAL).hf_tensors(biased)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        read_config(tmp_path)
+    for text in ("[1]", "{", "\x00", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config"):
+            read_config(tmp_path)

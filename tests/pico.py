@@ -1,0 +1,93 @@
+"""Random pico models as Hugging Face folders: small enough for every test, odd enough to catch mix-ups.
+
+No two sizes agree (hidden 48, q rows 48 is the one exception that real models have too), the vocabulary is
+prime, RoPE's base and the norms' epsilon are off their defaults, and norms and biases are random.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "vocab_size": 509,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 3e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def pico_llama(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Llama; `overrides` are fields of its config. Returns the folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _write(LlamaForCausalLM, LlamaConfig(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
+def pico_mistral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Mistral with a sliding window of 64; `overrides` as in `pico_llama`."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**{**SIZES, "sliding_window": 64, **overrides})
+    return _write(MistralForCausalLM, config, Path(folder), dtype, seed)
+
+
+def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Norms of 1 and biases of 0 would hide a tensor that is never read.
+                spread, mean = (0.2, 1.0) if "norm" in name else (0.06, 0.0)
+                parameter.normal_(mean, spread)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def save_tensors(folder: str | Path, tensors: dict[str, Any], *, shards: int = 1) -> None:
+    """Replaces a folder's weights by numpy arrays, in one file or several with an index."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names, weight_map = list(tensors), {}
+    for k in range(shards):
+        file = f"model-{k + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[k::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def raw_tensors(folder: str | Path) -> dict[str, Any]:
+    """Hugging Face name -> raw bits as a numpy array, of a folder's safetensors, read by its own library."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    unsigned = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+    return {
+        name: tensor.view(bits[tensor.element_size()]).numpy().view(unsigned[tensor.element_size()])
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
