@@ -61,7 +61,7 @@ class Architecture:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical tensor name -> global, unfused, unpadded shape; the whole model, in order."""
-        shapes = {"embedding.weight": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.hidden_size)}
         layer = dict(self._layer_shapes())
         for index in range(self.num_layers):
             shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}

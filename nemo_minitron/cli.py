@@ -194,6 +194,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 def main() -> None:
     """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug."""
     debug = "--debug" in sys.argv
+    if not debug:
+        _quiet()
     try:
         app()
     except InputError as error:
@@ -209,6 +211,16 @@ def main() -> None:
     except KeyboardInterrupt:
         print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def _quiet() -> None:
+    """The libraries' remarks on what is not installed are `minitron doctor`'s to tell."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "nemo", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct, ffn 1536 -> 1024: 134.5M -> 108.0M parameters (about 10 minutes on two cores)."""
 
-from nemo_minitron.job import Job
 from nemo_minitron.recipes import smollm2_135m as common
+
+from nemo_minitron.job import Job
 
 
 def recipe() -> Job:

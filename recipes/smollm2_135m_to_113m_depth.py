@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct, 30 -> 24 layers by block influence: 134.5M -> 113.3M parameters."""
 
-from nemo_minitron.job import Job
 from nemo_minitron.recipes import smollm2_135m as common
+
+from nemo_minitron.job import Job
 
 
 def recipe() -> Job:

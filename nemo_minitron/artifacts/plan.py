@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _check_indices(where: str, values: Sequence[int], source: int, target: int) 
         raise InputError(f"{where}: kept indices must be a list of whole numbers")
     if len(values) != target:
         raise InputError(f"{where}: {len(values)} indices are kept, the target has {target}")
-    if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(values)):
         raise InputError(f"{where}: kept indices must be sorted and none repeated")
     if values[0] < 0 or values[-1] >= source:
         bad = values[0] if values[0] < 0 else values[-1]

@@ -65,7 +65,6 @@ def _turn(switches: Switches) -> None:
     from nemo_minitron.backend.versions import check
 
     check()
-    mends.watch(switches.cpu, switches.reference)  # first: some mends must meet a module as it is imported
     if switches.cpu:
         from nemo_minitron.backend import cpu
 
@@ -75,3 +74,4 @@ def _turn(switches: Switches) -> None:
         from nemo_minitron.backend import reference
 
         reference.install()
+    mends.watch(switches.cpu, switches.reference)

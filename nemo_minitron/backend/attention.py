@@ -72,7 +72,9 @@ class Attention(MegatronModule):
         p = self.dropout if self.training else 0.0
         with self._random(p):
             out = F.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+                query.permute(1, 2, 0, 3),  # views: SDPA wants [B, heads, S, D], in any strides
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 attn_mask=mask,
                 dropout_p=p,
                 is_causal=causal,

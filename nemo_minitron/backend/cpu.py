@@ -93,7 +93,8 @@ TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", 
 
 def redirect() -> None:
     """Redirects torch's and Megatron's CUDA calls for the rest of this process (and of this thread)."""
-    import torch._dynamo  # noqa: F401  # its tables name torch.cuda's functions: made before these change
+    import torch._dynamo  # its tables name torch.cuda's functions: made before these change
+
     for name, value in CUDA.items():
         replace(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
@@ -104,7 +105,7 @@ def redirect() -> None:
         replace(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     Redirect().__enter__()  # never left
     _megatron_rng()
-    _megatron_two_stages()
+    _megatron_virtual_stages()
 
 
 def _megatron_rng() -> None:
@@ -117,10 +118,14 @@ def _megatron_rng() -> None:
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _megatron_two_stages() -> None:
-    """Two pipeline stages with virtual ones: the next rank is the previous one too, and a batch of sends
-    and receives between the same two confuses activations with gradients: training goes wrong in silence.
-    Megatron's own launcher refuses it; through NeMo it gets by. One by one they find their way."""
+def _megatron_virtual_stages() -> None:
+    """Virtual pipeline stages go wrong in silence over gloo, in two ways, both mended here.
+
+    With two stages the next rank is the previous one too: a batch of sends and receives between the same two
+    confuses activations with gradients. Megatron's own launcher refuses it; through NeMo it gets by. One by
+    one they find their way. And Megatron frees an output while it is still being sent, which CUDA's streams
+    put right and gloo does not.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.utils import get_model_config
@@ -128,13 +133,14 @@ def _megatron_two_stages() -> None:
     original = schedules.forward_backward_pipelining_with_interleaving
 
     @functools.wraps(original)
-    def one_by_one(*, model: Any, **options: Any) -> Any:
+    def mended(*, model: Any, **options: Any) -> Any:
         config = get_model_config(model[0])
+        config.deallocate_pipeline_outputs = False
         if parallel_state.get_pipeline_model_parallel_world_size() == 2:
             config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         return original(model=model, **options)
 
-    replace(schedules, "forward_backward_pipelining_with_interleaving", one_by_one)
+    replace(schedules, "forward_backward_pipelining_with_interleaving", mended)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------

@@ -19,11 +19,6 @@ from nemo_minitron.backend.versions import replace
 Mend = Callable[[ModuleType], None]
 
 
-def _eager(jit: ModuleType) -> None:
-    """torch.compile cannot see through the CPU redirect, and pays for itself only in long GPU jobs."""
-    replace(jit, "jit_fuser", lambda function: function)
-
-
 def _models(package: ModuleType) -> None:
     """NeMo's default layer spec and forward step take the Transformer Engine way, which leads to the twin.
 
@@ -57,7 +52,6 @@ def _reading(pl: ModuleType) -> None:
 
 
 CPU: dict[str, Mend] = {
-    "megatron.core.jit": _eager,
     "nemo.lightning.megatron_init": _seeding,
     "nemo.lightning.io.pl": _reading,
 }

@@ -36,8 +36,8 @@ def norm_parameters(config: Any, width: int) -> tuple[nn.Parameter, nn.Parameter
 def _parameter(config: Any, width: int, value: float) -> nn.Parameter:
     tensor = torch.full((width,), value, dtype=config.params_dtype, device=device_of(config))
     parameter = nn.Parameter(tensor)
-    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    parameter.allreduce = True  # type: ignore[attr-defined]
+    parameter.sequence_parallel = config.sequence_parallel
+    parameter.allreduce = True
     return parameter
 
 

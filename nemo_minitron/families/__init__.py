@@ -16,6 +16,7 @@ from nemo_minitron.families.base import Family
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.mistral import Mistral
 
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: never a pickle
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral())
 
 
@@ -77,10 +78,10 @@ def resolve(model: str | Path) -> Path:
     if path.exists() or not _is_hub_id(str(model)):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=WANTED))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         raise InputError(
             f"'{model}' is neither a folder here nor a model that the hub or its cache gives; "

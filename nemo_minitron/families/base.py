@@ -55,7 +55,8 @@ class Family:
 
     def architecture(self, config: Config) -> Architecture:
         """Raises InputError for a config that lacks a size or has an illegal one."""
-        return Architecture(**self.read_sizes(config), **self.features(config))
+        values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
+        return Architecture(**values)
 
     def read_sizes(self, config: Config) -> dict[str, int]:
         defaults = self.default_sizes(config)
@@ -71,8 +72,9 @@ class Family:
     def default_sizes(self, config: Config) -> dict[str, int]:
         """What transformers takes where a config is silent."""
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        whole = isinstance(heads, int) and isinstance(hidden, int) and heads > 0
-        return {"num_query_groups": heads, "head_dim": hidden // heads} if whole else {}  # type: ignore[dict-item]
+        if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            return {"num_query_groups": heads, "head_dim": hidden // heads}
+        return {}
 
     def features(self, config: Config) -> dict[str, Any]:
         """Architecture fields other than sizes."""

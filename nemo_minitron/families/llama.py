@@ -32,7 +32,12 @@ NEMO_FIELDS = {  # NeMo's GPTConfig field -> Hugging Face field
     "seq_length": "max_position_embeddings",
     "rotary_base": "rope_theta",
 }
-NEMO_DEFAULTS = {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
+NEMO_DEFAULTS = {  # transformers' own, where a config is silent
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+}
 
 
 class Llama(Family):

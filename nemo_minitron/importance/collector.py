@@ -101,10 +101,10 @@ def unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _with_layers(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:
     """Modules of a TransformerBlock with the 0-based global number of their layer (-1 outside of layers)."""
     yield block, -1
-    for layer in block.layers:  # type: ignore[union-attr]
+    for layer in block.layers:
         if isinstance(layer, TransformerLayer):
             for module in layer.modules():
                 yield module, layer.layer_number - 1

@@ -94,7 +94,8 @@ def run_distill(
     work = cache_of(out)
     tokens = tokenise(data, source, work / "train")
     training = work / "training"
-    run_training(source, str(teacher_folder), (tokens.prefix, tokens.prefix), training, recipe, layout, work / "log.txt")
+    prefixes = (tokens.prefix, tokens.prefix)
+    run_training(source, str(teacher_folder), prefixes, training, recipe, layout, work / "log.txt")
     return export_student(training, source, out)
 
 

@@ -24,7 +24,8 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
         cut, whole = axis(name), axis(name).length(source)
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= whole:
             near = size if isinstance(size, int) and size < 1 else whole
-            raise InputError(f"keep.{name} is {size!r}; legal are 1 to {whole}, the nearest is {max(1, min(near, whole))}")
+            near = max(1, min(near, whole))
+            raise InputError(f"keep.{name} is {size!r}; legal are 1 to {whole}, the nearest is {near}")
         sizes[cut.size] = size
     return source.replace(**sizes)
 
@@ -53,7 +54,9 @@ def _config(job: Job) -> dict:
     return read_config(resolve(job.teacher))
 
 
-def training_memory(student: Architecture, teacher: Architecture, settings: Distillation, layout: Layout) -> dict[str, int]:
+def training_memory(
+    student: Architecture, teacher: Architecture, settings: Distillation, layout: Layout
+) -> dict[str, int]:
     """Bytes per rank: weights, gradients and Adam's state (fp32 master, two moments) of the student, the
     frozen teacher's weights, activations of one micro-batch. The distributed optimizer shards over DP."""
     parts = layout.tp * layout.pp
@@ -90,6 +93,6 @@ def describe(job: Job) -> str:
     lines += [f"  {name:22}{size / 1e9:>12.3f} GB" for name, size in {**memory, "sum": sum(memory.values())}.items()]
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
-    lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, loss {settings.loss}, {settings.precision}"]
+    lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(STAGES), "nothing was loaded or written"]
     return "\n".join(lines)

@@ -39,7 +39,8 @@ def _from_file(path: Path) -> Job:
     if not path.is_file():
         raise InputError(f"the recipe '{path}' does not exist; {nearest(path.stem, names())}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader  # a .py file always has both
+    assert spec is not None  # a .py file always has a spec and a loader
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "recipe"):

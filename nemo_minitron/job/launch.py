@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | Non
             raise InputError(refusals[0].read_text())
     if code:
         where = f"; all of it is in {log}" if log else ""
-        raise RuntimeError(f"{stage} ended with exit code {code}{where}. Its last lines:\n{tail}")
+        raise RuntimeError(f"{stage} ended with exit code {code}: {_cause(tail)}{where}")
 
 
 def _torchrun(processes: int) -> list[str]:
@@ -50,8 +51,14 @@ def _environment(processes: int) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def _follow(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-    """Passes lines that begin with '  ' (progress) on to the screen; keeps the last lines for a message."""
+def _cause(lines: list[str]) -> str:
+    """The first rank's exception among a job's last lines: later ones are of ranks that it took along."""
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or ["it printed nothing"])[0].strip()
+
+
+def _follow(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, list[str]]:
+    """Passes lines of progress ('  > ...') on to the screen; keeps the last lines for a message."""
     last: list[str] = []
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -63,8 +70,8 @@ def _follow(command: list[str], environment: dict[str, str], log: Path | None) -
                 file.write(line)
                 if line.startswith("  > "):
                     print(line[2:], end="", flush=True)
-                last = [*last[-19:], line]
-        return process.wait(), "".join(last)
+                last = [*last[-199:], line]
+        return process.wait(), last
     finally:
         if process.poll() is None:
             process.terminate()

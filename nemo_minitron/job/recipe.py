@@ -85,7 +85,7 @@ class Job:
     calibration: Calibration = Calibration()
     distillation: Distillation = Distillation()
     evaluation: Evaluation = Evaluation()
-    layout: Layout = Layout()
+    layout: Layout = dataclasses.field(default_factory=Layout)
     licence: str = "unknown"
     base_model: str | None = None
     seed: int = 0
@@ -155,7 +155,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     missing = [
         field.name
         for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.name not in arguments
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in arguments
     ]
     if missing:
         raise InputError(f"the recipe lacks '{where + '.' if where else ''}{missing[0]}'")

@@ -12,7 +12,7 @@ _WHERE = {
     "load_model": "nemo_minitron.nemo.models",
 }
 
-__all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]  # noqa: F822
+__all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ def leave_context(trainer: Any) -> None:
     """
     config = getattr(trainer, "__io__", None)
     recorded = getattr(config, "callbacks", None)
-    if isinstance(recorded, (list, tuple)):
+    if config is not None and isinstance(recorded, (list, tuple)):
         config.callbacks = [c for c in recorded if not _is_ours(c)]
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
+from nemo_minitron.nemo.bits import DTYPES, as_raw
 from nemo_minitron.nemo.context import hf_config
-from nemo_minitron.nemo.live import DTYPES, as_raw
 from nemo_minitron.nemo.mapping import Piece, pieces
 from nemo_minitron.pruning.tensors import RAW
 
@@ -33,11 +34,6 @@ _ALLOWED = {
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
@@ -47,8 +43,25 @@ _ALLOWED = {
 }  # fmt: skip
 
 
+class _Unread:
+    """Stands for what a checkpoint keeps for its own next save; takes any arguments and means nothing."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+
+_STAND_INS = {  # also so that reading a checkpoint does not import Megatron
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Unread,
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Unread,
+    ("torch.distributed.checkpoint.planner", "WriteItem"): _Unread,
+    ("torch.distributed.checkpoint.planner", "WriteItemType"): _Unread,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
@@ -133,8 +146,6 @@ class CheckpointSource:
         return block[0] if layer is not None else block
 
     def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
         where = MetadataIndex(key, chunk.offsets)
         if self._chunk is None or self._chunk[0] != where:
             info = self._metadata.storage_data[where]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nemo_minitron.artifacts.digest import Index
-from nemo_minitron.nemo.live import TORCH_DTYPES, as_raw, as_tensor
+from nemo_minitron.nemo.bits import TORCH_DTYPES, as_raw, as_tensor
 from nemo_minitron.pruning.tensors import TensorSource
 
 

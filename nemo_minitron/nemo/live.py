@@ -15,12 +15,10 @@ from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.collector import unwrap
+from nemo_minitron.nemo.bits import DTYPES, as_raw, as_tensor
 from nemo_minitron.nemo.mapping import Piece, Shard, pieces
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.pruning.tensors import RAW, TensorSource, whole
-
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def tensor_shard() -> Shard:
@@ -77,19 +75,6 @@ def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = N
 
 def _copy(raw: np.ndarray, dtype: str, target: Tensor, piece: Piece) -> None:
     target[_slices(piece.place)] = as_tensor(raw, dtype).to(target)
-
-
-def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:
-    """Raw bits of a safetensors dtype -> a torch tensor that shares their memory where it can."""
-    signed = np.ascontiguousarray(raw).view(np.dtype(f"int{raw.dtype.itemsize * 8}"))
-    return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
-
-
-def as_raw(tensor: Tensor) -> np.ndarray:
-    """A torch tensor's raw bits, as unsigned integers on the CPU."""
-    size = tensor.element_size() * 8
-    signed = tensor.detach().cpu().contiguous().view(getattr(torch, f"int{size}"))
-    return signed.numpy().view(RAW[DTYPES[tensor.dtype]])
 
 
 def _slices(box: Any) -> tuple[slice, ...]:

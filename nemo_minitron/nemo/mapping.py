@@ -51,7 +51,7 @@ _NORMS = {
 _LAYERS = "decoder.layers."
 
 
-def pieces(parameter: str, architecture: Architecture, shard: Shard = Shard()) -> list[Piece]:  # noqa: B008
+def pieces(parameter: str, architecture: Architecture, shard: Shard = Shard()) -> list[Piece]:
     """What `parameter` of this tensor-parallel rank is made of; empty for extra state.
 
     Rows of a padded vocabulary lie in no piece. Raises InputError for a parameter that nothing claims.

@@ -49,6 +49,7 @@ def config(kind: str, **overrides) -> TransformerConfig:
         "masked_softmax_fusion": True,
         "bias_dropout_fusion": True,
         "pipeline_dtype": torch.float32,
+        "deallocate_pipeline_outputs": True,  # as NeMo's configs have it
     }
     return TransformerConfig(**{**fields, **KINDS[kind], **overrides})
 

@@ -17,7 +17,7 @@ import torch
 
 import nemo_minitron.backend as backend
 
-MICRO_BATCHES = 4
+MICRO_BATCHES = 8
 LAYOUTS = {
     2: {
         "tp2": {"tp": 2},

@@ -19,7 +19,7 @@ MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the
     "four": lambda folder: pico_llama(
         folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True
     ),
-    "mistral": lambda folder: pico_mistral(folder),
+    "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
 }
 LAYOUTS = {  # world size -> layouts; a new layout is one entry
     1: [("three", {}), ("four", {}), ("mistral", {})],

@@ -69,9 +69,8 @@ def test_perturbed_scores_differ_inside_twice_the_error():
         for array in s.tensors.values():
             array += 1  # a narrow range: close calls happen
         near = scores(seed)
-        near.tensors = {
-            n: (a * (1 + generator.uniform(-1e-3, 1e-3, a.shape))).astype(np.float32) for n, a in s.tensors.items()
-        }
+        for name, array in s.tensors.items():
+            near.tensors[name] = (array * (1 + generator.uniform(-1e-3, 1e-3, array.shape))).astype(np.float32)
         found = compare_plans(plan(s, keep), plan(near, keep), s, 2.1e-3)
         assert found.outside == 0
         differed += not found.identical

@@ -1,0 +1,84 @@
+"""A student as a NeMo checkpoint of the teacher's own class, written from inside a user's job."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.nemo.callbacks import chunks_of, leave_context
+from nemo_minitron.nemo.live import LiveSource, fill
+from nemo_minitron.nemo.mapping import padded_vocab
+from nemo_minitron.nemo.models import build, current_layout
+from nemo_minitron.nemo.sources import open_source
+
+
+def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:
+    """Writes `path` (weights/ and context/): the plan's student, in the layout of the running job.
+
+    It is filled by reading `teacher`, or, where that is None, the live model. Collective. An older
+    checkpoint at `path` is replaced only once the new one is whole.
+    """
+    live = chunks_of(trainer)
+    layout = current_layout(sp=live[0].config.sequence_parallel)
+    student = student_module(module, plan, layout.tp)
+    chunks = build(student.config, layout)
+    fill(chunks, open_source(teacher) if teacher else LiveSource(live, plan.source), plan)
+    partial = path.with_name(f".{path.name}.partial")
+    rank_zero = torch.distributed.get_rank() == 0
+    if rank_zero:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "weights").mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": _sharded(chunks)}, str(partial / "weights"))
+    torch.distributed.barrier()
+    if rank_zero:
+        _write_context(trainer, student, partial / "context")
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
+    torch.distributed.barrier()
+
+
+def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
+    """NeMo's LightningModule of the teacher's class with the plan's sizes, from what NeMo recorded of it.
+
+    What the running job set on the teacher's config beyond that (a padded vocabulary) is set anew.
+    """
+    import copy
+
+    import fiddle as fdl
+
+    recorded = copy.deepcopy(module.__io__)
+    target = plan.target
+    sizes = {
+        "num_layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "ffn_hidden_size": target.ffn_hidden_size,
+        "num_attention_heads": target.num_attention_heads,
+        "num_query_groups": target.num_query_groups,
+        "kv_channels": target.head_dim,
+        "vocab_size": target.vocab_size,
+    }
+    for name, value in sizes.items():
+        setattr(recorded.config, name, value)
+    student = fdl.build(recorded)
+    student.config.vocab_size = padded_vocab(target.vocab_size, tp)
+    return student
+
+
+def _sharded(chunks: list[Any]) -> dict[str, Any]:
+    """As NeMo names them: under `module.`, one entry a virtual stage."""
+    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    states = [chunk.sharded_state_dict(prefix="module.", metadata=metadata) for chunk in chunks]
+    return states[0] if len(states) == 1 else {f"model_{i}": state for i, state in enumerate(states)}
+
+
+def _write_context(trainer: Any, student: Any, folder: Path) -> None:
+    from nemo.lightning.io.pl import TrainerContext
+
+    leave_context(trainer)
+    TrainerContext(model=student, trainer=trainer, extra={}).io_dump(folder, yaml_attrs=["model"])

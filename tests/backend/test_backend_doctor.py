@@ -1,0 +1,147 @@
+"""doctor: what is installed, what fits, and what to run; over made-up tables of installed versions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nemo_minitron.backend import doctor
+
+GOOD = {
+    "torch": "2.9.0",
+    "nemo_toolkit": "2.6.0",
+    "megatron-core": "0.15.0",
+    "nemo_run": "0.6.0",
+    "lightning": "2.4.0",
+    "transformers": "4.57.6",
+    "datasets": "4.8.5",
+    "numpy": "1.26.4",
+    "pyarrow": "21.0.0",
+    "leptonai": "0.27.3",
+    "safetensors": "0.8.0",
+    "transformer-engine": "2.9.0",
+    "nvidia-modelopt": "0.37.0",
+}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that examines a made-up machine."""
+
+    def examine(changes=None, devices=("NVIDIA H100",), apex=None):
+        table = {**GOOD, **(changes or {})}
+        monkeypatch.setattr(doctor, "installed", lambda name: table.get(name))
+        monkeypatch.setattr(doctor, "cuda_devices", lambda: devices)
+        monkeypatch.setattr(doctor, "nvidia_apex", lambda: apex == "nvidia")
+        monkeypatch.setattr(doctor, "module_found", lambda name: apex is not None)
+        monkeypatch.setattr(doctor.platform, "python_version", lambda: table.get("python", "3.11.7"))
+        return doctor.examine()
+
+    return examine
+
+
+def bad(report):
+    return {finding.name: finding.mend for finding in report.findings if not finding.ok}
+
+
+def test_a_good_machine(machine):
+    report = machine()
+    assert report.ok
+    assert bad(report) == {}
+    assert report.layers == "Transformer Engine"
+    assert report.adam == "Transformer Engine's FusedAdam"
+    assert "all is well" in report.text()
+    assert "25.11" not in report.text()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "mend"),
+    [
+        ("pyarrow", "22.0.0", "pip install 'pyarrow<22'"),
+        ("leptonai", "0.28.1", "pip install 'leptonai<0.28'"),
+        ("numpy", "2.1.0", "pip install 'numpy<2'"),
+        ("nemo_toolkit", "3.0.0", "pip install 'nemo_toolkit>=2.6,<3'"),
+        ("nemo_toolkit", None, "pip install 'nemo_toolkit>=2.6,<3'"),
+        ("megatron-core", "0.17.0", "pip install 'megatron-core>=0.15,<0.17'"),
+        ("nvidia-modelopt", "0.46.0", "pip install 'nvidia-modelopt<0.42'"),
+        ("transformers", "5.0.0", "pip install 'transformers>=4.51,<5'"),
+    ],
+)
+def test_each_thing_that_does_not_fit_has_its_command(machine, name, version, mend):
+    report = machine({name: version})
+    assert bad(report) == {name: mend}
+    assert not report.ok
+    assert mend in report.text()
+    assert "25.11" in report.text()  # the container in which all fit
+
+
+def test_what_is_optional_may_be_missing(machine):
+    report = machine({"transformer-engine": None, "nvidia-modelopt": None})
+    assert report.ok
+    assert report.layers.startswith("reference")
+    assert any("transformer-engine" in note for note in report.notes)
+
+
+def test_the_index_apex_is_not_nvidias(machine):
+    assert bad(machine(apex="index")) == {"apex": "pip uninstall apex"}
+    assert machine(apex="nvidia").ok
+
+
+def test_which_adam(machine):
+    without = {"transformer-engine": None}
+    assert machine(without, apex="nvidia").adam == "apex's FusedAdam"
+    assert machine(without).adam == "torch's AdamW"
+
+
+def test_the_adam_is_megatrons_choice():
+    """On this machine, by Megatron's own word."""
+    from megatron.core.optimizer import Adam
+
+    library = doctor.examine().adam.split("'")[0]
+    assert {"torch": "torch", "apex": "apex", "Transformer Engine": "transformer_engine"}[library] == (
+        Adam.__module__.split(".")[0]
+    )
+
+
+def test_a_cpu_machine(machine):
+    report = machine({"torch": "2.13.0+cpu"}, devices=())
+    assert report.ok
+    assert report.layers == "reference (no CUDA device)"
+    blind = machine({"torch": "2.13.0+cpu"})
+    assert blind.layers == "reference (torch is a CPU build)"
+    assert any("CUDA build" in note for note in blind.notes)
+
+
+def test_python_that_is_too_new(machine):
+    assert "python" in bad(machine({"python": "3.13.1"}))
+
+
+def test_megatron_016_is_noted(machine):
+    report = machine({"megatron-core": "0.16.1"})
+    assert report.ok
+    assert any("no_weight_decay_cond" in note for note in report.notes)
+
+
+def test_json(machine):
+    told = json.loads(machine({"pyarrow": "22.0.0"}).json())
+    assert told["ok"] is False
+    assert {"findings", "devices", "layers", "adam", "notes"} <= told.keys()
+    assert [f["mend"] for f in told["findings"] if f["name"] == "pyarrow"] == ["pip install 'pyarrow<22'"]
+
+
+def test_devices_are_read_from_the_driver(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB\nIRQ: 1\n")
+    assert doctor.cuda_devices(tmp_path) == ("NVIDIA H100 80GB",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.cuda_devices(tmp_path) == ()
+
+
+def test_it_imports_nothing_heavy():
+    code = (
+        "import sys; from nemo_minitron.backend.doctor import examine; examine().text(); "
+        "assert not {'torch', 'megatron', 'nemo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,60 @@
+"""Tensor, sequence, pipeline (virtual, too), data and expert parallelism of the twin's layers, in real processes.
+
+One torchrun for each number of processes; `backend_worker.py` says what it does. Tried by hand, each of these
+makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards without their mark
+(tp2: the gradient's norm), virtual stages without the mends in `cpu.py` (pp2_vp2).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import backend_worker
+import pytest
+
+WORKER = Path(backend_worker.__file__)
+# fp32 sums in another order, over four layers and one optimizer step; relative.
+LOSS, NORM = 1e-6, 1e-5
+# The largest difference of a gradient over its largest element: the same, where much cancels.
+GRADIENT = 1e-5
+
+CASES = [
+    pytest.param(world, f"{kind}-{name}", id=f"{kind}-{name}", marks=[pytest.mark.slow] if world > 2 else [])
+    for world, layouts in backend_worker.LAYOUTS.items()
+    for name in layouts
+    for kind in backend_worker.KINDS_OF.get(name, ("rms", "layer"))
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    done = {}
+
+    def of(world):
+        if world not in done:
+            done[world] = launch(world, tmp_path_factory.mktemp("layouts") / f"{world}.json")
+        return done[world]
+
+    return of
+
+
+def launch(world, out):
+    """torchrun ends all ranks when one fails; the timeouts end them all when one hangs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    done = subprocess.run([*command, str(WORKER), str(out)], env=environment, capture_output=True, timeout=400)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("world", "case"), CASES)
+def test_a_layout_trains_like_one_process(results, world, case):
+    result = results(world)[case]
+    for name, tolerance in (("loss", LOSS), ("norm", NORM), ("after", LOSS)):
+        got, wanted = result[name]
+        assert got == pytest.approx(wanted, rel=tolerance), name
+    difference, where = result["gradients"]
+    assert difference < GRADIENT, where
+    assert result["after"][1] < result["loss"][1]  # the step went somewhere

@@ -1,0 +1,246 @@
+"""The twin's layers against torch's and Megatron's own, and its module tree against Transformer Engine's."""
+
+import datetime
+from types import SimpleNamespace
+
+import backend_pico
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from nemo_minitron.backend.attention import Attention
+from nemo_minitron.backend.norms import Norm, normalize
+from nemo_minitron.errors import InputError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """Megatron's groups of one process; other test files may have made them."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        wait = datetime.timedelta(seconds=60)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=wait)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def norm_config(kind, centered, dtype=torch.float64):
+    return SimpleNamespace(
+        normalization=kind,
+        layernorm_zero_centered_gamma=centered,
+        params_dtype=dtype,
+        sequence_parallel=True,
+        use_cpu_initialization=True,
+    )
+
+
+# -- norms -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_norms_are_torchs(kind, centered):
+    torch.manual_seed(0)
+    made = Norm(norm_config(kind, centered), hidden_size=10, eps=1e-3)
+    start = 0.0 if centered else 1.0
+    assert made.weight.tolist() == [start] * 10
+    x = torch.randn(3, 2, 10, dtype=torch.float64)
+    with torch.no_grad():
+        made.weight.add_(torch.randn(10))
+    gamma = made.weight + 1 if centered else made.weight
+    if kind == "RMSNorm":
+        wanted = x / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * gamma
+        assert made.bias is None
+    else:
+        with torch.no_grad():
+            made.bias.add_(torch.randn(10))
+        wanted = F.layer_norm(x, (10,), gamma, made.bias, 1e-3)
+    assert torch.allclose(made(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_norms_compute_in_fp32_and_round_once():
+    torch.manual_seed(0)
+    x, gamma = torch.randn(64, 96).bfloat16(), (0.01 * torch.randn(96)).bfloat16()
+    got = normalize(x, gamma, None, 1e-5, rms=True, zero_centered=True)
+    wanted = F.rms_norm(x.double(), (96,), gamma.double() + 1, 1e-5)
+    assert got.dtype is torch.bfloat16
+    # fp32's own error may fall on either side of a rounding boundary, in a few of 6,144 elements
+    assert (got != wanted.bfloat16()).float().mean() < 1e-3
+
+
+def test_norm_parameters_know_sequence_parallelism_and_their_kind():
+    made = Norm(norm_config("LayerNorm", False), hidden_size=4)
+    assert made.weight.sequence_parallel
+    assert made.bias.sequence_parallel
+    with pytest.raises(InputError, match="L2Norm"):
+        Norm(norm_config("L2Norm", False), hidden_size=4)
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+def attentions(**overrides):
+    """The twin's core attention and Megatron's unfused one, of one config."""
+    scale = overrides.pop("softmax_scale", None)
+    made = backend_pico.config("rms", **overrides)
+    return [
+        cls(made, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self", softmax_scale=scale)
+        for cls in (Attention, DotProductAttention)
+    ]
+
+
+def qkv(queries=7, keys=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(queries, 3, 6, 8), (keys, 3, 2, 8), (keys, 3, 2, 8)]
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("options", "mask"),
+    [
+        ({}, None),
+        ({"softmax_scale": 0.7}, None),
+        ({"window_size": (2, 0)}, None),
+        ({"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}, None),
+        ({}, "random"),
+    ],
+)
+def test_attention_is_megatrons_unfused_one(options, mask):
+    ours, theirs = attentions(**options)
+    if mask:
+        mask = torch.rand(3, 1, 7, 7, generator=torch.Generator().manual_seed(1)) < 0.4
+        mask.diagonal(dim1=2, dim2=3).fill_(False)  # a row that sees nothing means something else to each
+    results = []
+    for attention in (ours, theirs):
+        inputs = qkv()
+        out = attention(*inputs, mask, attn_mask_type=AttnMaskType.causal)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
+        results.append([out, *(x.grad for x in inputs)])
+    for got, wanted in zip(*results, strict=True):
+        assert got.shape == wanted.shape
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_sees_a_cache():
+    """One query after six keys sees all; a prompt behind a cache sees what came before each of its tokens."""
+    ours, _ = attentions()
+    query, key, value = qkv()
+    whole = ours(query, key, value)
+    assert torch.allclose(ours(query[-1:], key, value), whole[-1:], atol=1e-6)
+    assert torch.allclose(ours(query[-3:], key, value), whole[-3:], atol=1e-6)
+    free = ours(query[-1:], key, value, attn_mask_type=AttnMaskType.no_mask)
+    assert torch.allclose(free, whole[-1:], atol=1e-6)
+
+
+def test_attention_takes_a_bias():
+    ours, _ = attentions()
+    query, key, value = qkv()
+    forbid = torch.zeros(7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
+    forbid[:, 0] = forbid[:, 0] + 0.5
+    bias = torch.zeros(1, 1, 7, 7)
+    bias[..., 0] = 0.5
+    wanted = F.scaled_dot_product_attention(
+        *(x.permute(1, 2, 0, 3) for x in (query, key, value)), attn_mask=forbid, enable_gqa=True
+    )
+    got = ours(query, key, value, attention_bias=bias)
+    assert torch.allclose(got, wanted.permute(2, 0, 1, 3).flatten(2), atol=1e-6)
+
+
+def test_attention_refuses_what_it_cannot():
+    ours, _ = attentions()
+    with pytest.raises(InputError, match="packing"):
+        ours(*qkv(), packed_seq_params=PackedSeqParams(qkv_format="thd"))
+    with pytest.raises(InputError, match="softmax_type"):
+        attentions(softmax_type="learnable")
+
+
+# -- the model ---------------------------------------------------------------------------------------------
+def names(kind, **options):
+    return {n: tuple(p.shape) for n, p in backend_pico.model(backend_pico.config(kind), **options).named_parameters()}
+
+
+def test_parameters_have_transformer_engines_names():
+    got = names("rms", tied=False)
+    layer = {n.removeprefix("decoder.layers.1."): s for n, s in got.items() if n.startswith("decoder.layers.1.")}
+    assert layer == {
+        "self_attention.linear_proj.weight": (24, 48),
+        "self_attention.linear_qkv.layer_norm_weight": (24,),
+        "self_attention.linear_qkv.weight": (80, 24),
+        "self_attention.q_layernorm.weight": (8,),
+        "self_attention.k_layernorm.weight": (8,),
+        "mlp.linear_fc1.layer_norm_weight": (24,),
+        "mlp.linear_fc1.weight": (80, 24),
+        "mlp.linear_fc2.weight": (24, 40),
+    }
+    rest = {n for n in got if not n.startswith("decoder.layers.")}
+    assert rest == {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+
+
+def test_layer_norms_and_linears_have_biases():
+    got = {n.removeprefix("decoder.layers.0.") for n in names("layer")}
+    for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        assert {f"{linear}.{n}" for n in ("layer_norm_weight", "layer_norm_bias", "weight", "bias")} <= got
+    assert {"self_attention.linear_proj.bias", "mlp.linear_fc2.bias", "decoder.final_layernorm.bias"} <= got
+
+
+def test_experts_have_no_fused_norm():
+    got = {n.removeprefix("decoder.layers.0.") for n in names("moe")}
+    assert {"pre_mlp_layernorm.weight", "mlp.router.weight"} <= got
+    assert {f"mlp.experts.local_experts.{e}.linear_fc1.weight" for e in range(4)} <= got
+    assert not any("experts" in n and "layer_norm" in n for n in got)
+
+
+def test_a_checkpoint_has_transformer_engines_keys():
+    """Norms whole, and an `_extra_state` wherever Transformer Engine asks for one when it loads."""
+    state = backend_pico.model(backend_pico.config("rms")).sharded_state_dict()
+    keys = {k.removeprefix("decoder.layers.0.") for k in state if k.startswith("decoder.layers.0.")}
+    with_state = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
+                  "self_attention.q_layernorm", "self_attention.k_layernorm"}  # fmt: skip
+    assert {k.removesuffix("._extra_state") for k in keys if k.endswith("_extra_state")} == with_state
+    assert "decoder.final_layernorm._extra_state" in state
+    norm = state["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"]
+    assert norm.key == "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    assert norm.global_shape == (4, 24)  # the layers, stacked
+
+
+def test_extra_state_of_either_side_loads():
+    model = backend_pico.model(backend_pico.config("rms"))
+    state = model.state_dict()
+    ours = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
+    model.load_state_dict(ours)  # none
+    theirs = {k: torch.empty(0, dtype=torch.uint8) if k.endswith("_extra_state") else v for k, v in state.items()}
+    model.load_state_dict(theirs)  # Transformer Engine's, of a run without FP8
+
+
+def test_shards_are_marked_also_where_nothing_is_initialised():
+    """Else the gradient's norm counts one rank's shard alone."""
+    made = backend_pico.model(backend_pico.config("rms", perform_initialization=False))
+    layer = made.decoder.layers[0]
+    for linear, dim in ((layer.self_attention.linear_qkv, 0), (layer.mlp.linear_fc2, 1)):
+        assert linear.weight.tensor_model_parallel
+        assert linear.weight.partition_dim == dim
+    assert not hasattr(layer.mlp.linear_fc1.layer_norm_weight, "tensor_model_parallel")
+
+
+def test_the_norm_is_in_front_of_the_linear():
+    made = backend_pico.model(backend_pico.config("rms")).decoder.layers[0].mlp.linear_fc1
+    x = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(0))
+    wanted = F.linear(F.rms_norm(x, (24,), made.layer_norm_weight, 3e-5), made.weight)
+    got, bias = made(x)
+    assert bias is None
+    assert torch.allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(backend_pico.KINDS))
+def test_the_model_is_causal_and_differentiable(kind):
+    made = backend_pico.model(backend_pico.config(kind))
+    tokens = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(12).expand(2, 12)
+    with torch.no_grad():
+        first = made(tokens, positions, None)
+        changed = made(torch.cat([tokens[:, :6], (tokens[:, 6:] + 1) % 60], 1), positions, None)
+    assert torch.allclose(first[:, :6], changed[:, :6], atol=1e-5)
+    assert not torch.allclose(first[:, 6:], changed[:, 6:], atol=1e-2)
+    made(tokens, positions, None, labels=tokens).mean().backward()
+    assert [n for n, p in made.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []

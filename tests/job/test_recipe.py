@@ -1,0 +1,127 @@
+"""Recipes as plain values, overrides, layouts, and the dry run."""
+
+import dataclasses
+import json
+
+import pytest
+from pico import SIZES
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf
+from nemo_minitron.job import Data, Job, Layout
+from nemo_minitron.job.dry_run import describe, target_of
+from nemo_minitron.job.find import find, names
+
+
+@pytest.fixture
+def job(tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **SIZES}))
+    return Job(name="pico", teacher=str(teacher), data=Data("train.jsonl", "test.jsonl"), keep={"ffn": 64})
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_to_108m_width", "smollm2_135m_to_113m_depth"])
+def test_shipped_recipes_survive_json(name):
+    assert name in names()
+    recipe = find(name)
+    assert recipe.name == name
+    assert Job.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_overrides_reach_every_depth(job):
+    changed = job.override(["distillation.tokens=2000", "keep.hidden=40", "layout.sp=true", "data.name=my text"])
+    assert (changed.distillation.tokens, changed.layout.sp, changed.data.name) == (2000, True, "my text")
+    assert changed.keep == {"ffn": 64, "hidden": 40}
+    assert job.distillation.tokens != 2000
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("distillation.token=3", "no key 'distillation.token'.*did you mean 'distillation.tokens'"),
+        ("tokens", "no override; write key=value"),
+        ("distillation=3", "is a group of settings"),
+        ("distillation.tokens=many", "'distillation.tokens' is 'many'; it must be an int"),
+        ("layout.sp=1", "'layout.sp' is 1; it must be a bool"),
+        ("name=3", "'name' is 3; it must be a str"),
+        ("a.b.c=3", "no key 'a.b.c'"),
+    ],
+)
+def test_overrides_refused(job, setting, words):
+    with pytest.raises(InputError, match=words):
+        job.override([setting])
+
+
+def test_a_recipe_must_be_whole(job):
+    values = job.as_dict()
+    del values["teacher"]
+    with pytest.raises(InputError, match="lacks 'teacher'"):
+        Job.from_dict(values)
+
+
+@pytest.mark.parametrize(("name", "words"), [("smollm2_135m_width", "did you mean 'smollm2_135m_to_"), ("x.py", "does not exist")])
+def test_unknown_recipe(name, words):
+    with pytest.raises(InputError, match=words):
+        find(name)
+
+
+PICO = Architecture(
+    num_layers=6, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6, num_query_groups=3, head_dim=8, vocab_size=509
+)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 3, "sp": True}, {"pp": 2, "vp": 3}, {"dp": 5}, {"tp": 3, "pp": 2, "dp": 2}])
+def test_legal_layouts(layout):
+    Layout(**layout).check(PICO)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"tp": 2}, "3 query groups.*the nearest legal tp is 1"),
+        ({"tp": 4}, "nearest legal tp is 3"),
+        ({"tp": 0}, "tp is 0"),
+        ({"pp": 4}, "6 layers do not divide into 4 pipeline stages.*the nearest legal number of stages is 3"),
+        ({"vp": 2}, "vp=2 needs pp"),
+        ({"ep": 2}, "mixture of experts"),
+    ],
+)
+def test_layouts_refused_with_the_nearest(layout, words):
+    with pytest.raises(InputError, match=words):
+        Layout(**layout).check(PICO)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ({"ffn": 97}, "keep.ffn is 97; legal are 1 to 96, the nearest is 96"),
+        ({"ffn": 0}, "the nearest is 1"),
+        ({"ffm": 3}, "did you mean 'ffn'"),
+        ({"heads": 5}, "do not divide into 3 query groups"),
+        ({}, "cuts nothing"),
+    ],
+)
+def test_targets_refused(keep, words):
+    with pytest.raises(InputError, match=words):
+        target_of(PICO, keep)
+
+
+def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    text = describe(job)
+    source = from_hf(job.teacher)
+    assert f"{source.parameters():,}" in text
+    assert f"{source.replace(ffn_hidden_size=64).parameters():,}" in text
+    assert json.loads(text[: text.index("\n}\n") + 2]) == job.as_dict()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_refuses_what_could_not_run(job):
+    with pytest.raises(InputError, match="nearest legal tp"):
+        describe(dataclasses.replace(job, layout=Layout(tp=2)))
+    with pytest.raises(InputError, match="does not exist"):
+        describe(dataclasses.replace(job, teacher="/nowhere/model"))
+    with pytest.raises(InputError, match="does not divide into micro-batches"):
+        describe(job.override(["layout.dp=2"]))

@@ -1,0 +1,111 @@
+"""The order of stages: what is done is skipped, what changed is done again, a failure leaves what was done."""
+
+import json
+import sys
+
+import pytest
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.job import Data, Job
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.run import Stage, execute, open_run
+
+JOB = Job(name="pico", teacher="t", data=Data("a", "b"), keep={"ffn": 64})
+
+
+def stages(done, fail=()):
+    def stage(name, after=(), inputs=lambda run: None):
+        def work(run):
+            if name in fail:
+                raise RuntimeError(name)
+            done.append(name)
+            run.path(f"{name}.txt").write_text(name)
+
+        return Stage(name, work, inputs, after, (f"{name}.txt",))
+
+    return [
+        stage("one", inputs=lambda run: run.job.calibration.samples),
+        stage("two", ("one",)),
+        stage("three", inputs=lambda run: run.job.seed),
+    ]
+
+
+def test_a_rerun_skips_what_is_done(tmp_path):
+    done = []
+    for _ in range(2):
+        execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == done
+    assert all(set(stage) == {"name", "seconds", "digest"} for stage in manifest["stages"])
+
+
+def test_a_change_reaches_downstream_alone(tmp_path):
+    done = []
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    execute(open_run(JOB.override(["calibration.samples=3"]), tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three", "one", "two"]
+
+
+def test_a_missing_output_is_made_again(tmp_path):
+    done = []
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    (tmp_path / "run" / "two.txt").unlink()
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three", "two"]
+
+
+def test_a_failure_keeps_what_was_done(tmp_path):
+    done = []
+    with pytest.raises(RuntimeError, match="two"):
+        execute(open_run(JOB, tmp_path / "run"), stages(done, fail=("two",)))
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
+    with pytest.raises(InputError, match="not empty and is no run folder"):
+        open_run(JOB, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+    with pytest.raises(InputError, match="is a file"):
+        open_run(JOB, tmp_path / "photo.jpg")
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+if sys.argv[1] == "refuse" and rank == 1:
+    Path(os.environ["MINITRON_ERRORS"], "refused-1").write_text("the second rank has no data")
+    os._exit(2)
+if sys.argv[1] == "crash" and rank == 1:
+    raise ValueError("broken in rank 1")
+if sys.argv[1] != "work":
+    time.sleep(600)
+print("  > step", rank, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "error", "words"),
+    [("refuse", InputError, "the second rank has no data"), ("crash", RuntimeError, "exit code 1.*broken in rank 1")],
+)
+def test_one_ranks_failure_ends_all_with_its_message(stage, error, words, tmp_path, monkeypatch):
+    """The other rank sleeps for ten minutes: the test's own timeout would end it."""
+    (tmp_path / "pico_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
+    with pytest.raises(error, match=f"(?s){words}"):
+        launch(stage, {}, 2, tmp_path / "log.txt")
+
+
+@pytest.mark.slow
+def test_progress_reaches_the_screen_and_everything_the_log(tmp_path, monkeypatch, capfd):
+    (tmp_path / "pico_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
+    launch("work", {}, 2, tmp_path / "log.txt")
+    assert sorted(capfd.readouterr().out.split("> step ")[1:]) == ["0\n", "1\n"]
+    assert "step 0" in (tmp_path / "log.txt").read_text()
