@@ -8,7 +8,7 @@ LICENCE = "apache-2.0"
 DATA = Data(
     train="demo/wikipedia/train.jsonl",
     test="demo/wikipedia/test.jsonl",
-    name="Wikipedia excerpt (gensim's test data), split by article",
+    name="Wikipedia excerpt",
     licence="cc-by-sa-3.0",
 )
 CALIBRATION = Calibration(samples=32, sequence_length=512, batch_size=4)

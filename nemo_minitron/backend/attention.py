@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -24,7 +24,8 @@ class Attention(MegatronModule):
 
     Rotary embedding and QK norm come before it. It has no parameters. `softmax_scale` defaults to
     1/sqrt(head_dim); Megatron's query-key layer scaling divides and multiplies by the same number, and so needs
-    nothing. Raises InputError for context parallelism and for softmax offsets, which it does not have.
+    nothing. Under context parallelism each rank gathers all keys and values, in Megatron's order of the
+    sequence (two chunks a rank, one from either end). Raises InputError for softmax offsets, which it lacks.
     """
 
     def __init__(
@@ -41,11 +42,15 @@ class Attention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        _refuse(config)
+        if config.softmax_type != "vanilla":
+            raise InputError(f"softmax_type '{config.softmax_type}' needs Transformer Engine; legal is 'vanilla'")
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = tuple(config.window_size) if window else None
+        self.context = None
+        if config.context_parallel_size > 1:
+            self.context = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -59,16 +64,20 @@ class Attention(MegatronModule):
     ) -> Tensor:
         """query [Sq, B, heads, D], key and value [Sk, B, groups, D] of this rank -> [Sq, B, heads * D].
 
-        `attention_mask`: bool, True where attention is forbidden, broadcast to [B, heads, Sq, Sk], taken
-        as it is; None means causal, or everything where the mask type is not causal. Raises InputError for
-        packed sequences.
+        `attention_mask`: bool, True where attention is forbidden, broadcast to [B, heads, Sq, Sk] (Sk of all
+        ranks under context parallelism), taken as it is; None means causal, or everything where the mask
+        type is not causal. Raises InputError for packed sequences.
         """
         if packed_seq_params is not None:
             raise InputError("packed sequences need Transformer Engine's attention; turn sequence packing off")
         kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        mask, causal = self._mask(query.shape[0], key.shape[0], kind, attention_mask, query.device)
+        if self.context is not None:
+            key, value = _whole(key, self.context), _whole(value, self.context)
+        mask, causal = self._mask(query, key.shape[0], kind, attention_mask)
         if attention_bias is not None:
-            mask, causal = _with_bias(attention_bias, mask, causal, query, key), False
+            if causal:
+                mask, causal = _window(self._positions(query, key.shape[0]), key.shape[0], (-1, 0)), False
+            mask = _with_bias(attention_bias.to(query.dtype), mask)
         p = self.dropout if self.training else 0.0
         with self._random(p):
             out = F.scaled_dot_product_attention(
@@ -83,19 +92,23 @@ class Attention(MegatronModule):
             )
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _mask(
-        self, queries: int, keys: int, kind: AttnMaskType, given: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
+    def _mask(self, query: Tensor, keys: int, kind: AttnMaskType, given: Tensor | None) -> tuple[Tensor | None, bool]:
         """What SDPA wants: True where attention is allowed, or None and whether it is causal."""
         if self.window is not None and (keys > self.window[0] >= 0 or kind not in CAUSAL):
-            return _window(queries, keys, self.window, device), False
+            return _window(self._positions(query, keys), keys, self.window), False
         if given is not None:
             return ~given if given.dtype is torch.bool else given < 0.5, False
-        if kind not in CAUSAL or queries == 1:
+        if kind not in CAUSAL or query.shape[0] == 1:
             return None, False
-        if queries == keys:
+        if query.shape[0] == keys:
             return None, True
-        return _window(queries, keys, (-1, 0), device), False  # a prompt behind a cache: the last rows
+        return _window(self._positions(query, keys), keys, (-1, 0)), False
+
+    def _positions(self, query: Tensor, keys: int) -> Tensor:
+        """[Sq]: where the queries stand among the keys; behind a cache they are the last."""
+        if self.context is not None:
+            return _places(keys, self.context.size(), query.device)[self.context.rank()]
+        return torch.arange(keys - query.shape[0], keys, device=query.device)
 
     def _random(self, p: float) -> contextlib.AbstractContextManager[Any]:
         """Under tensor parallelism each rank drops its own heads' probabilities."""
@@ -108,20 +121,22 @@ class Attention(MegatronModule):
         return {}
 
 
-def _refuse(config: Any) -> None:
-    if config.context_parallel_size > 1 or (
-        parallel_state.model_parallel_is_initialized() and parallel_state.get_context_parallel_world_size() > 1
-    ):
-        raise InputError(
-            f"context parallelism {config.context_parallel_size} needs Transformer Engine; without it use 1"
-        )
-    if config.softmax_type != "vanilla":
-        raise InputError(f"softmax_type '{config.softmax_type}' needs Transformer Engine; legal is 'vanilla'")
+def _places(length: int, ranks: int, device: torch.device) -> Tensor:
+    """[ranks, length / ranks]: the positions that each context-parallel rank holds."""
+    chunks = torch.arange(length, device=device).view(2 * ranks, -1)
+    return torch.cat([chunks[:ranks], chunks[ranks:].flip(0)], dim=1)
 
 
-def _window(queries: int, keys: int, window: tuple[int, ...], device: torch.device) -> Tensor:
-    """[queries, keys], True where a query sees a key; `window`: keys to the left and right, -1 for all."""
-    distance = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+def _whole(x: Tensor, group: Any) -> Tensor:
+    """[S/cp, ...] of each rank -> [S, ...] in the sequence's order; gradients are summed over the ranks."""
+    gathered = gather_from_sequence_parallel_region(x.contiguous(), group=group)
+    places = _places(gathered.shape[0], group.size(), x.device)
+    return gathered.index_select(0, places.flatten().argsort())
+
+
+def _window(positions: Tensor, keys: int, window: tuple[int, ...]) -> Tensor:
+    """[Sq, keys], True where a query sees a key; `window`: keys to the left and to the right, -1 for all."""
+    distance = torch.arange(keys, device=positions.device) - positions[:, None]
     left, right = window
     seen = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -129,9 +144,6 @@ def _window(queries: int, keys: int, window: tuple[int, ...], device: torch.devi
     return seen & (distance <= right) if right >= 0 else seen
 
 
-def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
+def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     """An additive mask: SDPA takes one or the other."""
-    if causal:
-        mask = _window(query.shape[0], key.shape[0], (-1, 0), query.device)
-    bias = bias.to(query.dtype)
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))

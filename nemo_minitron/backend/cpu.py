@@ -50,8 +50,9 @@ class Idle:
         return 0.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing: torch.compile's tables want an object of its own for each name."""
+    return lambda *args, **kwargs: None
 
 
 def _get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -67,34 +68,37 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _idle(*args: Any, **kwargs: Any) -> Idle:
-    return Idle()
+def _idle() -> Callable[..., Idle]:
+    return lambda *args, **kwargs: Idle()
 
 
 CUDA: dict[str, Any] = {
     "current_device": lambda: CPU,
-    "set_device": _nothing,
-    "synchronize": _nothing,
-    "empty_cache": _nothing,
-    "reset_peak_memory_stats": _nothing,
+    "set_device": _nothing(),
+    "synchronize": _nothing(),
+    "empty_cache": _nothing(),
+    "reset_peak_memory_stats": _nothing(),
     "manual_seed": _seed,
     "get_rng_state": _get_state,
     "set_rng_state": _set_state,
-    "Stream": Idle,
-    "Event": Idle,
-    "stream": _idle,
-    "current_stream": _idle,
-    "default_stream": _idle,
-    "set_stream": _nothing,
+    "Stream": type("Stream", (Idle,), {}),
+    "Event": type("Event", (Idle,), {}),
+    "stream": _idle(),
+    "current_stream": _idle(),
+    "default_stream": _idle(),
+    "set_stream": _nothing(),
 }
-NVTX = {"range_push": _nothing, "range_pop": _nothing, "mark": _nothing, "range": _idle}
+NVTX = {"range_push": _nothing(), "range_pop": _nothing(), "mark": _nothing(), "range": _idle()}
 TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 
 
 def redirect() -> None:
     """Redirects torch's and Megatron's CUDA calls for the rest of this process (and of this thread)."""
-    import torch._dynamo  # its tables name torch.cuda's functions: made before these change
+    import torch._dynamo
 
+    # Megatron's small fusions are torch.compile'd. Compilation cannot see through the mode below, and on a CPU
+    # it costs more than it gives: what is compiled runs as it is written.
+    torch._dynamo.config.disable = True
     for name, value in CUDA.items():
         replace(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
@@ -176,7 +180,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _self,
     torch.Tensor.pin_memory: _self,
-    torch.Tensor.record_stream: _nothing,
+    torch.Tensor.record_stream: _nothing(),
     torch.Tensor.type: _type,
 }
 

@@ -40,25 +40,19 @@ def cache_of(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
-def architecture_of(model: Path) -> Any:
-    """Of a Hugging Face folder or a NeMo checkpoint, before anything heavy is loaded."""
-    if (model / "context").is_dir():
-        from nemo_minitron.nemo.context import hf_config
-
-        return from_hf(hf_config(model))
-    return from_hf(model)
-
-
 def run_estimate(
     model: str, data: str, out: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a model into `out`, in the processes of the layout. Raises InputError."""
-    folder = resolve(model)
-    layout.check(architecture_of(folder))
+    from nemo_minitron.nemo.sources import open_source
+
+    source = open_source(model)
+    layout.check(source.architecture)
+    layout.check_sequence(calibration.sequence_length)
     work = cache_of(out)
-    tokens = tokenise(data, folder, work / "calibration")
+    tokens = tokenise(data, source.folder, work / "calibration")
     settings = {
-        "model": str(folder), "data": str(tokens.prefix), "out": str(out), "index": str(work / "index"),
+        "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out), "index": str(work / "index"),
         "calibration": dataclasses.asdict(calibration), "layout": dataclasses.asdict(layout),
     }  # fmt: skip
     launch("estimate", settings, layout.processes, log)
@@ -88,9 +82,13 @@ def run_distill(
     student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout
 ) -> Path:
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
+    from nemo_minitron.nemo.sources import open_source
+    from nemo_minitron.pruning import HFSource
+
     source, teacher_folder = resolve(student), resolve(teacher)
-    layout.check(from_hf(source))
-    layout.check(architecture_of(teacher_folder))
+    layout.check(HFSource(source).architecture)
+    layout.check(open_source(teacher_folder).architecture)
+    layout.check_sequence(recipe.sequence_length)
     work = cache_of(out)
     tokens = tokenise(data, source, work / "train")
     training = work / "training"

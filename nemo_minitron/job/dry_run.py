@@ -37,7 +37,12 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     target = target_of(source, job.keep)
     to_hf(target, _config(job))
     job.layout.check(source)
-    job.layout.check(target)
+    job.layout.check_sequence(job.calibration.sequence_length)
+    layout, _ = job.layout.for_student(target)
+    layout.check(target)
+    layout.check_sequence(job.distillation.sequence_length)
+    if job.layout.pp > 1:
+        raise InputError(f"distillation runs on one pipeline stage so far, not pp={job.layout.pp}; use tp and dp")
     batch, micro = job.distillation.global_batch_size, job.distillation.micro_batch_size
     if batch % (micro * job.layout.dp):
         step = micro * job.layout.dp
@@ -77,7 +82,8 @@ def training_memory(
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
     source, target = check(job)
-    memory = training_memory(target, source, job.distillation, job.layout)
+    layout, why = job.layout.for_student(target)
+    memory = training_memory(target, source, job.distillation, layout)
     lines = [json.dumps(job.as_dict(), indent=1), "", f"{'':24}{'teacher':>16}{'student':>16}"]
     for field, before in source.as_dict().items():
         if isinstance(before, int) and not isinstance(before, bool):
@@ -94,5 +100,6 @@ def describe(job: Job) -> str:
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
+    lines += [why] if why else []
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(STAGES), "nothing was loaded or written"]
     return "\n".join(lines)

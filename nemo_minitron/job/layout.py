@@ -49,6 +49,27 @@ class Layout:
             raise InputError(f"ep={self.ep} needs a mixture of experts; the nearest legal ep is 1")
 
 
+    def check_sequence(self, length: int) -> None:
+        """Raises InputError for a sequence that sequence parallelism cannot divide."""
+        if self.sp and length % self.tp:
+            nearest = max(1, round(length / self.tp)) * self.tp
+            raise InputError(
+                f"sequences of {length} tokens do not divide by tp={self.tp}, which sp needs; "
+                f"the nearest legal length is {nearest}, or leave sp off"
+            )
+
+    def for_student(self, student: Architecture) -> tuple[Layout, str]:
+        """The layout nearest to this one in which a student can be trained, and a sentence where it is another.
+
+        A teacher's TP need not divide its student: 1024 of 1536 neurons do not divide by 3.
+        """
+        if legal_tp(student, self.tp):
+            return self, ""
+        tp = nearest_tp(student, self.tp)
+        why = f"tp={self.tp} does not divide the student's {_sizes(student)}: it is distilled at tp={tp}"
+        return dataclasses.replace(self, tp=tp, sp=self.sp and tp > 1), why
+
+
 def legal_tp(architecture: Architecture, tp: int) -> bool:
     """Megatron-core 0.15 wants heads, query groups and the MLP's width divisible by TP."""
     sizes = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
-from nemo_minitron.families import resolve
+from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job import commands
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.recipe import Job
@@ -114,8 +114,11 @@ def evaluate(run: Run) -> None:
 
 def distill(run: Run) -> None:
     job, prefixes = run.job, (run.path("data", "train"), run.path("data", "test"))
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)))
+    if why:
+        run.say(f"    {why}")
     commands.run_training(
-        run.path(PRUNED), str(resolve(job.teacher)), prefixes, run.path(DISTILLED), job.distillation, job.layout,
+        run.path(PRUNED), str(resolve(job.teacher)), prefixes, run.path(DISTILLED), job.distillation, layout,
         run.path("log.txt"),
     )  # fmt: skip
 

@@ -110,6 +110,7 @@ def build(config: Any, layout: Layout) -> list[Any]:
     config.context_parallel_size = layout.cp
     config.expert_model_parallel_size = layout.ep
     config.sequence_parallel = layout.sp and layout.tp > 1
+    config.microbatch_group_size_per_vp_stage = layout.pp
     config.pipeline_dtype = config.params_dtype
     config.perform_initialization = False
     chunks = []

@@ -126,11 +126,11 @@ def distill(settings: dict[str, Any]) -> None:
         optim=optim,
     )  # fmt: skip
     tokens = recipe.sequence_length * recipe.global_batch_size
-    trainer.callbacks.extend([
+    trainer.callbacks[:0] = [  # before NeMo's checkpoint callback: a saved step is a logged step
         FillStudent(settings["student"]),
         DistillationCallback(settings["teacher"], recipe.loss, recipe.temperature, recipe.precision),
         LossLog(str(Path(settings["out"]) / "loss.csv"), tokens),
-    ])  # fmt: skip
+    ]
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
     _mark_last(trainer, Path(settings["out"]))
 

@@ -26,6 +26,7 @@ LAYOUTS = {
         "pp2_vp2": {"pp": 2, "vp": 2},
         "dp2": {},
         "dp2_zero": {"zero": True},
+        "cp2": {"cp": 2},
         "ep2": {"ep": 2},
     },
     4: {"tp2_sp_pp2_vp2": {"tp": 2, "sp": True, "pp": 2, "vp": 2}, "tp2_dp2_zero": {"tp": 2, "zero": True}},
@@ -33,7 +34,7 @@ LAYOUTS = {
 KINDS_OF = {"ep2": ("moe",), "dp2": ("rms", "moe")}
 
 
-def start(tp=1, pp=1, vp=1, ep=1, **_):
+def start(tp=1, pp=1, vp=1, cp=1, ep=1):
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
@@ -41,23 +42,25 @@ def start(tp=1, pp=1, vp=1, ep=1, **_):
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def build(kind, tp=1, pp=1, vp=1, ep=1, sp=False, zero=False):
+def build(kind, tp=1, pp=1, vp=1, cp=1, ep=1, sp=False, zero=False):
     """This rank's chunks in Megatron's DDP."""
     import backend_pico
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-    start(tp, pp, vp, ep)
+    start(tp, pp, vp, cp, ep)
     made = backend_pico.config(
         kind,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         sequence_parallel=sp,
         perform_initialization=tp == pp == vp == ep == 1,  # the others are filled; their shards need their marks
@@ -79,20 +82,29 @@ def mark(parameter, tp):
 
 
 def batches(rank, size):
-    """This data-parallel rank's micro-batches of one sequence each, the same tokens in every layout."""
+    """This data-parallel rank's micro-batches of one sequence each (this context-parallel rank's part of
+    it), the same tokens in every layout."""
     import backend_pico
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     generator = torch.Generator().manual_seed(7)
     shape = (MICRO_BATCHES, backend_pico.SEQUENCE + 1)
     tokens = torch.randint(backend_pico.VOCAB, shape, generator=generator)
     for row in tokens[rank::size]:
         positions = torch.arange(backend_pico.SEQUENCE)[None]
-        yield row[None, :-1], positions, row[None, 1:]
+        batch = {"tokens": row[None, :-1], "positions": positions, "labels": row[None, 1:]}
+        yield tuple(get_batch_on_this_cp_rank(batch).values())
 
 
 def step(iterator, chunk):
+    from megatron.core import parallel_state
+
     tokens, positions, labels = next(iterator)
-    return chunk(tokens, positions, None, labels=labels), lambda losses: (losses.mean(), {"loss": losses.mean()})
+    parts = parallel_state.get_context_parallel_world_size()  # Megatron wants a rank's share of the mean
+    return chunk(tokens, positions, None, labels=labels), lambda losses: (
+        losses.mean() / parts,
+        {"loss": losses.mean()},
+    )
 
 
 def run(chunks, rank, size, forward_only=False):

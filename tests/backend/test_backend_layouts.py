@@ -1,8 +1,9 @@
-"""Tensor, sequence, pipeline (virtual, too), data and expert parallelism of the twin's layers, in real processes.
+"""Tensor, sequence, context, pipeline (virtual, too), data and expert parallelism of the twin's layers.
 
-One torchrun for each number of processes; `backend_worker.py` says what it does. Tried by hand, each of these
-makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards without their mark
-(tp2: the gradient's norm), virtual stages without the mends in `cpu.py` (pp2_vp2).
+In real processes: one torchrun for each number of them; `backend_worker.py` says what it does. Tried by hand,
+each of these makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards
+without their mark (tp2: the gradient's norm), virtual stages without the mends in `cpu.py` (pp2_vp2),
+context-parallel chunks in plain order (cp2).
 """
 
 import json

@@ -85,12 +85,14 @@ def test_legal_layouts(layout):
         ({"tp": 0}, "tp is 0"),
         ({"pp": 4}, "6 layers do not divide into 4 pipeline stages.*the nearest legal number of stages is 3"),
         ({"vp": 2}, "vp=2 needs pp"),
+        ({"tp": 3, "sp": True}, "sequences of 32 tokens do not divide by tp=3.*nearest legal length is 33"),
         ({"ep": 2}, "mixture of experts"),
     ],
 )
 def test_layouts_refused_with_the_nearest(layout, words):
     with pytest.raises(InputError, match=words):
         Layout(**layout).check(PICO)
+        Layout(**layout).check_sequence(32)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,14 @@ def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
     assert f"{source.replace(ffn_hidden_size=64).parameters():,}" in text
     assert json.loads(text[: text.index("\n}\n") + 2]) == job.as_dict()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_student_that_tp_does_not_divide_is_trained_in_the_nearest_layout():
+    student = PICO.replace(ffn_hidden_size=64)
+    layout, why = Layout(tp=3, sp=True, dp=2).for_student(student)
+    assert layout == Layout(tp=1, dp=2)
+    assert "an ffn of 64: it is distilled at tp=1" in why
+    assert Layout(tp=3).for_student(PICO) == (Layout(tp=3), "")
 
 
 def test_dry_run_refuses_what_could_not_run(job):

@@ -60,7 +60,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name, make in MODELS.items():
         make(folder / name)
-    np.save(folder / "tokens.npy", np.random.default_rng(3).integers(0, 509, (12, 24)))
+    np.save(folder / "tokens.npy", np.random.default_rng(3).integers(0, 509, (16, 24)))
     return folder
 
 
@@ -104,7 +104,7 @@ def test_weights_and_digest(case, results):
 def test_scores_equal_one_process(case, results):
     scores = Scores.load(results(case["world"]) / f"{case['name']}.safetensors")
     reference = Scores.load(results(1) / f"{case['model']}.safetensors")
-    assert (scores.samples, scores.tokens) == (12, 12 * 24)
+    assert (scores.samples, scores.tokens) == (16, 16 * 24)
     assert set(scores.tensors) == {"ffn", "heads", "query_groups", "norms", "hidden", "layers"}
     for name, expected in reference.tensors.items():
         largest = np.abs(expected).max(axis=-1, keepdims=True)

@@ -1,0 +1,152 @@
+"""`minitron compress` and `distill` on a pico model, from the command line to the student, killed on the way."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pico import pico_llama, raw_tensors
+from words import save_tokenizer
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.families import from_hf
+from nemo_minitron.pruning import prune
+from nemo_minitron.search import compare_plans, random_plan
+
+pytestmark = pytest.mark.slow
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
+RECIPE = """
+from nemo_minitron.job import *
+def recipe():
+    return Job(
+        name="pico", teacher="teacher", data=Data("corpus.jsonl", "corpus.jsonl"), keep={"ffn": 66, "layers": 5},
+        calibration=Calibration(samples=4, sequence_length=36, batch_size=2),
+        distillation=Distillation(
+            tokens=36 * 2 * 6, sequence_length=36, global_batch_size=2, micro_batch_size=1, learning_rate=1e-3,
+            warmup_steps=1, precision="fp32", save_every=2,
+        ),
+        evaluation=Evaluation(tokens=256, sequence_length=32, precision="fp32", prompts=("the model",), new_tokens=4),
+    )
+"""
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def minitron(folder, *arguments):
+    process = start(folder, *arguments)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def losses(file):
+    return [float(row["loss"]) for row in csv.DictReader(Path(file).open())]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compress")
+    pico_llama(folder / "teacher", vocab_size=509)
+    save_tokenizer(folder / "teacher", TEXTS, 400)
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (folder / "recipe.py").write_text(RECIPE)
+    minitron(folder, "compress", "recipe.py", "--out", "run")
+    return folder
+
+
+def test_the_run_folder_is_whole(world):
+    run = world / "run"
+    names = {"recipe.json", "manifest.json", "scores.safetensors", "plan.json", "checkpoints", "student", "numbers.json"}
+    assert names | {"report.html", "figures", "log.txt"} <= {path.name for path in run.iterdir()}
+    rows = json.loads((run / "numbers.json").read_text())
+    assert [row["stage"] for row in rows] == ["teacher", "random", "pruned", "distilled"]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert len(json.loads((run / "manifest.json").read_text())["stages"]) == 9
+    assert len(losses(run / "checkpoints" / "distilled" / "loss.csv")) == 6
+    assert "base_model" in (run / "student" / "README.md").read_text()
+
+
+def test_the_student_loads_and_generates_with_transformers(world):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    student = world / "run" / "student"
+    model = AutoModelForCausalLM.from_pretrained(student, trust_remote_code=False)
+    assert model.num_parameters() == from_hf(student).parameters()
+    assert model.dtype == torch.float32
+    tokens = AutoTokenizer.from_pretrained(student)("the model", return_tensors="pt")
+    assert model.generate(tokens["input_ids"], max_new_tokens=4).shape[1] > tokens["input_ids"].shape[1]
+
+
+def test_weights_were_trained_and_everything_else_is_the_pruned_folder(world):
+    student, pruned = raw_tensors(world / "run" / "student"), raw_tensors(world / "run" / "checkpoints" / "pruned")
+    assert student.keys() == pruned.keys()
+    assert all(not np.array_equal(student[name], pruned[name]) for name in student)
+
+
+def test_a_rerun_does_nothing(world):
+    output = minitron(world, "compress", "recipe.py", "--out", "run")
+    assert output.count("done before, skipped") == 9
+
+
+def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
+    """SIGKILL to the whole session after the first checkpoint; the second run resumes from it."""
+    process = start(world, "compress", "recipe.py", "--out", "killed")
+    checkpoints = world / "killed" / "checkpoints" / "distilled" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not any(checkpoints.glob("*-last")) or any(checkpoints.glob("*-unfinished")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = losses(world / "killed" / "checkpoints" / "distilled" / "loss.csv")
+    assert not (world / "killed" / "student").exists()
+    output = minitron(world, "compress", "recipe.py", "--out", "killed")
+    assert "[2/9] estimate: done before, skipped" in output
+    assert "[6/9] distill ..." in output
+    after = losses(world / "killed" / "checkpoints" / "distilled" / "loss.csv")
+    assert len(after) == 6
+    assert len(before) >= 2
+    assert after[:2] == before[:2]
+    straight = losses(world / "run" / "checkpoints" / "distilled" / "loss.csv")
+    np.testing.assert_allclose(after, straight, rtol=1e-5)
+
+
+def test_three_tensor_parallel_ranks_give_the_same_scores_plan_and_losses(world):
+    """The same recipe in three processes, with sequence parallelism; 509 tokens do not divide by three."""
+    from tolerances import LOSS_LAYOUT_FP32, SCORES_FP32
+
+    minitron(world, "compress", "recipe.py", "--out", "tp3", "--tp", "3", "--sp")
+    one, three = (Scores.load(world / run / "scores.safetensors") for run in ("run", "tp3"))
+    for name, expected in one.tensors.items():
+        largest = np.abs(expected).max(axis=-1, keepdims=True)
+        assert (np.abs(three[name] - expected) / largest).max() < SCORES_FP32, name
+    plans = [PrunePlan.load(world / run / "plan.json") for run in ("run", "tp3")]
+    _, inside, outside = compare_plans(*plans, one, 2 * SCORES_FP32)
+    print(f"units that differ within the tolerance of their threshold: {inside}")
+    assert outside == 0
+    one_loss, three_loss = (losses(world / r / "checkpoints" / "distilled" / "loss.csv") for r in ("run", "tp3"))
+    np.testing.assert_allclose(three_loss, one_loss, rtol=LOSS_LAYOUT_FP32)
+
+
+def test_distill_command_leaves_a_folder_with_its_losses(world):
+    plan = random_plan(from_hf(world / "teacher"), keep={"ffn": 64})
+    prune(world / "teacher", plan, world / "student-in")
+    settings = ["--tokens", 128, "--sequence-length", 32, "--precision", "fp32", "--data", "corpus.jsonl"]
+    minitron(world, "distill", "student-in", "--teacher", "teacher", *settings, "--out", "student-out")
+    rows = list(csv.DictReader((world / "student-out" / "loss.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert list(rows[0]) == ["step", "tokens", "loss", "seconds"]
+    assert from_hf(world / "student-out") == plan.target
