@@ -112,9 +112,7 @@ class Architecture:
     def flops_per_token(self, context: int = 1) -> int:
         """Forward FLOPs of one token at position `context`: two per matrix element, and attention's."""
         matrices = sum(
-            math.prod(shape)
-            for name, shape in self.shapes().items()
-            if len(shape) == 2 and name != "embedding.weight"
+            math.prod(shape) for name, shape in self.shapes().items() if len(shape) == 2 and name != "embedding.weight"
         )
         head = self.hidden_size * self.vocab_size if self.tied_embeddings else 0
         attention = 2 * self.num_layers * self.num_attention_heads * self.head_dim * context

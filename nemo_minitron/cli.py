@@ -24,7 +24,7 @@ Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]
 Dp = Annotated[int, typer.Option("--dp", help="Data-parallel size.")]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tensor-parallel groups.")]
-Precision = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+Precision = Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")]
 Seed = Annotated[int, typer.Option("--seed")]
 
@@ -45,20 +45,23 @@ def compress(
     sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
 ) -> None:
     """The whole job, resumable, into one run folder."""
-    from nemo_minitron.job.dry_run import check, describe
+    from nemo_minitron.job.dry_run import check, check_space, describe
     from nemo_minitron.job.find import find
+    from nemo_minitron.job.precision import settled
 
     layout = {"tp": tp, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
-    job = find(recipe).override([*(overrides or []), *chosen])
+    job = settled(find(recipe).override([*(overrides or []), *chosen]))
     if dry_run:
         print(describe(job))
         return
+    folder = out or Path("runs") / job.name
     check(job)
+    check_space(job, folder)
     from nemo_minitron.job.run import execute, open_run
     from nemo_minitron.job.stages import stages
 
-    run = open_run(job, out or Path("runs") / job.name)
+    run = open_run(job, folder)
     execute(run, stages(job))
     run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
 
@@ -84,8 +87,9 @@ def estimate(
     """Score what matters, with forward passes only."""
     from nemo_minitron.job import Calibration, Layout
     from nemo_minitron.job.commands import run_estimate
+    from nemo_minitron.job.precision import settle
 
-    calibration = Calibration(samples, sequence_length, batch_size, criterion, norms, precision, seed)
+    calibration = Calibration(samples, sequence_length, batch_size, criterion, norms, settle(precision), seed)
     layout = Layout(tp=tp, pp=pp, vp=vp, dp=dp, sp=sp)
     scores = run_estimate(model, data, out, calibration, layout)
     print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
@@ -96,13 +100,13 @@ def plan(
     scores: Annotated[Path, typer.Argument(help="Scores of `minitron estimate`.")],
     keep: Annotated[str, typer.Option("--keep", help="Sizes to keep, e.g. ffn=1024,hidden=448,layers=24")],
     out: Annotated[Path, typer.Option("--out")] = Path("plan.json"),
+    baseline: Annotated[str, typer.Option("--baseline", help="random or least: what the scores would not keep.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Of --baseline random.")] = 0,
 ) -> None:
     """Choose what stays."""
-    from nemo_minitron.artifacts import Scores
-    from nemo_minitron.job.commands import sizes
-    from nemo_minitron.search import plan as make_plan
+    from nemo_minitron.job.commands import run_plan
 
-    made = make_plan(Scores.load(scores), keep=sizes(keep))
+    made = run_plan(scores, keep, baseline, seed)
     made.save(out)
     print(f"{out}: {made.source.parameters():,} -> {made.target.parameters():,} parameters")
 
@@ -143,11 +147,12 @@ def distill(
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
     from nemo_minitron.job import Distillation, Layout
     from nemo_minitron.job.commands import run_distill
+    from nemo_minitron.job.precision import settle
 
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
-        warmup_steps=10, precision=precision, save_every=save_every, seed=seed,
+        warmup_steps=10, precision=settle(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
     run_distill(student, teacher, data, out, settings, Layout(tp=tp, dp=dp, sp=sp))
     print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")
@@ -168,8 +173,9 @@ def evaluate(
 
     from nemo_minitron.job import Evaluation
     from nemo_minitron.job.commands import run_evaluate
+    from nemo_minitron.job.precision import settle
 
-    numbers = run_evaluate(model, data, Evaluation(tokens, sequence_length, batch_size, precision))
+    numbers = run_evaluate(model, data, Evaluation(tokens, sequence_length, batch_size, settle(precision)))
     print(json.dumps(numbers) if as_json else "\n".join(f"{name:14}{value}" for name, value in numbers.items()))
 
 

@@ -19,10 +19,14 @@ DISTILLATION = Distillation(
     learning_rate=3e-4,
     min_learning_rate=3e-5,
     warmup_steps=10,
+    precision="auto",
     save_every=40,
 )
 EVALUATION = Evaluation(
     tokens=16_384,
+    sequence_length=1024,
+    batch_size=2,
+    precision="auto",
     prompts=(
         "The history of astronomy began when",
         "Water is important for life because",

@@ -37,6 +37,4 @@ class Manifest:
         self.save()
 
     def save(self) -> None:
-        write_json(
-            self.path, {"versions": self.versions, "digests": self.digests, "stages": self.stages}
-        )
+        write_json(self.path, {"versions": self.versions, "digests": self.digests, "stages": self.stages})

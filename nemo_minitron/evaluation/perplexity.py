@@ -98,9 +98,7 @@ def evaluate(
     )
 
 
-def _total_nats(
-    model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
-) -> float:
+def _total_nats(model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None) -> float:
     """Exactly rounded sum over windows, so that it does not depend on how they are batched."""
     nats: list[float] = []
     for first in range(0, len(windows), batch_size):

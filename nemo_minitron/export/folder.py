@@ -45,14 +45,11 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
 def _take_tokenizer_file(own: Path, base: Path, same_vocabulary: bool) -> None:
     if not own.exists():
         if not same_vocabulary:
-            raise InputError(
-                f"the student has another vocabulary than its base and no '{own.name}' of its own"
-            )
+            raise InputError(f"the student has another vocabulary than its base and no '{own.name}' of its own")
         shutil.copyfile(base, own)
     elif same_vocabulary and own.read_bytes() != base.read_bytes():
         raise InputError(
-            f"the student's '{own.name}' is not the base's although the vocabulary is; "
-            f"copy it from '{base.parent}'"
+            f"the student's '{own.name}' is not the base's although the vocabulary is; copy it from '{base.parent}'"
         )
 
 
@@ -71,9 +68,7 @@ def _check_weights(folder: Path, architecture: Architecture) -> None:
             raise InputError(f"the student's '{name}' is {found[name]}; its config.json says {shape}")
     extra = found.keys() - expected.keys() - ({TIED} if architecture.tied_embeddings else set())
     if extra:
-        raise InputError(
-            f"the student '{folder}' has a tensor that its config.json does not speak of: '{min(extra)}'"
-        )
+        raise InputError(f"the student '{folder}' has a tensor that its config.json does not speak of: '{min(extra)}'")
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -68,9 +68,7 @@ def _neuron_caption(order_LF: np.ndarray, kept: Kept, share: dict[int, float]) -
     inside = min(np.isin(indices, order_LF[i, :size]).mean() for i, indices in kept.items())
     if inside == 1:
         return text + ": those left of the line."
-    return (
-        text + f". They are not this score's best: {100 * inside:.0f} % or more of them lie left of the line."
-    )
+    return text + f". They are not this score's best: {100 * inside:.0f} % or more of them lie left of the line."
 
 
 def hidden(run: Run) -> Plot | str:
@@ -84,9 +82,7 @@ def hidden(run: Run) -> Plot | str:
     if run.plan:
         caption += f" The kept ones hold {100 * _share(score_H, run.plan.keep['hidden']):.1f} % of the score."
     rows = [(rank, i, score_H[i], kept_H[i]) for rank, i in enumerate(order_H)]
-    draw = partial(
-        drawing.hidden, score_H=score_H[order_H], kept_H=kept_H[order_H], planned=run.plan is not None
-    )
+    draw = partial(drawing.hidden, score_H=score_H[order_H], kept_H=kept_H[order_H], planned=run.plan is not None)
     return Plot("hidden", caption, ("rank", "channel", "score", "kept"), rows, draw)
 
 

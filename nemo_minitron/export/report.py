@@ -113,9 +113,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     """[{"prompt", "texts": [(stage, text)]}], prompts in the order of the file, teacher first."""
     samples = []
     for prompt in dict.fromkeys(row["prompt"] for row in run.samples):
-        rows = sorted(
-            (r for r in run.samples if r["prompt"] == prompt), key=lambda r: words.stage_order(r["stage"])
-        )
+        rows = sorted((r for r in run.samples if r["prompt"] == prompt), key=lambda r: words.stage_order(r["stage"]))
         texts = [(words.STAGES.get(row["stage"], row["stage"]), row["text"]) for row in rows]
         samples.append({"prompt": prompt, "texts": texts})
     return samples
@@ -142,8 +140,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """Versions and digests."""
     manifest = run.manifest
     versions = sorted((manifest.versions if manifest else {}).items())
-    digests = [
-        (f"digest of {name}", value) for name, value in sorted((manifest.digests if manifest else {}).items())
-    ]
+    digests = [(f"digest of {name}", value) for name, value in sorted((manifest.digests if manifest else {}).items())]
     plan = [("digest of the plan", run.plan.digest)] if run.plan else []
     return [*versions, *digests, *plan]

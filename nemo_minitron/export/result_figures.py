@@ -36,10 +36,7 @@ def distillation(run: Run) -> Plot | str:
         axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.legend()
 
-    rows = [
-        (int(row["step"]), int(row["tokens"]), row["loss"], s)
-        for row, s in zip(run.curve, smooth, strict=True)
-    ]
+    rows = [(int(row["step"]), int(row["tokens"]), row["loss"], s) for row, s in zip(run.curve, smooth, strict=True)]
     caption = f"{words.count(tokens[-1])} tokens in all; {words.count(len(loss))} steps are logged."
     return Plot("distillation", caption, ("step", "tokens", "loss", "smoothed"), rows, draw)
 
@@ -78,9 +75,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for position, row in enumerate(rows):
         value = row["perplexity"]
         axes.barh(position, value - 1, left=1, height=0.68, color=STAGE_COLOURS.get(row["stage"], MUTED))
-        axes.annotate(
-            words.number(value, 1), (value, position), (4, 0), textcoords="offset points", va="center"
-        )
+        axes.annotate(words.number(value, 1), (value, position), (4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(rows)), [words.STAGES.get(row["stage"], str(row["stage"])) for row in rows])
     axes.tick_params(axis="y", left=False)
     axes.invert_yaxis()
@@ -88,6 +83,4 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 def stages_of(numbers: Sequence[dict[str, Any]], corpus: str) -> list[dict[str, Any]]:
     """Rows of one corpus, teacher first."""
-    return sorted(
-        (row for row in numbers if row["corpus"] == corpus), key=lambda row: words.stage_order(row["stage"])
-    )
+    return sorted((row for row in numbers if row["corpus"] == corpus), key=lambda row: words.stage_order(row["stage"]))

@@ -55,9 +55,7 @@ def read_run(folder: str | Path) -> Run:
         folder,
         recipe=_json(folder / "recipe.json", "the recipe"),
         manifest=_manifest(folder / "manifest.json"),
-        scores=Scores.load(folder / "scores.safetensors")
-        if (folder / "scores.safetensors").exists()
-        else None,
+        scores=Scores.load(folder / "scores.safetensors") if (folder / "scores.safetensors").exists() else None,
         plan=PrunePlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
         numbers=_numbers(folder / "numbers.json"),
         curve=next((_curve(folder / name) for name in CURVES if (folder / name).is_file()), ()),
@@ -91,9 +89,7 @@ def _numbers(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         for key in COUNTED:
             if not isinstance(row[key], int | float) or not math.isfinite(row[key]):
-                raise InputError(
-                    f"'{path}': '{key}' of stage '{row['stage']}' is {row[key]!r}, not a finite number"
-                )
+                raise InputError(f"'{path}': '{key}' of stage '{row['stage']}' is {row[key]!r}, not a finite number")
     return rows
 
 
@@ -115,6 +111,4 @@ def _curve(path: Path) -> list[dict[str, float]]:
         try:
             return [{key: float(row[key]) for key in CURVE_KEYS} for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"'{path}' is no loss curve of columns {', '.join(CURVE_KEYS)} ({error})"
-            ) from None
+            raise InputError(f"'{path}' is no loss curve of columns {', '.join(CURVE_KEYS)} ({error})") from None

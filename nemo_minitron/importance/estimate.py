@@ -50,16 +50,18 @@ def estimate(
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The Architecture of a live model: what `load_model` wrote on it, else read off Megatron's config."""
-    known = getattr(model, "architecture", None)
-    if known is not None:
-        return known
+    """The Architecture of a live Megatron model, read off its config.
+
+    The vocabulary is the true one where NeMo recorded it (what the config was constructed with), since the
+    live config's may be padded for its layout; else the model's own.
+    """
     config = model.config
+    recorded = getattr(getattr(config, "__io__", None), "vocab_size", None)
     qkv = bool(config.add_bias_linear or config.add_qkv_bias)
     return Architecture(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
-        head_dim=config.kv_channels, vocab_size=getattr(config, "vocab_size", None) or model.vocab_size,
+        head_dim=config.kv_channels, vocab_size=recorded or model.vocab_size,
         gated_mlp=config.gated_linear_unit, tied_embeddings=model.share_embeddings_and_output_weights,
         normalization=config.normalization.lower(), qkv_bias=qkv, attention_output_bias=config.add_bias_linear,
         mlp_bias=config.add_bias_linear, qk_norm=config.qk_layernorm,

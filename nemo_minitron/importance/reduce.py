@@ -36,8 +36,14 @@ def reduce(collector: Collector, norms: str = "all") -> Scores:
         tensors["query_groups"] = tensors["heads"].reshape(len(tensors["heads"]), groups, -1).sum(-1)
     samples, tokens = _counts(collector)
     scores = Scores(
-        collector.architecture, tensors, criterion=collector.criterion, norms=norms, samples=samples,
-        tokens=tokens, layout=layout(), states=states,
+        collector.architecture,
+        tensors,
+        criterion=collector.criterion,
+        norms=norms,
+        samples=samples,
+        tokens=tokens,
+        layout=layout(),
+        states=states,
     )
     scores.check()
     return scores
@@ -84,4 +90,3 @@ def layout() -> dict[str, int]:
         "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
     }
-

@@ -68,7 +68,10 @@ AGGREGATIONS = {
         Aggregation("l2", ("sum_of_squares",), _start_l2, _add, lambda s: s[0].sqrt()),
         Aggregation("var", ("count", "mean", "m2"), _start_var, _merge_var, lambda s: s[2] / s[0]),
         Aggregation(
-            "max", ("max",), lambda v: (v.abs().amax(0).double(),), lambda a, b: (torch.maximum(a[0], b[0]),),
+            "max",
+            ("max",),
+            lambda v: (v.abs().amax(0).double(),),
+            lambda a, b: (torch.maximum(a[0], b[0]),),
             lambda s: s[0],
         ),
     )

@@ -28,6 +28,18 @@ def sizes(text: str) -> dict[str, int]:
     return found
 
 
+def run_plan(scores: Path, keep: str, baseline: str = "", seed: int = 0) -> PrunePlan:
+    """A plan of scores, or a baseline for it: `random` (seeded) or `least` important. Raises InputError."""
+    from nemo_minitron.search import plan, random_plan
+
+    known = Scores.load(scores)
+    if baseline not in ("", "random", "least"):
+        raise InputError(f"baseline '{baseline}' is unknown; legal are random and least")
+    if baseline == "random":
+        return random_plan(known.architecture, keep=sizes(keep), seed=seed)
+    return plan(known, keep=sizes(keep), least=baseline == "least")
+
+
 def tokenise(data: str, model: str | Path, prefix: Path) -> Any:
     """Text -> `.bin/.idx` with the model's tokenizer, once; gives the Tokens."""
     from nemo_minitron.nemo.data import build, load_tokenizer
@@ -78,9 +90,7 @@ def run_training(
     launch("distill", settings, layout.processes, log)
 
 
-def run_distill(
-    student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout
-) -> Path:
+def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout) -> Path:
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.pruning import HFSource

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve, to_hf
@@ -51,6 +53,16 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
             f"{job.layout.dp} data-parallel ranks; the nearest legal size is {max(1, round(batch / step)) * step}"
         )
     return source, target
+
+
+def check_space(job: Job, folder: str | Path) -> None:
+    """Raises InputError where the disk cannot hold the run: three students and two training checkpoints.
+
+    A checkpoint holds bf16 weights, their fp32 master copies and two moments.
+    """
+    source = from_hf(resolve(job.teacher))
+    count = target_of(source, job.keep).parameters()
+    need_space(folder, count * (3 * 2 + 2 * 14))
 
 
 def _config(job: Job) -> dict:

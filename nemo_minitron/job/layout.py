@@ -48,7 +48,6 @@ class Layout:
         if self.ep > 1:
             raise InputError(f"ep={self.ep} needs a mixture of experts; the nearest legal ep is 1")
 
-
     def check_sequence(self, length: int) -> None:
         """Raises InputError for a sequence that sequence parallelism cannot divide."""
         if self.sp and length % self.tp:

@@ -37,7 +37,10 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Retraining from the teacher's logits; `tokens` are those of all steps. `save_every` counts steps."""
+    """Retraining from the teacher's logits; `tokens` are those of all steps. `save_every` counts steps.
+
+    `precision`: fp32, bf16, or auto (bf16 where the machine is good at it).
+    """
 
     tokens: int = 1_000_000
     sequence_length: int = 4096

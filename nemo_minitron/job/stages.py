@@ -162,4 +162,3 @@ def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
         return []
     texts = generate(folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision)
     return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-

@@ -11,29 +11,9 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.importance import Collector, reduce
-from nemo_minitron.importance.collector import WIDTH_AXES, unwrap
+from nemo_minitron.importance.collector import WIDTH_AXES
 from nemo_minitron.importance.estimate import architecture_of
-
-
-def chunks_of(trainer: Any) -> list[Any]:
-    """This rank's Megatron models under NeMo's strategy."""
-    return [unwrap(chunk) for chunk in trainer.strategy.megatron_parallel]
-
-
-def leave_context(trainer: Any) -> None:
-    """Takes this package's callbacks out of what NeMo writes as a checkpoint's context.
-
-    NeMo records the trainer's arguments there; a student must load where this package is not installed.
-    """
-    config = getattr(trainer, "__io__", None)
-    recorded = getattr(config, "callbacks", None)
-    if config is not None and isinstance(recorded, (list, tuple)):
-        config.callbacks = [c for c in recorded if not _is_ours(c)]
-
-
-def _is_ours(recorded: Any) -> bool:
-    kind = getattr(recorded, "__fn_or_cls__", type(recorded))
-    return kind.__module__.startswith("nemo_minitron.")
+from nemo_minitron.nemo.trainer import chunks_of, leave_context
 
 
 class Importance(Callback):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
-from megatron.core import parallel_state
-from torch import Tensor
 
 from nemo_minitron.distillation import losses
+from nemo_minitron.distillation.step import distillation_step, masked_loss
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.importance.estimate import architecture_of
 from nemo_minitron.job.layout import Layout
-from nemo_minitron.nemo.callbacks import chunks_of, leave_context
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.models import current_layout, load_model
 from nemo_minitron.nemo.sources import open_source
+from nemo_minitron.nemo.trainer import chunks_of, leave_context
 
 
 class FillStudent(Callback):
@@ -68,9 +64,9 @@ class Distillation(Callback):
         teacher = load_model(self.teacher, precision=self.precision, layout=layout)
         for chunk in teacher:
             chunk.eval().requires_grad_(False)
-        step = distillation_step(teacher[0], self._loss(architecture_of(student[0]).vocab_size))
+        loss = masked_loss(self.loss, self.temperature, architecture_of(student[0]).vocab_size)
         # Set on the live config, after NeMo recorded its arguments: a checkpoint's context has NeMo's own.
-        pl_module.config.forward_step_fn = step
+        pl_module.config.forward_step_fn = distillation_step(teacher[0], loss)
 
     def _check(self, student: list[Any], layout: Layout) -> None:
         if layout.pp > 1:
@@ -79,41 +75,6 @@ class Distillation(Callback):
         theirs = open_source(self.teacher).architecture.vocab_size
         if ours != theirs:
             raise InputError(f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree")
-
-    def _loss(self, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-        loss, temperature = getattr(losses, self.loss), self.temperature
-
-        def masked(student: Tensor, teacher: Tensor) -> Tensor:
-            """[B, S, V/tp] shards -> [B, S]; columns that pad the vocabulary take no part."""
-            group = parallel_state.get_tensor_model_parallel_group()
-            true = _true_columns(vocab_size, student.shape[-1])
-            return loss(student[..., :true], teacher[..., :true], temperature, group)
-
-        return masked
-
-
-def _true_columns(vocab_size: int, local: int) -> int:
-    first = parallel_state.get_tensor_model_parallel_rank() * local
-    return max(0, min(local, vocab_size - first))
-
-
-def distillation_step(teacher: Any, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """NeMo's forward step with the loss against the teacher in the place of cross entropy.
-
-    What it returns, [B, S] fp32 per token, goes through NeMo's own masked reduction, as a language-model
-    loss does. In validation it is NeMo's cross entropy as before.
-    """
-
-    def step(model: Any, batch: dict[str, Any]) -> Tensor:
-        inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
-        mask = batch.get("attention_mask")
-        if not unwrap(model).training:
-            return model(**inputs, attention_mask=mask, labels=batch["labels"])
-        with torch.no_grad():
-            target = teacher(**inputs, attention_mask=mask)
-        return loss(model(**inputs, attention_mask=mask), target)
-
-    return step
 
 
 class LossLog(Callback):
@@ -156,7 +117,6 @@ class LossLog(Callback):
             rate = (step - self._first) * self.tokens / spent
             left = (trainer.max_steps - step) * self.tokens / rate
             print(
-                f"  > step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  "
-                f"{left:.0f} s left",
+                f"  > step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  {left:.0f} s left",
                 flush=True,
             )

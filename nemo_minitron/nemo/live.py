@@ -22,9 +22,7 @@ from nemo_minitron.pruning.tensors import RAW, TensorSource, whole
 
 
 def tensor_shard() -> Shard:
-    return Shard(
-        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    )
+    return Shard(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size())
 
 
 def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:

@@ -78,9 +78,7 @@ def _outside(parameter: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
         first = min(shard.rank * rows, a.vocab_size)
         last = min(first + rows, a.vocab_size)
         hidden = (0, a.hidden_size)
-        yield Piece(
-            "embedding.weight" if tied else "head.weight", ((first, last), hidden), ((0, last - first), hidden)
-        )
+        yield Piece("embedding.weight" if tied else "head.weight", ((first, last), hidden), ((0, last - first), hidden))
 
 
 def _of_layer(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator[Piece]:

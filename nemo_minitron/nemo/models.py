@@ -20,7 +20,7 @@ from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.sources import open_source
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def nemo_config(config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None) -> Any:
@@ -33,13 +33,13 @@ def nemo_config(config: Mapping[str, Any], *, precision: str = "fp32", layout: L
     backend.setup()
     from nemo.collections import llm
 
-    if precision not in PRECISIONS:
-        raise InputError(f"precision '{precision}' is unknown; {nearest(precision, PRECISIONS)}")
+    if precision not in DTYPES:
+        raise InputError(f"precision '{precision}' is unknown; {nearest(precision, DTYPES)}")
     layout = layout or Layout()
     layout.check(family_of(config).architecture(config))
     name, fields = family_of(config).nemo_config(config)
     bf16 = precision == "bf16"
-    result = getattr(llm, name)(**fields, bf16=bf16, fp16=False, params_dtype=PRECISIONS[precision])
+    result = getattr(llm, name)(**fields, bf16=bf16, fp16=False, params_dtype=DTYPES[precision])
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result
 

@@ -11,50 +11,9 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import read_config
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Calibration, Distillation
+from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
 LAST = "last"
-
-
-def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
-    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU."""
-    import torch
-    from nemo import lightning as nl
-
-    gpu = torch.cuda.is_available()
-    strategy = nl.MegatronStrategy(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.sp and layout.tp > 1,
-        pipeline_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-        ckpt_async_save=False,
-        **options.pop("strategy", {}),
-    )
-    return nl.Trainer(
-        devices=layout.processes,
-        num_nodes=1,
-        accelerator="gpu" if gpu else "cpu",
-        strategy=strategy,
-        plugins=_precision(precision),
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **options,
-    )
-
-
-def _precision(precision: str) -> Any:
-    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says."""
-    import torch
-    from nemo import lightning as nl
-
-    if precision == "fp32":
-        return nl.MegatronMixedPrecision(precision="32")
-    return nl.MegatronMixedPrecision(
-        precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, autocast_enabled=False,
-        grad_reduce_in_fp32=True,
-    )  # fmt: skip
 
 
 def estimate(settings: dict[str, Any]) -> None:
@@ -133,58 +92,6 @@ def distill(settings: dict[str, Any]) -> None:
     ]
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
     _mark_last(trainer, Path(settings["out"]))
-
-
-def optimizer(recipe: Distillation) -> Any:
-    """Adam in Megatron's distributed optimizer, cosine schedule with warm-up (2408.11796, table 4)."""
-    from megatron.core.optimizer import OptimizerConfig
-    from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
-
-    bf16 = recipe.precision == "bf16"
-    return MegatronOptimizerModule(
-        config=OptimizerConfig(
-            optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate, bf16=bf16, fp16=False,
-            weight_decay=recipe.weight_decay, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0,
-            use_distributed_optimizer=True,
-        ),
-        lr_scheduler=CosineAnnealingScheduler(
-            max_steps=recipe.steps, warmup_steps=min(recipe.warmup_steps, max(0, recipe.steps - 1)),
-            constant_steps=0, min_lr=recipe.min_learning_rate,
-        ),
-    )  # fmt: skip
-
-
-def training_strategy() -> dict[str, Any]:
-    from megatron.core.distributed import DistributedDataParallelConfig
-
-    return {
-        "ddp": DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-        ),
-        # Any layout can resume any other; the other format also trips over the step counter of torch's Adam.
-        "ckpt_optim_fully_reshardable": True,
-    }
-
-
-def logger(out: str, recipe: Distillation) -> Any:
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from nemo import lightning as nl
-
-    return nl.NeMoLogger(
-        explicit_log_dir=out,
-        tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
-        update_logger_directory=False,
-        ckpt=nl.ModelCheckpoint(
-            monitor=None, save_last=True, save_top_k=0, every_n_train_steps=recipe.save_every,
-            save_on_train_epoch_end=False, save_optim_on_train_end=False, filename="{step}",
-        ),
-    )  # fmt: skip
-
-
-def resume() -> Any:
-    from nemo import lightning as nl
-
-    return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
 
 
 def _mark_last(trainer: Any, out: Path) -> None:

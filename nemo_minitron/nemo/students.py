@@ -10,11 +10,11 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.nemo.callbacks import chunks_of, leave_context
 from nemo_minitron.nemo.live import LiveSource, fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.models import build, current_layout
 from nemo_minitron.nemo.sources import open_source
+from nemo_minitron.nemo.trainer import chunks_of, leave_context
 
 
 def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:

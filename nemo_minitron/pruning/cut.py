@@ -40,9 +40,7 @@ def prune(
     _check_place(source_folder, student, overwrite)
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
     if "vocab" in plan.keep:
-        raise InputError(
-            "the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out"
-        )
+        raise InputError("the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out")
     source = HFSource(source_folder)
     check_plan(plan, source)
     config = to_hf(plan.target, source.config)
@@ -67,9 +65,7 @@ def check_plan(plan: PrunePlan, source: HFSource) -> None:
                 f"that of '{source.folder}' is {found}"
             )
     if plan.model_digest is not None and plan.model_digest != source_digest(source):
-        raise InputError(
-            f"the plan was made for another model: '{source.folder}' has the same sizes and other weights"
-        )
+        raise InputError(f"the plan was made for another model: '{source.folder}' has the same sizes and other weights")
 
 
 def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:

@@ -100,9 +100,7 @@ def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
     return {f"model-{k:05d}-of-{count:05d}.safetensors": group for k, group in enumerate(groups, start=1)}
 
 
-def _open_shard(
-    file: Path, members: list[_Tensor], source: TensorSource, plan: PrunePlan
-) -> list[Callable[[], None]]:
+def _open_shard(file: Path, members: list[_Tensor], source: TensorSource, plan: PrunePlan) -> list[Callable[[], None]]:
     """Writes the header, sets the file's length, and returns what fills it, one task a tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, {}

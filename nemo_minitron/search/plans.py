@@ -82,9 +82,7 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
         chosen["layers"] = layers
     if "heads" in sizes or "query_groups" in sizes:
         groups, everyone = chosen.get("query_groups", {}), list(range(source.num_query_groups))
-        chosen["heads"] = {
-            n: _heads(source, target, groups.get(n, everyone), n, values, least) for n in layers
-        }
+        chosen["heads"] = {n: _heads(source, target, groups.get(n, everyone), n, values, least) for n in layers}
     ordered = {name: chosen[name] for name in AXES if name in chosen}
     return PrunePlan(source=source, target=target, keep=ordered)
 

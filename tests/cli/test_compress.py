@@ -58,7 +58,7 @@ def losses(file):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     pico_llama(folder / "teacher", vocab_size=509)
-    save_tokenizer(folder / "teacher", TEXTS, 400)
+    save_tokenizer(folder / "teacher", TEXTS, 509)  # NeMo exports as many rows as the tokenizer has
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     (folder / "recipe.py").write_text(RECIPE)
     minitron(folder, "compress", "recipe.py", "--out", "run")
@@ -67,8 +67,8 @@ def world(tmp_path_factory):
 
 def test_the_run_folder_is_whole(world):
     run = world / "run"
-    names = {"recipe.json", "manifest.json", "scores.safetensors", "plan.json", "checkpoints", "student", "numbers.json"}
-    assert names | {"report.html", "figures", "log.txt"} <= {path.name for path in run.iterdir()}
+    names = {"recipe.json", "manifest.json", "scores.safetensors", "plan.json", "numbers.json", "report.html"}
+    assert names | {"checkpoints", "student", "figures", "log.txt"} <= {path.name for path in run.iterdir()}
     rows = json.loads((run / "numbers.json").read_text())
     assert [row["stage"] for row in rows] == ["teacher", "random", "pruned", "distilled"]
     assert all(np.isfinite(row["loss"]) for row in rows)
@@ -93,6 +93,34 @@ def test_weights_were_trained_and_everything_else_is_the_pruned_folder(world):
     student, pruned = raw_tensors(world / "run" / "student"), raw_tensors(world / "run" / "checkpoints" / "pruned")
     assert student.keys() == pruned.keys()
     assert all(not np.array_equal(student[name], pruned[name]) for name in student)
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+def main():
+    import nemo_minitron.backend as backend
+    backend.setup()
+    from nemo.collections import llm
+    llm.export_ckpt(Path(sys.argv[1]), "hf", output_path=Path(sys.argv[2]))
+    ours = {name.split(".")[1] for name in sys.modules if name.startswith("nemo_minitron.")}
+    assert ours == {"backend", "errors"}, ours
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_nemos_own_exporter_needs_backend_setup_alone(world):
+    """The distilled checkpoint is a plain NeMo checkpoint: its export has the student's tensors, bit for bit."""
+    training = world / "run" / "checkpoints" / "distilled"
+    checkpoint = training / json.loads((training / "last.json").read_text())["checkpoint"]
+    (world / "export.py").write_text(EXPORT)
+    command = [sys.executable, "export.py", str(checkpoint), "exported"]
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    exported, student = raw_tensors(world / "exported"), raw_tensors(world / "run" / "student")
+    assert exported.keys() == student.keys()
+    assert [name for name in student if not np.array_equal(exported[name], student[name])] == []
 
 
 def test_a_rerun_does_nothing(world):

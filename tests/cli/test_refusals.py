@@ -156,7 +156,9 @@ def test_empty_or_short_corpus(world, tmp_path, text, words):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text)
     out = tmp_path / "scores.safetensors"
-    done = minitron("estimate", world / "teacher", "--data", corpus, "--samples", 4, "--sequence-length", 64, "--out", out)
+    done = minitron(
+        "estimate", world / "teacher", "--data", corpus, "--samples", 4, "--sequence-length", 64, "--out", out
+    )
     refused(done, *words)
     assert not out.exists()
 
@@ -203,8 +205,10 @@ def test_hostile_metadata_runs_nothing(world, tmp_path):
 def test_hostile_context_runs_nothing(world, tmp_path):
     """NeMo would import and call what the context names; here a name is only a name."""
     mark = tmp_path / "mark"
-    context = {**CONTEXT, "objects": CONTEXT["objects"] | _object("LlamaModel", [["Attr(name='config')", {"type": "ref", "key": "system_1"}]]) | _object("system", [["Attr(name='command')", {"type": "leaf", "value": f"touch {mark}"}]], "os")}
-    model = checkpoint(tmp_path / "model", b"", context)
+    objects = dict(CONTEXT["objects"])
+    objects |= _object("LlamaModel", [["Attr(name='config')", {"type": "ref", "key": "system_1"}]])
+    objects |= _object("system", [["Attr(name='command')", {"type": "leaf", "value": f"touch {mark}"}]], "os")
+    model = checkpoint(tmp_path / "model", b"", {**CONTEXT, "objects": objects})
     done = minitron("estimate", model, "--data", world / "corpus.jsonl", "--out", tmp_path / "scores.safetensors")
     refused(done, ".metadata")
     assert not mark.exists()

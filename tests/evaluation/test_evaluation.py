@@ -89,9 +89,7 @@ def test_batch_size_changes_nothing(folder, windows, batch_size):
     numbers = evaluate(
         folder, windows, precision="fp32", batch_size=batch_size, progress=lambda *state: done.append(state)
     )
-    assert numbers.loss == pytest.approx(
-        evaluate(folder, windows, precision="fp32", batch_size=5).loss, rel=1e-6
-    )
+    assert numbers.loss == pytest.approx(evaluate(folder, windows, precision="fp32", batch_size=5).loss, rel=1e-6)
     assert done[-1] == (5, 5)
     assert len(done) == math.ceil(5 / batch_size)
 
@@ -165,9 +163,7 @@ def test_a_weight_of_another_shape_is_an_error(folder, windows, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_an_error(folder, windows, tmp_path):
-    path = damaged(
-        folder, tmp_path / "a", lambda tensors: {k: v * np.float32("nan") for k, v in tensors.items()}
-    )
+    path = damaged(folder, tmp_path / "a", lambda tensors: {k: v * np.float32("nan") for k, v in tensors.items()})
     with pytest.raises(InputError, match="not finite"):
         evaluate(path, windows)
 

@@ -56,7 +56,5 @@ def run(tmp_path, scores, width_plan):
         [{"stage": s, "prompt": f"Prompt {EVIL}", "text": t} for s, t in texts.items()],
     )
     losses = [f"{i + 1},{(i + 1) * 128},{5 - i / 50},0.5" for i in range(100)]
-    (folder / "checkpoints/distilled/loss.csv").write_text(
-        "\n".join(["step,tokens,loss,seconds", *losses]) + "\n"
-    )
+    (folder / "checkpoints/distilled/loss.csv").write_text("\n".join(["step,tokens,loss,seconds", *losses]) + "\n")
     return folder

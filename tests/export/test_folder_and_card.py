@@ -220,9 +220,7 @@ def test_the_bases_licence_goes_first(tmp_path, facts, card, expected):
     front = front_matter(card_text(dataclasses.replace(facts, base_folder=tmp_path)))
     assert {key: value for key, value in front.items() if key.startswith("license")} == expected
     shutil.rmtree(tmp_path)
-    assert (
-        front_matter(card_text(dataclasses.replace(facts, base_folder=tmp_path)))["license"] == "apache-2.0"
-    )
+    assert front_matter(card_text(dataclasses.replace(facts, base_folder=tmp_path)))["license"] == "apache-2.0"
 
 
 def test_text_from_outside_cannot_break_the_card(facts):

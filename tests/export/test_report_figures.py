@@ -61,9 +61,7 @@ def test_heads_and_groups(run, scores):
     assert [np.float32(row["score"]) for row in data] == scores["heads"].ravel().tolist()
     assert [int(row["head"]) for row in data if row["kept"] == "0"] == [0, 3] * 4
     groups = {"heads": {i: [3, 4, 5] for i in range(4)}, "query_groups": {i: [1] for i in range(4)}}
-    PrunePlan(SOURCE, SOURCE.replace(num_attention_heads=3, num_query_groups=1), groups).save(
-        run / "plan.json"
-    )
+    PrunePlan(SOURCE, SOURCE.replace(num_attention_heads=3, num_query_groups=1), groups).save(run / "plan.json")
     write_report(run)
     assert [int(row["query_group"]) for row in rows(run, "query_groups") if row["kept"] == "1"] == [1] * 4
 

@@ -12,6 +12,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Job, Layout
 from nemo_minitron.job.dry_run import describe, target_of
 from nemo_minitron.job.find import find, names
+from nemo_minitron.job.precision import best_precision, settled
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_overrides_refused(job, setting, words):
         job.override([setting])
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision"), [("flags : fpu avx2 avx512_bf16\n", "bf16"), ("flags : fpu avx2\n", "fp32")]
+)
+def test_auto_precision_goes_by_the_processor(flags, precision, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert best_precision(tmp_path / "cpuinfo") == precision
+
+
+def test_settled_recipes_have_no_auto(job):
+    assert settled(find(names()[0])).distillation.precision in ("fp32", "bf16")
+    with pytest.raises(InputError, match="precision 'fp23' is unknown; did you mean 'fp32'"):
+        settled(job.override(["distillation.precision=fp23"]))
+
+
 def test_a_recipe_must_be_whole(job):
     values = job.as_dict()
     del values["teacher"]
@@ -61,18 +77,28 @@ def test_a_recipe_must_be_whole(job):
         Job.from_dict(values)
 
 
-@pytest.mark.parametrize(("name", "words"), [("smollm2_135m_width", "did you mean 'smollm2_135m_to_"), ("x.py", "does not exist")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("smollm2_135m_width", "did you mean 'smollm2_135m_to_"), ("x.py", "does not exist")]
+)
 def test_unknown_recipe(name, words):
     with pytest.raises(InputError, match=words):
         find(name)
 
 
 PICO = Architecture(
-    num_layers=6, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6, num_query_groups=3, head_dim=8, vocab_size=509
+    num_layers=6,
+    hidden_size=48,
+    ffn_hidden_size=96,
+    num_attention_heads=6,
+    num_query_groups=3,
+    head_dim=8,
+    vocab_size=509,
 )
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 3, "sp": True}, {"pp": 2, "vp": 3}, {"dp": 5}, {"tp": 3, "pp": 2, "dp": 2}])
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 3, "sp": True}, {"pp": 2, "vp": 3}, {"dp": 5}, {"tp": 3, "pp": 2, "dp": 2}]
+)
 def test_legal_layouts(layout):
     Layout(**layout).check(PICO)
 
@@ -90,9 +116,12 @@ def test_legal_layouts(layout):
     ],
 )
 def test_layouts_refused_with_the_nearest(layout, words):
-    with pytest.raises(InputError, match=words):
+    def check():
         Layout(**layout).check(PICO)
         Layout(**layout).check_sequence(32)
+
+    with pytest.raises(InputError, match=words):
+        check()
 
 
 @pytest.mark.parametrize(

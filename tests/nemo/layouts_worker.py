@@ -11,6 +11,22 @@ from pathlib import Path
 import numpy as np
 
 
+def register_own_estimator():
+    """The README's example of a user's own estimator."""
+    from megatron.core.transformer.mlp import MLP
+
+    from nemo_minitron.importance import Estimator, Watch, estimator
+
+    @estimator(MLP)
+    class Written(Estimator):
+        """Scores embedding channels by what each MLP writes into the residual stream."""
+
+        axis, sharded = "mlp_output", False
+
+        def watch(self, module, layer, architecture):
+            return Watch(layer, module.linear_fc2, lambda module, given, output: output[0])
+
+
 def run_case(case, folder):
     import torch
     from megatron.core import parallel_state
@@ -35,7 +51,8 @@ def run_case(case, folder):
     tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = [batch[rank::size] for batch in tokens.split(4)]
-    scores = estimate(chunks, batches, architecture=source.architecture)
+    scores = estimate(chunks, batches)
+    scores.tensors |= estimate(chunks, batches, axes=("mlp_output",)).tensors
     logits = _logits(chunks, tokens[:2], source.architecture.vocab_size) if layout.pp == 1 else None
     parallel_state.destroy_model_parallel()
     return {"differing": differing, "digest": digest}, scores, logits
@@ -58,6 +75,7 @@ def main():
     import nemo_minitron.backend as backend
 
     backend.setup()
+    register_own_estimator()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     for case in cases:

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "layouts_worker.py"
 MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the vocabulary of 509 divides by none
     "three": lambda folder: pico_llama(folder, num_attention_heads=6, num_key_value_heads=3),
-    "four": lambda folder: pico_llama(
-        folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True
-    ),
+    "four": lambda folder: pico_llama(folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
     "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
 }
 LAYOUTS = {  # world size -> layouts; a new layout is one entry
@@ -105,15 +103,13 @@ def test_scores_equal_one_process(case, results):
     scores = Scores.load(results(case["world"]) / f"{case['name']}.safetensors")
     reference = Scores.load(results(1) / f"{case['model']}.safetensors")
     assert (scores.samples, scores.tokens) == (16, 16 * 24)
-    assert set(scores.tensors) == {"ffn", "heads", "query_groups", "norms", "hidden", "layers"}
+    assert set(scores.tensors) == {"ffn", "heads", "query_groups", "norms", "hidden", "layers", "mlp_output"}
     for name, expected in reference.tensors.items():
         largest = np.abs(expected).max(axis=-1, keepdims=True)
         assert (np.abs(scores[name] - expected) / largest).max() < SCORES_FP32, name
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c["layout"].get("pp", 1) == 1], ids=lambda case: case["name"]
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c["layout"].get("pp", 1) == 1], ids=lambda case: case["name"])
 def test_logits_equal_transformers(case, results, models):
     import torch
     from transformers import AutoModelForCausalLM

@@ -61,7 +61,8 @@ def test_pruning_callback_leaves_scores_plan_and_a_students_checkpoint(run):
     from nemo_minitron.nemo.checkpoint import CheckpointSource
 
     folder, _ = run
-    scores, plan = Scores.load(folder / "pruned" / "scores.safetensors"), PrunePlan.load(folder / "pruned" / "plan.json")
+    scores = Scores.load(folder / "pruned" / "scores.safetensors")
+    plan = PrunePlan.load(folder / "pruned" / "plan.json")
     assert (scores.samples, scores.tokens) == (8, 8 * 32)
     assert np.array_equal(scores["norms"], Scores.load(folder / "scores.safetensors")["norms"])
     assert scores.model_digest == plan.model_digest == source_digest(HFSource(folder / "pico"))

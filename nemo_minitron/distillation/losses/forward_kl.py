@@ -10,9 +10,7 @@ from torch import Tensor
 CHUNK = 1 << 22  # logits that are held in fp32 at a time, for each model
 
 
-def forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, group: Any = None
-) -> Tensor:
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, group: Any = None) -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) * T^2 per token.
 
     student_logits, teacher_logits: [..., V/tp], local shards of the vocabulary, bf16 or fp32; teacher's is
@@ -94,9 +92,7 @@ def _over_vocabulary(local: Tensor, group: Any) -> Tensor:
     return torch.stack([top[0], top[1], sums[0], sums[1], cross])
 
 
-def _probabilities(
-    student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor
-) -> tuple[Tensor, Tensor]:
+def _probabilities(student: Tensor, teacher: Tensor, temperature: float, statistics: Tensor) -> tuple[Tensor, Tensor]:
     """This shard's probabilities [n, V/tp], fp32."""
     max_s, max_t, sum_s, sum_t, _ = statistics[:, :, None]
     p_s = (student.float() / temperature).sub_(max_s).exp_().div_(sum_s)

@@ -85,9 +85,7 @@ class Tokens:
 
         found = prefix_of(prefix)
         if found is None:
-            raise InputError(
-                f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed"
-            )
+            raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
         self.prefix = found
         self.corpus = Corpus.load(found)
         index = IndexedDataset(str(found), mmap=True)  # closed at once: open at exit, it complains
@@ -154,9 +152,7 @@ def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
     """InputError if the sidecar of a prefix says that another tokenizer made it; silent without a sidecar."""
     made = Corpus.load(prefix)
     if made is not None and made.tokenizer != tokenizer_digest(tokenizer):
-        raise InputError(
-            f"'{prefix}' was tokenised from '{made.source}' with another tokenizer: give the text instead"
-        )
+        raise InputError(f"'{prefix}' was tokenised from '{made.source}' with another tokenizer: give the text instead")
 
 
 def _write(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> None:

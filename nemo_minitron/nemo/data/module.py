@@ -126,9 +126,7 @@ def _sources(
 ) -> tuple[Tokens, Tokens]:
     """Opens both corpora and refuses what does not fit, before NeMo's slow import."""
     sources = Tokens(train), Tokens(validation)
-    for name, source, samples in zip(
-        ("training", "validation"), sources, (1, global_batch_size), strict=True
-    ):
+    for name, source, samples in zip(("training", "validation"), sources, (1, global_batch_size), strict=True):
         _check_length(name, source, sequence_length, samples)
         check_tokenizer(source.prefix, load_tokenizer(tokenizer))
     return sources

@@ -27,14 +27,10 @@ def byte_level():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         TEXTS * 5,
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     raw.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|end|>")
 
 
 @pytest.fixture(scope="session")

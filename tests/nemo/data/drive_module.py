@@ -35,9 +35,7 @@ def made(folder: Path, **options):
     from nemo_minitron.nemo.data import data_module
 
     sizes = {"sequence_length": SEQUENCE, "micro_batch_size": MICRO, "global_batch_size": WHOLE, "seed": 3}
-    module = data_module(
-        folder / "train", folder / "test", tokenizer=folder / "tokenizer", **(sizes | options)
-    )
+    module = data_module(folder / "train", folder / "test", tokenizer=folder / "tokenizer", **(sizes | options))
     module.build(STEPS, STEPS, 1.0, 1)
     return module
 

@@ -128,9 +128,7 @@ def test_windows_with_a_seed_are_drawn_without_replacement(built):
 
 def test_a_corpus_too_short_is_refused_with_what_it_can_give(built):
     total = built.samples(32)
-    with pytest.raises(
-        InputError, match=f"gives {total} samples of 32 tokens, 999 were .*--samples {total} "
-    ):
+    with pytest.raises(InputError, match=f"gives {total} samples of 32 tokens, 999 were .*--samples {total} "):
         built.windows(32, 999)
     with pytest.raises(InputError, match="give --samples 1 "):
         built.windows(32, 0)

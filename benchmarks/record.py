@@ -1,0 +1,43 @@
+"""A finished run of `minitron compress` -> a dated result: `python benchmarks/record.py runs/demo`.
+
+Prints the table and writes `benchmarks/results/DATE_RECIPE.json`: numbers, seconds of each stage, versions,
+the machine, and the command that makes the run again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(run: Path) -> Path:
+    """Reads `run`'s recipe, manifest and numbers; returns the file written."""
+    files = ("recipe", "manifest", "numbers")
+    recipe, manifest, numbers = (json.loads((run / f"{name}.json").read_text()) for name in files)
+    result = {
+        "command": f"minitron compress {recipe['name']}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
+        "seeds": {"calibration": recipe["calibration"]["seed"], "distillation": recipe["distillation"]["seed"]},
+        "numbers": numbers,
+        "stages": manifest["stages"],
+        "versions": manifest["versions"],
+    }
+    for row in numbers:
+        print(f"{row['stage']:10}{row['parameters']:>13,}{row['perplexity']:>12,.2f}{row['tokens']:>9,} tokens")
+    for stage in manifest["stages"]:
+        print(f"{stage['name']:18}{stage['seconds']:>8.1f} s")
+    RESULTS.mkdir(exist_ok=True)
+    out = RESULTS / f"{result['date']}_{recipe['name']}.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    return out
+
+
+if __name__ == "__main__":
+    print(record(Path(sys.argv[1])))
