@@ -76,9 +76,11 @@ def _concatenate(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _counts(collector: Collector) -> tuple[int, int]:
-    """Samples and tokens of the whole job; the first pipeline stage's count, summed over data parallelism."""
-    counts = torch.tensor([collector.samples, collector.tokens])
+    """Samples and tokens of the whole job: summed over data parallelism; NeMo shows tokens to the first stage alone."""
+    counts = torch.tensor([collector.samples, collector.tokens], device=torch.cuda.current_device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX, group=stages)
     return int(counts[0]), int(counts[1])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,6 @@ class LossLog(Callback):
         leave_context(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        import time
-
         self._start, self._first = time.perf_counter(), trainer.global_step
         rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         kept = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= trainer.global_step]
@@ -105,8 +105,6 @@ class LossLog(Callback):
             self.path.write_text("\n".join([self.HEADER, *kept]) + "\n")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
-        import time
-
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if not trainer.is_global_zero:
             return
@@ -116,7 +114,6 @@ class LossLog(Callback):
         if step % self.every == 0 or step == trainer.max_steps:
             rate = (step - self._first) * self.tokens / spent
             left = (trainer.max_steps - step) * self.tokens / rate
-            print(
-                f"  > step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  {left:.0f} s left",
-                flush=True,
-            )
+            line = f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  {left:.0f} s left"
+            sys.stdout.write(f"  > {line}\n")  # one write, newline and all: other ranks print too
+            sys.stdout.flush()
