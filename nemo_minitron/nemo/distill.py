@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.step import distillation_step, masked_loss
 from nemo_minitron.errors import InputError, nearest
@@ -101,8 +102,8 @@ class LossLog(Callback):
         kept = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= trainer.global_step]
         self._before = float(kept[-1].rsplit(",", 1)[1]) if kept else 0.0
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("\n".join([self.HEADER, *kept]) + "\n")
+            with atomic_file(self.path) as file:
+                file.write_text("\n".join([self.HEADER, *kept]) + "\n")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
