@@ -96,6 +96,7 @@ def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distil
     from nemo_minitron.pruning import HFSource
 
     source, teacher_folder = resolve(student), resolve(teacher)
+    _check_out(out, (source, teacher_folder))
     layout.check(HFSource(source).architecture)
     layout.check(open_source(teacher_folder).architecture)
     layout.check_sequence(recipe.sequence_length)
@@ -105,6 +106,16 @@ def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distil
     prefixes = (tokens.prefix, tokens.prefix)
     run_training(source, str(teacher_folder), prefixes, training, recipe, layout, work / "log.txt")
     return export_student(training, source, out)
+
+
+def _check_out(out: Path, inputs: tuple[Path, ...]) -> None:
+    """A folder that somebody else made is never replaced. Raises InputError."""
+    if any(out.resolve() == path.resolve() for path in inputs):
+        raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "loss.csv").is_file():
+        raise InputError(f"'{out}' is not empty and holds no distilled student; give a new folder with --out")
+    if out.is_file():
+        raise InputError(f"'{out}' is a file; give a new folder with --out")
 
 
 def export_student(training: Path, base: Path, out: Path) -> Path:

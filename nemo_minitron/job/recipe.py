@@ -22,8 +22,21 @@ class Data:
     licence: str = "unknown"
 
 
+class _Counted:
+    """Settings whose whole numbers count something: at least 1, but for seeds and warm-up."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("seed", "warmup_steps") else 1
+            if field.type == "int" and value < least:
+                raise InputError(f"{field.name} is {value}; the nearest legal value is {least}")
+            if field.name in ("learning_rate", "temperature") and not value > 0:
+                raise InputError(f"{field.name} is {value}; it must be above 0")
+
+
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(_Counted):
     """One forward pass over `samples` rows of `sequence_length` tokens; `criterion` is batch,sequence."""
 
     samples: int = 1024
@@ -36,7 +49,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
+class Distillation(_Counted):
     """Retraining from the teacher's logits; `tokens` are those of all steps. `save_every` counts steps.
 
     `precision`: fp32, bf16, or auto (bf16 where the machine is good at it).
@@ -62,7 +75,7 @@ class Distillation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(_Counted):
     """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`."""
 
     tokens: int = 16_384

@@ -146,6 +146,20 @@ def test_dry_run_writes_nothing(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "student"])
+def test_distill_replaces_nothing_of_somebody_elses(world, tmp_path, kind):
+    out = world / "teacher" if kind == "student" else tmp_path / "mine"
+    if kind == "folder":
+        out.mkdir()
+        (out / "photo.jpg").write_text("mine")
+    elif kind == "file":
+        out.write_text("mine")
+    before = sorted(out.parent.rglob("*"))
+    arguments = ["--teacher", world / "teacher", "--data", world / "corpus.jsonl", "--tokens", 64, "--out", out]
+    refused(minitron("distill", world / "teacher", *arguments), "give a")
+    assert sorted(out.parent.rglob("*")) == before
+
+
 def test_unknown_recipe():
     refused(minitron("compress", "smollm2_135m_to_108m_widht"), "did you mean 'smollm2_135m_to_108m_width'")
 
