@@ -209,6 +209,11 @@ def main() -> None:
             raise
         print(f"minitron: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"minitron: {error}", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         if debug:
             raise

@@ -46,25 +46,24 @@ class Collector:
 
     # -- hooks ---------------------------------------------------------------------------------------
     def __enter__(self) -> Collector:
+        watches: dict[tuple[str, int], tuple[Estimator, Watch]] = {}
         for chunk in self._chunks:
             for module, layer in _with_layers(chunk.decoder):
                 for cls in estimators_of(module):
-                    if cls.axis in self.axes:
-                        self._attach(cls(), module, layer)
+                    watch = cls().watch(module, layer, self.architecture) if cls.axis in self.axes else None
+                    if watch is not None:
+                        watches[cls.axis, watch.row] = cls(), watch  # a user's own comes after and wins
             self._handles.append(chunk.register_forward_pre_hook(self._count, with_kwargs=True))
+        for estimator, watch in watches.values():
+            self.estimators[estimator.axis] = estimator
+            hook = self._hook(estimator, watch)
+            self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _attach(self, estimator: Estimator, module: nn.Module, layer: int) -> None:
-        watch = estimator.watch(module, layer, self.architecture)
-        if watch is not None:
-            self.estimators[estimator.axis] = estimator
-            hook = self._hook(estimator, watch)
-            self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
 
     def _hook(self, estimator: Estimator, watch: Watch) -> Any:
         @torch.no_grad()

@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.scores import Scores
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.collector import WIDTH_AXES, Collector, unwrap
 from nemo_minitron.importance.reduce import reduce
+from nemo_minitron.importance.statistics import check_norms
 
 
 def estimate(
@@ -32,6 +33,7 @@ def estimate(
     rank's own, each an int64 [batch, sequence] tensor or NeMo's batch dict with `tokens`; all of one shape.
     Collective over the whole job. Raises InputError for an unknown criterion or for no batches.
     """
+    check_norms(norms)
     chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
     architecture = architecture or architecture_of(unwrap(chunks[0]))
     modes = [chunk.training for chunk in chunks]

@@ -37,16 +37,13 @@ class Watch:
 class Estimator:
     """Scores one axis from one type of Megatron module; register it with `@estimator(ModuleType)`.
 
-    `axis` names the tensor of Scores; `rows` is its number of rows in an architecture. `aggregate=False`
+    `axis` names the tensor of Scores. `aggregate=False`
     keeps a plain mean over all tokens instead of the criterion, for [S, B] values (block influence).
     """
 
     axis: ClassVar[str]
     sharded: ClassVar[bool] = True
     aggregate: ClassVar[bool] = True
-
-    def rows(self, architecture: Architecture) -> int:
-        return architecture.num_layers
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         """Where to look in `module`, which lies in the 0-based global `layer`; None to skip it."""
@@ -57,7 +54,7 @@ REGISTRY: dict[type, list[type[Estimator]]] = {}
 
 
 def estimator(module_type: type) -> Callable[[type[Estimator]], type[Estimator]]:
-    """Registers an Estimator for a Megatron module type and its subclasses; the last one of an axis wins."""
+    """Registers an Estimator for a Megatron module type and its subclasses; the last one of a row wins."""
 
     def add(cls: type[Estimator]) -> type[Estimator]:
         kept = [other for other in REGISTRY.get(module_type, []) if other.__qualname__ != cls.__qualname__]
@@ -106,9 +103,6 @@ class _Norm(Estimator):
 
     axis = "norms"
     sharded = False
-
-    def rows(self, architecture: Architecture) -> int:
-        return 2 * architecture.num_layers + 1
 
 
 @estimator(TransformerLayer)

@@ -78,6 +78,12 @@ AGGREGATIONS = {
 }
 
 
+def check_norms(norms: str) -> None:
+    """Raises InputError unless `norms` says which norms `hidden` sums."""
+    if norms not in ("all", "layers"):
+        raise InputError(f"norms '{norms}' is unknown; legal are all and layers")
+
+
 def criterion(name: str) -> tuple[Aggregation, Aggregation]:
     """`"l2,mean"` -> (over samples, over the sequence), the paper's order. Raises InputError."""
     parts = name.split(",")

@@ -76,18 +76,33 @@ def run_training(
     log: Path | None = None,
 ) -> None:  # fmt: skip
     """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew."""
-    identity = digest_of([dataclasses.asdict(recipe), teacher_identity(str(student)), teacher_identity(teacher)])
+    models = [teacher_identity(str(student)), teacher_identity(teacher)]
+    identity = digest_of([dataclasses.asdict(recipe), models, corpus_identity(prefixes[0])])
     mark = out / "settings.json"
     if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
+    if _finished(out, recipe):
+        return
     settings = {
         "student": str(student), "teacher": str(teacher), "train": str(prefixes[0]), "validation": str(prefixes[1]),
         "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
         "layout": dataclasses.asdict(layout),
     }  # fmt: skip
     launch("distill", settings, layout.processes, log)
+
+
+def _finished(out: Path, recipe: Distillation) -> bool:
+    """Whether the last step's checkpoint is whole; what a kill left half-saved is cleared for the next try."""
+    folder = out / "checkpoints"
+    for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
+        shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
+        marker.unlink()
+    last = folder / f"step={recipe.steps - 1}-last"  # NeMo counts steps from 0
+    if last.is_dir() and not (out / "last.json").exists():
+        write_json(out / "last.json", {"checkpoint": str(last.relative_to(out))})
+    return last.is_dir()
 
 
 def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout) -> Path:
@@ -142,12 +157,22 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
     return out
 
 
-def teacher_identity(teacher: str) -> str:
-    """The model digest of a teacher on disk."""
+def teacher_identity(teacher: str) -> list[str]:
+    """The model digest of a model on disk, and its config's: an edited rope_theta is another model."""
     from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.pruning.tensors import source_digest
 
-    return source_digest(open_source(teacher))
+    source = open_source(teacher)
+    return [source_digest(source), digest_of(dict(source.config))]
+
+
+def corpus_identity(prefix: Path) -> str:
+    """What a corpus of tokens holds: its content's digest, or size and time where it came ready-made."""
+    from nemo_minitron.nemo.data import Tokens
+
+    corpus = Tokens(prefix).corpus
+    state = prefix.with_name(prefix.name + ".bin").stat()
+    return corpus.content if corpus else f"{state.st_size} {state.st_mtime_ns}"
 
 
 def identity(architecture: Any) -> PrunePlan:

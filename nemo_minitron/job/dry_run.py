@@ -8,28 +8,22 @@ from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
-from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve, to_hf
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Distillation, Job
+from nemo_minitron.search.sizes import student_architecture
 
 STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
 
 
 def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
-    """The student's Architecture. Raises InputError for an unknown axis or a size above the source's."""
+    """The student's Architecture. Raises InputError for an illegal size, or an axis that no stage cuts yet."""
     if not keep:
         raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
-    sizes = {}
-    for name, size in keep.items():
-        cut, whole = axis(name), axis(name).length(source)
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= whole:
-            near = size if isinstance(size, int) and size < 1 else whole
-            near = max(1, min(near, whole))
-            raise InputError(f"keep.{name} is {size!r}; legal are 1 to {whole}, the nearest is {near}")
-        sizes[cut.size] = size
-    return source.replace(**sizes)
+    if "vocab" in keep:
+        raise InputError("the vocabulary is not cut yet: the tokenizer would have to be cut with it")
+    return student_architecture(source, keep)
 
 
 def check(job: Job) -> tuple[Architecture, Architecture]:
@@ -40,7 +34,7 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     to_hf(target, _config(job))
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
-    layout, _ = job.layout.for_student(target)
+    layout, _ = job.layout.for_student(target, source)
     layout.check(target)
     layout.check_sequence(job.distillation.sequence_length)
     if job.layout.pp > 1:
@@ -94,7 +88,7 @@ def training_memory(
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
     source, target = check(job)
-    layout, why = job.layout.for_student(target)
+    layout, why = job.layout.for_student(target, source)
     memory = training_memory(target, source, job.distillation, layout)
     lines = [json.dumps(job.as_dict(), indent=1), "", f"{'':24}{'teacher':>16}{'student':>16}"]
     for field, before in source.as_dict().items():

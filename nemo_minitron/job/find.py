@@ -42,7 +42,10 @@ def _from_file(path: Path) -> Job:
     assert spec is not None  # a .py file always has a spec and a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, TypeError) as error:
+        raise InputError(f"the recipe '{path}' cannot be read: {type(error).__name__}: {error}") from None
     if not hasattr(module, "recipe"):
         raise InputError(f"'{path}' has no function recipe(), which must return a Job")
     job = module.recipe()

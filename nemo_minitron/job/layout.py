@@ -33,7 +33,7 @@ class Layout:
         if not legal_tp(architecture, self.tp):
             raise InputError(
                 f"tp={self.tp} does not divide {_sizes(architecture)}; the nearest legal tp is "
-                f"{nearest_tp(architecture, self.tp)}"
+                f"{nearest_tp(self.tp, architecture)}"
             )
         stages = self.pp * self.vp
         if architecture.num_layers % stages:
@@ -57,14 +57,14 @@ class Layout:
                 f"the nearest legal length is {nearest}, or leave sp off"
             )
 
-    def for_student(self, student: Architecture) -> tuple[Layout, str]:
-        """The layout nearest to this one in which a student can be trained, and a sentence where it is another.
+    def for_student(self, student: Architecture, teacher: Architecture) -> tuple[Layout, str]:
+        """The layout nearest to this one that runs both models, and a sentence where it is another.
 
         A teacher's TP need not divide its student: 1024 of 1536 neurons do not divide by 3.
         """
         if legal_tp(student, self.tp):
             return self, ""
-        tp = nearest_tp(student, self.tp)
+        tp = nearest_tp(self.tp, student, teacher)
         why = f"tp={self.tp} does not divide the student's {_sizes(student)}: it is distilled at tp={tp}"
         return dataclasses.replace(self, tp=tp, sp=self.sp and tp > 1), why
 
@@ -75,8 +75,10 @@ def legal_tp(architecture: Architecture, tp: int) -> bool:
     return all(size % tp == 0 for size in sizes)
 
 
-def nearest_tp(architecture: Architecture, tp: int) -> int:
-    legal = [n for n in range(1, architecture.num_query_groups + 1) if legal_tp(architecture, n)]
+def nearest_tp(tp: int, *architectures: Architecture) -> int:
+    """The TP closest to `tp` that is legal for all of them; the smaller of two."""
+    most = min(architecture.num_query_groups for architecture in architectures)
+    legal = [n for n in range(1, most + 1) if all(legal_tp(a, n) for a in architectures)]
     return min(legal, key=lambda n: (abs(n - tp), n))
 
 

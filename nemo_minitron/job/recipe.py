@@ -22,6 +22,9 @@ class Data:
     licence: str = "unknown"
 
 
+LEGAL = {"norms": ("all", "layers"), "loss": ("forward_kl",)}
+
+
 class _Counted:
     """Settings whose whole numbers count something: at least 1, but for seeds and warm-up."""
 
@@ -31,6 +34,8 @@ class _Counted:
             least = 0 if field.name in ("seed", "warmup_steps") else 1
             if field.type == "int" and value < least:
                 raise InputError(f"{field.name} is {value}; the nearest legal value is {least}")
+            if field.name in LEGAL and value not in LEGAL[field.name]:
+                raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, LEGAL[field.name])}")
             if field.name in ("learning_rate", "temperature") and not value > 0:
                 raise InputError(f"{field.name} is {value}; it must be above 0")
 

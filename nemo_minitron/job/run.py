@@ -72,6 +72,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:
+    """Strikes out a stage that is done again, and all that rests on it: their files are about to be stale."""
+    stale = {stage.name}
+    for later in stages:
+        if stale & set(later.after):
+            stale.add(later.name)
+    run.manifest.stages = [entry for entry in run.manifest.stages if entry["name"] not in stale]
+    run.manifest.save()
+
+
 def execute(run: Run, stages: Sequence[Stage]) -> None:
     """Runs what is not done yet, in order; each stage is written down as it finishes."""
     digests: dict[str, str] = {}
@@ -83,6 +93,7 @@ def execute(run: Run, stages: Sequence[Stage]) -> None:
         if there and run.manifest.done(stage.name, digests[stage.name]):
             run.say(f"{title}: done before, skipped")
             continue
+        _forget(run, stage, stages)
         run.say(f"{title} ...")
         start = time.perf_counter()
         stage.run(run)

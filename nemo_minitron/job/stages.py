@@ -113,8 +113,10 @@ def evaluate(run: Run) -> None:
 
 
 def distill(run: Run) -> None:
-    job, prefixes = run.job, (run.path("data", "train"), run.path("data", "test"))
-    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)))
+    from nemo_minitron.nemo.sources import open_source
+
+    job, prefixes = run.job, (run.path("data", "train"), run.path("data", "train"))  # validation is off
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), open_source(job.teacher).architecture)
     if why:
         run.say(f"    {why}")
     commands.run_training(

@@ -13,6 +13,7 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.importance import Collector, reduce
 from nemo_minitron.importance.collector import WIDTH_AXES
 from nemo_minitron.importance.estimate import architecture_of
+from nemo_minitron.importance.statistics import check_norms
 from nemo_minitron.nemo.trainer import chunks_of, leave_context
 
 
@@ -27,6 +28,7 @@ class Importance(Callback):
         self, out: str | None = None, criterion: str = "l2,mean", norms: str = "all",
         axes: tuple[str, ...] = (*WIDTH_AXES, "layers"),
     ) -> None:  # fmt: skip
+        check_norms(norms)
         self.out, self.criterion, self.norms, self.axes = out, criterion, norms, tuple(axes)
         self.scores: Scores | None = None
         self._collector: Collector | None = None

@@ -74,7 +74,9 @@ def read_metadata(weights: Path) -> Any:
         raise InputError(f"'{weights}' has no .metadata, so it holds no torch_dist checkpoint")
     try:
         metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
-        return metadata if metadata.state_dict_metadata and metadata.storage_data else None
+        if not (metadata.state_dict_metadata and metadata.storage_data):
+            raise pickle.UnpicklingError("it lists no tensors")
+        return metadata
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise InputError(f"'{file}' was refused: {error}") from None
 
@@ -135,6 +137,7 @@ class CheckpointSource:
         entry = self._metadata.state_dict_metadata[key]
         full = ([np.array([layer])] if layer is not None else []) + wanted
         block = np.zeros([len(i) for i in full], RAW[DTYPES[entry.properties.dtype]])
+        missing = block.size
         for chunk in entry.chunks:
             first = np.array(chunk.offsets)
             last = first + np.array(chunk.sizes)
@@ -143,12 +146,17 @@ class CheckpointSource:
                 data = as_raw(self._read_chunk(key, chunk)).reshape(tuple(chunk.sizes))
                 local = [i[at] - a for i, at, a in zip(full, inside, first, strict=True)]
                 block[np.ix_(*inside)] = data[np.ix_(*local)]
+                missing -= data[np.ix_(*local)].size
+        if missing:
+            raise InputError(f"the checkpoint '{self.path}' lacks {missing} elements of '{key}'")
         return block[0] if layer is not None else block
 
     def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
         where = MetadataIndex(key, chunk.offsets)
         if self._chunk is None or self._chunk[0] != where:
-            info = self._metadata.storage_data[where]
+            info = self._metadata.storage_data.get(where)
+            if info is None:
+                raise InputError(f"the checkpoint '{self.path}' does not say where a chunk of '{key}' lies")
             file = (self._weights / info.relative_path).resolve()
             if self._weights.resolve() not in file.parents:
                 raise InputError(f"the checkpoint '{self.path}' points outside of itself, to '{info.relative_path}'")

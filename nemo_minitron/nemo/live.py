@@ -114,9 +114,9 @@ class LiveSource:
             ]
             if all(len(at) for at in inside):
                 block[np.ix_(*inside)] = as_raw(parameter[torch.meshgrid(*local, indexing="ij")])
-        bits = torch.from_numpy(block.view(np.uint8))
+        bits = torch.from_numpy(block.reshape(-1).view(np.uint8)).to(torch.cuda.current_device())
         torch.distributed.all_reduce(bits)  # bytes of one owner and zeros: exact, whatever they mean
-        return block
+        return bits.cpu().numpy().view(block.dtype).reshape(block.shape)
 
 
 def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:

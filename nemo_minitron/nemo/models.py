@@ -11,7 +11,6 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 import nemo_minitron.backend as backend
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.families import family_of
@@ -19,6 +18,7 @@ from nemo_minitron.job.layout import Layout
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.sources import open_source
+from nemo_minitron.pruning.cut import check_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -141,7 +141,7 @@ def load_model(
     plan = PrunePlan.load(plan) if isinstance(plan, (str, Path)) else plan
     hf = dict(teacher.config)
     if plan is not None:
-        check_plan(plan, teacher.architecture)
+        check_plan(plan, teacher)
         hf = family_of(hf).config(plan.target, hf)
     if parallel_state.model_parallel_is_initialized():
         layout = layout or current_layout(sp)
@@ -151,15 +151,6 @@ def load_model(
     chunks = build(config, layout)
     fill(chunks, teacher, plan)
     return chunks
-
-
-def check_plan(plan: PrunePlan, teacher: Architecture) -> None:
-    """Raises InputError where the plan's source is another architecture than the teacher's."""
-    for field, value in plan.source.as_dict().items():
-        if getattr(teacher, field) != value:
-            raise InputError(
-                f"the plan is for a model with {field} {value}; this one has {field} {getattr(teacher, field)}"
-            )
 
 
 def register() -> None:

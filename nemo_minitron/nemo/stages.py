@@ -27,13 +27,14 @@ def estimate(settings: dict[str, Any]) -> None:
 
     calibration, layout = Calibration(**settings["calibration"]), Layout(**settings["layout"])
     source = open_source(settings["model"])
-    whole = calibration.batch_size * layout.dp
+    whole = calibration.batch_size * layout.dp * (layout.pp if layout.vp > 1 else 1)  # virtual stages want pp batches
     if calibration.samples % whole:
         raise InputError(
             f"{calibration.samples} calibration samples do not divide into batches of {calibration.batch_size} on "
-            f"{layout.dp} data-parallel ranks; the nearest legal number is "
+            f"{whole // calibration.batch_size} ranks at a time; the nearest legal number is "
             f"{max(1, round(calibration.samples / whole)) * whole}"
         )
+    Tokens(settings["data"]).windows(calibration.sequence_length + 1, calibration.samples)  # refuses a short corpus
     data = data_module(
         settings["data"], settings["data"], tokenizer=str(source.folder), seed=calibration.seed,
         sequence_length=calibration.sequence_length, micro_batch_size=calibration.batch_size,

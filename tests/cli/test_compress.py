@@ -141,6 +141,8 @@ def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
     process.wait()
     before = losses(world / "killed" / "checkpoints" / "distilled" / "loss.csv")
     assert not (world / "killed" / "student").exists()
+    (checkpoints / "step=9-last").mkdir()  # as a kill in the middle of a save leaves them
+    (checkpoints / "step=9-last-unfinished").touch()
     output = minitron(world, "compress", "recipe.py", "--out", "killed")
     assert "[2/9] estimate: done before, skipped" in output
     assert "[6/9] distill ..." in output
@@ -178,3 +180,14 @@ def test_distill_command_leaves_a_folder_with_its_losses(world):
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert list(rows[0]) == ["step", "tokens", "loss", "seconds"]
     assert from_hf(world / "student-out") == plan.target
+    made = world / ".student-out.work" / "training" / "last.json"
+    before = made.stat().st_mtime_ns, raw_tensors(world / "student-out")
+    minitron(world, "distill", "student-in", "--teacher", "teacher", *settings, "--out", "student-out")
+    assert made.stat().st_mtime_ns == before[0]  # a finished training is not begun again
+    after = raw_tensors(world / "student-out")
+    assert all(np.array_equal(after[name], tensor) for name, tensor in before[1].items())
+    other = world / "other.jsonl"
+    other.write_text((world / "corpus.jsonl").read_text().replace("words", "lines"))
+    minitron(world, "distill", "student-in", "--teacher", "teacher", *settings[:-1], other, "--out", "student-out")
+    changed = raw_tensors(world / "student-out")
+    assert not all(np.array_equal(changed[name], tensor) for name, tensor in after.items())  # other text, other student

@@ -125,7 +125,7 @@ def test_no_disk_space(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["keep.ffn=97"], ["keep.ffn is 97", "nearest is 96"]),
+        (["keep.ffn=97"], ["ffn=97", "nearest is 96"]),
         (["--tp", "2"], ["tp=2", "3 query groups", "nearest legal tp is 1"]),
         (["distillation.token=3"], ["distillation.token", "did you mean 'distillation.tokens'"]),
         (["teacher=/nowhere"], ["'/nowhere' does not exist"]),

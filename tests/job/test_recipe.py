@@ -47,6 +47,8 @@ def test_overrides_reach_every_depth(job):
         ("distillation.tokens=many", "'distillation.tokens' is 'many'; it must be an int"),
         ("layout.sp=1", "'layout.sp' is 1; it must be a bool"),
         ("distillation.tokens=0", "tokens is 0; the nearest legal value is 1"),
+        ("calibration.norms=al", "norms 'al' is unknown; did you mean 'all'"),
+        ("distillation.loss=reverse_kl", "loss 'reverse_kl' is unknown; did you mean 'forward_kl'"),
         ("calibration.batch_size=-4", "batch_size is -4; the nearest legal value is 1"),
         ("distillation.learning_rate=0", "learning_rate is 0.0; it must be above 0"),
         ("name=3", "'name' is 3; it must be a str"),
@@ -130,10 +132,11 @@ def test_layouts_refused_with_the_nearest(layout, words):
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        ({"ffn": 97}, "keep.ffn is 97; legal are 1 to 96, the nearest is 96"),
+        ({"ffn": 97}, "ffn=97 is not legal; legal are 1 to 96, the nearest is 96"),
         ({"ffn": 0}, "the nearest is 1"),
         ({"ffm": 3}, "did you mean 'ffn'"),
-        ({"heads": 5}, "do not divide into 3 query groups"),
+        ({"heads": 5}, "heads=5 is not legal with 3 query groups.*the nearest is 6"),
+        ({"vocab": 100}, "the vocabulary is not cut yet"),
         ({}, "cuts nothing"),
     ],
 )
@@ -154,10 +157,13 @@ def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
 
 def test_a_student_that_tp_does_not_divide_is_trained_in_the_nearest_layout():
     student = PICO.replace(ffn_hidden_size=64)
-    layout, why = Layout(tp=3, sp=True, dp=2).for_student(student)
+    layout, why = Layout(tp=3, sp=True, dp=2).for_student(student, PICO)
     assert layout == Layout(tp=1, dp=2)
     assert "an ffn of 64: it is distilled at tp=1" in why
-    assert Layout(tp=3).for_student(PICO) == (Layout(tp=3), "")
+    assert Layout(tp=3).for_student(PICO, PICO) == (Layout(tp=3), "")
+    wide = PICO.replace(num_attention_heads=32, num_query_groups=8)
+    narrow = PICO.replace(num_attention_heads=24, num_query_groups=6)
+    assert Layout(tp=8).for_student(narrow, wide)[0].tp == 2  # 6 would divide the student alone
 
 
 def test_dry_run_refuses_what_could_not_run(job):

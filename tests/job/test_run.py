@@ -47,6 +47,17 @@ def test_a_change_reaches_downstream_alone(tmp_path):
     assert done == ["one", "two", "three", "one", "two"]
 
 
+def test_there_and_back_again_does_not_trust_files_of_the_way(tmp_path):
+    """Run A, break off B after its first stage, run A: what rested on B's files is made again."""
+    done = []
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    other = JOB.override(["calibration.samples=3"])
+    with pytest.raises(RuntimeError, match="two"):
+        execute(open_run(other, tmp_path / "run"), stages(done, fail=("two",)))
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three", "one", "one", "two"]
+
+
 def test_a_missing_output_is_made_again(tmp_path):
     done = []
     execute(open_run(JOB, tmp_path / "run"), stages(done))

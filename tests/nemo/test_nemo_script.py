@@ -85,7 +85,11 @@ def test_nemos_own_exporter_writes_the_same_student(run):
 
 
 def test_context_holds_no_foreign_class(run):
+    from nemo_minitron.nemo.context import read_context
+
     folder, _ = run
     context = (folder / "pruned" / "student" / "context" / "io.json").read_text()
     assert "nemo_minitron" not in context
-    assert '"apply_rope_fusion"' not in context or '"value": false' not in context.split("apply_rope_fusion")[1][:80]
+    fields = read_context(folder / "pruned" / "student" / "context").config
+    assert fields["apply_rope_fusion"] is True  # Transformer Engine's default, which this machine cannot run
+    assert fields["vocab_size"] == 512
