@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def nemo_config(config: Mapping[str, Any], *, precision: str = "fp32", layout: L
     layout.check(family_of(config).architecture(config))
     name, fields = family_of(config).nemo_config(config)
     bf16 = precision == "bf16"
-    result = getattr(llm, name)(**fields, bf16=bf16, fp16=False, params_dtype=DTYPES[precision])
+    home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]  # llm itself lacks some config classes
+    result = getattr(home, name)(**fields, bf16=bf16, fp16=False, params_dtype=DTYPES[precision])
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result
 

@@ -14,13 +14,17 @@ from nemo_minitron.artifacts import Scores
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "layouts_worker.py"
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
 MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the vocabulary of 509 divides by none
     "three": lambda folder: pico_llama(folder, num_attention_heads=6, num_key_value_heads=3),
     "four": lambda folder: pico_llama(folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
+    "llama3-rope": lambda folder: pico_llama(folder, rope_scaling=LLAMA3_ROPE),
+    "linear-rope": lambda folder: pico_llama(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
 }
 LAYOUTS = {  # world size -> layouts; a new layout is one entry
-    1: [("three", {}), ("four", {}), ("mistral", {})],
+    1: [("three", {}), ("four", {}), ("mistral", {}), ("llama3-rope", {}), ("linear-rope", {})],
     2: [
         ("four", {"tp": 2}),
         ("four", {"tp": 2, "sp": True}),
