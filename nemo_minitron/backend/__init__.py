@@ -71,7 +71,8 @@ def _turn(switches: Switches) -> None:
         cpu.redirect()
     configs.switch_off(switches.cpu, switches.reference)
     if switches.reference:
-        from nemo_minitron.backend import reference
+        from nemo_minitron.backend import optimizer, reference
 
         reference.install()
+        optimizer.install()
     mends.watch(switches.cpu, switches.reference)

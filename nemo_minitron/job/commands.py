@@ -95,7 +95,7 @@ def run_training(
 
 def _finished(out: Path, recipe: Distillation) -> bool:
     """Whether the last step's checkpoint is whole; what a kill left half-saved is cleared for the next try."""
-    folder = out / "checkpoints"
+    folder = out / "nemo" / "checkpoints"
     for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
         shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
         marker.unlink()

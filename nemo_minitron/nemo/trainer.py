@@ -87,7 +87,7 @@ def logger(out: str, recipe: Distillation) -> Any:
     from nemo import lightning as nl
 
     return nl.NeMoLogger(
-        explicit_log_dir=out,
+        explicit_log_dir=f"{out}/nemo",  # a folder of its own: NeMo moves what it finds there into run_N
         tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
         update_logger_directory=False,
         ckpt=nl.ModelCheckpoint(
