@@ -31,7 +31,10 @@ def install() -> None:
         """The step is no tensor of the checkpoint's; it has been loaded with the parameter groups."""
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        set_states(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+        if "step" in state:  # Megatron gives all parameters one counter, and Adam would count it up for each
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        set_states(self, model_param, tensors)
 
     replace(optimizer, "state_dict", state_dict)
     replace(optimizer, "_set_main_param_and_optimizer_states", set_all)
