@@ -128,7 +128,6 @@ def test_a_rerun_does_nothing(world):
     assert output.count("done before, skipped") == 9
 
 
-@pytest.mark.xfail(reason="resume with torch's Adam is being mended", strict=False)
 def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
     """SIGKILL to the whole session after the first checkpoint; the second run resumes from it."""
     process = start(world, "compress", "recipe.py", "--out", "killed")
