@@ -1,0 +1,167 @@
+"""Accuracy of a multiple-choice task without each block of layers (2408.11796: Winogrande without 16 layers)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_minitron.artifacts.blocks import NOTHING, Block
+from nemo_minitron.errors import InputError
+from nemo_minitron.importance.depth.head import head_of, total
+from nemo_minitron.importance.depth.rows import Rows, rows_of
+from nemo_minitron.importance.depth.scan import blocks_of
+from nemo_minitron.importance.depth.stages import Stages
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A question: each choice continues `context` (which holds the examples too, where there are shots)."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What each block leaves of the task; `NOTHING` is the undropped model.
+
+    `accuracy` is for `Scores.depth["accuracy"]`: the share of items whose answer is the likeliest choice; of
+    equal choices the first counts. `ties`: items whose likeliest choices were equal. `standard_error`: the
+    spread of an accuracy over items drawn anew, sqrt(p (1 - p) / items): differences below it say little.
+    """
+
+    items: int
+    accuracy: dict[Block, float]
+    ties: dict[Block, int]
+    standard_error: dict[Block, float]
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """A JSONL file of objects with `context`, `choices` (at least two texts) and `answer` (an index).
+
+    Raises InputError, with the line's number, for a line that is none of these.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the questions '{path}' cannot be read ({error})") from None
+    items = [_item(line, f"'{path}', line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise InputError(f"'{path}' holds no question; it needs lines with context, choices and answer")
+    return items
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        read = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is no JSON ({error})") from None
+    missing = [key for key in ("context", "choices", "answer") if not isinstance(read, dict) or key not in read]
+    if missing:
+        raise InputError(f"{where} has no '{missing[0]}'; it needs context, choices and answer")
+    context, choices, answer = read["context"], read["choices"], read["answer"]
+    if not isinstance(context, str):
+        raise InputError(f"{where}: context is {context!r}; it must be a text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise InputError(f"{where}: choices are {choices!r}; they must be a list of at least two texts, none empty")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        near = min(max(answer, 0), len(choices) - 1) if isinstance(answer, int) else 0
+        raise InputError(f"{where}: answer is {answer!r}; legal are 0 to {len(choices) - 1}, the nearest is {near}")
+    return Item(context, tuple(choices), answer)
+
+
+def multiple_choice(
+    model: Any,
+    items: Sequence[Item],
+    tokenize: Tokenize,
+    sizes: Sequence[int] = (1,),
+    *,
+    by_length: bool = False,
+    batch_size: int = 8,
+) -> Accuracy:
+    """Accuracy of a live model without each contiguous block of `sizes` layers, the same on every rank.
+
+    A choice's score is the sum of its tokens' log-likelihoods after the context; `by_length`: divided by its
+    characters. `items`: all of them on every rank; data-parallel ranks share them out. `tokenize`: text ->
+    token ids; a choice's tokens are those of context and choice together that differ from the context's
+    own, so a token that spans both counts, and without a token before it (no context and no BOS) the first
+    of a text does not. Layouts as for `depth_scan`. Raises InputError for sizes that are not legal and for a
+    choice without a token.
+    """
+    stages = Stages(model)
+    blocks = [NOTHING, *blocks_of(stages.config.num_layers, sizes)]
+    texts = [_Text(item, choice, tokenize) for item in items for choice in item.choices]
+    found = _likelihoods(stages, blocks, texts, batch_size)
+    if by_length:
+        found /= torch.tensor([text.characters for text in texts], dtype=found.dtype, device=found.device)
+    counts = [len(item.choices) for item in items]
+    right, ties = torch.zeros(2, len(blocks), dtype=torch.int64)
+    for item, scores in zip(items, found.cpu().split(counts, dim=1), strict=True):
+        right += scores.argmax(1) == item.answer
+        ties += (scores == scores.amax(1, keepdim=True)).sum(1) > 1
+    shares = (right.double() / len(items)).tolist()
+    errors = [math.sqrt(p * (1 - p) / len(items)) for p in shares]
+    columns = [dict(zip(blocks, column, strict=True)) for column in (shares, ties.tolist(), errors)]
+    return Accuracy(len(items), *columns)
+
+
+class _Text:
+    """Tokens of context and choice, and from which on they are scored."""
+
+    def __init__(self, item: Item, choice: str, tokenize: Tokenize) -> None:
+        self.tokens, context = list(tokenize(item.context + choice)), list(tokenize(item.context))
+        pairs = zip(self.tokens, context, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.tokens), len(context)))
+        self.start, self.characters = max(shared, 1), len(choice)
+        if self.start >= len(self.tokens):
+            raise InputError(
+                f"the choice {choice!r} has no token to score after {item.context[-40:]!r}; give a longer one"
+            )
+
+
+def _likelihoods(stages: Stages, blocks: list[Block], texts: list[_Text], batch_size: int) -> Tensor:
+    """Log-likelihoods [blocks, texts], fp64, on every rank; texts of like lengths share a micro-batch."""
+    found = torch.zeros(len(blocks), len(texts), dtype=torch.float64, device=stages.device)
+    place = {block: i for i, block in enumerate(blocks)}
+    head: Any = head_of(stages)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
+    together = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def add(rows: Rows, indices: Tensor, block: Block, hidden: Tensor) -> None:
+        losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
+        at = indices[rows.mask.nonzero()[:, 0]]
+        found[place[block]].index_add_(0, at, -losses.double())
+
+    with stages.open():
+        for start in range(0, len(together), ranks):
+            mine = min(start + rank, len(together) - 1)  # a rank without work repeats the last, masked
+            rows = rows_of(
+                _batch([texts[i] for i in together[mine]], start + rank == mine), stages.config, stages.device
+            )
+            indices = torch.tensor(together[mine], device=stages.device)
+            stages.run(rows, blocks[1:], partial(add, rows, indices))
+        return total(found)
+
+
+def _batch(texts: list[_Text], counts: bool) -> dict[str, Tensor]:
+    """Rows padded at their end; the loss mask stands where a scored token is the next."""
+    length = max(len(text.tokens) for text in texts)
+    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+    mask = torch.zeros(len(texts), length, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text.tokens)] = torch.tensor(text.tokens)
+        mask[row, text.start - 1 : len(text.tokens) - 1] = counts
+    return {"tokens": tokens, "loss_mask": mask}

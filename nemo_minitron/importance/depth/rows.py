@@ -1,0 +1,83 @@
+"""One micro-batch of a depth scan, as this rank needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from nemo_minitron.errors import InputError
+
+REFUSED = ("attention_mask", "cu_seqlens")  # what a scan of whole, causal rows would get wrong in silence
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """int64 [B, S/cp] each; `mask` is bool, True where the prediction of `labels` counts."""
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    position_ids: Tensor
+
+
+def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
+    """A batch of whole rows -> this context-parallel rank's part of them.
+
+    `batch`: an int64 [B, S] tensor, or a mapping with `tokens` and, if it likes, `labels` (default: the next
+    token), `loss_mask` and `position_ids`. The last position of a row without labels does not count. Rows
+    that the layout cannot divide get masked tokens at their end, which under causal attention nothing sees.
+    Raises InputError for shapes that differ and for masks of attention and packed rows.
+    """
+    parts = dict(batch) if isinstance(batch, Mapping) else {"tokens": batch}
+    _check(parts)
+    tokens = torch.as_tensor(parts["tokens"]).to(device, torch.int64)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if parts.get("loss_mask") is not None:
+        mask = torch.as_tensor(parts["loss_mask"]).to(device) > 0
+    labels = parts.get("labels")
+    if labels is None:
+        labels = tokens.roll(-1, dims=1)
+        mask = mask & (torch.arange(tokens.shape[1], device=device) < tokens.shape[1] - 1)
+    labels = torch.as_tensor(labels).to(device, torch.int64)
+    positions = parts.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    shapes = {tuple(x.shape) for x in (tokens, labels, mask, positions)}
+    if len(shapes) > 1 or tokens.dim() != 2:
+        raise InputError(
+            f"a batch has tensors of {sorted(shapes)}; legal is one shape [batch, sequence] for all of them"
+        )
+    whole = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions.to(device, torch.int64)}
+    return Rows(**get_batch_on_this_cp_rank({name: _padded(x, config) for name, x in whole.items()}))
+
+
+def _check(parts: Mapping[str, Any]) -> None:
+    if parts.get("tokens") is None:
+        raise InputError(f"a batch has {', '.join(sorted(map(str, parts))) or 'nothing'}, but no 'tokens'")
+    for name in REFUSED:
+        if parts.get(name) is not None:
+            raise InputError(f"a batch has '{name}'; a scan of depth takes whole causal rows, one sample each")
+
+
+def _padded(x: Tensor, config: Any) -> Tensor:
+    context = parallel_state.get_context_parallel_world_size()
+    parts = 2 * context if context > 1 else 1
+    if config.sequence_parallel:
+        parts *= config.tensor_model_parallel_size
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % parts))
+
+
+def all_rows(batches: Iterable[Any], config: Any, device: torch.device) -> Iterable[Rows]:
+    """One micro-batch at a time. Raises InputError where there is none."""
+    empty = True
+    for batch in batches:
+        empty = False
+        yield rows_of(batch, config, device)
+    if empty:
+        raise InputError("no calibration batches were given; at least one is needed")
