@@ -7,20 +7,26 @@ spec, build, train and convert on any device, and what they save is read under T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_minitron.backend.attention import Attention
-from nemo_minitron.backend.norms import Norm, norm_parameters, normalize
+from nemo_minitron.backend.norms import Norm, device_of, ignore_extra_state, norm_parameters, normalize
 from nemo_minitron.backend.versions import replace
 from nemo_minitron.errors import InputError
 
@@ -72,11 +78,72 @@ class NormColumnLinear(ColumnLinear):
         return super().forward(normed, *args, **kwargs)
 
 
+class Linear(nn.Module):
+    """y [S or S/tp, B, out] = x [S or S/tp, B, in] W^T, whole and the same on every tensor-parallel rank.
+
+    `weight` [out, in] and `bias` [out]: multi-latent attention's projections down to its latents, as Transformer
+    Engine's `TELinear` with `parallel_mode="duplicated"`; raises InputError for another mode. Under sequence
+    parallelism a rank sees its part of the sequence, and Megatron sums the gradients over the ranks. Without it
+    the ranks' gradients are equal but for those of the rotary key, which all heads share: see `forward`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: Any,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        skip_bias_add: bool,
+        tp_comm_buffer_name: str | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if parallel_mode != "duplicated":
+            raise InputError(f"a linear layer of parallel mode '{parallel_mode}' is unknown; legal is 'duplicated'")
+        self.config, self.skip_bias_add = config, skip_bias_add
+        options = {"dtype": config.params_dtype, "device": device_of(config)}
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, **options))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(output_size, **options)) if bias else None)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # the same on all ranks
+                init_method(self.weight)
+        for parameter in self.parameters():
+            parameter.allreduce, parameter.sequence_parallel = True, config.sequence_parallel
+        self._shared = config.qk_pos_emb_head_dim if tp_comm_buffer_name == "kv_down_proj" else 0
+        ignore_extra_state(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Without sequence parallelism each rank has the gradient of the rotary key from its own heads only;
+        Megatron's layer does not sum them, so this one does."""
+        y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)
+        if self._shared and not self.config.sequence_parallel:
+            latent, rotary = y.split([y.shape[-1] - self._shared, self._shared], dim=-1)
+            y = torch.cat([latent, copy_to_tensor_model_parallel_region(rotary)], dim=-1)
+        return y, self.bias if self.skip_bias_add else None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Replicated over tensor- and data-parallel ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, None, sharded_offsets)
+
+    def get_extra_state(self) -> None:
+        """Nothing, but present: as of `Norm`."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Transformer Engine's FP8 state is ignored."""
+
+    def backward_dw(self) -> None:
+        """Nothing: weight gradients are never delayed here."""
+
+
 class ReferenceSpecProvider(BackendSpecProvider):
     """What Megatron's layer specs ask, in the order of Transformer Engine's provider."""
 
     def linear(self) -> type:
-        raise InputError("multi-latent attention needs Transformer Engine, which is not installed")
+        return Linear
 
     def column_parallel_linear(self) -> type:
         return ColumnLinear
@@ -109,7 +176,7 @@ def install() -> None:
     """Puts the twin where Megatron looks for Transformer Engine's layers; raises InputError where it no
     longer looks there."""
     from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
-    from megatron.core.transformer import multi_token_prediction, transformer_block
+    from megatron.core.transformer import multi_latent_attention, multi_token_prediction, transformer_block
     from megatron.core.transformer.moe import moe_utils
 
     if "TESpecProvider" not in gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec.__code__.co_names:
@@ -118,4 +185,5 @@ def install() -> None:
         module.TESpecProvider = ReferenceSpecProvider
     gpt_layer_specs.TENorm = Norm
     replace(transformer_block, "LayerNormImpl", Norm)
+    replace(multi_latent_attention, "TELinear", Linear)  # which it compares its down projections' class with
     moe_utils.te_general_gemm = None  # the router's; Megatron names it without importing it
