@@ -15,3 +15,8 @@ def nearest(given: str, legal: Iterable[str]) -> str:
     names = sorted(legal)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"legal are: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for the end of a sentence; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -35,7 +35,7 @@ def _tokenizer(folder: str | Path) -> Any:
         raise InputError(f"the model folder '{folder}' does not exist")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
         raise InputError(f"'{folder}' has no tokenizer that transformers can load ({error})") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.errors import InputError, first_line, nearest
 from nemo_minitron.families import from_hf
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
             **_dtype(getattr(torch, dtype)),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot load the model '{folder}': {_first_line(error)}") from error
+        raise InputError(f"transformers cannot load the model '{folder}': {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             kind = problem.removesuffix("_keys")
@@ -56,7 +56,3 @@ def _dtype(dtype: Any) -> dict[str, Any]:
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -82,20 +82,22 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     text_bytes = None if token_bytes is None else predicted_bytes(windows, token_bytes)
+    total, seconds = _measured(folder, windows, precision, batch_size, progress)
+    rest = {"corpus": corpus, "stage": stage, "parameters": architecture.parameters(), "seconds": seconds}
+    return Numbers.from_totals(total, windows[:, 1:].size, text_bytes, **rest)
+
+
+def _measured(
+    folder: str | Path, windows: np.ndarray, precision: str, batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[float, float]:  # fmt: skip
+    """Summed cross entropy of all windows in nats, and the seconds of the forward passes."""
     model = load(folder, precision)
     start = time.perf_counter()
     total = _total_nats(model, windows, batch_size, progress)
     if not math.isfinite(total):
         raise InputError(f"the model '{folder}' gives logits that are not finite; its weights are damaged")
-    return Numbers.from_totals(
-        total,
-        windows[:, 1:].size,
-        text_bytes,
-        corpus=corpus,
-        stage=stage,
-        parameters=architecture.parameters(),
-        seconds=round(time.perf_counter() - start, 3),
-    )
+    return total, round(time.perf_counter() - start, 3)
 
 
 def _total_nats(model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None) -> float:

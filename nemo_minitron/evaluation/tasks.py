@@ -43,6 +43,12 @@ def run_tasks(
     return results["results"]
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises InputError, before any model is loaded, where lm-eval is missing or does not know a task."""
+    if tasks:
+        _find(tasks)
+
+
 def _find(tasks: Sequence[str]) -> tuple[Any, Any, list[str]]:
     """lm-eval, its task manager and the tasks' names."""
     try:

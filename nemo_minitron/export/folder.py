@@ -9,17 +9,8 @@ from pathlib import Path
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
+from nemo_minitron.families.tokenizer import tokenizer_files
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 TIED = "lm_head.weight"  # some folders store a tied head too
 
 
@@ -33,9 +24,8 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
     architecture = from_hf(folder)
     _check_weights(folder, architecture)
     same_vocabulary = architecture.vocab_size == from_hf(base).vocab_size
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            _take_tokenizer_file(folder / name, base / name, same_vocabulary)
+    for file in tokenizer_files(base):
+        _take_tokenizer_file(folder / file.name, file, same_vocabulary)
     generation = "generation_config.json"
     if (base / generation).is_file() and not (folder / generation).exists():
         shutil.copyfile(base / generation, folder / generation)

@@ -20,3 +20,18 @@ class PackedDataset(GPTDataset):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pad_token_id = NO_TOKEN
+
+
+def windowed(first: int, samples: int) -> type[PackedDataset]:
+    """PackedDataset from its sample `first` on; from `samples` on, samples whose positions do not count.
+
+    So a calibration goes on where it stopped, and a layout fills up what it cannot divide.
+    """
+
+    class Windowed(PackedDataset):
+        def __getitem__(self, index: int | None) -> dict[str, Any]:
+            place = (index or 0) + first
+            item = super().__getitem__(place if place < samples else 0)
+            return item if place < samples else item | {"loss_mask": item["loss_mask"] * 0}
+
+    return Windowed

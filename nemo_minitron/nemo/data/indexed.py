@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.data.text import documents
+from nemo_minitron.nemo.data.text import JSONL, TEXT, documents, parted
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer, tokenizer_digest
 
 BATCH = 64  # documents handed to the tokenizer at a time: it uses all cores over them
@@ -47,6 +47,14 @@ def prefix_of(source: str | Path) -> Path | None:
     """The prefix of Megatron's two files if `source` names them, with or without .bin or .idx; else None."""
     prefix = _bare(Path(source))
     return prefix if all(_with(prefix, end).is_file() for end in (".bin", ".idx")) else None
+
+
+def held_out(source: str, split: str = "test") -> str:
+    """`source`, with `@split` behind it where `datasets` would give "train": held-out text is never that."""
+    name, written = parted(source)
+    if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
+        return source
+    return f"{source}@{split}"
 
 
 def build(

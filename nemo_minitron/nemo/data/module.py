@@ -14,22 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
+from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
-
-TOKENIZER_FILES = [
-    "token*",
-    "vocab*",
-    "merges*",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
-TOKENIZER_FILES += ["chat_template*", "config.json"]
 
 
 def data_module(
@@ -61,23 +52,28 @@ def data_module(
     _check_batch(micro_batch_size, global_batch_size)
     sources = _sources(train, validation, tokenizer, sequence_length, global_batch_size)
     folder = Path(index_folder or sources[0].prefix.with_name(sources[0].prefix.name + ".index"))
-    from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
-
-    from nemo_minitron.nemo.data.dataset import PackedDataset
-
-    places = {"train": sources[0], "validation": sources[1], "test": sources[1]}
-    module = PreTrainingDataModule(
-        paths={name: [str(source.prefix)] for name, source in places.items()},
-        seq_length=sequence_length,
+    return _over(
+        *sources,
         tokenizer=nemo_tokenizer(tokenizer, folder),
+        seq_length=sequence_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         seed=seed,
         num_workers=workers,
-        split=None,
         index_mapping_dir=str(folder / _identity(*sources)),
         **({"pin_memory": False} | options),  # a batch is a few kB, and a CPU has nothing to pin for
     )
+
+
+def _over(train: Tokens, validation: Tokens, **options: Any) -> PreTrainingDataModule:
+    """NeMo's module over whole corpora, with the dataset that knows no padding."""
+    from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+
+    from nemo_minitron.nemo.data.dataset import PackedDataset
+
+    places = {"train": train, "validation": validation, "test": validation}
+    paths = {name: [str(source.prefix)] for name, source in places.items()}
+    module = PreTrainingDataModule(paths=paths, split=None, **options)
     # Set, not passed: what is passed lands in NeMo's context, where a foreign class cannot be loaded.
     module.dataset_cls = PackedDataset
     return module
@@ -96,13 +92,13 @@ def nemo_tokenizer(source: Any, folder: str | Path) -> Any:
     where = _tokenizer_copy(Path(source), Path(folder)) if Path(source).is_dir() else source
     try:
         return AutoTokenizer(str(where), use_fast=True)
-    except ValueError as error:
-        raise InputError(f"'{source}' gives no tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
+        raise InputError(f"'{source}' gives no tokenizer: {first_line(error)}") from error
 
 
 def _tokenizer_copy(source: Path, folder: Path) -> Path:
     """A folder with the tokenizer's files alone, named by their content: made once, never changed."""
-    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+    files = [*tokenizer_files(source), *source.glob("config.json")]  # the config says which class of tokenizer
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

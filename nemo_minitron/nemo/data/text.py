@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.errors import InputError, first_line, nearest
 
 TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
 
@@ -18,18 +18,20 @@ def documents(source: str | Path, split: str | None = None, field: str = "text")
     `source` is a text file (.txt, .md: the whole file is one document), a JSONL file (.jsonl, .ndjson: one
     object a line, its text under `field`), a folder that `datasets` can load, or a `datasets` name, with
     its configuration after a colon where it has several (`Salesforce/wikitext:wikitext-2-raw-v1`).
-    `split` is for `datasets` alone, "train" unless given.
+    The split of a folder or name stands behind an @ (`Salesforce/wikitext:wikitext-2-raw-v1@validation`),
+    or is given as `split`; else it is "train".
 
     Raises InputError: missing or unreadable source, a line that is not JSON or lacks the field, a split
     given for a file, no text at all. Each comes when the bad place is reached, not before.
     """
-    path = Path(source)
+    source, written = parted(str(source))
+    split, path = written or split, Path(source)
     if path.suffix in (*TEXT, *JSONL):
         if split is not None:
             raise InputError(f"'{source}' is one file and has no split '{split}': leave the split out")
         found = _text_file(path) if path.suffix in TEXT else _jsonl(path, field)
     else:
-        found = _dataset(str(source), split or "train", field)
+        found = _dataset(source, split or "train", field)
     empty = True
     for text in found:
         if text.strip():
@@ -37,6 +39,12 @@ def documents(source: str | Path, split: str | None = None, field: str = "text")
             yield text
     if empty:
         raise InputError(f"'{source}' holds no text")
+
+
+def parted(source: str) -> tuple[str, str | None]:
+    """`name@split` -> (name, split); a file or folder whose own name has an @ is taken as it is."""
+    name, _, split = source.rpartition("@")
+    return (name, split) if name and split and not Path(source).exists() else (source, None)
 
 
 def _text_file(path: Path) -> Iterator[str]:
@@ -88,7 +96,7 @@ def _load(name: str, split: str) -> Any:
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"`datasets` cannot load '{name}', split '{split}': {_first_line(error)}") from error
+        raise InputError(f"`datasets` cannot load '{name}', split '{split}': {first_line(error)}") from error
 
 
 def _is_path(path: Path, name: str) -> bool:
@@ -136,7 +144,3 @@ def _beside(path: Path) -> str:
         return f", nor does the folder '{path.parent}'"
     names = [p.name for p in path.parent.iterdir() if p.suffix in (*TEXT, *JSONL)]
     return f": {nearest(path.name, names)}" if names else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

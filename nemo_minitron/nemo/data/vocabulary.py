@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"  # sentencepiece writes a space as ▁
@@ -27,9 +27,8 @@ def load_tokenizer(source: Any) -> Any:
 
         try:
             source = AutoTokenizer.from_pretrained(str(source))
-        except (OSError, ValueError) as error:
-            why = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(f"'{source}' gives no tokenizer: {why}") from error
+        except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
+            raise InputError(f"'{source}' gives no tokenizer: {first_line(error)}") from error
     if not hasattr(source, "backend_tokenizer") and hasattr(source, "tokenizer"):
         source = source.tokenizer  # NeMo's wrapper
     if not hasattr(source, "backend_tokenizer"):
