@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,7 +19,9 @@ app = typer.Typer(
 )
 
 Out = Annotated[Optional[Path], typer.Option("--out", help="Where the result goes.")]
-Data = Annotated[str, typer.Option("--data", help="Text file, JSONL, `datasets` name or .bin/.idx prefix.")]
+SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME[:CONFIG][@SPLIT]"
+Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.")]
+HeldOut = Annotated[Optional[str], typer.Option("--data", help=f"{SOURCES}; the test split unless given.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]
@@ -30,7 +33,7 @@ Seed = Annotated[int, typer.Option("--seed")]
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; anywhere.")] = False) -> None:
     """`--debug` is read in `main`."""
 
 
@@ -58,11 +61,14 @@ def compress(
     folder = out or Path("runs") / job.name
     check(job)
     check_space(job, folder)
-    from nemo_minitron.job.run import execute, open_run
+    from nemo_minitron.job.lock import locked
+    from nemo_minitron.job.run import check_folder, execute, open_run
     from nemo_minitron.job.stages import stages
 
-    run = open_run(job, folder)
-    execute(run, stages(job))
+    check_folder(folder)
+    with locked(folder):
+        run = open_run(job, folder)
+        execute(run, stages(job))
     run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
 
 
@@ -113,17 +119,15 @@ def plan(
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
     plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan`.")],
     out: Annotated[Path, typer.Argument(help="The student's folder.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Cut a model as a plan says; moves bytes, loads no model library."""
-    from nemo_minitron.families import from_hf, resolve
-    from nemo_minitron.pruning import prune as cut
+    """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
+    from nemo_minitron.job.commands import run_prune
 
-    student = cut(resolve(model), plan, out, overwrite=overwrite)
-    print(f"{student}: {from_hf(student).parameters():,} parameters")
+    print(f"{out}: {run_prune(model, plan, out, overwrite).parameters():,} parameters")
 
 
 @app.command()
@@ -160,23 +164,35 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
-    data: Data,
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, hub id, or NeMo checkpoint (converted for the time it takes).")
+    ],
+    data: HeldOut = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, NAME or FILE.yaml, with commas.")] = "",
+    limit: Annotated[Optional[int], typer.Option("--limit", help="Documents of each task.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="At most so many tokens.")] = 16_384,
     sequence_length: Length = 512,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 4,
     precision: Precision = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte."""
+    """Loss, perplexity and bits per byte; lm-eval tasks."""
     import json
 
     from nemo_minitron.job import Evaluation
     from nemo_minitron.job.commands import run_evaluate
     from nemo_minitron.job.precision import settle
 
-    numbers = run_evaluate(model, data, Evaluation(tokens, sequence_length, batch_size, settle(precision)))
-    print(json.dumps(numbers) if as_json else "\n".join(f"{name:14}{value}" for name, value in numbers.items()))
+    settings = Evaluation(tokens, sequence_length, batch_size, settle(precision))
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    numbers = run_evaluate(model, data, settings, names, limit)
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    results = numbers.pop("tasks", {})
+    lines = [f"{name:14}{value}" for name, value in numbers.items()]
+    lines += [f"{task}  {metric:24}{value}" for task, row in results.items() for metric, value in row.items()]
+    print("\n".join(lines))
 
 
 @app.command()
@@ -198,30 +214,31 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def main() -> None:
-    """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug."""
-    debug = "--debug" in sys.argv
+    """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug.
+
+    Ctrl-C and SIGTERM end the command and all its processes, with exit codes 130 and 143.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         _quiet()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
+            signal.signal(number, _leave)
     try:
-        app()
-    except InputError as error:
+        app(arguments)
+    except (InputError, OSError, RuntimeError) as error:
         if debug:
             raise
         print(f"minitron: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if debug:
-            raise
-        print(f"minitron: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if debug:
-            raise
-        print(f"minitron: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1 if isinstance(error, RuntimeError) else 2)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Ends by an exception, so that what runs is ended on the way out; a second signal ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _quiet() -> None:

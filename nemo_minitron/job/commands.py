@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
-from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
+from nemo_minitron.artifacts.files import atomic_folder, digest_of, need_space, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.lock import locked
+from nemo_minitron.job.models import as_folder, identity, is_nemo
 from nemo_minitron.job.recipe import Calibration, Distillation, Evaluation
 
 
@@ -105,6 +110,38 @@ def _finished(out: Path, recipe: Distillation) -> bool:
     return last.is_dir()
 
 
+def run_prune(model: str, plan: Path, out: Path, overwrite: bool = False) -> Architecture:
+    """`minitron prune`: a Hugging Face folder is cut by moving bytes; a NeMo checkpoint becomes another one.
+
+    Gives the student's Architecture. Raises InputError.
+    """
+    from nemo_minitron.pruning import prune
+
+    path = resolve(model)
+    if not is_nemo(path):
+        return from_hf(prune(path, plan, out, overwrite=overwrite))
+    target = _check_checkpoint(path, PrunePlan.load(plan), out, overwrite)
+    launch("prune", {"model": str(path), "plan": str(plan), "out": str(out)}, 1)
+    return target
+
+
+def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> Architecture:
+    """Everything that a cut of a NeMo checkpoint may be refused for, before NeMo is loaded."""
+    from nemo_minitron.nemo.sources import open_source
+    from nemo_minitron.pruning.cut import check_plan
+
+    teacher, student = path.resolve(), out.resolve()
+    if teacher == student or teacher in student.parents or student in teacher.parents:
+        raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_nemo(out))):
+        raise InputError(f"'{out}' is there already; give a new folder, or --overwrite for a NeMo checkpoint")
+    if "vocab" in plan.keep:
+        raise InputError("the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out")
+    check_plan(plan, open_source(path))
+    need_space(out, 4 * plan.target.parameters())
+    return plan.target
+
+
 def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout) -> Path:
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
@@ -116,11 +153,12 @@ def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distil
     layout.check(open_source(teacher_folder).architecture)
     layout.check_sequence(recipe.sequence_length)
     work = cache_of(out)
-    tokens = tokenise(data, source, work / "train")
-    training = work / "training"
-    prefixes = (tokens.prefix, tokens.prefix)
-    run_training(source, str(teacher_folder), prefixes, training, recipe, layout, work / "log.txt")
-    return export_student(training, source, out)
+    with locked(work):
+        tokens = tokenise(data, source, work / "train")
+        training = work / "training"
+        prefixes = (tokens.prefix, tokens.prefix)
+        run_training(source, str(teacher_folder), prefixes, training, recipe, layout, work / "log.txt")
+        return export_student(training, source, out)
 
 
 def _check_out(out: Path, inputs: tuple[Path, ...]) -> None:
@@ -175,25 +213,40 @@ def corpus_identity(prefix: Path) -> str:
     return corpus.content if corpus else f"{state.st_size} {state.st_mtime_ns}"
 
 
-def identity(architecture: Any) -> PrunePlan:
-    return PrunePlan(source=architecture, target=architecture, keep={})
+def run_evaluate(
+    model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None
+) -> dict[str, Any]:
+    """`minitron evaluate`: numbers on held-out text, and lm-eval's under `tasks`; either may be left out.
+
+    A NeMo checkpoint becomes a Hugging Face folder for as long as it takes. Raises InputError.
+    """
+    from nemo_minitron.evaluation import check_tasks, run_tasks
+    from nemo_minitron.nemo.data import held_out
+
+    if data is None and not tasks:
+        raise InputError("there is nothing to measure; give --data, --tasks or both")
+    check_tasks(tasks)
+    numbers: dict[str, Any] = {}
+    with as_folder(model) as folder, tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        if data is not None:
+            tokens = tokenise(held_out(data), folder, Path(scratch) / "corpus")
+            numbers = measure(folder, tokens, settings) | {"corpus": held_out(data)}
+        if tasks:
+            numbers["tasks"] = run_tasks(
+                folder, tasks, precision=settings.precision, batch_size=settings.batch_size, limit=limit
+            )
+    return numbers
 
 
-def run_evaluate(model: str, data: str, settings: Evaluation, tokens: Any = None, name: str | None = None) -> dict:
-    """Numbers of a Hugging Face folder on a corpus; `tokens` where it is tokenised already."""
-    import tempfile
-
+def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+    """Numbers of a Hugging Face folder on the first windows of a corpus of its tokenizer's tokens."""
     from nemo_minitron.evaluation import evaluate
     from nemo_minitron.nemo.data import load_tokenizer, token_bytes
 
-    folder = resolve(model)
     from_hf(folder)
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        tokens = tokens or tokenise(data, folder, Path(scratch) / "corpus")
-        count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
-        windows = tokens.windows(settings.sequence_length, count)
-        numbers = evaluate(
-            folder, windows, token_bytes=token_bytes(load_tokenizer(folder)), precision=settings.precision,
-            batch_size=settings.batch_size,
-        )  # fmt: skip
-    return numbers.as_dict() | {"corpus": name or data}
+    count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
+    windows = tokens.windows(settings.sequence_length, count)
+    lengths = token_bytes(load_tokenizer(folder))
+    return evaluate(
+        folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size
+    ).as_dict()

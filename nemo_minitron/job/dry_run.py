@@ -11,6 +11,7 @@ from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve, to_hf
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.models import config_of, is_nemo
 from nemo_minitron.job.recipe import Distillation, Job
 from nemo_minitron.search.sizes import student_architecture
 
@@ -28,10 +29,10 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
 
 def check(job: Job) -> tuple[Architecture, Architecture]:
     """(teacher's, student's) Architecture; raises InputError for anything that could not run."""
-    folder = resolve(job.teacher)
-    source = from_hf(folder)
+    config = config_of(job.teacher)
+    source = from_hf(config)
     target = target_of(source, job.keep)
-    to_hf(target, _config(job))
+    to_hf(target, config)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
     layout, _ = job.layout.for_student(target, source)
@@ -54,15 +55,9 @@ def check_space(job: Job, folder: str | Path) -> None:
 
     A checkpoint holds bf16 weights, their fp32 master copies and two moments.
     """
-    source = from_hf(resolve(job.teacher))
+    source = from_hf(config_of(job.teacher))
     count = target_of(source, job.keep).parameters()
     need_space(folder, count * (3 * 2 + 2 * 14))
-
-
-def _config(job: Job) -> dict:
-    from nemo_minitron.families import read_config
-
-    return read_config(resolve(job.teacher))
 
 
 def training_memory(
@@ -107,5 +102,6 @@ def describe(job: Job) -> str:
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
     lines += [why] if why else []
-    lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(STAGES), "nothing was loaded or written"]
+    names = ("convert", *STAGES) if is_nemo(resolve(job.teacher)) else STAGES
+    lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]
     return "\n".join(lines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import traceback
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.errors import InputError, first_line, nearest
 from nemo_minitron.job.recipe import Job
 
 
@@ -44,11 +45,23 @@ def _from_file(path: Path) -> Job:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, TypeError) as error:
-        raise InputError(f"the recipe '{path}' cannot be read: {type(error).__name__}: {error}") from None
-    if not hasattr(module, "recipe"):
-        raise InputError(f"'{path}' has no function recipe(), which must return a Job")
-    job = module.recipe()
-    if not isinstance(job, Job):
-        raise InputError(f"recipe() in '{path}' returns a {type(job).__name__}; it must return a Job")
-    return job
+        if not hasattr(module, "recipe"):
+            raise InputError(f"'{path}' has no function recipe(), which must return a Job")
+        job = module.recipe()
+        if not isinstance(job, Job):
+            raise InputError(f"recipe() in '{path}' returns a {type(job).__name__}; it must return a Job")
+        return Job.from_dict(job.as_dict())
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        what = type(error).__name__ + (f": {first_line(error)}" if str(error).strip() else "")
+        raise InputError(f"the recipe '{path}' fails{_where(error, path)}: {what}") from error
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The line of the recipe that failed, or that led to where it failed."""
+    here = str(path.absolute())
+    if isinstance(error, SyntaxError) and error.filename == here:
+        return f" in line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
+    return f" in line {lines[-1]}" if lines else ""

@@ -1,4 +1,8 @@
-"""Starting the processes of a stage: one Python process, or torchrun for a layout of several."""
+"""Starting the processes of a stage: one Python process, or torchrun for a layout of several.
+
+They hang on a lifeline: standard input is a pipe whose other end this process alone holds. However it
+ends, by Ctrl-C, SIGTERM or SIGKILL, the pipe closes and the workers leave: no orphan goes on training.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from nemo_minitron.errors import InputError
 
 WORKER = "nemo_minitron.nemo.worker"
 ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
+LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
+PATIENCE = 10  # seconds until processes that were told to end are killed
 
 
 def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | None = None) -> None:
@@ -46,6 +52,7 @@ def _environment(processes: int) -> dict[str, str]:
     """Threads share the cores; one CUDA queue keeps Megatron's overlap of communication in order."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     wanted = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wanted[LIFELINE] = "1"
     if processes == 1:
         wanted |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     return {name: value for name, value in wanted.items() if name not in os.environ}
@@ -61,8 +68,9 @@ def _follow(command: list[str], environment: dict[str, str], log: Path | None) -
     """Passes lines of progress ('  > ...') on to the screen; keeps the last lines for a message."""
     last: list[str] = []
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace",
+    )  # fmt: skip
     try:
         with open(log or os.devnull, "a") as file:
             assert process.stdout
@@ -73,6 +81,17 @@ def _follow(command: list[str], environment: dict[str, str], log: Path | None) -
                 last = [*last[-199:], line]
         return process.wait(), last
     finally:
-        if process.poll() is None:
-            process.terminate()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Lets go of the lifeline, and waits until all are gone."""
+    assert process.stdin
+    process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()

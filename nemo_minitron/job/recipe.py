@@ -13,7 +13,11 @@ from nemo_minitron.job.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Corpora: text, JSONL, a `datasets` name or a `.bin/.idx` prefix; `calibration` defaults to `train`."""
+    """Corpora: text, JSONL, a `datasets` name or folder, or a `.bin/.idx` prefix; `calibration` defaults to `train`.
+
+    A `datasets` source is NAME[:CONFIGURATION][@SPLIT], for example `Salesforce/wikitext:wikitext-2-raw-v1@validation`.
+    Without @SPLIT `train` and `calibration` are its train split, `test` its test split, never silently another.
+    """
 
     train: str
     test: str

@@ -12,6 +12,7 @@ from typing import Any
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, write_json
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.lock import LOCK
 from nemo_minitron.job.recipe import Job
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
@@ -48,13 +49,19 @@ class Stage:
     outputs: tuple[str, ...] = ()
 
 
-def open_run(job: Job, folder: str | Path) -> Run:
-    """Creates or reopens a run folder. Raises InputError for a folder that holds something else."""
-    folder = Path(folder)
+def check_folder(folder: Path) -> None:
+    """Raises InputError for a folder that holds something else than a run."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the run folder '{folder}' is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.json").exists():
+    held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    if held and "recipe.json" not in held:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")
+
+
+def open_run(job: Job, folder: str | Path) -> Run:
+    """Creates or reopens a run folder, which the caller holds (`locked`). Raises InputError as `check_folder`."""
+    folder = Path(folder)
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "recipe.json", job.as_dict())
     run = Run(job, folder, Manifest.open(folder / "manifest.json"))

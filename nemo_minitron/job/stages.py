@@ -9,20 +9,27 @@ from typing import Any
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.families import from_hf, resolve
-from nemo_minitron.job import commands
+from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.job import commands, corpora
 from nemo_minitron.job.launch import launch
+from nemo_minitron.job.models import convert, is_nemo
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.nemo.sources import open_source
 
-SPLITS = ("train", "test", "calibration")
+TEACHER = "checkpoints/teacher"  # of a NeMo checkpoint
 PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
 
 
 def stages(job: Job) -> list[Stage]:
     """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
     random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
+    nemo = is_nemo(resolve(job.teacher))
+    first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
+    data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
     return [
-        Stage("data", tokenise, _data_inputs, outputs=("data/train.idx", "data/test.idx")),
+        *first,
+        data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
         Stage("plan", plan, lambda run: dict(run.job.keep), ("estimate",), ("plan.json",)),
         Stage("prune", prune, _prune_inputs, ("plan",), (f"{PRUNED}/config.json", *random)),
@@ -35,11 +42,14 @@ def stages(job: Job) -> list[Stage]:
 
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
+def _convert_inputs(run: Run) -> Any:
+    return commands.teacher_identity(run.job.teacher)
+
+
 def _data_inputs(run: Run) -> Any:
-    data, teacher = run.job.data, resolve(run.job.teacher)
-    files = [path for path in (data.train, data.test, data.calibration or data.train) if Path(path).is_file()]
-    tokenizer = [file_digest(file) for file in sorted(teacher.glob("tokenizer*")) if file.is_file()]
-    return [dataclasses.asdict(data), [file_digest(file) for file in files], tokenizer]
+    held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
+    tokenizer = [file_digest(file) for file in tokenizer_files(open_source(run.job.teacher).folder)]
+    return [dataclasses.asdict(run.job.data), held, tokenizer]
 
 
 def _estimate_inputs(run: Run) -> Any:
@@ -59,17 +69,24 @@ def _distill_inputs(run: Run) -> Any:
 
 
 # -- the stages ----------------------------------------------------------------------------------------
+def teacher_folder(run: Run) -> Path:
+    """The teacher as a Hugging Face folder: itself, or what the first stage made of a NeMo checkpoint."""
+    path = resolve(run.job.teacher)
+    return run.path(TEACHER) if is_nemo(path) else path
+
+
+def convert_teacher(run: Run) -> None:
+    convert(resolve(run.job.teacher), run.path(TEACHER))
+
+
 def tokenise(run: Run) -> None:
-    data = run.job.data
-    for split, source in zip(SPLITS, (data.train, data.test, data.calibration or data.train), strict=True):
-        tokens = commands.tokenise(source, resolve(run.job.teacher), run.path("data", split))
-        run.say(f"    {split}: {len(tokens):,} documents, {tokens.tokens:,} tokens")
+    corpora.tokenise(run, teacher_folder(run))
 
 
 def estimate(run: Run) -> None:
     job, out = run.job, run.path("scores.safetensors")
     settings = {
-        "model": str(resolve(job.teacher)), "data": str(run.path("data", "calibration")), "out": str(out),
+        "model": str(resolve(job.teacher)), "data": str(corpora.prefix(run, "calibration")), "out": str(out),
         "index": str(run.path("data", "index")), "calibration": dataclasses.asdict(job.calibration),
         "layout": dataclasses.asdict(job.layout),
     }  # fmt: skip
@@ -95,7 +112,7 @@ def prune(run: Run) -> None:
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, made = resolve(run.job.teacher), PrunePlan.load(run.path("plan.json"))
+    teacher, made = teacher_folder(run), PrunePlan.load(run.path("plan.json"))
     cut(teacher, made, run.path(PRUNED), overwrite=True)
     if run.job.evaluation.random_baseline:
         chance = random_plan(made.source, keep=dict(run.job.keep), seed=run.job.seed)
@@ -103,7 +120,7 @@ def prune(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    models = {"teacher": resolve(run.job.teacher), "random": run.path(RANDOM), "pruned": run.path(PRUNED)}
+    models = {"teacher": teacher_folder(run), "random": run.path(RANDOM), "pruned": run.path(PRUNED)}
     if not run.job.evaluation.random_baseline:
         del models["random"]
     numbers = [_measure(run, stage, folder) for stage, folder in models.items()]
@@ -113,16 +130,14 @@ def evaluate(run: Run) -> None:
 
 
 def distill(run: Run) -> None:
-    from nemo_minitron.nemo.sources import open_source
-
-    job, prefixes = run.job, (run.path("data", "train"), run.path("data", "train"))  # validation is off
-    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), open_source(job.teacher).architecture)
+    job, train = run.job, corpora.prefix(run, "train")
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(teacher_folder(run)))
     if why:
         run.say(f"    {why}")
     commands.run_training(
-        run.path(PRUNED), str(resolve(job.teacher)), prefixes, run.path(DISTILLED), job.distillation, layout,
+        run.path(PRUNED), str(resolve(job.teacher)), (train, train), run.path(DISTILLED), job.distillation, layout,
         run.path("log.txt"),
-    )  # fmt: skip
+    )  # fmt: skip  # validation is off
 
 
 def export(run: Run) -> None:
@@ -148,11 +163,9 @@ def report(run: Run) -> None:
 def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
     from nemo_minitron.nemo.data import Tokens
 
-    row = commands.run_evaluate(
-        str(folder), run.job.data.test, run.job.evaluation, Tokens(run.path("data", "test")), run.job.data.name
-    )
+    row = commands.measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
     run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
-    return row | {"stage": stage}
+    return row | {"stage": stage, "corpus": run.job.data.name}
 
 
 def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:

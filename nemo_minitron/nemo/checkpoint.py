@@ -21,7 +21,7 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.nemo.bits import DTYPES, as_raw
-from nemo_minitron.nemo.context import hf_config
+from nemo_minitron.nemo.context import hf_config, tokenizer_folder
 from nemo_minitron.nemo.mapping import Piece, pieces
 from nemo_minitron.pruning.tensors import RAW
 
@@ -90,7 +90,7 @@ class CheckpointSource:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.folder = self.path / "context" / "nemo_tokenizer"
+        self.folder = tokenizer_folder(self.path)
         self.config = hf_config(self.path)
         self._weights = self.path / "weights"
         self._metadata = read_metadata(self._weights)

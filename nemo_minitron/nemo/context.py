@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.files import read_json
+import yaml
+
+from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of_nemo
 
@@ -41,10 +44,39 @@ def read_context(folder: str | Path) -> Context:
         raise InputError(f"the context '{folder}' is not NeMo 2's: {type(error).__name__} {error}") from None
 
 
+def tokenizer_folder(checkpoint: str | Path) -> Path:
+    """The folder in a NeMo checkpoint's context that holds its tokenizer, whether or not it is there."""
+    context = Path(checkpoint) / "context"
+    objects = read_json(context / "io.json", "the NeMo checkpoint's context")
+    try:
+        graph = _Graph(objects["objects"])
+        model = graph.child(objects["root"]["key"], "model")
+        name = graph.fields(graph.child(model, "tokenizer"))["pretrained_model_name"]
+        found = context / Path(name).name
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        return context / "nemo_tokenizer"
+    return found if found.is_dir() else context / "nemo_tokenizer"
+
+
+def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:
+    """Copies a checkpoint's context with other fields of the model's config, all of it as data.
+
+    What NeMo recorded beside them (classes, optimizer, trainer, tokenizer) comes along as it is.
+    Raises InputError as `read_context`.
+    """
+    read_context(source)
+    shutil.copytree(source, target)
+    record = read_json(Path(target) / "io.json", "the NeMo checkpoint's context")
+    graph = _Graph(record["objects"])
+    graph.set(graph.child(graph.child(record["root"]["key"], "model"), "config"), sizes)
+    write_json(Path(target) / "io.json", record)
+    written = yaml.safe_load((Path(target) / "model.yaml").read_text())
+    written["config"] |= sizes
+    (Path(target) / "model.yaml").write_text(yaml.safe_dump(written))
+
+
 def _defaults(folder: Path) -> dict[str, Any]:
     """All fields of the model's config as NeMo wrote them down for people."""
-    import yaml
-
     try:
         values = yaml.safe_load((folder / "model.yaml").read_text())
         return {name: value for name, value in values["config"].items() if _plain(value)}
@@ -69,6 +101,19 @@ class _Graph:
     def fields(self, key: str) -> dict[str, Any]:
         found = {name: self._value(value) for name, value in self._items(key)}
         return {name: value for name, value in found.items() if value is not _OPAQUE}
+
+    def set(self, key: str, values: Mapping[str, Any]) -> None:
+        """Sets plain fields, also ones that were left at their defaults: those join the argument names."""
+        items = self.objects[key]["items"]
+        names = self.objects[dict(self._items(self.objects[key]["metadata"]["key"]))["argument_names"]["key"]]["items"]
+        for name, value in values.items():
+            label, leaf = f"Attr(name='{name}')", {"type": "leaf", "value": value, "paths": []}
+            places = [i for i, (known, _) in enumerate(items) if known == label]
+            if places:
+                items[places[0]][1] = leaf
+            else:
+                items.append([label, leaf])
+                names.append([f"Index(index={len(names)})", name])
 
     def class_of(self, key: str) -> str:
         metadata = self.objects[key]["metadata"]["key"]

@@ -34,7 +34,7 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "weights").mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": _sharded(chunks)}, str(partial / "weights"))
+    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}, str(partial / "weights"))
     torch.distributed.barrier()
     if rank_zero:
         _write_context(trainer, student, partial / "context")
@@ -70,7 +70,7 @@ def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
     return student
 
 
-def _sharded(chunks: list[Any]) -> dict[str, Any]:
+def sharded_state(chunks: list[Any]) -> dict[str, Any]:
     """As NeMo names them: under `module.`, one entry a virtual stage."""
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     states = [chunk.sharded_state_dict(prefix="module.", metadata=metadata) for chunk in chunks]

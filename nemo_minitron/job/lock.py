@@ -1,0 +1,37 @@
+"""One command a folder: a lock that the system lets go of however its process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_minitron.errors import InputError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Holds `folder` (made where it is not there); raises InputError where another process does.
+
+    The file `.lock` stays and says who was last; the lock is flock's, on machines that share it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            who = file.read().strip() or "unknown"
+            raise InputError(
+                f"'{folder}' is in use by another minitron (process {who}); wait for its end, "
+                "or give another folder with --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,79 @@
+"""A job's teacher wherever it lies: a Hugging Face folder as it is, a NeMo checkpoint turned into one."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder, write_json
+from nemo_minitron.families import read_config, resolve
+
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names
+
+
+def is_nemo(model: str | Path) -> bool:
+    """Whether `model` is a NeMo checkpoint's folder."""
+    from nemo_minitron.nemo.sources import is_nemo_checkpoint
+
+    return is_nemo_checkpoint(model)
+
+
+def config_of(model: str | Path) -> dict[str, Any]:
+    """The Hugging Face config of a model; a NeMo checkpoint's from its context, read as data, without NeMo.
+
+    Raises InputError for what is no model.
+    """
+    path = resolve(model)
+    if not is_nemo(path):
+        return read_config(path)
+    from nemo_minitron.nemo.context import hf_config
+
+    config = hf_config(path)
+    if config["vocab_size"] is None:  # NeMo took it from the tokenizer; the weights have it
+        from nemo_minitron.nemo.checkpoint import CheckpointSource
+
+        return CheckpointSource(path).config
+    return config
+
+
+@contextlib.contextmanager
+def as_folder(model: str | Path) -> Iterator[Path]:
+    """A Hugging Face folder of `model`: itself, or what a NeMo checkpoint becomes for as long as the block."""
+    path = resolve(model)
+    if not is_nemo(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        yield convert(path, Path(scratch) / path.name)
+
+
+def convert(checkpoint: Path, out: Path) -> Path:
+    """A NeMo checkpoint -> a Hugging Face folder with its tokenizer; weights keep their dtype.
+
+    Raises InputError for a damaged checkpoint, one without its tokenizer, or too small a disk.
+    """
+    from nemo_minitron.families.tokenizer import tokenizer_files
+    from nemo_minitron.nemo.checkpoint import CheckpointSource
+    from nemo_minitron.nemo.data import load_tokenizer
+    from nemo_minitron.pruning.write import write_weights
+
+    source = CheckpointSource(checkpoint)
+    tokenizer = load_tokenizer(source.folder)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    dtype = TORCH_NAMES[source.dtype(next(iter(source.architecture.shapes())))]
+    with atomic_folder(out) as folder:
+        write_weights(source, identity(source.architecture), folder, source.config)
+        write_json(folder / "config.json", source.config | ends | {"torch_dtype": dtype})
+        for file in tokenizer_files(source.folder):
+            shutil.copyfile(file, folder / file.name)
+    return out
+
+
+def identity(architecture: Any) -> PrunePlan:
+    """The plan that cuts nothing."""
+    return PrunePlan(source=architecture, target=architecture, keep={})

@@ -1,0 +1,43 @@
+"""`minitron prune` of a NeMo checkpoint: the student as a checkpoint of the same kind, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nemo_minitron.backend as backend
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder
+from nemo_minitron.errors import InputError
+from nemo_minitron.families.base import nemo_sizes
+
+PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # by the dtype that the teacher's weights are stored in
+KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")  # as the teacher has them
+
+
+def prune(settings: dict[str, Any]) -> None:
+    """`model` (a NeMo checkpoint), `plan`, `out`: writes the plan's student to `out` (weights/ and context/).
+
+    Filled by reading the teacher, chunk by chunk; its context is the teacher's with other sizes, as data.
+    """
+    backend.setup()
+    from megatron.core import dist_checkpointing
+
+    from nemo_minitron.nemo.checkpoint import CheckpointSource
+    from nemo_minitron.nemo.context import resize_context
+    from nemo_minitron.nemo.models import load_model
+    from nemo_minitron.nemo.students import sharded_state
+
+    teacher, plan = Path(settings["model"]), PrunePlan.load(settings["plan"])
+    source = CheckpointSource(teacher)
+    stored = source.dtype(next(iter(source.architecture.shapes())))
+    if stored not in PRECISIONS:
+        raise InputError(f"'{teacher}' stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")
+    student = load_model(teacher, plan, precision=PRECISIONS[stored])
+    sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
+    with atomic_folder(settings["out"]) as folder:
+        (folder / "weights").mkdir()
+        state = {"state_dict": {}, "sharded_state_dict": sharded_state(student)}
+        dist_checkpointing.save(state, str(folder / "weights"))
+        resize_context(teacher / "context", folder / "context", sizes)
+        plan.save(folder / "minitron_plan.json")
