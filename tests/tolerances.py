@@ -22,3 +22,10 @@ GRADIENT_BF16 = 2**-8
 
 # Training losses of two layouts over a few fp32 steps: gradients are summed in another order. Relative.
 LOSS_LAYOUT_FP32 = 1e-4
+
+# LM losses of two layouts, or of Megatron and transformers, with layers dropped: fp32 logits of sums in another
+# order, then a mean over tokens. Relative.
+DEPTH_LOSS_FP32 = 1e-5
+
+# A normalised logit error: a difference of logits that are each right to some units of fp32. Relative.
+DEPTH_ERROR_FP32 = 1e-5

@@ -90,6 +90,7 @@ def multiple_choice(
     *,
     by_length: bool = False,
     batch_size: int = 8,
+    vocab_size: int | None = None,
 ) -> Accuracy:
     """Accuracy of a live model without each contiguous block of `sizes` layers, the same on every rank.
 
@@ -97,13 +98,14 @@ def multiple_choice(
     characters. `items`: all of them on every rank; data-parallel ranks share them out. `tokenize`: text ->
     token ids; a choice's tokens are those of context and choice together that differ from the context's
     own, so a token that spans both counts, and without a token before it (no context and no BOS) the first
-    of a text does not. Layouts as for `depth_scan`. Raises InputError for sizes that are not legal and for a
+    of a text does not. Layouts and `vocab_size` as for
+    `depth_scan`. Raises InputError for sizes that are not legal and for a
     choice without a token.
     """
     stages = Stages(model)
     blocks = [NOTHING, *blocks_of(stages.config.num_layers, sizes)]
     texts = [_Text(item, choice, tokenize) for item in items for choice in item.choices]
-    found = _likelihoods(stages, blocks, texts, batch_size)
+    found = _likelihoods(stages, blocks, texts, batch_size, vocab_size)
     if by_length:
         found /= torch.tensor([text.characters for text in texts], dtype=found.dtype, device=found.device)
     counts = [len(item.choices) for item in items]
@@ -131,11 +133,13 @@ class _Text:
             )
 
 
-def _likelihoods(stages: Stages, blocks: list[Block], texts: list[_Text], batch_size: int) -> Tensor:
+def _likelihoods(
+    stages: Stages, blocks: list[Block], texts: list[_Text], batch_size: int, vocab_size: int | None
+) -> Tensor:
     """Log-likelihoods [blocks, texts], fp64, on every rank; texts of like lengths share a micro-batch."""
     found = torch.zeros(len(blocks), len(texts), dtype=torch.float64, device=stages.device)
     place = {block: i for i, block in enumerate(blocks)}
-    head: Any = head_of(stages)
+    head: Any = head_of(stages, vocab_size)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
     together = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -71,9 +71,11 @@ class Head:
         return normalizer - target
 
 
-def head_of(stages: Stages) -> Head | None:
+def head_of(stages: Stages, vocab_size: int | None) -> Head | None:
     """The head, on the pipeline ranks that have it; others are never shown a hidden state."""
-    return None if stages.head is None else Head(stages.head, architecture_of(stages.head).vocab_size)
+    if stages.head is None:
+        return None
+    return Head(stages.head, vocab_size or architecture_of(stages.head).vocab_size)
 
 
 def chunks(logits: Tensor) -> tuple[Tensor, ...]:

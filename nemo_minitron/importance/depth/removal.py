@@ -37,15 +37,17 @@ class Removal:
         return {(layer, layer): error for layer, error in zip(self.order, self.errors, strict=True)}
 
 
-def iterative_removal(model: Any, batches: Iterable[Any], count: int, against: str = "source") -> Removal:
+def iterative_removal(
+    model: Any, batches: Iterable[Any], count: int, against: str = "source", *, vocab_size: int | None = None
+) -> Removal:
     """Removes `count` layers of a live model, one a round: the one with the least normalised logit error.
 
     Without layer j the error is sum (M - M_j)^2 / sum M^2 over all logits of unmasked tokens (true
     vocabulary). M is the whole model's (`against="source"`), or that of what the round began with ("round",
     which costs no pass of the whole model in later rounds). Of equal errors the lower layer goes. Nothing is
-    removed from `model` itself. Layouts and batches as for `depth_scan`; all batches are read in every round,
-    one batch's logits and hidden states are held at a time. Raises InputError for a count or a reference that
-    is not legal, and where no token counts.
+    removed from `model` itself. Layouts, batches and `vocab_size` as for `depth_scan`; all batches are read in
+    every round, one batch's logits and hidden states are held at a time. Raises InputError for a count or a
+    reference that is not legal, and where no token counts.
     """
     if against not in REFERENCES:
         raise InputError(f"against='{against}' is unknown; {nearest(against, REFERENCES)}")
@@ -57,7 +59,7 @@ def iterative_removal(model: Any, batches: Iterable[Any], count: int, against: s
     removal = Removal([], [], [])
     with stages.open():
         for _ in range(count):
-            errors = _round(stages, given, kept, against)
+            errors = _round(stages, given, kept, against, vocab_size)
             least = min(errors, key=lambda layer: (errors[layer], layer))
             kept.remove(least)
             removal.order.append(least)
@@ -66,8 +68,10 @@ def iterative_removal(model: Any, batches: Iterable[Any], count: int, against: s
     return removal
 
 
-def _round(stages: Stages, batches: list[Any], kept: list[int], against: str) -> dict[int, float]:
-    errors = Errors(stages, len(kept))
+def _round(
+    stages: Stages, batches: list[Any], kept: list[int], against: str, vocab_size: int | None
+) -> dict[int, float]:
+    errors = Errors(stages, len(kept), vocab_size)
     for rows in all_rows(batches, stages.config, stages.device):
         if against == "source" and len(kept) < stages.config.num_layers:
             stages.run(rows, [], partial(errors.refer, rows))
@@ -87,9 +91,9 @@ def _singles(kept: list[int]) -> list[Block]:
 class Errors:
     """`sums` [layers + 1], fp64: squared differences of each dropped position; squared logits of the reference."""
 
-    def __init__(self, stages: Stages, count: int) -> None:
+    def __init__(self, stages: Stages, count: int, vocab_size: int | None) -> None:
         self.sums = torch.zeros(count + 1, dtype=torch.float64, device=stages.device)
-        self.head: Any = head_of(stages)
+        self.head: Any = head_of(stages, vocab_size)
         self._logits: Any = None
 
     def see(self, rows: Rows, block: Block, hidden: Tensor) -> None:

@@ -19,7 +19,12 @@ METRICS = ("loss", "perplexity")
 
 
 def depth_scan(
-    model: Any, batches: Iterable[Any], sizes: Sequence[int] = (1,), metric: str = "loss"
+    model: Any,
+    batches: Iterable[Any],
+    sizes: Sequence[int] = (1,),
+    metric: str = "loss",
+    *,
+    vocab_size: int | None = None,
 ) -> dict[Block, float]:
     """Loss of a live model without each contiguous block of `sizes` layers: {(first, last): loss}.
 
@@ -27,7 +32,8 @@ def depth_scan(
     undropped model. The loss is the mean next-token cross-entropy over unmasked tokens, in nats;
     `metric="perplexity"`: its exponential. The same on every rank, for `Scores.depth[metric]`.
 
-    `model`: a Megatron model or a list of its chunks. `batches`: this data-parallel rank's micro-batches of
+    `model`: a Megatron model or a list of its chunks; `vocab_size`: the true one, where the model's is padded
+    and NeMo did not record it. `batches`: this data-parallel rank's micro-batches of
     whole rows (also under context parallelism), as `rows_of` takes them; the hidden states of one of them
     are in memory at a time. Collective over the whole job; mixtures of experts want as many batches on every
     data-parallel rank. Raises InputError for sizes or metrics that are not legal, and for no batches or tokens.
@@ -38,7 +44,7 @@ def depth_scan(
     blocks = blocks_of(stages.config.num_layers, sizes)
     place = {block: i for i, block in enumerate([NOTHING, *blocks])}
     sums = torch.zeros(len(place) + 1, dtype=torch.float64, device=stages.device)  # of each block; of tokens
-    head: Any = head_of(stages)
+    head: Any = head_of(stages, vocab_size)
 
     def add(rows: Rows, block: Block, hidden: torch.Tensor) -> None:
         losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
