@@ -17,25 +17,40 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
+from nemo_minitron.search.depth import BLOCK_INFLUENCE, layers_to_drop
 from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
 
 Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> one score a unit of the source
 
 
-def plan(scores: Scores, keep: Keep, *, least: bool = False) -> PrunePlan:
+def plan(
+    scores: Scores,
+    keep: Keep,
+    *,
+    least: bool = False,
+    depth: str = BLOCK_INFLUENCE,
+    contiguous: bool = True,
+) -> PrunePlan:
     """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list).
 
     ffn is ranked within its layer; heads within their query group; query groups within their layer, by
-    their own score or else the sum of their heads'; hidden over the model; layers by block influence.
-    Of units with equal scores the one with the lower index stays. `least=True` keeps the least important
-    ones instead, with the same rule for ties. An axis that keeps its size is absent from the plan.
+    their own score or else the sum of their heads'; hidden over the model; layers by block influence, or by
+    the criterion `depth` of `scores.depth`: the best contiguous block, or with `contiguous=False` the best
+    single layers (see `layers_to_drop`). Of units with equal scores the one with the lower index stays.
+    `least=True` keeps the least important ones instead, with the same rule for ties. An axis that keeps its
+    size is absent from the plan.
 
-    Raises InputError for sizes that are not legal and for an axis that was not scored.
+    Raises InputError for sizes that are not legal and for an axis, or a size of block, that was not scored.
     """
-    kept = "least" if least else "most"
+    kept, notes = "least" if least else "most", {}
+    gone = scores.architecture.num_layers - student_architecture(scores.architecture, keep).num_layers
+    if depth != BLOCK_INFLUENCE and gone and given_layers(scores.architecture, keep) is None:
+        dropped = layers_to_drop(scores, gone, depth, contiguous=contiguous, least=least)
+        keep = {**keep, "layers": sorted(set(range(scores.architecture.num_layers)) - set(dropped))}
+        notes = {"depth": depth, "contiguous": contiguous}
     made = _select(scores.architecture, keep, lambda name, layer: scores_of(scores, name, layer), least)
     made.model_digest = scores.model_digest
-    made.notes = {"kept": f"{kept} important", "scores": scores.digest, "criterion": scores.criterion}
+    made.notes = {"kept": f"{kept} important", "scores": scores.digest, "criterion": scores.criterion} | notes
     return made
 
 

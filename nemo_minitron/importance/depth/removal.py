@@ -44,7 +44,7 @@ def iterative_removal(
 
     Without layer j the error is sum (M - M_j)^2 / sum M^2 over all logits of unmasked tokens (true
     vocabulary). M is the whole model's (`against="source"`), or that of what the round began with ("round",
-    which costs no pass of the whole model in later rounds). Of equal errors the lower layer goes. Nothing is
+    which costs no pass of the whole model in later rounds). Of equal errors the later layer goes. Nothing is
     removed from `model` itself. Layouts, batches and `vocab_size` as for `depth_scan`; all batches are read in
     every round, one batch's logits and hidden states are held at a time. Raises InputError for a count or a
     reference that is not legal, and where no token counts.
@@ -60,7 +60,7 @@ def iterative_removal(
     with stages.open():
         for _ in range(count):
             errors = _round(stages, given, kept, against, vocab_size)
-            least = min(errors, key=lambda layer: (errors[layer], layer))
+            least = min(errors, key=lambda layer: (errors[layer], -layer))
             kept.remove(least)
             removal.order.append(least)
             removal.errors.append(errors[least])
