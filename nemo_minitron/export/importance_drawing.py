@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_minitron.artifacts.blocks import NOTHING, Block, size_of
 from nemo_minitron.export.plot import (
     CUT,
     INK,
@@ -44,6 +45,42 @@ def layers(figure: Figure, *, score_L: np.ndarray, kept_L: np.ndarray, planned: 
     layer_ticks(axes.xaxis)
     if planned:
         axes.legend(ncols=2)
+
+
+def depth(figure: Figure, *, panels: dict[str, dict[Block, float]], dropped: Block | None) -> None:
+    """`panels`: label of the y axis -> values of the blocks; `dropped`: the plan's own, where it is one block."""
+    every = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for axes, (label, values) in zip(every, panels.items(), strict=True):
+        _scan(axes, values)
+        if dropped is not None and dropped in values:
+            axes.plot(dropped[0], values[dropped], "X", color=CUT, markersize=9, label="the plan's block")
+        low, high = min(values.values()), max(values.values())
+        if low > 0 and high > 2 * low and label != "accuracy":
+            log_axis(axes, "y", low / 1.08, high * 1.1)
+            if high < 20 * low:  # a loss: one decade, where 2 and 5 alone say little
+                decade = 10.0 ** np.floor(np.log10(low))
+                axes.set_yticks(
+                    [t for t in np.outer((decade, 10 * decade), (1, 2, 3, 4, 6, 8)).flat if low <= t <= high]
+                )
+        axes.set(ylabel=label)
+        layer_ticks(axes.xaxis)
+    every[-1].set(xlabel="first dropped layer")
+    shown = {name: handle for axes in every for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper")
+
+
+def _scan(axes: Axes, values: dict[Block, float]) -> None:
+    """A line for each size of block, the darker the more layers go."""
+    from matplotlib import colormaps
+
+    sizes = sorted({size_of(block) for block in values} - {size_of(NOTHING)})
+    for size, shade in zip(sizes, np.linspace(0.4, 0.95, len(sizes) + 1)[1:], strict=True):
+        line = sorted((block[0], value) for block, value in values.items() if size_of(block) == size)
+        label = f"{size} layer{'s' if size > 1 else ''} dropped"
+        first, value = zip(*line, strict=True)
+        axes.plot(first, value, "o-", color=colormaps["YlGnBu"](shade), markersize=3.5, linewidth=1.6, label=label)
+    if NOTHING in values:
+        axes.axhline(values[NOTHING], color=INK, linestyle="--", linewidth=1.2, label="nothing dropped")
 
 
 def neurons(

@@ -10,10 +10,12 @@ from functools import partial
 
 import numpy as np
 
+from nemo_minitron.artifacts.blocks import size_of
 from nemo_minitron.export import importance_drawing as drawing
 from nemo_minitron.export.plot import Plot
 from nemo_minitron.export.run import Run
 
+DEPTH = {"loss": "loss (nats)", "perplexity": "perplexity", "accuracy": "accuracy"}  # criteria that are drawn
 COLUMNS = 256  # of the heat map
 Kept = dict[int, list[int]]  # source layer -> kept indices
 
@@ -31,6 +33,23 @@ def layers(run: Run) -> Plot | str:
     rows = [(i, score_L[i], kept_L[i]) for i in range(len(score_L))]
     draw = partial(drawing.layers, score_L=score_L, kept_L=kept_L, planned=run.plan is not None)
     return Plot("layers", caption, ("layer", "block_influence", "kept"), rows, draw)
+
+
+def depth(run: Run) -> Plot | str:
+    """What is left without each contiguous block of layers: one panel a criterion, one line a size of block."""
+    found = {name: run.scores.depth[name] for name in DEPTH if run.scores and run.scores.depth.get(name)}
+    if not found:
+        return "The run has no scan of dropped layers."
+    rows = [(name, *block, size_of(block), value) for name, blocks in found.items() for block, value in blocks.items()]
+    caption = "The model without a block of layers, by the first of them; nothing is retrained."
+    dropped = None
+    if run.plan and run.cuts("layers"):
+        cut = sorted(set(range(run.plan.source.num_layers)) - set(run.plan.keep["layers"]))
+        dropped = (cut[0], cut[-1]) if len(cut) == cut[-1] - cut[0] + 1 else None
+        caption += f" The plan cuts {words_of(cut)}."
+    draw = partial(drawing.depth, panels={DEPTH[name]: blocks for name, blocks in found.items()}, dropped=dropped)
+    columns = ("criterion", "first", "last", "layers_dropped", "value")
+    return Plot("depth", caption, columns, rows, draw, 0.6 + 2.7 * len(found))
 
 
 def neurons(run: Run) -> Plot | str:

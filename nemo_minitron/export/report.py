@@ -15,6 +15,7 @@ from nemo_minitron.export.run import Run, read_run
 TEMPLATE = "report.html.jinja"
 FIGURES: dict[str, tuple[str, Callable[[Run], Plot | str]]] = {
     "layers": ("Layers", importance_figures.layers),
+    "depth": ("Dropped layers", importance_figures.depth),
     "ffn": ("Neurons of the FFN", importance_figures.neurons),
     "hidden": ("Hidden channels", importance_figures.hidden),
     "heads": ("Attention heads", importance_figures.heads),
