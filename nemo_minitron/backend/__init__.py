@@ -66,9 +66,10 @@ def _turn(switches: Switches) -> None:
 
     check()
     if switches.cpu:
-        from nemo_minitron.backend import cpu
+        from nemo_minitron.backend import cpu, dispatch
 
         cpu.redirect()
+        dispatch.redirect()
     configs.switch_off(switches.cpu, switches.reference)
     if switches.reference:
         from nemo_minitron.backend import optimizer, reference

@@ -45,7 +45,8 @@ NEEDS_CUDA: dict[str, Any] = {
     "bias_activation_fusion": False,  # these two are torch.compile'd, which costs more than it gives here
     "bias_dropout_fusion": False,
     "cpu_offloading": False,
-    "moe_token_dispatcher_type": "allgather",  # gloo has no all-to-all of Megatron's kind
+    "moe_shared_expert_overlap": False,
+    "moe_enable_deepep": False,
 }
 NEEDS_APEX = {"gradient_accumulation_fusion": False}  # in Megatron's linear layers, of which ours are made
 CHANGES_NUMBERS = ("fp8", "fp8_param", "fp4", "fp4_param")
@@ -65,6 +66,8 @@ def switch_off(cpu: bool, reference: bool) -> None:
             if current != value:
                 _tell(name, current)
                 setattr(self, name, value)
+        if cpu and getattr(self, "moe_token_dispatcher_type", None) == "flex":  # DeepEP's
+            self.moe_token_dispatcher_type = "alltoall"
         original(self)
 
     ModelParallelConfig.__post_init__ = checked

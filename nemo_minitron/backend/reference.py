@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -38,6 +39,16 @@ def _mark(parameter: nn.Parameter | None, dim: int) -> None:
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
+def _mark_expert(linear: nn.Module) -> None:
+    """Experts that are sharded otherwise than the dense layers have data-parallel ranks of their own. Megatron
+    sees that from expert parallelism alone, and so does not sum over the replicas of experts that
+    `expert_tensor_parallel_size` makes whole."""
+    config = linear.config
+    if linear.is_expert and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for parameter in linear.parameters():
+            parameter.allreduce = False
+
+
 class ColumnLinear(ColumnParallelLinear):
     """y [S, B, out/tp] = x [S or S/tp, B, in] W^T: `weight` [out/tp, in] and `bias` [out/tp], local shards."""
 
@@ -45,6 +56,7 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         _mark(self.weight, 0)
         _mark(self.bias, 0)
+        _mark_expert(self)
 
 
 class RowLinear(RowParallelLinear):
@@ -53,6 +65,7 @@ class RowLinear(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _mark(self.weight, 1)
+        _mark_expert(self)
 
 
 class NormColumnLinear(ColumnLinear):
@@ -119,9 +132,10 @@ class Linear(nn.Module):
         """Without sequence parallelism each rank has the gradient of the rotary key from its own heads only;
         Megatron's layer does not sum them, so this one does."""
         y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)
-        if self._shared and not self.config.sequence_parallel:
+        if self._shared and y.requires_grad and not self.config.sequence_parallel:
             latent, rotary = y.split([y.shape[-1] - self._shared, self._shared], dim=-1)
-            y = torch.cat([latent, copy_to_tensor_model_parallel_region(rotary)], dim=-1)
+            rotary.register_hook(_summed_over_ranks)
+            y = torch.cat([latent, rotary], dim=-1)
         return y, self.bias if self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
@@ -137,6 +151,13 @@ class Linear(nn.Module):
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed here."""
+
+
+def _summed_over_ranks(gradient: Tensor) -> Tensor:
+    # not Megatron's copy_to_tensor_model_parallel_region, whose backward loses the sum where the gradient is strided
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return total
 
 
 class ReferenceSpecProvider(BackendSpecProvider):

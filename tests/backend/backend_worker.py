@@ -18,80 +18,71 @@ import torch
 import nemo_minitron.backend as backend
 
 MICRO_BATCHES = 8
+DENSE = ("qk_norm", "nemotron")  # RMSNorm and QK norm; LayerNorm with a zero-centred gamma, biases
+KINDS = (*DENSE, "mla", "moe", "mla_moe")
+TIED = ("qk_norm", "moe")
+# A layout's sizes, what else the model's config gets, and the kinds that run in it.
 LAYOUTS = {
     2: {
-        "tp2": {"tp": 2},
-        "tp2_sp": {"tp": 2, "sp": True},
-        "pp2": {"pp": 2},
-        "pp2_vp2": {"pp": 2, "vp": 2},
-        "dp2": {},
-        "dp2_zero": {"zero": True},
-        "cp2": {"cp": 2},
-        "ep2": {"ep": 2},
+        "tp2": ({"tp": 2}, {}, (*DENSE, "mla")),
+        "tp2_sp": ({"tp": 2, "etp": 2}, {"sequence_parallel": True}, KINDS),
+        "tp2_sp_etp1": ({"tp": 2, "etp": 1}, {"sequence_parallel": True}, ("moe",)),
+        "tp2_sp_etp2_gather": (
+            {"tp": 2, "etp": 2},
+            {"sequence_parallel": True, "moe_token_dispatcher_type": "allgather"},
+            ("moe",),
+        ),
+        "pp2": ({"pp": 2}, {}, (*DENSE, "mla_moe")),
+        "pp2_vp2": ({"pp": 2, "vp": 2}, {}, DENSE),
+        "dp2": ({}, {}, (*DENSE, "moe")),
+        "dp2_zero": ({}, {"zero": True}, DENSE),
+        "cp2": ({"cp": 2}, {}, KINDS),
+        "ep2": ({"ep": 2}, {}, ("moe", "mla_moe")),
+        "ep2_gather": ({"ep": 2}, {"moe_token_dispatcher_type": "allgather"}, ("moe",)),
     },
-    4: {"tp2_sp_pp2_vp2": {"tp": 2, "sp": True, "pp": 2, "vp": 2}, "tp2_dp2_zero": {"tp": 2, "zero": True}},
+    4: {
+        "tp2_sp_pp2_vp2": ({"tp": 2, "pp": 2, "vp": 2}, {"sequence_parallel": True}, DENSE),
+        "tp2_dp2_zero": ({"tp": 2}, {"zero": True}, DENSE),
+        "tp2_sp_cp2": ({"tp": 2, "cp": 2}, {"sequence_parallel": True}, (*DENSE, "mla")),
+        "tp2_sp_ep2": ({"tp": 2, "ep": 2, "etp": 1}, {"sequence_parallel": True}, ("moe",)),
+        "tp2_sp_ep2_etp2": ({"tp": 2, "ep": 2, "etp": 2}, {"sequence_parallel": True}, ("moe",)),
+    },
 }
-KINDS_OF = {"ep2": ("moe",), "dp2": ("rms", "moe")}
 
 
-def start(tp=1, pp=1, vp=1, cp=1, ep=1):
-    from megatron.core import parallel_state, tensor_parallel
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-
-
-def build(kind, tp=1, pp=1, vp=1, cp=1, ep=1, sp=False, zero=False):
-    """This rank's chunks in Megatron's DDP."""
-    import backend_pico
+def build(kind, sizes, zero=False, **overrides):
+    """This rank's chunks in Megatron's DDP, in the layout of these sizes."""
+    import bare_models
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-    start(tp, pp, vp, cp, ep)
-    made = backend_pico.config(
-        kind,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        sequence_parallel=sp,
-        perform_initialization=tp == pp == vp == ep == 1,  # the others are filled; their shards need their marks
-    )
-    made.finalize_model_grads_func = finalize_model_grads
+    bare_models.start(**sizes)
+    alone = not set(sizes) - {"cp"}  # the others are filled; their shards need their marks
+    chunks = bare_models.build(kind, tied=kind in TIED, perform_initialization=alone, **overrides)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=zero)
-    chunks = [backend_pico.model(made, vp_stage=stage if vp > 1 else None) for stage in range(vp)]
-    for parameter in (p for chunk in chunks for p in chunk.parameters()):
-        mark(parameter, tp)
-    return [DistributedDataParallel(made, ddp, chunk) for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        for parameter in chunk.parameters():
+            mark(parameter, sizes.get("tp", 1))
+    return [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
 
 
 def mark(parameter, tp):
     """Megatron's embedding is marked only where it is initialised; it is not this package's layer."""
-    import backend_pico
+    import bare_models
 
-    if parameter.shape[0] == backend_pico.VOCAB // tp and not hasattr(parameter, "tensor_model_parallel"):
+    if parameter.shape[0] == bare_models.PADDED // tp and not hasattr(parameter, "tensor_model_parallel"):
         parameter.tensor_model_parallel = True
 
 
 def batches(rank, size):
     """This data-parallel rank's micro-batches of one sequence each (this context-parallel rank's part of
     it), the same tokens in every layout."""
-    import backend_pico
+    import bare_models
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    generator = torch.Generator().manual_seed(7)
-    shape = (MICRO_BATCHES, backend_pico.SEQUENCE + 1)
-    tokens = torch.randint(backend_pico.VOCAB, shape, generator=generator)
-    for row in tokens[rank::size]:
-        positions = torch.arange(backend_pico.SEQUENCE)[None]
+    for row in bare_models.tokens(MICRO_BATCHES, length=bare_models.SEQUENCE + 1)[rank::size]:
+        positions = torch.arange(bare_models.SEQUENCE)[None]
         batch = {"tokens": row[None, :-1], "positions": positions, "labels": row[None, 1:]}
         yield tuple(get_batch_on_this_cp_rank(batch).values())
 
@@ -109,7 +100,7 @@ def step(iterator, chunk):
 
 def run(chunks, rank, size, forward_only=False):
     """Forward and backward over the batch; the mean loss, on the last stage (else None)."""
-    import backend_pico
+    import bare_models
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     for chunk in chunks:
@@ -120,7 +111,7 @@ def run(chunks, rank, size, forward_only=False):
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=MICRO_BATCHES // size,
-        seq_length=backend_pico.SEQUENCE,
+        seq_length=bare_models.SEQUENCE,
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -135,36 +126,18 @@ def everywhere(loss, size):
     return sum(have) / len(have)
 
 
-def sharded(chunks, gradients=False):
-    """Megatron's sharded state dict of this rank; with `gradients`, of its parameters' gradients."""
+def sharded_gradients(chunks):
+    """Megatron's sharded state dict of this rank, with each parameter's gradient in its place."""
+    import bare_models
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    state = {}
-    for i, chunk in enumerate(chunks):
-        part = chunk.module.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        state[f"model{i}"] = {k: v for k, v in part.items() if not (gradients and k.endswith("_extra_state"))}
-        if gradients:
-            for value in state[f"model{i}"].values():
-                if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-                    value.data = value.data.main_grad.clone()
+    state = bare_models.sharded([chunk.module for chunk in chunks])
+    for name, part in state.items():
+        kept = {k: v for k, v in part.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
+        state[name] = {k: v for k, v in kept.items() if hasattr(v.data, "main_grad")}
+        for value in state[name].values():
+            value.data = value.data.main_grad.clone()
     return state
-
-
-def load(chunks, folder):
-    from megatron.core import dist_checkpointing
-
-    state = dist_checkpointing.load(sharded(chunks), str(folder))
-    for i, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(state[f"model{i}"])
-
-
-def save(state, folder):
-    from megatron.core import dist_checkpointing
-
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir()
-    torch.distributed.barrier()
-    dist_checkpointing.save(state, str(folder))
 
 
 def optimizer_step(chunks, zero):
@@ -177,34 +150,40 @@ def optimizer_step(chunks, zero):
     return float(norm)
 
 
+def save(state, folder):
+    from megatron.core import dist_checkpointing
+
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, str(folder))
+
+
 def whole(kind, folder):
     """A checkpoint's tensors, whole, through a one-process model."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    chunks = build(kind)
-    state = sharded(chunks)["model0"]
-    state = {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
-    return dist_checkpointing.load({"model0": state}, str(folder))["model0"]
+    return dist_checkpointing.load(sharded_gradients(build(kind, {})), str(folder))["model0"]
 
 
-def measure(kind, name, options, work):
+def measure(kind, name, sizes, options, work):
     """Losses, gradients and their norm of one layout."""
+    import bare_models
     from megatron.core import parallel_state
 
-    chunks = build(kind, **options)
-    if name == "one":
-        save(sharded(chunks), work / f"{kind}-weights")
-    load(chunks, work / f"{kind}-weights")
-    alone = name == "one"
+    chunks, alone, zero = build(kind, sizes, **options), name == "one", options.get("zero", False)
+    modules = [chunk.module for chunk in chunks]
+    if alone:
+        bare_models.save_bare(modules, work / f"{kind}-weights")
+    bare_models.load_bare(modules, work / f"{kind}-weights")
     rank = 0 if alone else parallel_state.get_data_parallel_rank()
     size = 1 if alone else parallel_state.get_data_parallel_world_size()
     result = {"loss": everywhere(run(chunks, rank, size), size)}
-    if not options.get("zero"):
-        save(sharded(chunks, gradients=True), work / f"{kind}-{name}-gradients")
-    result["norm"] = optimizer_step(chunks, options.get("zero", False))
+    if not zero:
+        save(sharded_gradients(chunks), work / f"{kind}-{name}-gradients")
+    result["norm"] = optimizer_step(chunks, zero)
     result["after"] = everywhere(run(chunks, rank, size, forward_only=True), size)
-    if not options.get("zero"):
+    if not zero:
         result["gradients"] = whole(kind, work / f"{kind}-{name}-gradients")
     return result
 
@@ -221,14 +200,14 @@ def main():
     world, results = torch.distributed.get_world_size(), {}
     folder = [tempfile.mkdtemp()] if torch.distributed.get_rank() == 0 else [None]
     torch.distributed.broadcast_object_list(folder)
-    for kind in ("rms", "layer", "moe"):
-        base = measure(kind, "one", {}, Path(folder[0]))
-        for name, options in LAYOUTS[world].items():
-            if kind in KINDS_OF.get(name, ("rms", "layer")):
-                got = measure(kind, name, options, Path(folder[0]))
-                gradients = difference(got["gradients"], base["gradients"]) if "gradients" in got else (0.0, "")
-                results[f"{kind}-{name}"] = {k: [got[k], base[k]] for k in ("loss", "norm", "after")}
-                results[f"{kind}-{name}"]["gradients"] = gradients
+    for kind in KINDS:
+        layouts = {name: layout[:2] for name, layout in LAYOUTS[world].items() if kind in layout[2]}
+        base = measure(kind, "one", {}, {}, Path(folder[0])) if layouts else {}
+        for name, (sizes, options) in layouts.items():
+            got = measure(kind, name, sizes, options, Path(folder[0]))
+            gradients = difference(got["gradients"], base["gradients"]) if "gradients" in got else (0.0, "")
+            results[f"{kind}-{name}"] = {k: [got[k], base[k]] for k in ("loss", "norm", "after")}
+            results[f"{kind}-{name}"]["gradients"] = gradients
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -3,7 +3,9 @@
 In real processes: one torchrun for each number of them; `backend_worker.py` says what it does. Tried by hand,
 each of these makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards
 without their mark (tp2: the gradient's norm), virtual stages without the mends in `cpu.py` (pp2_vp2),
-context-parallel chunks in plain order (cp2).
+context-parallel chunks in plain order (cp2), the rotary key's gradient not summed over ranks (mla-tp2), experts'
+gradients left to Megatron's data-parallel group (moe-tp2_sp_etp1), the dispatcher's collectives without the mends
+in `dispatch.py` (moe-ep2, and moe-tp2_sp_ep2_etp2 for the unequal ones: both raise).
 """
 
 import json
@@ -24,8 +26,8 @@ GRADIENT = 1e-5
 CASES = [
     pytest.param(world, f"{kind}-{name}", id=f"{kind}-{name}", marks=[pytest.mark.slow] if world > 2 else [])
     for world, layouts in backend_worker.LAYOUTS.items()
-    for name in layouts
-    for kind in backend_worker.KINDS_OF.get(name, ("rms", "layer"))
+    for name, (_, _, kinds) in layouts.items()
+    for kind in kinds
 ]
 
 
@@ -44,7 +46,7 @@ def results(tmp_path_factory):
 def launch(world, out):
     """torchrun ends all ranks when one fails; the timeouts end them all when one hangs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
     done = subprocess.run([*command, str(WORKER), str(out)], env=environment, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     return json.loads(out.read_text())

@@ -173,6 +173,20 @@ def test_fields_that_need_transformer_engine_are_off():
     }  # fmt: skip
 
 
+def test_deep_ep_becomes_the_all_to_all_dispatcher():
+    if not backend.setup().cpu:
+        pytest.skip("this machine has CUDA")
+    from megatron.core.transformer import TransformerConfig
+
+    on = {"num_moe_experts": 2, "moe_enable_deepep": True, "moe_shared_expert_overlap": True}
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    for given, wanted in {"flex": "alltoall", "alltoall": "alltoall", "allgather": "allgather"}.items():
+        made = TransformerConfig(**sizes, **on, moe_token_dispatcher_type=given)
+        assert made.moe_token_dispatcher_type == wanted
+        assert not made.moe_enable_deepep
+        assert not made.moe_shared_expert_overlap
+
+
 def test_what_is_switched_off_depends_on_what_is_missing():
     from nemo_minitron.backend.configs import fields_off
 
