@@ -82,8 +82,18 @@ def test_architecture_and_axes_import_no_room():
     assert _breaches(lambda _: rooms, lambda path: _room(path) in ("architecture", "axes")) == []
 
 
+def _relative(tree):
+    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def test_no_relative_imports():
+    """`from ..search import plan` names no room that the law could see: names are written whole."""
+    assert {str(path): lines for path, tree in _modules() if (lines := _relative(tree))} == {}
+
+
 def test_the_law_sees_imports():
     """The walker itself: a breach in a function, a relative name and a plain import are all seen."""
+    assert _relative(ast.parse("import a\ndef f():\n    from ..search import plan\n    from . import b")) == [3, 4]
     tree = ast.parse("def f():\n    from nemo.collections import llm\nimport torch.nn")
     assert "nemo.collections" in set(_imports(tree))
     assert "nemo.collections" not in set(_imports(tree, inside_functions=False))

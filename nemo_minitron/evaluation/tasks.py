@@ -40,7 +40,10 @@ def run_tasks(
         limit=limit,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    return results["results"]
+    return {
+        task: {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        for task, row in results["results"].items()
+    }
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from pico import pico_llama, raw_tensors
-from words import save_tokenizer
+from command_line import losses, minitron, start
+from pico import raw_tensors
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.families import from_hf
@@ -20,49 +19,6 @@ from nemo_minitron.pruning import prune
 from nemo_minitron.search import compare_plans, random_plan
 
 pytestmark = pytest.mark.slow
-TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
-RECIPE = """
-from nemo_minitron.job import *
-def recipe():
-    return Job(
-        name="pico", teacher="teacher", data=Data("corpus.jsonl", "corpus.jsonl"), keep={"ffn": 66, "layers": 5},
-        calibration=Calibration(samples=4, sequence_length=36, batch_size=2),
-        distillation=Distillation(
-            tokens=36 * 2 * 6, sequence_length=36, global_batch_size=2, micro_batch_size=1, learning_rate=1e-3,
-            warmup_steps=1, precision="fp32", save_every=2,
-        ),
-        evaluation=Evaluation(tokens=256, sequence_length=32, precision="fp32", prompts=("the model",), new_tokens=4),
-    )
-"""
-
-
-def start(folder, *arguments):
-    command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def minitron(folder, *arguments):
-    process = start(folder, *arguments)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
-def losses(file):
-    return [float(row["loss"]) for row in csv.DictReader(Path(file).open())]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compress")
-    pico_llama(folder / "teacher", vocab_size=509)
-    save_tokenizer(folder / "teacher", TEXTS, 509)  # NeMo exports as many rows as the tokenizer has
-    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    (folder / "recipe.py").write_text(RECIPE)
-    minitron(folder, "compress", "recipe.py", "--out", "run")
-    return folder
 
 
 def test_the_run_folder_is_whole(world):

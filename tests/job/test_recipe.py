@@ -90,6 +90,29 @@ def test_unknown_recipe(name, words):
         find(name)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def recipe(:", "fails in line 1: SyntaxError: invalid syntax"),
+        ("import nothing_like_it", "fails in line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("x = 1\n\ndef recipe():\n    return {}['a']", "fails in line 4: KeyError: 'a'"),
+        ("import json\njson.loads('{')", "fails in line 2: JSONDecodeError"),
+        ("raise SystemExit(3)", "fails in line 1: SystemExit: 3"),
+        ("def recipe():\n    assert 0", "fails in line 2: AssertionError"),
+        ("a = 1", "has no function recipe"),
+        ("def recipe():\n    return 3", "returns a int"),
+        ("from nemo_minitron.job import *\ndef recipe(): return Job(3, 't', Data('a', 'b'), {})", "'name' is 3"),
+        ("from nemo_minitron.job import *\ndef recipe(): return Job('n', 't', Data('a', 'b'), {1j: 2})", "TypeError"),
+    ],
+)
+def test_whatever_a_recipe_does_is_one_sentence(body, words, tmp_path):
+    """A list of exception types, as it was, lets KeyError, JSONDecodeError and SystemExit through."""
+    (tmp_path / "mine.py").write_text(body)
+    with pytest.raises(InputError, match=words.replace("(", r"\(")) as caught:
+        find(str(tmp_path / "mine.py"))
+    assert "\n" not in str(caught.value)
+
+
 PICO = Architecture(
     num_layers=6,
     hidden_size=48,

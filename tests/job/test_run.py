@@ -87,6 +87,9 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 rank = int(os.environ["RANK"])
+if sys.argv[1] == "all refuse":
+    Path(os.environ["MINITRON_ERRORS"], f"refused-{rank}").write_text(f"rank {rank} has no data")
+    os._exit(2)
 if sys.argv[1] == "refuse" and rank == 1:
     Path(os.environ["MINITRON_ERRORS"], "refused-1").write_text("the second rank has no data")
     os._exit(2)
@@ -110,6 +113,16 @@ def test_one_ranks_failure_ends_all_with_its_message(stage, error, words, tmp_pa
     monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
     with pytest.raises(error, match=f"(?s){words}"):
         launch(stage, {}, 2, tmp_path / "log.txt")
+
+
+@pytest.mark.slow
+def test_ranks_that_all_refuse_give_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "pico_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
+    with pytest.raises(InputError) as caught:
+        launch("all refuse", {}, 2, tmp_path / "log.txt")
+    assert str(caught.value) in ("rank 0 has no data", "rank 1 has no data")
 
 
 @pytest.mark.slow

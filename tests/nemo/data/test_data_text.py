@@ -38,6 +38,16 @@ def test_folders_of_datasets_are_read_by_split(tmp_path):
         list(documents(tmp_path / "both", split="validation"))
 
 
+def test_the_split_stands_behind_an_at_unless_it_is_part_of_the_name(tmp_path, jsonl):
+    datasets = pytest.importorskip("datasets")
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "both"))
+    assert list(documents(f"{tmp_path / 'both'}@test")) == ["test"]
+    assert "no split 'test'" in refused(f"{jsonl}@test")
+    odd = jsonl.rename(jsonl.with_name("a@b.jsonl"))
+    assert next(documents(odd))
+
+
 def refused(path, **options) -> str:
     with pytest.raises(InputError) as caught:
         list(documents(path, **options))

@@ -76,3 +76,14 @@ def test_what_is_no_fast_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="a fast Hugging Face tokenizer"):
         load_tokenizer(object())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_truncated_file_is_one_sentence(byte_level, tmp_path, name):
+    """Of a truncated tokenizer.json the tokenizers library raises `Exception` itself."""
+    byte_level.save_pretrained(tmp_path)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"gives no tokenizer: .") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
