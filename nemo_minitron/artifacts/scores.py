@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import criteria
 from nemo_minitron.artifacts.files import atomic_file, digest_of
 from nemo_minitron.errors import InputError, nearest
 
@@ -22,9 +23,12 @@ class Scores:
 
     `s["ffn"]` [num_layers, ffn]; `s["heads"]` [num_layers, heads]; `s["query_groups"]` [num_layers, groups];
     `s["norms"]` [norms, hidden] (input and pre-MLP norm of each layer, then the final one); `s["hidden"]`
-    [hidden]; `s["layers"]` [num_layers] (block influence). Only what was asked for is there.
-    `states` are the mergeable statistics behind them, keyed `axis/field`. `samples`, `tokens`, `layout` and
-    `notes` say what made it and are not part of its identity.
+    [hidden]; `s["layers"]` [num_layers] (block influence); of mixtures of experts `s["experts"]` [num_layers,
+    experts], `s["expert_ffn"]` [num_layers, experts, ffn] and `s["shared_expert_ffn"]` [num_layers, ffn]. Only
+    what was asked for is there; a layer without the module has zeros.
+    `states` are the mergeable statistics behind them, from which `under` gives the scores of any other
+    criterion that was gathered, and `merge` those of two runs together. `samples`, `tokens`, `layout` and `notes`
+    say what made it and are not part of its identity.
     """
 
     architecture: Architecture
@@ -48,6 +52,42 @@ class Scores:
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    @property
+    def criteria(self) -> list[str]:
+        """The criteria under which `under` can give these scores."""
+        return criteria.criteria_of(self.states)
+
+    def under(self, criterion: str, norms: str | None = None) -> Scores:
+        """The scores of the same pass under another criterion, and sum of norms. Raises InputError."""
+        norms = norms or self.norms
+        criteria.check_norms(norms)
+        numbers = criteria.derive(criteria.finish(self.states, criterion), self.architecture, norms)
+        return dataclasses.replace(
+            self, tensors={**self._without_states(), **numbers}, criterion=criterion, norms=norms
+        )
+
+    def merge(self, other: Scores) -> Scores:
+        """The scores of both runs' samples together: of one model, by the same statistics.
+
+        Raises InputError where the models or the statistics differ.
+        """
+        if self.architecture != other.architecture or self.model_digest != other.model_digest:
+            raise InputError(f"the two runs scored different models ({self.model_digest} and {other.model_digest})")
+        digests = [self.data_digest, other.data_digest]
+        merged = dataclasses.replace(
+            self, states=criteria.merge(self.states, other.states), samples=self.samples + other.samples,
+            tokens=self.tokens + other.tokens, data_digest=digests[0] if len(set(digests)) == 1 else digest_of(digests),
+        )  # fmt: skip
+        return merged.under(self.criterion)
+
+    def _without_states(self) -> dict[str, np.ndarray]:
+        """Scores that no statistic is behind: they belong to no criterion."""
+        known = criteria.pairs_of(self.states)
+        derived = criteria.derive(
+            {name: self.tensors[name] for name in known if name in self.tensors}, self.architecture
+        )
+        return {name: array for name, array in self.tensors.items() if name not in derived}
 
     @property
     def digest(self) -> str:

@@ -1,96 +1,123 @@
-"""Hooks on a live model, and the statistics that they gather on this rank.
-
-The order of the steps is the method (DESIGN, section 3): a sample's state is merged over the ranks that hold
-parts of its sequence before it is finished; finished samples go into the state over samples.
-"""
+"""Hooks on a live model, and the statistics that they gather on this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
-from nemo_minitron.importance.statistics import AGGREGATIONS, Aggregation, State, criterion
+from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.importance.statistics import criterion
 
-WIDTH_AXES = ("ffn", "heads", "norms")
+WIDTH_AXES = ("ffn", "heads", "norms", "experts", "expert_ffn", "shared_expert_ffn")
+DEFAULT_AXES = (*WIDTH_AXES, "layers")
 
 
 class Collector:
     """Watches the model chunks of this rank while it is open; leaves no hook behind, also after an error.
 
-    `states[axis][row]` is the state over the samples that this data-parallel rank has seen, of this
-    tensor-parallel rank's channels where the axis is sharded. `samples` and `tokens` count this rank's rows
-    of the batch and their (global) positions.
+    `criteria`: all are gathered in the one pass, the first is the one that Scores show. `axes`: those of
+    DEFAULT_AXES that the model has, unless given. Before each micro-batch goes into a chunk, `expect` takes its
+    batch. Opening it is collective over the pipeline; raises InputError for an axis that the model lacks.
     """
 
     def __init__(
         self,
         chunks: Iterable[nn.Module],
         architecture: Architecture,
-        name: str = "l2,mean",
-        axes: Iterable[str] = (*WIDTH_AXES, "layers"),
+        criteria: Sequence[str] = ("l2,mean",),
+        axes: Iterable[str] | None = None,
     ) -> None:
-        self.architecture, self.criterion, self.axes = architecture, name, tuple(axes)
-        self.over_samples, self.over_sequence = criterion(name)
-        self.states: dict[str, dict[int, State]] = {axis: {} for axis in self.axes}
-        self.estimators: dict[str, Estimator] = {}
+        self.architecture, self.criteria = architecture, tuple(criteria)
+        self.pairs = [criterion(name) for name in dict.fromkeys(criteria)]
+        self.axes = None if axes is None else tuple(axes)
+        self.chunks = [unwrap(chunk) for chunk in chunks]
+        self.accumulators: list[dict[str, Accumulator]] = []
         self.samples = self.tokens = 0
-        self._chunks = [unwrap(chunk) for chunk in chunks]
+        self._samples: Samples | None = None
         self._handles: list[Any] = []
 
-    # -- hooks ---------------------------------------------------------------------------------------
     def __enter__(self) -> Collector:
-        watches: dict[tuple[str, int], tuple[Estimator, Watch]] = {}
-        for chunk in self._chunks:
-            for module, layer in _with_layers(chunk.decoder):
-                for cls in estimators_of(module):
-                    watch = cls().watch(module, layer, self.architecture) if cls.axis in self.axes else None
-                    if watch is not None:
-                        watches[cls.axis, watch.row] = cls(), watch  # a user's own comes after and wins
-            self._handles.append(chunk.register_forward_pre_hook(self._count, with_kwargs=True))
-        for estimator, watch in watches.values():
-            self.estimators[estimator.axis] = estimator
-            hook = self._hook(estimator, watch)
-            self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
+        watched = [self._watches(chunk) for chunk in self.chunks]
+        check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches})
+        for chunk, watches in zip(self.chunks, watched, strict=True):
+            accumulators: dict[str, Accumulator] = {}
+            for estimator, watch in watches.values():
+                if estimator.axis not in accumulators:
+                    accumulators[estimator.axis] = estimator.accumulator(self.pairs, chunk.config)
+                hook = self._hook(accumulators[estimator.axis], watch)
+                self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
+            self.accumulators.append(accumulators)
+            self._handles.append(chunk.register_forward_hook(self._flush(accumulators)))
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for accumulators in self.accumulators:
+            for accumulator in accumulators.values():
+                accumulator.drop()
 
-    def _hook(self, estimator: Estimator, watch: Watch) -> Any:
+    def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
+        """The batch of the micro-batch that comes next; `first`: this rank has not met it yet (virtual stages)."""
+        self._samples = samples_of(batch)
+        if first:
+            self.samples += self._samples.present
+            self.tokens += self._samples.tokens
+
+    def _watches(self, chunk: Any) -> dict[tuple[str, int, int], tuple[Estimator, Watch]]:
+        """(axis, row, expert) -> what to watch; of several estimators the one registered last."""
+        found: dict[tuple[str, int, int], tuple[int, Estimator, Watch]] = {}
+        for module, layer in _with_layers(chunk.decoder):
+            for order, cls in estimators_of(module):
+                if cls.axis not in (DEFAULT_AXES if self.axes is None else self.axes):
+                    continue
+                estimator = cls()
+                for watch in estimator.watches(module, layer, self.architecture):
+                    key = (cls.axis, watch.row, watch.expert)
+                    if key not in found or found[key][0] <= order:
+                        found[key] = order, estimator, watch
+        return {key: (estimator, watch) for key, (_, estimator, watch) in found.items()}
+
+    def _hook(self, accumulator: Accumulator, watch: Watch) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            assert self._samples is not None, "Collector.expect was not called before the forward pass"
             given = args[0] if args else kwargs["hidden_states"]
             values = watch.values(module, given.detach(), output)
-            state = self._of_samples(values, estimator)
-            seen = self.states[estimator.axis]
-            merge = self.over_samples.merge if estimator.aggregate else AGGREGATIONS["mean"].merge
-            seen[watch.row] = merge(seen[watch.row], state) if watch.row in seen else state
+            accumulator.add(watch, values, self._samples)
 
         return hook
 
-    def _of_samples(self, values: Tensor, estimator: Estimator) -> State:
-        """[S, B, C] (or [S, B]) of one micro-batch -> its state over samples, [C] (or a scalar)."""
-        sequence = self.over_sequence if estimator.aggregate else AGGREGATIONS["mean"]
-        state = merge_over(sequence_groups(self._chunks[0].config, estimator), sequence, sequence.start(values))
-        if estimator.aggregate:
-            return self.over_samples.start(sequence.finish(state))
-        return tuple(part.sum(0) for part in state)
+    def _flush(self, accumulators: dict[str, Accumulator]) -> Any:
+        @torch.no_grad()
+        def flush(module: nn.Module, args: tuple, output: Any) -> None:
+            assert self._samples is not None
+            for axis in sorted(accumulators):
+                accumulators[axis].flush(self._samples)
 
-    def _count(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if getattr(module, "vp_stage", None) in (None, 0):
-            tokens = args[0] if args else kwargs["input_ids"]
-            if tokens is not None:
-                self.samples += tokens.shape[0]
-                self.tokens += tokens.numel() * parallel_state.get_context_parallel_world_size()
+        return flush
+
+
+def check_axes(asked: Sequence[str] | None, here: set[str]) -> None:
+    """Raises InputError, on every rank, for an axis that no stage of the pipeline has. Collective."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather_object(everywhere, here, group=group)
+    there = set().union(*everywhere)
+    for axis in asked or ():
+        if axis not in there:
+            raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, sorted(there))}")
 
 
 def unwrap(chunk: Any) -> Any:
@@ -105,30 +132,12 @@ def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:
     yield block, -1
     for layer in block.layers:
         if isinstance(layer, TransformerLayer):
-            for module in layer.modules():
-                yield module, layer.layer_number - 1
+            yield from ((module, layer.layer_number - 1) for module in _outside_experts(layer))
 
 
-def sequence_groups(config: Any, estimator: Estimator) -> list[Any]:
-    """The groups over which this estimator's sequence is split."""
-    groups = []
-    if config.sequence_parallel and not estimator.sharded:
-        groups.append(parallel_state.get_tensor_model_parallel_group())
-    if parallel_state.get_context_parallel_world_size() > 1:
-        groups.append(parallel_state.get_context_parallel_group())
-    return groups
-
-
-def merge_over(groups: list[Any], aggregation: Aggregation, state: State) -> State:
-    """The merged state of all ranks of the groups, in rank order, so that every rank gets the same bits."""
-    for group in groups:
-        size = torch.distributed.get_world_size(group)
-        if size == 1:
-            continue
-        packed = torch.stack(state)
-        parts = [torch.empty_like(packed) for _ in range(size)]
-        torch.distributed.all_gather(parts, packed, group=group)
-        state = tuple(parts[0])
-        for part in parts[1:]:
-            state = aggregation.merge(state, tuple(part))
-    return state
+def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, but for what is inside a mixture of experts: that layer's estimators reach in."""
+    yield module
+    if not isinstance(module, MoELayer):
+        for child in module.children():
+            yield from _outside_experts(child)

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.scores import Scores
-from nemo_minitron.errors import InputError
-from nemo_minitron.importance.collector import WIDTH_AXES, Collector, unwrap
+from nemo_minitron.importance.batches import Batch, forward_arguments, micro_batches, seen
+from nemo_minitron.importance.collector import Collector, unwrap
 from nemo_minitron.importance.reduce import reduce
-from nemo_minitron.importance.statistics import check_norms
 
 
 def estimate(
     model: Any,
     batches: Iterable[Any],
     *,
-    criterion: str = "l2,mean",
+    criterion: str | Sequence[str] = "l2,mean",
     norms: str = "all",
-    axes: Iterable[str] = (*WIDTH_AXES, "layers"),
+    axes: Iterable[str] | None = None,
     architecture: Architecture | None = None,
 ) -> Scores:
     """Scores of a live model, the same on every rank (2407.14679, section 2.2).
 
     `model`: a Megatron model or a list of its chunks, as `load_model` gives it. `batches`: this data-parallel
-    rank's own, each an int64 [batch, sequence] tensor or NeMo's batch dict with `tokens`; all of one shape.
-    Collective over the whole job. Raises InputError for an unknown criterion or for no batches.
+    rank's own, each an int64 [batch, sequence] tensor or NeMo's batch dict: `tokens`, perhaps `loss_mask` (0: the
+    position does not count) and `cu_seqlens` (boundaries of the samples that one row joins). Of several criteria
+    the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given.
+    Collective over the whole job. Raises InputError for an unknown criterion or axis, for no batches, and where
+    an activation is not finite.
     """
     check_norms(norms)
     chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-    architecture = architecture or architecture_of(unwrap(chunks[0]))
-    modes = [chunk.training for chunk in chunks]
-    rows = [_tokens(batch) for batch in batches]
-    if not rows:
-        raise InputError("no calibration batches were given; at least one is needed")
-    try:
-        for chunk in chunks:
-            chunk.eval()
-        with Collector(chunks, architecture, criterion, axes) as collector, torch.no_grad():
-            _forward(chunks, rows)
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
+    config = unwrap(chunks[0]).config
+    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    rows = micro_batches(batches, virtual=len(chunks) > 1, split=split)
+    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
+    with evaluating(chunks), torch.no_grad():
+        with Collector(chunks, architecture or architecture_of(unwrap(chunks[0])), criteria, axes) as collector:
+            run_forward(chunks, rows, collector)
     return reduce(collector, norms)
+
+
+class evaluating:
+    """A context in which models are in evaluation mode; afterwards each is as it was."""
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self.chunks, self.modes = chunks, [chunk.training for chunk in chunks]
+
+    def __enter__(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        for chunk, mode in zip(self.chunks, self.modes, strict=True):
+            chunk.train(mode)
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -70,35 +81,24 @@ def architecture_of(model: Any) -> Architecture:
     )  # fmt: skip
 
 
-def _tokens(batch: Any) -> Tensor:
-    return batch["tokens"] if isinstance(batch, dict) else torch.as_tensor(batch)
-
-
-def _forward(chunks: list[Any], rows: list[Tensor]) -> None:
-    """Runs every batch through this rank's chunks, by Megatron's own schedule of the layout."""
-    stages, virtual = parallel_state.get_pipeline_model_parallel_world_size(), len(chunks) > 1
-    if virtual and len(rows) % stages:
-        raise InputError(
-            f"{len(rows)} batches do not divide over {stages} pipeline stages with virtual stages; "
-            f"the nearest legal number is {max(1, round(len(rows) / stages)) * stages}"
-        )
-    device = next(chunks[0].parameters()).device
+def run_forward(chunks: list[Any], rows: list[Batch], collector: Any) -> None:
+    """Runs every micro-batch through this rank's chunks, by Megatron's own schedule of the layout."""
+    virtual = len(chunks) > 1
     together = len(rows) if virtual else 1  # one by one otherwise: no more than one batch's outputs are held
     for start in range(0, len(rows), together):
-        part = [row.to(device) for row in rows[start : start + together]]
+        part = rows[start : start + together]
+        iterators = [seen(part, chunk, collector) for chunk in range(len(chunks))]
         get_forward_backward_func()(
             forward_step_func=_step,
-            data_iterator=[iter(part) for _ in chunks] if virtual else iter(part),
+            data_iterator=iterators if virtual else iterators[0],
             model=chunks if virtual else chunks[0],
             num_microbatches=len(part),
-            seq_length=part[0].shape[1],
-            micro_batch_size=part[0].shape[0],
+            seq_length=part[0]["tokens"].shape[1],
+            micro_batch_size=part[0]["tokens"].shape[0],
             forward_only=True,
             collect_non_loss_data=True,
         )
 
 
-def _step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
-    tokens = next(iterator)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return model(tokens, positions, None), lambda output, non_loss_data=False: 0
+def _step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    return model(**forward_arguments(next(iterator))), lambda output, non_loss_data=False: 0

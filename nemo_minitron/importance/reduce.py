@@ -2,85 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from nemo_minitron.artifacts.scores import Scores
-from nemo_minitron.importance.collector import Collector, merge_over
-from nemo_minitron.importance.statistics import AGGREGATIONS, State
+from nemo_minitron.artifacts import criteria
+from nemo_minitron.artifacts.scores import Scores, expected_shapes
+from nemo_minitron.artifacts.statistics import State, aggregation_of
+from nemo_minitron.importance.accumulator import Accumulator, merge_over
+from nemo_minitron.importance.collector import Collector
+from nemo_minitron.importance.diagnostics import check_finite
 
 
 def reduce(collector: Collector, norms: str = "all") -> Scores:
-    """Merges over data-parallel ranks, finishes, concatenates channels over TP, places rows over PP.
+    """Merges over data-parallel ranks, concatenates channels over TP (and experts over EP), places rows over PP.
 
     Collective: every rank of the job must call it. `norms`: "all", or "layers" to leave the final norm out
-    of `hidden`.
+    of `hidden`. Raises InputError, naming the layer, where an activation was not finite.
     """
-    tensors, states = {}, {}
-    for axis in collector.axes:
-        rows = _gather_rows(collector, axis)
-        if not rows:
-            continue
-        aggregation = _aggregation(collector, axis)
-        tensors[axis] = np.stack([aggregation.finish(rows[row]).float().numpy() for row in sorted(rows)])
-        for i, field in enumerate(aggregation.fields):
-            states[f"{axis}/{field}"] = np.stack([rows[row][i].numpy() for row in sorted(rows)])
-    if "norms" in tensors:
-        kept = tensors["norms"] if norms == "all" else tensors["norms"][:-1]
-        tensors["hidden"] = kept.sum(0, dtype=np.float64).astype(np.float32)
-    if "heads" in tensors:
-        groups = collector.architecture.num_query_groups
-        tensors["query_groups"] = tensors["heads"].reshape(len(tensors["heads"]), groups, -1).sum(-1)
+    a = collector.architecture
+    states = _place(_over_stages(_stage_states(collector)), {n: s[0] for n, s in expected_shapes(a).items()})
+    check_finite(states)
+    tensors = criteria.derive(criteria.finish(states, collector.criteria[0]), a, norms)
     samples, tokens = _counts(collector)
     scores = Scores(
-        collector.architecture,
-        tensors,
-        criterion=collector.criterion,
-        norms=norms,
-        samples=samples,
-        tokens=tokens,
-        layout=layout(),
+        a, tensors, criterion=collector.criteria[0], norms=norms, samples=samples, tokens=tokens, layout=layout(),
         states=states,
-    )
+    )  # fmt: skip
     scores.check()
     return scores
 
 
-def _aggregation(collector: Collector, axis: str) -> Any:
-    return collector.over_samples if collector.estimators[axis].aggregate else AGGREGATIONS["mean"]
+Placed = dict[str, dict[int, np.ndarray]]  # state's key -> row -> [2, ...]
 
 
-def _gather_rows(collector: Collector, axis: str) -> dict[int, State]:
-    """Row -> state of all samples and all channels, on the CPU, from all stages of the pipeline."""
-    data = parallel_state.get_data_parallel_group()
-    tensor = parallel_state.get_tensor_model_parallel_group()
-    rows = {}
-    for row, state in sorted(collector.states[axis].items()):
-        merged = merge_over([data], _aggregation(collector, axis), state)
-        if collector.estimators[axis].sharded:
-            merged = tuple(_concatenate(part, tensor) for part in merged)
-        rows[row] = tuple(part.cpu() for part in merged)
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[dict[int, State]] = [{} for _ in range(torch.distributed.get_world_size(pipeline))]
-    torch.distributed.all_gather_object(stages, rows, group=pipeline)
-    return {row: state for stage in stages for row, state in stage.items()}
+def _stage_states(collector: Collector) -> Placed:
+    """All samples and all channels of this pipeline stage's rows."""
+    placed: Placed = {}
+    for accumulators in collector.accumulators:
+        for axis in sorted(accumulators):
+            accumulator = accumulators[axis]
+            for pair, state in sorted(accumulator.states.items()):
+                for field, whole in zip(aggregation_of(pair).fields, _whole(accumulator, pair, state), strict=True):
+                    rows = placed.setdefault(f"{axis}/{','.join(pair)}/{field}", {})
+                    rows |= dict(zip(accumulator.rows, whole.cpu().numpy(), strict=True))
+    return placed
 
 
-def _concatenate(part: torch.Tensor, group: Any) -> torch.Tensor:
-    parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts)
+def _whole(accumulator: Accumulator, pair: tuple[str, str], state: State) -> State:
+    """[rows, 2, ...] of all data-parallel ranks, with all channels and experts."""
+    estimator = accumulator.estimator
+    if estimator.experts:  # routed tokens: an expert's copies saw different ones
+        state = merge_over([parallel_state.get_expert_data_parallel_group()], aggregation_of(pair), state)
+        if estimator.sharded:
+            state = _concatenate(state, parallel_state.get_expert_tensor_parallel_group(), -1)
+        return _concatenate(state, parallel_state.get_expert_model_parallel_group(), 2)
+    state = merge_over([parallel_state.get_data_parallel_group()], aggregation_of(pair), state)
+    return _concatenate(state, parallel_state.get_tensor_model_parallel_group(), -1) if estimator.sharded else state
+
+
+def _concatenate(state: State, group: Any, dim: int) -> State:
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return state
+    whole = []
+    for field in state:
+        parts = [torch.empty_like(field) for _ in range(size)]
+        torch.distributed.all_gather(parts, field.contiguous(), group=group)
+        whole.append(torch.cat(parts, dim))
+    return tuple(whole)
+
+
+def _over_stages(placed: Placed) -> Placed:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Placed] = [{} for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather_object(stages, placed, group=group)
+    joined: Placed = {}
+    for stage in stages:
+        for key, rows in stage.items():
+            joined.setdefault(key, {}).update(rows)
+    return joined
+
+
+def _place(placed: Placed, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Rows by their global number; a layer without the module has a state of zeros, the empty one."""
+    states = {}
+    for key in sorted(placed):
+        rows = placed[key]
+        shape = next(iter(rows.values())).shape
+        states[key] = np.zeros((max(lengths.get(key.split("/")[0], 0), 1 + max(rows)), *shape))
+        for row, value in rows.items():
+            states[key][row] = value
+    return states
 
 
 def _counts(collector: Collector) -> tuple[int, int]:
-    """Samples and tokens of the whole job: summed over data parallelism; NeMo shows tokens to the first stage alone."""
+    """Samples and tokens of the whole job: every rank knows its own data-parallel rank's."""
     counts = torch.tensor([collector.samples, collector.tokens], device=torch.cuda.current_device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    stages = parallel_state.get_pipeline_model_parallel_group()
-    torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX, group=stages)
     return int(counts[0]), int(counts[1])
 
 
@@ -90,5 +112,6 @@ def layout() -> dict[str, int]:
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
     }

@@ -1,95 +1,108 @@
-"""The paper's aggregations (2407.14679, section 2.2) as states that add, merge and finish.
+"""Activations -> states of the paper's aggregations (2407.14679, section 2.2); the formulas are the artifacts'.
 
-An aggregation turns many numbers per channel into one. Its state is a tuple of fp64 tensors of one shape, so
-states of two shards of a sequence, or of two ranks' samples, merge exactly; finished values do not. The same
-four serve over the sequence (one state per sample) and over the samples.
+Over the sequence a reduction runs through every activation of the model, so it is one pass in the activation's
+own precision with fp32 sums; everything after it is small and in fp64.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.artifacts.statistics import AGGREGATIONS, State, criterion
 
-State = tuple[Tensor, ...]
+__all__ = ["AGGREGATIONS", "criterion", "over_samples", "over_sequence", "with_counts"]
+
+Heavy = tuple[Tensor, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Aggregation:
-    """`start(values)` reduces dimension 0 of [n, ...]; `merge(a, b)`; `finish(state)` -> [...].
+def over_sequence(name: str, values: Tensor, ids: Tensor | None, samples: int) -> Heavy:
+    """Reduces activations [P, B, ...] to [samples, ...]: a state but for its count (see `with_counts`).
 
-    `fields` name the tensors of a state, as they are stored in Scores.
+    `ids` int64 [P, B] says whose position each one is, -1 for nobody's; None: column b is sample b. Where
+    values has k times as many positions as `ids` (heads in the place of channels), each stands k times.
     """
-
-    name: str
-    fields: tuple[str, ...]
-    start: Callable[[Tensor], State]
-    merge: Callable[[State, State], State]
-    finish: Callable[[State], Tensor]
-
-
-def _count(values: Tensor) -> Tensor:
-    return torch.full(values.shape[1:], values.shape[0], dtype=torch.float64, device=values.device)
+    if ids is None:
+        return _WHOLE[name](values)
+    ids = ids.repeat_interleave(values.shape[0] // ids.shape[0], 0) if len(values) != len(ids) else ids
+    kept = ids >= 0
+    return _SPLIT[name](values[kept].double(), ids[kept], samples)
 
 
-def _add(a: State, b: State) -> State:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+def _mean_whole(values: Tensor) -> Heavy:
+    return (values.abs().sum(0, dtype=torch.float32),)
 
 
-def _start_mean(values: Tensor) -> State:
-    return values.abs().sum(0, dtype=torch.float32).double(), _count(values)
+def _l2_whole(values: Tensor) -> Heavy:
+    return (values.float().square().sum(0),)
 
 
-def _start_l2(values: Tensor) -> State:
-    return (values.float().square().sum(0).double(),)
+def _var_whole(values: Tensor) -> Heavy:
+    variance, mean = torch.var_mean(values.float(), dim=0, correction=0)
+    return mean, variance * len(values)
 
 
-def _start_var(values: Tensor) -> State:
-    exact = values.double()
-    mean = exact.mean(0)
-    return _count(values), mean, (exact - mean).square().sum(0)
+def _max_whole(values: Tensor) -> Heavy:
+    return (values.abs().amax(0).float(),)
 
 
-def _merge_var(a: State, b: State) -> State:
-    """Chan's formula: n, mean and M2 of the union."""
-    n = a[0] + b[0]
-    delta = b[1] - a[1]
-    return n, a[1] + delta * b[0] / n, a[2] + b[2] + delta.square() * a[0] * b[0] / n
+def _sums(values: Tensor, ids: Tensor, samples: int) -> Tensor:
+    return values.new_zeros(samples, *values.shape[1:]).index_add_(0, ids, values)
 
 
-AGGREGATIONS = {
-    aggregation.name: aggregation
-    for aggregation in (
-        Aggregation("mean", ("sum", "count"), _start_mean, _add, lambda s: s[0] / s[1]),
-        Aggregation("l2", ("sum_of_squares",), _start_l2, _add, lambda s: s[0].sqrt()),
-        Aggregation("var", ("count", "mean", "m2"), _start_var, _merge_var, lambda s: s[2] / s[0]),
-        Aggregation(
-            "max",
-            ("max",),
-            lambda v: (v.abs().amax(0).double(),),
-            lambda a, b: (torch.maximum(a[0], b[0]),),
-            lambda s: s[0],
-        ),
-    )
+def _var_split(values: Tensor, ids: Tensor, samples: int) -> Heavy:
+    counts = torch.bincount(ids, minlength=samples).clamp(min=1).double()
+    mean = _sums(values, ids, samples) / counts.view(-1, *[1] * (values.dim() - 1))
+    return mean, _sums((values - mean[ids]).square(), ids, samples)
+
+
+def _max_split(values: Tensor, ids: Tensor, samples: int) -> Heavy:
+    return (values.new_zeros(samples, *values.shape[1:]).index_reduce_(0, ids, values.abs(), "amax"),)
+
+
+_WHOLE: dict[str, Callable[[Tensor], Heavy]] = {
+    "mean": _mean_whole, "l2": _l2_whole, "var": _var_whole, "max": _max_whole,
+}  # fmt: skip
+_SPLIT: dict[str, Callable[[Tensor, Tensor, int], Heavy]] = {
+    "mean": lambda v, ids, n: (_sums(v.abs(), ids, n),),
+    "l2": lambda v, ids, n: (_sums(v.square(), ids, n),),
+    "var": _var_split,
+    "max": _max_split,
 }
 
 
-def check_norms(norms: str) -> None:
-    """Raises InputError unless `norms` says which norms `hidden` sums."""
-    if norms not in ("all", "layers"):
-        raise InputError(f"norms '{norms}' is unknown; legal are all and layers")
+def with_counts(name: str, heavy: Heavy, counts: Tensor) -> State:
+    """The state of `heavy` fp64 [R, samples, ...]; `counts` fp64 [samples]: positions of each sample."""
+    if "count" not in AGGREGATIONS[name].fields:
+        return heavy
+    count = counts.view(1, -1, *[1] * (heavy[0].dim() - 2)).expand_as(heavy[0])
+    return (count, *heavy) if name == "var" else (*heavy, count)
 
 
-def criterion(name: str) -> tuple[Aggregation, Aggregation]:
-    """`"l2,mean"` -> (over samples, over the sequence), the paper's order. Raises InputError."""
-    parts = name.split(",")
-    for part in parts:
-        if part not in AGGREGATIONS:
-            raise InputError(f"aggregation '{part}' in criterion '{name}' is unknown; {nearest(part, AGGREGATIONS)}")
-    if len(parts) != 2:
-        raise InputError(f"criterion '{name}' must be two aggregations 'batch,sequence', for example 'l2,mean'")
-    return AGGREGATIONS[parts[0]], AGGREGATIONS[parts[1]]
+def over_samples(name: str, values: Tensor, deal: Tensor) -> State:
+    """States of finished samples fp64 [R, samples, ...] -> [R, 2, ...], in two halves.
+
+    `deal` fp64 [samples, 2] has a 1 where a sample belongs to a half, and zeros for one that does not count.
+    """
+    counts = deal.sum(0).view(1, 2, *[1] * (values.dim() - 2))
+    if name == "mean":
+        total = dealt(values.abs(), deal)
+        return total, counts.expand_as(total).contiguous()
+    if name == "l2":
+        return (dealt(values.square(), deal),)
+    if name == "max":
+        return (torch.stack([(values.abs() * _column(deal, k, values)).amax(1) for k in (0, 1)], 1),)
+    mean = dealt(values, deal) / counts.clamp(min=1)
+    parts = [((values - mean[:, k : k + 1]).square() * _column(deal, k, values)).sum(1) for k in (0, 1)]
+    return counts.expand_as(mean).contiguous(), mean, torch.stack(parts, 1)
+
+
+def dealt(values: Tensor, deal: Tensor) -> Tensor:
+    """[R, samples, ...] -> [R, 2, ...]: sums over the samples of each half."""
+    return torch.einsum("rn...,nh->rh...", values, deal)
+
+
+def _column(deal: Tensor, half: int, values: Tensor) -> Tensor:
+    return deal[:, half].view(1, -1, *[1] * (values.dim() - 2))

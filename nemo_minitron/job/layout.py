@@ -10,7 +10,13 @@ from nemo_minitron.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions; `sp` is sequence parallelism within a tensor-parallel group."""
+    """Sizes of the parallel dimensions, as Megatron has them.
+
+    `sp` is sequence parallelism within a tensor-parallel group, `etp` the tensor parallelism of experts (as
+    `tp` where it is left 0). Experts are spread over `ep` of the ranks that tensor, context and data
+    parallelism give. `first_stage` and `last_stage`: layers of the first and last pipeline stage where the
+    stages are uneven; 0 for even.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -19,42 +25,84 @@ class Layout:
     ep: int = 1
     dp: int = 1
     sp: bool = False
+    etp: int = 0
+    first_stage: int = 0
+    last_stage: int = 0
 
     @property
     def processes(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or self.tp
+
     def check(self, architecture: Architecture) -> None:
         """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run it."""
-        for name in ("tp", "pp", "vp", "cp", "ep", "dp"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         if not legal_tp(architecture, self.tp):
             raise InputError(
                 f"tp={self.tp} does not divide {_sizes(architecture)}; the nearest legal tp is "
                 f"{nearest_tp(self.tp, architecture)}"
             )
-        stages = self.pp * self.vp
-        if architecture.num_layers % stages:
-            legal = [n for n in range(1, architecture.num_layers + 1) if architecture.num_layers % n == 0]
-            closest = min(legal, key=lambda n: (abs(n - stages), n))
-            raise InputError(
-                f"{architecture.num_layers} layers do not divide into {stages} pipeline stages "
-                f"(pp={self.pp}, vp={self.vp}); the nearest legal number of stages is {closest}"
-            )
         if self.vp > 1 and self.pp == 1:
             raise InputError(f"vp={self.vp} needs pp of at least 2; the nearest legal vp is 1")
-        if self.ep > 1:
-            raise InputError(f"ep={self.ep} needs a mixture of experts; the nearest legal ep is 1")
+        self._check_stages(architecture.num_layers)
+        self._check_experts(architecture)
+
+    def _check_stages(self, layers: int) -> None:
+        if self.first_stage or self.last_stage:
+            self._check_uneven(layers)
+            return
+        stages = self.pp * self.vp
+        if layers % stages:
+            closest = _nearest(stages, [n for n in range(1, layers + 1) if layers % n == 0])
+            raise InputError(
+                f"{layers} layers do not divide into {stages} pipeline stages (pp={self.pp}, vp={self.vp}); the "
+                f"nearest legal number of stages is {closest}, or say how many layers the first or last one has"
+            )
+
+    def _check_uneven(self, layers: int) -> None:
+        """Megatron wants the other stages equal, and every stage divisible by its virtual stages."""
+        ends = [n for n in (self.first_stage, self.last_stage) if n]
+        rest, stages = layers - sum(ends), self.pp - len(ends)
+        if self.pp < 2 or stages < 0 or rest < 0 or (rest % stages if stages else rest):
+            raise InputError(
+                f"{layers} layers with first_stage={self.first_stage} and last_stage={self.last_stage} leave {rest} "
+                f"for {stages} stages of pp={self.pp}; those must share them evenly, or leave both 0"
+            )
+        if any(n % self.vp for n in (*ends, rest // max(1, stages))):
+            raise InputError(f"stages of {ends} layers do not divide into vp={self.vp}; the nearest legal vp is 1")
+
+    def _check_experts(self, architecture: Architecture) -> None:
+        experts = getattr(architecture, "num_moe_experts", None)
+        for name, value in (("ep", self.ep), ("etp", self.etp)):
+            if not experts and value > 1:
+                raise InputError(f"{name}={value} needs a mixture of experts; the nearest legal {name} is 1")
+        if not experts:
+            return
+        if experts % self.ep:
+            legal = _nearest(self.ep, [n for n in range(1, experts + 1) if experts % n == 0])
+            raise InputError(f"{experts} experts do not divide over ep={self.ep}; the nearest legal ep is {legal}")
+        ranks = self.tp * self.cp * self.dp
+        if ranks % (self.ep * self.expert_tp):
+            legal = _nearest(self.ep, [n for n in range(1, ranks + 1) if ranks % (n * self.expert_tp) == 0] or [1])
+            raise InputError(
+                f"ep={self.ep} with experts' tp={self.expert_tp} does not divide tp*cp*dp={ranks} ranks; the nearest "
+                f"legal ep is {legal}"
+            )
 
     def check_sequence(self, length: int) -> None:
-        """Raises InputError for a sequence that sequence parallelism cannot divide."""
-        if self.sp and length % self.tp:
-            nearest = max(1, round(length / self.tp)) * self.tp
+        """Raises InputError for a sequence that sequence or context parallelism cannot divide."""
+        parts = (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+        if length % parts:
+            why = " and ".join([f"tp={self.tp}, which sp needs"] * self.sp + [f"2*cp={2 * self.cp}"] * (self.cp > 1))
             raise InputError(
-                f"sequences of {length} tokens do not divide by tp={self.tp}, which sp needs; "
-                f"the nearest legal length is {nearest}, or leave sp off"
+                f"sequences of {length} tokens do not divide by {why}; the nearest legal length is "
+                f"{max(1, round(length / parts)) * parts}"
             )
 
     def for_student(self, student: Architecture, teacher: Architecture) -> tuple[Layout, str]:
@@ -69,6 +117,9 @@ class Layout:
         return dataclasses.replace(self, tp=tp, sp=self.sp and tp > 1), why
 
 
+LEAST = dict.fromkeys(("tp", "pp", "vp", "cp", "ep", "dp"), 1) | dict.fromkeys(("etp", "first_stage", "last_stage"), 0)
+
+
 def legal_tp(architecture: Architecture, tp: int) -> bool:
     """Megatron-core 0.15 wants heads, query groups and the MLP's width divisible by TP."""
     sizes = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
@@ -78,8 +129,11 @@ def legal_tp(architecture: Architecture, tp: int) -> bool:
 def nearest_tp(tp: int, *architectures: Architecture) -> int:
     """The TP closest to `tp` that is legal for all of them; the smaller of two."""
     most = min(architecture.num_query_groups for architecture in architectures)
-    legal = [n for n in range(1, most + 1) if all(legal_tp(a, n) for a in architectures)]
-    return min(legal, key=lambda n: (abs(n - tp), n))
+    return _nearest(tp, [n for n in range(1, most + 1) if all(legal_tp(a, n) for a in architectures)])
+
+
+def _nearest(value: int, legal: list[int]) -> int:
+    return min(legal, key=lambda n: (abs(n - value), n))
 
 
 def _sizes(a: Architecture) -> str:

@@ -74,6 +74,7 @@ def start(layout: Layout | None = None, seed: int = 1234) -> None:
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -99,6 +100,7 @@ def current_layout(sp: bool = False) -> Layout:
         vp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         cp=parallel_state.get_context_parallel_world_size(),
         ep=parallel_state.get_expert_model_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size(),
         dp=parallel_state.get_data_parallel_world_size(),
         sp=sp,
     )
@@ -111,6 +113,9 @@ def build(config: Any, layout: Layout) -> list[Any]:
     config.virtual_pipeline_model_parallel_size = layout.vp if layout.vp > 1 else None
     config.context_parallel_size = layout.cp
     config.expert_model_parallel_size = layout.ep
+    config.expert_tensor_parallel_size = layout.expert_tp
+    config.num_layers_in_first_pipeline_stage = layout.first_stage or None
+    config.num_layers_in_last_pipeline_stage = layout.last_stage or None
     config.sequence_parallel = layout.sp and layout.tp > 1
     config.microbatch_group_size_per_vp_stage = layout.pp
     config.pipeline_dtype = config.params_dtype

@@ -1,14 +1,19 @@
 """Run under torchrun, once for a world size: every layout of that size, on bare Megatron modules.
 
-Arguments: folder of pico models, JSON list of cases, output file. Rank 0 writes one result a case.
+Arguments: folder of pico models, JSON list of cases, output file. Rank 0 writes the results of a case.
 """
 
+import itertools
 import json
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+
+CRITERIA = ["l2,mean", *(",".join(p) for p in itertools.product(("mean", "l2", "var", "max"), repeat=2))]
+BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
+AXES = ("ffn", "ffn_pre_activation", "heads", "head_channels", "norms", "layers", "mlp_output")
 
 
 def register_own_estimator():
@@ -27,7 +32,24 @@ def register_own_estimator():
             return Watch(layer, module.linear_fc2, lambda module, given, output: output[0])
 
 
-def run_case(case, folder):
+def batches_of(kind, tokens):
+    """This data-parallel rank's batches: plain rows, rows with masks dealt unevenly, or packed rows."""
+    import torch
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if kind == "plain":
+        return [batch[rank::size] for batch in tokens.split(4 * size)]
+    if kind == "masked":
+        mask = torch.from_numpy(np.load(Path(sys.argv[1]) / "mask.npy"))
+        first = [0, 10, 16] if size == 2 else np.linspace(0, 16, size + 1).astype(int)  # ranks get 10 and 6 rows
+        mine = slice(first[rank], first[rank + 1])
+        return [{"tokens": t, "loss_mask": m} for t, m in zip(tokens[mine].split(4), mask[mine].split(4), strict=True)]
+    rows = [{"tokens": tokens[k : k + 1], "cu_seqlens": torch.tensor([b])} for k, b in enumerate(BOUNDARIES)]
+    return rows[rank::size]
+
+
+def run_case(case, folder, out):
     import torch
     from megatron.core import parallel_state
 
@@ -42,20 +64,35 @@ def run_case(case, folder):
     source = HFSource(folder / case["model"])
     chunks = load_model(folder / case["model"], layout=layout)
     live = LiveSource(chunks, source.architecture)
-    differing = [
-        name
-        for name, shape in source.architecture.shapes().items()
-        if not np.array_equal(live.read(name, whole(shape)), source.read(name, whole(shape)))
-    ]
-    digest = source_digest(live) == source_digest(source)
+    result = {
+        "differing": [
+            name
+            for name, shape in source.architecture.shapes().items()
+            if not np.array_equal(live.read(name, whole(shape)), source.read(name, whole(shape)))
+        ],
+        "digest": source_digest(live) == source_digest(source),
+    }
     tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = [batch[rank::size] for batch in tokens.split(4)]
-    scores = estimate(chunks, batches)
-    scores.tensors |= estimate(chunks, batches, axes=("mlp_output",)).tensors
-    logits = _logits(chunks, tokens[:2], source.architecture.vocab_size) if layout.pp == 1 else None
+    logits = _logits(chunks, tokens[:2], source.architecture.vocab_size) if layout.pp * layout.cp == 1 else None
+    found = {}
+    for kind in case["kinds"]:
+        found[kind] = estimate(chunks, batches_of(kind, tokens), criterion=CRITERIA, axes=AXES)
+    for mutation, kind in case["mutations"]:
+        with mutated(mutation):
+            found[mutation] = estimate(chunks, batches_of(kind, tokens), criterion=CRITERIA, axes=AXES)
     parallel_state.destroy_model_parallel()
-    return {"differing": differing, "digest": digest}, scores, logits
+    if torch.distributed.get_rank() == 0:
+        (out / f"{case['name']}.json").write_text(json.dumps(result))
+        for kind, scores in found.items():
+            scores.save(out / f"{case['name']}-{kind}.safetensors")
+        if logits is not None:
+            np.save(out / f"{case['name']}.npy", logits.numpy())
+
+
+def mutated(name):
+    import mutations  # beside this file: a script's folder is on the path
+
+    return mutations.MUTATIONS[name]()
 
 
 def _logits(chunks, tokens, vocab_size):
@@ -79,12 +116,7 @@ def main():
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     for case in cases:
-        result, scores, logits = run_case(case, folder)
-        if torch.distributed.get_rank() == 0:
-            (out / f"{case['name']}.json").write_text(json.dumps(result))
-            scores.save(out / f"{case['name']}.safetensors")
-            if logits is not None:
-                np.save(out / f"{case['name']}.npy", logits.numpy())
+        run_case(case, folder, out)
     torch.distributed.destroy_process_group()
 
 

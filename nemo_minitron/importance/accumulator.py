@@ -1,0 +1,100 @@
+"""The statistics of one estimator over the rows of one model chunk, micro-batch by micro-batch.
+
+The order of the steps is the method (DESIGN, section 3): a sample's state is merged over the ranks that hold
+parts of its sequence before it is finished; finished samples go into the state over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_minitron.artifacts.statistics import AGGREGATIONS, TOKENS, Aggregation, State, aggregation_of
+from nemo_minitron.importance.registry import Estimator, Watch
+from nemo_minitron.importance.samples import Samples
+from nemo_minitron.importance.statistics import Heavy, dealt, over_samples, over_sequence, with_counts
+
+Pair = tuple[str, str]
+
+
+class Accumulator:
+    """Gathers an estimator's activations under several criteria in one pass.
+
+    A hook only reduces over the sequence (`add`); once the micro-batch has gone through the chunk, `flush`
+    does all the rest for all rows together, with one collective a statistic and group. `states[pair]`: fields
+    fp64 [rows, 2 halves, ...] in the order of `rows`.
+    """
+
+    def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: Any) -> None:
+        self.estimator = estimator
+        self.pairs = list(pairs) if estimator.aggregate else [(TOKENS, "mean")]
+        self.split = config.sequence_parallel and not estimator.sharded and not estimator.heads_are_positions
+        self.groups = _sequence_groups(estimator, self.split)
+        self.states: dict[Pair, State] = {}
+        self.rows: list[int] = []
+        self._pending: dict[int, dict[str, Heavy]] = {}
+        self._positions = 0
+
+    def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
+        """[P, B, ...] of one row, of the micro-batch under way."""
+        places, number = samples.places(self.split), len(samples.counts)
+        names = {sequence for _, sequence in self.pairs}
+        self._pending[watch.row] = {name: over_sequence(name, values, places, number) for name in names}
+        self._positions = values.shape[0]
+
+    def flush(self, samples: Samples) -> None:
+        """Takes the finished micro-batch in. Collective over the ranks that share its sequence."""
+        if not self._pending:
+            return
+        self.rows = self.rows or sorted(self._pending)
+        pending, self._pending = [self._pending[row] for row in self.rows], {}
+        counts = samples.local_counts(self.split, self._positions)
+        for sequence in {name for _, name in self.pairs}:
+            parts = zip(*(row[sequence] for row in pending), strict=True)
+            heavy = tuple(torch.stack(part).double() for part in parts)
+            state = merge_over(self.groups, AGGREGATIONS[sequence], with_counts(sequence, heavy, counts))
+            self._take(sequence, state, samples)
+
+    def _take(self, sequence: str, state: State, samples: Samples) -> None:
+        finished = AGGREGATIONS[sequence].finish(state)
+        for pair in self.pairs:
+            if pair[1] != sequence:
+                continue
+            if pair[0] == TOKENS:  # only sums: those of all positions are those of the samples together
+                new: State = tuple(dealt(field, samples.deal) for field in state)
+            else:
+                new = over_samples(pair[0], finished, samples.deal)
+            old = self.states.get(pair)
+            self.states[pair] = new if old is None else aggregation_of(pair).merge(old, new)
+
+    def drop(self) -> None:
+        """Forgets a micro-batch that was broken off."""
+        self._pending.clear()
+
+
+def _sequence_groups(estimator: Estimator, split: bool) -> list[Any]:
+    """The groups over which this estimator's positions are split."""
+    groups = []
+    if split or estimator.heads_are_positions:
+        groups.append(parallel_state.get_tensor_model_parallel_group())
+    groups.append(parallel_state.get_context_parallel_group())
+    return groups
+
+
+def merge_over(groups: Sequence[Any], aggregation: Aggregation, state: State) -> State:
+    """The merged state of all ranks of the groups, in rank order, so that every rank gets the same bits."""
+    for group in groups:
+        size = torch.distributed.get_world_size(group)
+        if size == 1:
+            continue
+        packed = torch.stack(list(state))
+        parts = [torch.empty_like(packed) for _ in range(size)]
+        torch.distributed.all_gather(parts, packed, group=group)
+        state = tuple(parts[0])
+        for part in parts[1:]:
+            state = aggregation.merge(state, tuple(part))
+    return state

@@ -1,0 +1,106 @@
+"""A user's calibration batches -> micro-batches of one shape and number on every rank.
+
+What a layout cannot divide is filled up with masked positions and masked samples, which count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.importance.samples import boundaries_of
+
+Batch = dict[str, Tensor]
+
+
+def micro_batches(batches: Iterable[Any], *, virtual: bool, split: int) -> list[Batch]:
+    """This data-parallel rank's own, each `tokens, loss_mask` [B, S] and perhaps `cu_seqlens`. Collective.
+
+    `virtual`: Megatron's interleaved schedule wants their number divisible by the pipeline's stages; `split`: the
+    parts into which sequence parallelism cuts a sequence. Raises InputError where no rank has a batch.
+    """
+    given = [_read(batch) for batch in batches]
+    device = torch.cuda.current_device()
+    rows, length = (max((b["tokens"].shape[d] for b in given), default=0) for d in (0, 1))
+    largest = torch.tensor([len(given), rows, length], device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    number, rows, length = largest.tolist()
+    if not number:
+        raise InputError("no calibration batches were given; at least one is needed")
+    whole = split * (2 * parallel_state.get_context_parallel_world_size() if _context() else 1)
+    length = -(-length // whole) * whole
+    if virtual:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        number = -(-number // stages) * stages
+    empty = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "loss_mask": torch.zeros(1, 1)}
+    return [_filled(batch, rows, length) for batch in [*given, *[empty] * (number - len(given))]]
+
+
+def _read(batch: Any) -> Batch:
+    if not isinstance(batch, dict):
+        batch = {"tokens": torch.as_tensor(batch)}
+    tokens = batch.get("tokens")
+    if tokens is None or tokens.dim() != 2 or not tokens.numel():
+        raise InputError("a calibration batch must be tokens of [batch, sequence], or a dict with such 'tokens'")
+    mask = batch.get("loss_mask")
+    if mask is not None and mask.shape != tokens.shape:
+        raise InputError(f"loss_mask is {tuple(mask.shape)}; it must be as the tokens, {tuple(tokens.shape)}")
+    read = {"tokens": tokens, "loss_mask": torch.ones(tokens.shape) if mask is None else mask.float()}
+    boundaries = boundaries_of(batch)
+    return read if boundaries is None else read | {"cu_seqlens": boundaries}
+
+
+def _filled(batch: Batch, rows: int, length: int) -> Batch:
+    """Padded on the right with token 0, which no earlier position sees, and below."""
+    have = batch["tokens"].shape
+    by = (0, length - have[1], 0, rows - have[0])
+    filled = {name: torch.nn.functional.pad(batch[name], by) for name in ("tokens", "loss_mask")}
+    if "cu_seqlens" in batch:
+        filled["cu_seqlens"] = batch["cu_seqlens"]
+    return filled
+
+
+def _context() -> bool:
+    return parallel_state.get_context_parallel_world_size() > 1
+
+
+def forward_arguments(batch: Batch) -> dict[str, Any]:
+    """What Megatron's GPTModel takes of a micro-batch, cut over context-parallel ranks."""
+    device = torch.cuda.current_device()
+    tokens = batch["tokens"].to(device)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    packed = None
+    if "cu_seqlens" in batch:
+        packed, positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1])
+    cut = get_batch_on_this_cp_rank({"tokens": tokens.contiguous(), "position_ids": positions.contiguous()})
+    return {
+        "input_ids": cut["tokens"], "position_ids": cut["position_ids"], "attention_mask": None,
+        "packed_seq_params": packed,
+    }  # fmt: skip
+
+
+def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
+    """Attention that stays within each sample; what lies behind the last one is a sample that nobody counts."""
+    if boundaries[-1] < length:
+        boundaries = torch.cat([boundaries, boundaries.new_tensor([length])])
+    places = torch.arange(length, device=boundaries.device)
+    starts = boundaries[torch.searchsorted(boundaries, places, right=True) - 1]
+    sizes, longest = boundaries.int(), int(boundaries.diff().max())
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=sizes, cu_seqlens_kv=sizes, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    return params, (places - starts)[None]
+
+
+def seen(batches: list[Batch], chunk: int, collector: Any) -> Iterator[Batch]:
+    """The micro-batches in the order in which a chunk meets them; the collector is told of each."""
+    for batch in batches:
+        collector.expect(batch, first=chunk == 0)
+        yield batch

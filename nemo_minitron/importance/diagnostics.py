@@ -1,0 +1,95 @@
+"""What a calibration should say about itself: numbers that are not finite, dead units, idle layers, too few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from nemo_minitron.artifacts import Scores, criteria
+from nemo_minitron.errors import InputError
+
+STABLE = 0.9
+"""Rank correlation of two halves from which on a ranking is called stable."""
+NORM_ROWS = ("norms",)
+
+
+def check_finite(states: Mapping[str, np.ndarray]) -> None:
+    """Raises InputError that names the first layer with a statistic that is NaN or infinite, and which one."""
+    found = []
+    for key, array in states.items():
+        rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+        found += [(_place(key.split("/")[0], int(row), len(array)), key.split("/")[0]) for row in rows[:1]]
+    if found:
+        (_, where), statistic = min(found)
+        raise InputError(
+            f"the activations behind '{statistic}' are not finite from {where} on; check the model's weights, or "
+            f"calibrate in fp32"
+        )
+
+
+def _place(statistic: str, row: int, rows: int) -> tuple[float, str]:
+    if statistic not in NORM_ROWS:
+        return row, f"layer {row}"
+    if row == rows - 1:
+        return row / 2, "the final norm"
+    return row / 2, f"layer {row // 2}'s {'pre-MLP' if row % 2 else 'input'} norm"
+
+
+def remarks(scores: Scores) -> list[str]:
+    """Sentences about what looks wrong: dead units, layers whose output is their input, an unstable ranking."""
+    return [*_dead(scores), *_idle(scores), *_unstable(scores)]
+
+
+def _dead(scores: Scores) -> list[str]:
+    found = []
+    for name, unit in (("ffn", "neurons"), ("heads", "heads"), ("experts", "experts")):
+        if name not in scores:
+            continue
+        dead = (scores[name] == 0).sum(axis=1)
+        dead[dead == scores[name].shape[1]] = 0  # a layer without the module
+        layers = np.flatnonzero(dead)
+        found += [
+            f"layer {layer}: {dead[layer]} of {scores[name].shape[1]} {unit} were never active" for layer in layers
+        ]
+    return found
+
+
+def _idle(scores: Scores) -> list[str]:
+    if "layers" not in scores:
+        return []
+    idle = np.flatnonzero(np.abs(scores["layers"]) < 1e-6)
+    return [f"layer {layer}: its output equals its input" for layer in idle]
+
+
+def _unstable(scores: Scores) -> list[str]:
+    return [
+        f"{name}: the rankings of two halves of the samples correlate by {value:.3f} only; give more tokens"
+        for name, value in split_half(scores).items()
+        if value < STABLE
+    ]
+
+
+def split_half(scores: Scores) -> dict[str, float]:
+    """Axis -> Spearman's rank correlation of the scores of two halves of the samples, the mean over layers.
+
+    The halves are disjoint and dealt by the samples' content, the same in every layout. Empty where a half has
+    no sample. One ranking for `hidden` and `layers`.
+    """
+    if not scores.states:
+        return {}
+    halves = []
+    for half in (0, 1):
+        numbers = criteria.finish(scores.states, scores.criterion, half)
+        if not any(array.any() for array in numbers.values()):
+            return {}
+        halves.append(criteria.derive(numbers, scores.architecture, scores.norms))
+    names = [n for n in ("ffn", "heads", "query_groups", "hidden", "layers", "experts") if n in halves[0]]
+    return {name: _correlation(halves[0][name], halves[1][name]) for name in names}
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    rows = zip(np.atleast_2d(a), np.atleast_2d(b), strict=True)
+    return float(np.mean([spearmanr(x, y).statistic for x, y in rows if np.ptp(x) and np.ptp(y)] or [1.0]))

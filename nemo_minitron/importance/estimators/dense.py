@@ -1,0 +1,177 @@
+"""The estimators of dense decoders (2407.14679, section 2.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import Attention, SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.importance.registry import Estimator, Watch, estimator
+
+
+def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+    return given
+
+
+def _output(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+# -- MLP -----------------------------------------------------------------------------------------------
+@estimator(MLP)
+class Neurons(Estimator):
+    """The MLP's hidden activation, after gating: the input of `linear_fc2`."""
+
+    axis = "ffn"
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        return Watch(layer, module.linear_fc2, _input)
+
+
+@estimator(MLP)
+class PreActivations(Estimator):
+    """X W1, the paper's own formula: the output of `linear_fc1`; of a gated MLP what goes into the activation."""
+
+    axis = "ffn_pre_activation"
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        gated = module.config.gated_linear_unit
+
+        def before(linear: nn.Module, given: Tensor, output: Any) -> Tensor:
+            whole = output[0]
+            whole = whole if output[1] is None else whole + output[1]
+            return whole.chunk(2, dim=-1)[0] if gated else whole
+
+        return Watch(layer, module.linear_fc1, before)
+
+
+# -- attention -----------------------------------------------------------------------------------------
+@estimator(Attention)
+class Heads(Estimator):
+    """Per token the L2 norm of each head's output: the input of `linear_proj`. Multi-latent attention too."""
+
+    axis = "heads"
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        heads = module.num_attention_heads_per_partition
+
+        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+            return torch.linalg.vector_norm(given.float().unflatten(-1, (heads, -1)), dim=-1)
+
+        return Watch(layer, module.linear_proj, norms)
+
+
+@estimator(Attention)
+class HeadChannels(Estimator):
+    """Each channel of the heads' outputs; the norm over a head's channels is taken at the end (Model Optimizer)."""
+
+    axis = "head_channels"
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        return Watch(layer, module.linear_proj, _input)
+
+
+class _HeadNorm(Estimator):
+    """A norm over head_dim, with one gamma for all heads: [num_layers, head_dim], never part of `hidden`."""
+
+    sharded = False
+    heads_are_positions = True
+    part: str
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        norm = getattr(module, self.part, None)
+        if norm is None or isinstance(norm, IdentityOp):
+            return None
+
+        def spread(_: nn.Module, given: Tensor, output: Tensor) -> Tensor:
+            return output.transpose(1, 2).flatten(0, 1)  # [S, B, heads, D] -> [S * heads, B, D]
+
+        return Watch(layer, norm, spread)
+
+
+@estimator(SelfAttention)
+class QueryNorm(_HeadNorm):
+    axis, part = "q_norm", "q_layernorm"
+
+
+@estimator(SelfAttention)
+class KeyNorm(_HeadNorm):
+    axis, part = "k_norm", "k_layernorm"
+
+
+# -- norms of the residual stream ----------------------------------------------------------------------
+class _Norm(Estimator):
+    """A norm's output, one row a norm: input and pre-MLP norm of each layer, then the final one."""
+
+    axis = "norms"
+    sharded = False
+
+
+@estimator(TransformerLayer)
+class InputNorms(_Norm):
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        fused = getattr(module.self_attention, "linear_qkv", None)
+        return _watch_norm(2 * layer, module.input_layernorm, fused, module.config)
+
+
+@estimator(TransformerLayer)
+class PreMLPNorms(_Norm):
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        fused = getattr(module.mlp, "linear_fc1", None)
+        return _watch_norm(2 * layer + 1, module.pre_mlp_layernorm, fused, module.config)
+
+
+@estimator(TransformerBlock)
+class FinalNorm(_Norm):
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        norm = module.final_layernorm
+        if norm is None:  # not on this pipeline stage
+            return None
+        return Watch(2 * architecture.num_layers, norm, _output)
+
+
+def _watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
+    """A norm of its own shows its output; a fused one does not (nor under Transformer Engine), so it is
+    computed again from its input."""
+    if not isinstance(norm, IdentityOp):
+        return Watch(row, norm, _output)
+    if getattr(fused, "layer_norm_weight", None) is None:
+        return None
+
+    def again(module: Any, given: Tensor, output: Any) -> Tensor:
+        return normalize(given.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config)
+
+    return Watch(row, fused, again)
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+    """RMSNorm or LayerNorm of fp32 `x` [..., H] as a Megatron config says, incl. zero-centred gamma."""
+    gamma = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
+    if config.normalization == "RMSNorm":
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], gamma, config.layernorm_epsilon)
+    beta = None if bias is None else bias.float()
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, config.layernorm_epsilon)
+
+
+# -- depth ---------------------------------------------------------------------------------------------
+@estimator(TransformerLayer)
+class BlockInfluence(Estimator):
+    """1 - cos(layer input, layer output), the mean over all tokens."""
+
+    axis = "layers"
+    sharded = False
+    aggregate = False
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        def influence(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+            hidden = output[0] if isinstance(output, tuple) else output
+            return 1 - torch.nn.functional.cosine_similarity(given.float(), hidden.float(), dim=-1)
+
+        return Watch(layer, module, influence)
