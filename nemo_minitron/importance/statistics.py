@@ -40,8 +40,12 @@ def _l2_whole(values: Tensor) -> Heavy:
 
 
 def _var_whole(values: Tensor) -> Heavy:
-    variance, mean = torch.var_mean(values.float(), dim=0, correction=0)
-    return mean, variance * len(values)
+    """Around a mean rounded to fp32, and corrected for what the rounding left: exact far from zero too."""
+    values = values.float()
+    around = values.mean(0)
+    rest = values - around
+    left = rest.sum(0).double() / len(values)
+    return around.double() + left, rest.square().sum(0).double() - left.square() * len(values)
 
 
 def _max_whole(values: Tensor) -> Heavy:
