@@ -33,3 +33,9 @@ DEPTH_LOSS_FP32 = 1e-5
 
 # A normalised logit error: a difference of logits that are each right to some units of fp32. Relative.
 DEPTH_ERROR_FP32 = 1e-5
+
+# One training step of a pico model in two layouts in fp32: sums in another order, over four layers. Relative: the
+# loss, the norm of all gradients, and a gradient's largest difference over its largest element (much cancels there).
+STEP_LOSS_FP32 = 1e-6
+STEP_NORM_FP32 = 1e-5
+LAYOUT_GRADIENT_FP32 = 1e-5

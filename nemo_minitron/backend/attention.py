@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from nemo_minitron.backend import packing
 from nemo_minitron.errors import InputError
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -66,11 +67,37 @@ class Attention(MegatronModule):
 
         `attention_mask`: bool, True where attention is forbidden, broadcast to [B, heads, Sq, Sk] (Sk of all
         ranks under context parallelism), taken as it is; None means causal, or everything where the mask
-        type is not causal. Raises InputError for packed sequences.
+        type is not causal.
+
+        With `packed_seq_params` the row's samples do not see each other, and the mask is not looked at: query
+        [T, heads, D], key and value [T, groups, D] -> [T, heads * D], zero where a token is padding. Raises
+        InputError for packed sequences under context parallelism, of another format, or with a bias.
         """
-        if packed_seq_params is not None:
-            raise InputError("packed sequences need Transformer Engine's attention; turn sequence packing off")
         kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        if packed_seq_params is None:
+            return self._attend(query, key, value, kind, attention_mask, attention_bias)
+        packing.check(packed_seq_params, self.config.context_parallel_size)
+        if attention_bias is not None:
+            raise InputError("an attention bias cannot go with packed sequences; legal is None")
+        return self._packed(query, key, value, kind, packed_seq_params)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, kind: AttnMaskType, packed: Any) -> Tensor:
+        parts, end = [], 0
+        for at, keys in packing.segments(packed):
+            out = self._attend(query[at, None], key[keys, None], value[keys, None], kind, None, None)
+            parts += [_zeros(query, value, at.start - end), out.squeeze(1)]
+            end = at.stop
+        return torch.cat([*parts, _zeros(query, value, query.shape[0] - end)])
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kind: AttnMaskType,
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+    ) -> Tensor:
         if self.context is not None:
             key, value = _whole(key, self.context), _whole(value, self.context)
         mask, causal = self._mask(query, key.shape[0], kind, attention_mask)
@@ -119,6 +146,10 @@ class Attention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Nothing, as of Transformer Engine's."""
         return {}
+
+
+def _zeros(query: Tensor, value: Tensor, tokens: int) -> Tensor:
+    return query.new_zeros(tokens, query.shape[-2] * value.shape[-1])
 
 
 def _places(length: int, ranks: int, device: torch.device) -> Tensor:
