@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from nemo_minitron.backend.versions import replace
 from nemo_minitron.errors import InputError
 
 
@@ -37,35 +35,3 @@ def _spans(cumulative: Tensor, padded: Tensor | None) -> list[slice]:
     starts = cumulative if padded is None else padded
     lengths = [end - start for start, end in pairwise(cumulative.tolist())]
     return [slice(start, start + length) for start, length in zip(starts.tolist(), lengths, strict=False)]
-
-
-def longest(packed: Any) -> int:
-    """The longest sample's length with its padding, of queries and keys."""
-    pairs = (
-        (packed.cu_seqlens_q, packed.cu_seqlens_q_padded),
-        (packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded),
-    )
-    return max(int((own if padded is None else padded).diff().max()) for own, padded in pairs)
-
-
-def install() -> None:
-    """Positions restart with each sample, as under Transformer Engine's fused rotary embedding.
-
-    Megatron's unfused one counts on through the row where it is given as many positions as the row has tokens,
-    and it is given `max_seqlen_q`, which NeMo takes from the whole data set: a single sample that fills a row
-    is enough. Here it is given as many as the longest sample of the row has.
-    """
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    original = RotaryEmbedding.get_rotary_seq_len
-
-    @functools.wraps(original)
-    def get_rotary_seq_len(
-        self: Any, context: Any, transformer: Any, x: Tensor, config: Any, packed: Any = None, **options: Any
-    ) -> int:
-        packed = options.pop("packed_seq_params", packed)
-        if packed is not None:
-            return longest(packed)
-        return original(self, context, transformer, x, config, **options)
-
-    replace(RotaryEmbedding, "get_rotary_seq_len", get_rotary_seq_len)

@@ -26,7 +26,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from nemo_minitron.backend import packing
 from nemo_minitron.backend.attention import Attention
 from nemo_minitron.backend.norms import Norm, device_of, ignore_extra_state, norm_parameters, normalize
 from nemo_minitron.backend.versions import replace
@@ -208,5 +207,4 @@ def install() -> None:
     gpt_layer_specs.TENorm = Norm
     replace(transformer_block, "LayerNormImpl", Norm)
     replace(multi_latent_attention, "TELinear", Linear)  # which it compares its down projections' class with
-    packing.install()
     moe_utils.te_general_gemm = None  # the router's; Megatron names it without importing it

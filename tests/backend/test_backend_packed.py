@@ -44,8 +44,8 @@ def samples():
 
 
 # -- the model ---------------------------------------------------------------------------------------------
-# Tried by hand: one causal mask over the row, segments cut at the unpadded offsets, and positions that count on
-# (without packing.install: the case of a max_seqlen as long as the row) each fail here.
+# Tried by hand: one causal mask over the row, and segments that begin at the unpadded offsets, fail here. Where
+# max_seqlen is the row's length Megatron's rotary positions count on from sample to sample; they are relative.
 @pytest.mark.parametrize("longest", [None, sum(ROOM)])
 @pytest.mark.parametrize("room", [LENGTHS, ROOM], ids=["dense", "padded"])
 @pytest.mark.parametrize(

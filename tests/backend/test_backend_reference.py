@@ -1,14 +1,11 @@
 """The twin's layers against torch's and Megatron's own, and its module tree against Transformer Engine's."""
 
-import datetime
 from types import SimpleNamespace
 
-import backend_pico
+import bare_models
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
@@ -16,17 +13,7 @@ from nemo_minitron.backend.attention import Attention
 from nemo_minitron.backend.norms import Norm, normalize
 from nemo_minitron.errors import InputError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """Megatron's groups of one process; other test files may have made them."""
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        wait = datetime.timedelta(seconds=60)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=wait)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def norm_config(kind, centered, dtype=torch.float64):
@@ -83,7 +70,7 @@ def test_norm_parameters_know_sequence_parallelism_and_their_kind():
 def attentions(**overrides):
     """The twin's core attention and Megatron's unfused one, of one config."""
     scale = overrides.pop("softmax_scale", None)
-    made = backend_pico.config("rms", **overrides)
+    made = bare_models.config("qk_norm", num_attention_heads=6, num_query_groups=2, **overrides)
     return [
         cls(made, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self", softmax_scale=scale)
         for cls in (Attention, DotProductAttention)
@@ -148,44 +135,41 @@ def test_attention_takes_a_bias():
 
 
 def test_attention_refuses_what_it_cannot():
-    ours, _ = attentions()
-    with pytest.raises(InputError, match="packing"):
-        ours(*qkv(), packed_seq_params=PackedSeqParams(qkv_format="thd"))
     with pytest.raises(InputError, match="softmax_type"):
         attentions(softmax_type="learnable")
 
 
 # -- the model ---------------------------------------------------------------------------------------------
 def names(kind, **options):
-    return {n: tuple(p.shape) for n, p in backend_pico.model(backend_pico.config(kind), **options).named_parameters()}
+    return {n: tuple(p.shape) for n, p in bare_models.build(kind, **options)[0].named_parameters()}
 
 
 def test_parameters_have_transformer_engines_names():
-    got = names("rms", tied=False)
+    got = names("qk_norm")
     layer = {n.removeprefix("decoder.layers.1."): s for n, s in got.items() if n.startswith("decoder.layers.1.")}
     assert layer == {
-        "self_attention.linear_proj.weight": (24, 48),
-        "self_attention.linear_qkv.layer_norm_weight": (24,),
-        "self_attention.linear_qkv.weight": (80, 24),
+        "self_attention.linear_proj.weight": (48, 64),
+        "self_attention.linear_qkv.layer_norm_weight": (48,),
+        "self_attention.linear_qkv.weight": (128, 48),
         "self_attention.q_layernorm.weight": (8,),
         "self_attention.k_layernorm.weight": (8,),
-        "mlp.linear_fc1.layer_norm_weight": (24,),
-        "mlp.linear_fc1.weight": (80, 24),
-        "mlp.linear_fc2.weight": (24, 40),
+        "mlp.linear_fc1.layer_norm_weight": (48,),
+        "mlp.linear_fc1.weight": (120, 48),
+        "mlp.linear_fc2.weight": (48, 60),
     }
     rest = {n for n in got if not n.startswith("decoder.layers.")}
     assert rest == {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
 
 
 def test_layer_norms_and_linears_have_biases():
-    got = {n.removeprefix("decoder.layers.0.") for n in names("layer")}
+    got = {n.removeprefix("decoder.layers.0.") for n in names("nemotron")}
     for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         assert {f"{linear}.{n}" for n in ("layer_norm_weight", "layer_norm_bias", "weight", "bias")} <= got
     assert {"self_attention.linear_proj.bias", "mlp.linear_fc2.bias", "decoder.final_layernorm.bias"} <= got
 
 
 def test_experts_have_no_fused_norm():
-    got = {n.removeprefix("decoder.layers.0.") for n in names("moe")}
+    got = {n.removeprefix("decoder.layers.1.") for n in names("moe")}  # the first layer is dense
     assert {"pre_mlp_layernorm.weight", "mlp.router.weight"} <= got
     assert {f"mlp.experts.local_experts.{e}.linear_fc1.weight" for e in range(4)} <= got
     assert not any("experts" in n and "layer_norm" in n for n in got)
@@ -193,7 +177,7 @@ def test_experts_have_no_fused_norm():
 
 def test_a_checkpoint_has_transformer_engines_keys():
     """Norms whole, and an `_extra_state` wherever Transformer Engine asks for one when it loads."""
-    state = backend_pico.model(backend_pico.config("rms")).sharded_state_dict()
+    state = bare_models.build("qk_norm")[0].sharded_state_dict()
     keys = {k.removeprefix("decoder.layers.0.") for k in state if k.startswith("decoder.layers.0.")}
     with_state = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
                   "self_attention.q_layernorm", "self_attention.k_layernorm"}  # fmt: skip
@@ -201,11 +185,11 @@ def test_a_checkpoint_has_transformer_engines_keys():
     assert "decoder.final_layernorm._extra_state" in state
     norm = state["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"]
     assert norm.key == "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
-    assert norm.global_shape == (4, 24)  # the layers, stacked
+    assert norm.global_shape == (4, 48)  # the layers, stacked
 
 
 def test_extra_state_of_either_side_loads():
-    model = backend_pico.model(backend_pico.config("rms"))
+    model = bare_models.build("qk_norm")[0]
     state = model.state_dict()
     ours = {k: v for k, v in state.items() if not k.endswith("_extra_state")}
     model.load_state_dict(ours)  # none
@@ -215,7 +199,7 @@ def test_extra_state_of_either_side_loads():
 
 def test_shards_are_marked_also_where_nothing_is_initialised():
     """Else the gradient's norm counts one rank's shard alone."""
-    made = backend_pico.model(backend_pico.config("rms", perform_initialization=False))
+    made = bare_models.build("qk_norm", perform_initialization=False)[0]
     layer = made.decoder.layers[0]
     for linear, dim in ((layer.self_attention.linear_qkv, 0), (layer.mlp.linear_fc2, 1)):
         assert linear.weight.tensor_model_parallel
@@ -224,22 +208,22 @@ def test_shards_are_marked_also_where_nothing_is_initialised():
 
 
 def test_the_norm_is_in_front_of_the_linear():
-    made = backend_pico.model(backend_pico.config("rms")).decoder.layers[0].mlp.linear_fc1
-    x = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(0))
-    wanted = F.linear(F.rms_norm(x, (24,), made.layer_norm_weight, 3e-5), made.weight)
+    made = bare_models.build("qk_norm")[0].decoder.layers[0].mlp.linear_fc1
+    x = torch.randn(5, 2, 48, generator=torch.Generator().manual_seed(0))
+    wanted = F.linear(F.rms_norm(x, (48,), made.layer_norm_weight, 3e-5), made.weight)
     got, bias = made(x)
     assert bias is None
     assert torch.allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", list(backend_pico.KINDS))
+@pytest.mark.parametrize("kind", list(bare_models.KINDS))
 def test_the_model_is_causal_and_differentiable(kind):
-    made = backend_pico.model(backend_pico.config(kind))
-    tokens = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(0))
+    made = bare_models.build(kind)[0]
+    tokens = bare_models.tokens(2, length=12)
     positions = torch.arange(12).expand(2, 12)
     with torch.no_grad():
         first = made(tokens, positions, None)
-        changed = made(torch.cat([tokens[:, :6], (tokens[:, 6:] + 1) % 60], 1), positions, None)
+        changed = made(torch.cat([tokens[:, :6], (tokens[:, 6:] + 1) % bare_models.VOCAB], 1), positions, None)
     assert torch.allclose(first[:, :6], changed[:, :6], atol=1e-5)
     assert not torch.allclose(first[:, 6:], changed[:, 6:], atol=1e-2)
     made(tokens, positions, None, labels=tokens).mean().backward()
