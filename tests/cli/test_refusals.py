@@ -235,3 +235,64 @@ def test_architectures_in_plans_are_checked(world, tmp_path):
     done = minitron("prune", world / "teacher", tmp_path / "plan.json", tmp_path / "student")
     refused(done, "ffn of layer 0")
     assert isinstance(from_hf(world / "teacher"), Architecture)
+
+
+def test_a_nemo_checkpoint_is_cut_into_one_or_refused_before_nemo_is_loaded(world, tmp_path):
+    model = checkpoint(tmp_path / "model")
+    refused(minitron("prune", model, world / "plan.json", tmp_path / "student"), ".metadata")
+    refused(minitron("prune", model, world / "plan.json", model / "student"), "overlaps the teacher's")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_text("mine")
+    refused(minitron("prune", model, world / "plan.json", tmp_path / "mine", "--overwrite"), "is there already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+
+
+def test_a_dry_run_reads_a_nemo_teachers_sizes_and_loads_nothing(world, tmp_path):
+    model = checkpoint(tmp_path / "model")
+    script = (
+        "import sys\nfrom nemo_minitron.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: print([m for m in ('torch', 'nemo', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    arguments = ["compress", world / "recipe.py", f"teacher={model}", "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stages: convert, data, estimate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    refused(minitron(*arguments, "keep.ffn=97"), "ffn=97", "nearest is 96")
+
+
+def test_two_commands_never_share_a_run_folder(world, tmp_path):
+    """Without the lock the second one is refused for what the recipe lacks further on, not for this."""
+    run = tmp_path / "run"
+    hold = (
+        "import sys\nfrom nemo_minitron.job.lock import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        refused(minitron("compress", world / "recipe.py", "--out", run), "in use by another minitron", str(holder.pid))
+        assert [path.name for path in run.iterdir()] == [".lock"]
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_debug_shows_the_traceback_wherever_it_stands(world, tmp_path, where):
+    (tmp_path / "mine.py").write_text("def recipe():\n    return {}['a']")
+    words = ["compress", tmp_path / "mine.py", "--dry-run"]
+    refused(minitron(*words), "fails in line 2: KeyError: 'a'")
+    done = minitron(*(["--debug", *words] if where == "before" else [*words, "--debug"]))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "return {}['a']" in done.stderr
+
+
+def test_a_truncated_tokenizer_is_one_sentence(world, broken):
+    file = broken / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:500])
+    refused(minitron("evaluate", broken, "--data", world / "corpus.jsonl"), "gives no tokenizer")
+
+
+def test_evaluate_without_anything_to_measure(world):
+    refused(minitron("evaluate", world / "teacher"), "--data, --tasks or both")

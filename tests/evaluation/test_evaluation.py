@@ -208,6 +208,41 @@ def test_tasks_without_lm_eval_say_what_to_install(folder, monkeypatch):
         run_tasks(folder, ["hellaswag"])
 
 
+TASK = """
+task: pico_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def test_a_local_task_is_scored_by_lm_eval_itself(folder, tmp_path):
+    """Each choice is one token: the right answer is the likelier of two, reckoned here from the logits."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    pytest.importorskip("lm_eval")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder, eos_token="w3").save_pretrained(tmp_path / "model")  # lm-eval wants an EOS
+    rows = [{"context": f"w{i} w{i + 1}", "choices": ["w7", "w9"], "answer": i % 2} for i in range(1, 13)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "choice.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    right = 0
+    for i, row in enumerate(rows, 1):
+        logits = model(torch.tensor([[i, i + 1]])).logits[0, -1]
+        right += int(logits[7] < logits[9]) == row["answer"]
+    results = run_tasks(tmp_path / "model", [str(tmp_path / "choice.yaml")], precision="fp32")
+    assert results["pico_choice"]["acc,none"] == pytest.approx(right / len(rows))
+
+
 def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
     (tmp_path / "mine.yaml").write_text("tag: x\ntask: 'my_task'  # a comment\nprocess: !function a.b\n")
     called = {}
