@@ -39,12 +39,16 @@ def interleaved(functions: Functions, repetitions: int) -> dict[str, list[dict[s
 
 
 def summary(found: dict[str, list[dict[str, float]]], base: str) -> dict[str, dict[str, list[float]]]:
-    """Of each function [median, least, most]: wall and CPU seconds, and its CPU seconds over `base`'s of the round."""
+    """Of each function [median, least, most]: wall and CPU seconds, and its CPU seconds over `base`'s of the round.
+
+    `least`: its least CPU seconds over `base`'s. Other jobs only ever add, so on a busy machine that says most.
+    """
     rows = {}
     for name, runs in found.items():
         row = {clock: [run[clock] for run in runs] for clock in ("wall", "cpu")}
         row["ratio"] = [run["cpu"] / other["cpu"] for run, other in zip(runs, found[base], strict=True)]
-        rows[name] = {key: [statistics.median(v), min(v), max(v)] for key, v in row.items()}
+        rows[name] = {key: [round(x, 4) for x in (statistics.median(v), min(v), max(v))] for key, v in row.items()}
+        rows[name]["least"] = [round(min(row["cpu"]) / min(run["cpu"] for run in found[base]), 4)]
     return rows
 
 
@@ -68,11 +72,12 @@ def by_operation(functions: Functions, base: str, top: int = 8) -> dict[str, dic
     """Of each function but `base`: the operations that take more time in it, in ms (torch's profiler, self time)."""
     from torch.profiler import ProfilerActivity, profile
 
-    times = {}
-    for name, function in functions.items():
+    times: dict[str, dict[str, float]] = {name: {} for name in functions}
+    for name, function in [*functions.items()] * 3:  # the least of three: other jobs only ever add
         with profile(activities=[ProfilerActivity.CPU]) as found:
             function()
-        times[name] = {event.key: event.self_cpu_time_total / 1e3 for event in found.key_averages()}
+        for event in found.key_averages():
+            times[name][event.key] = min(event.self_cpu_time_total / 1e3, times[name].get(event.key, float("inf")))
     extra = {}
     for name in times.keys() - {base}:
         more = {key: round(ms - times[base].get(key, 0.0), 2) for key, ms in times[name].items()}

@@ -1,6 +1,6 @@
 """What importance costs: a plain forward, ours, and NVIDIA's Model Optimizer, on the same Megatron models and batches.
 
-    python benchmarks/importance.py [--quick] [--repetitions 9] [--out benchmarks/results/DATE_importance.json]
+    python benchmarks/importance.py [--quick] [--models local] [--repetitions 9] [--out FILE.json]
 
 `smollm2`: demo/smollm2-135m-instruct on the reference layers, which Model Optimizer does not know. `local`: the same
 sizes, random, on Megatron's local layers with LayerNorm, which it does. fp32, one thread, batches of 1 x 512 tokens of
@@ -137,12 +137,12 @@ def benchmark(model: str, repetitions: int) -> dict[str, Any]:
 
 
 def show(model: str, found: dict[str, Any]) -> None:
-    counts = "".join(f"{n:>6} batches" for n in COUNTS)
-    print(f"\n{model:20}{'wall s':>22}{'CPU s':>22}{'of the plain forward':>24}   MiB beyond the model:{counts}")
+    counts = "".join(f"{f'MiB, {n} batches':>17}" for n in COUNTS)
+    print(f"\n{model:20}{'wall s':>22}{'CPU s':>22}{'of the plain forward':>24}{'by least':>10}{counts}")
     for kind, row in found["seconds"].items():
         spread = ["{:.3f} ({:.3f}-{:.3f})".format(*row[key]) for key in ("wall", "cpu", "ratio")]
-        memory = "".join(f"{found['memory'][kind][str(n)]:>14.1f}" for n in COUNTS)
-        print(f"{kind:20}{spread[0]:>22}{spread[1]:>22}{spread[2]:>24}{'':24}{memory}")
+        memory = "".join(f"{found['memory'][kind][str(n)]:>17.1f}" for n in COUNTS)
+        print(f"{kind:20}{spread[0]:>22}{spread[1]:>22}{spread[2]:>24}{row['least'][0]:>10.3f}{memory}")
     for kind, operations in found["extra_ms"].items():
         print(f"  {kind}, ms more than plain: " + ", ".join(f"{name} {ms}" for name, ms in operations.items()))
 
@@ -150,6 +150,7 @@ def show(model: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test")
+    parser.add_argument("--models", default="smollm2,local", help="smollm2, local or both, with a comma")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -157,16 +158,23 @@ def main() -> None:
     if arguments.worker:
         print("\n" + json.dumps(worker(arguments.worker)))
         return
-    facts = common.machine(("torch", "megatron-core", "nvidia-modelopt"))
-    print(f"python benchmarks/importance.py {' '.join(sys.argv[1:])}\n{facts}\n{TIMED} batches a repetition, "
-          f"{arguments.repetitions} repetitions, median (least-most); fp32, one thread")  # fmt: skip
-    result: dict[str, Any] = {"command": "python benchmarks/importance.py", "machine": facts, "models": {}}
-    result |= {"batches": TIMED, "repetitions": arguments.repetitions, "columns": ["median", "least", "most"]}
-    for model in ("pico",) if arguments.quick else ("smollm2", "local"):
-        result["models"][model] = benchmark(model, arguments.repetitions)
-        show(model, result["models"][model])
+    models = ["pico"] if arguments.quick else arguments.models.split(",")
+    result = everything(models, arguments.repetitions)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def everything(models: list[str], repetitions: int) -> dict[str, Any]:
+    facts = common.machine(("torch", "megatron-core", "nvidia-modelopt"))
+    command = " ".join(["python benchmarks/importance.py", *sys.argv[1:]])
+    print(f"{command}\n{facts}\n{repetitions} repetitions of {TIMED} batches: median (least-most); fp32, one thread")
+    print("MiB: resident peak beyond the loaded model")
+    result: dict[str, Any] = {"command": command, "machine": facts, "models": {}}
+    result |= {"batches": TIMED, "repetitions": repetitions, "columns": ["median", "least", "most"]}
+    for model in models:
+        result["models"][model] = benchmark(model, repetitions)
+        show(model, result["models"][model])
+    return result
 
 
 if __name__ == "__main__":
