@@ -237,8 +237,8 @@ def test_a_local_task_is_scored_by_lm_eval_itself(folder, tmp_path):
     (tmp_path / "choice.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
     right = 0
     for i, row in enumerate(rows, 1):
-        logits = model(torch.tensor([[i, i + 1]])).logits[0, -1]
-        right += int(logits[7] < logits[9]) == row["answer"]
+        logits = model(torch.tensor([[i + 1, i + 2]])).logits[0, -1]  # w0 is token 1
+        right += int(logits[8] < logits[10]) == row["answer"]
     results = run_tasks(tmp_path / "model", [str(tmp_path / "choice.yaml")], precision="fp32")
     assert results["pico_choice"]["acc,none"] == pytest.approx(right / len(rows))
 
