@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_minitron.errors import InputError
 
+READ = ("tokens", "labels", "loss_mask", "position_ids")
 REFUSED = ("attention_mask", "cu_seqlens")  # what a scan of whole, causal rows would get wrong in silence
 
 
@@ -34,35 +35,33 @@ def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
     that the layout cannot divide get masked tokens at their end, which under causal attention nothing sees.
     Raises InputError for shapes that differ and for masks of attention and packed rows.
     """
-    parts = dict(batch) if isinstance(batch, Mapping) else {"tokens": batch}
-    _check(parts)
-    tokens = torch.as_tensor(parts["tokens"]).to(device, torch.int64)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    if parts.get("loss_mask") is not None:
-        mask = torch.as_tensor(parts["loss_mask"]).to(device) > 0
-    labels = parts.get("labels")
-    if labels is None:
-        labels = tokens.roll(-1, dims=1)
-        mask = mask & (torch.arange(tokens.shape[1], device=device) < tokens.shape[1] - 1)
-    labels = torch.as_tensor(labels).to(device, torch.int64)
-    positions = parts.get("position_ids")
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    shapes = {tuple(x.shape) for x in (tokens, labels, mask, positions)}
-    if len(shapes) > 1 or tokens.dim() != 2:
-        raise InputError(
-            f"a batch has tensors of {sorted(shapes)}; legal is one shape [batch, sequence] for all of them"
-        )
-    whole = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions.to(device, torch.int64)}
+    parts = _checked(dict(batch) if isinstance(batch, Mapping) else {"tokens": batch})
+    tokens = parts["tokens"].to(device, torch.int64)
+    places = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    mask = parts["loss_mask"].to(device) > 0 if "loss_mask" in parts else torch.ones_like(tokens, dtype=torch.bool)
+    if "labels" in parts:
+        labels = parts["labels"].to(device, torch.int64)
+    else:
+        labels, mask = tokens.roll(-1, dims=1), mask & (places < tokens.shape[1] - 1)
+    positions = parts["position_ids"].to(device, torch.int64) if "position_ids" in parts else places
+    whole = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions}
     return Rows(**get_batch_on_this_cp_rank({name: _padded(x, config) for name, x in whole.items()}))
 
 
-def _check(parts: Mapping[str, Any]) -> None:
-    if parts.get("tokens") is None:
-        raise InputError(f"a batch has {', '.join(sorted(map(str, parts))) or 'nothing'}, but no 'tokens'")
+def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is given and not None, of one shape."""
+    given = {name: torch.as_tensor(x) for name, x in parts.items() if name in (*READ, *REFUSED) and x is not None}
     for name in REFUSED:
-        if parts.get(name) is not None:
+        if name in given:
             raise InputError(f"a batch has '{name}'; a scan of depth takes whole causal rows, one sample each")
+    if "tokens" not in given:
+        raise InputError(f"a batch has {', '.join(sorted(map(str, parts))) or 'nothing'}, but no 'tokens'")
+    shapes = {tuple(x.shape) for x in given.values()}
+    if len(shapes) > 1 or given["tokens"].dim() != 2:
+        raise InputError(
+            f"a batch has tensors of {sorted(shapes)}; legal is one shape [batch, sequence] for all of them"
+        )
+    return given
 
 
 def _padded(x: Tensor, config: Any) -> Tensor:
