@@ -16,7 +16,7 @@ RANDOM = ("seed 0", "seed 1", "seed 2", "loud")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("modelopt") / "found.json"
-    run = subprocess.run([sys.executable, WORKER, out], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, WORKER, out], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())
 
