@@ -32,25 +32,26 @@ LAYOUTS = {
             {"sequence_parallel": True, "moe_token_dispatcher_type": "allgather"},
             ("moe",),
         ),
-        "pp2": ({"pp": 2}, {}, (*DENSE, "mla_moe")),
+        "tp2_sp_packed": ({"tp": 2}, {"sequence_parallel": True, "packed": True}, ("qk_norm", "mla")),
+        "pp2": ({"pp": 2}, {}, ("qk_norm", "mla_moe")),
         "pp2_vp2": ({"pp": 2, "vp": 2}, {}, DENSE),
-        "dp2": ({}, {}, (*DENSE, "moe")),
-        "dp2_zero": ({}, {"zero": True}, DENSE),
-        "cp2": ({"cp": 2}, {}, KINDS),
+        "dp2": ({}, {}, ("nemotron", "moe")),
+        "dp2_zero": ({}, {"zero": True}, ("qk_norm",)),
+        "cp2": ({"cp": 2}, {}, ("qk_norm", "mla", "moe")),
         "ep2": ({"ep": 2}, {}, ("moe", "mla_moe")),
         "ep2_gather": ({"ep": 2}, {"moe_token_dispatcher_type": "allgather"}, ("moe",)),
     },
     4: {
-        "tp2_sp_pp2_vp2": ({"tp": 2, "pp": 2, "vp": 2}, {"sequence_parallel": True}, DENSE),
-        "tp2_dp2_zero": ({"tp": 2}, {"zero": True}, DENSE),
-        "tp2_sp_cp2": ({"tp": 2, "cp": 2}, {"sequence_parallel": True}, (*DENSE, "mla")),
+        "tp2_sp_pp2_vp2": ({"tp": 2, "pp": 2, "vp": 2}, {"sequence_parallel": True}, ("nemotron",)),
+        "tp2_dp2_zero": ({"tp": 2}, {"zero": True}, ("qk_norm",)),
+        "tp2_sp_cp2": ({"tp": 2, "cp": 2}, {"sequence_parallel": True}, ("qk_norm", "mla")),
         "tp2_sp_ep2": ({"tp": 2, "ep": 2, "etp": 1}, {"sequence_parallel": True}, ("moe",)),
         "tp2_sp_ep2_etp2": ({"tp": 2, "ep": 2, "etp": 2}, {"sequence_parallel": True}, ("moe",)),
     },
 }
 
 
-def build(kind, sizes, zero=False, **overrides):
+def build(kind, sizes, zero=False, packed=False, **overrides):
     """This rank's chunks in Megatron's DDP, in the layout of these sizes."""
     import bare_models
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -87,30 +88,42 @@ def batches(rank, size):
         yield tuple(get_batch_on_this_cp_rank(batch).values())
 
 
+def packed(rows):
+    """Each two of the micro-batches in one row."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    for first, second in zip(rows, rows, strict=True):
+        length = first[0].shape[1]
+        ends = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        params = PackedSeqParams("thd", ends, ends, None, None, length, length)
+        yield *(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)), params
+
+
 def step(iterator, chunk):
     from megatron.core import parallel_state
 
-    tokens, positions, labels = next(iterator)
+    tokens, positions, labels, *params = next(iterator)
     parts = parallel_state.get_context_parallel_world_size()  # Megatron wants a rank's share of the mean
-    return chunk(tokens, positions, None, labels=labels), lambda losses: (
+    output = chunk(tokens, positions, None, labels=labels, packed_seq_params=params[0] if params else None)
+    return output, lambda losses: (
         losses.mean() / parts,
         {"loss": losses.mean()},
     )
 
 
-def run(chunks, rank, size, forward_only=False):
+def run(chunks, rank, size, packing=False, forward_only=False):
     """Forward and backward over the batch; the mean loss, on the last stage (else None)."""
     import bare_models
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    iterators = [batches(rank, size) for _ in chunks]
+    iterators = [packed(batches(rank, size)) if packing else batches(rank, size) for _ in chunks]
     losses = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=MICRO_BATCHES // size,
+        num_microbatches=MICRO_BATCHES // size // (1 + packing),
         seq_length=bare_models.SEQUENCE,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -171,18 +184,19 @@ def measure(kind, name, sizes, options, work):
     import bare_models
     from megatron.core import parallel_state
 
-    chunks, alone, zero = build(kind, sizes, **options), name == "one", options.get("zero", False)
+    chunks, alone = build(kind, sizes, **options), name == "one"
+    zero, packing = options.get("zero", False), options.get("packed", False)
     modules = [chunk.module for chunk in chunks]
     if alone:
         bare_models.save_bare(modules, work / f"{kind}-weights")
     bare_models.load_bare(modules, work / f"{kind}-weights")
     rank = 0 if alone else parallel_state.get_data_parallel_rank()
     size = 1 if alone else parallel_state.get_data_parallel_world_size()
-    result = {"loss": everywhere(run(chunks, rank, size), size)}
+    result = {"loss": everywhere(run(chunks, rank, size, packing), size)}
     if not zero:
         save(sharded_gradients(chunks), work / f"{kind}-{name}-gradients")
     result["norm"] = optimizer_step(chunks, zero)
-    result["after"] = everywhere(run(chunks, rank, size, forward_only=True), size)
+    result["after"] = everywhere(run(chunks, rank, size, packing, forward_only=True), size)
     if not zero:
         result["gradients"] = whole(kind, work / f"{kind}-{name}-gradients")
     return result
