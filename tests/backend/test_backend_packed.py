@@ -1,6 +1,9 @@
 """Packed sequences on the twin: each sample of a row gives what it gives alone, whatever surrounds it."""
 
+from types import SimpleNamespace
+
 import bare_models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,3 +140,34 @@ def test_what_cannot_be_packed_is_refused(change, options, bias, words):
         setattr(made.config, name, value)
     with pytest.raises(InputError, match=words):
         made(*qkv(sum(LENGTHS)), packed_seq_params=packed, attention_bias=bias)
+
+
+# -- NeMo's packed data ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_nemos_packed_batch_runs(tmp_path):
+    """Its data set's batch through its forward step; a sample's last token is a label alone, the row is padded."""
+    from nemo.collections.llm.gpt.data.core import GPTSFTPackedDataset
+    from nemo.collections.llm.gpt.model.base import gpt_forward_step
+
+    rows = [tokens(1, seed=i, length=n)[0].tolist() for i, n in enumerate((7, 4, 9))]
+    bins = [{"input_ids": [token for row in rows for token in row], "loss_mask": [1] * 20, "seq_start_id": [0, 7, 11]}]
+    np.save(tmp_path / "packed.npy", bins, allow_pickle=True)
+    made = GPTSFTPackedDataset(
+        str(tmp_path / "packed.npy"),
+        SimpleNamespace(eos_id=2, bos_id=1),
+        return_cu_seqlen=True,
+        max_seq_length=32,
+        pad_to_max_length=True,
+        prompt_template="{input} {output}",
+        label_key="output",
+        truncation_field="input",
+        memmap_workers=1,
+    )
+    batch = made.collate_fn([made[0]])
+    assert batch["cu_seqlens"][0].tolist() == [0, 6, 9, 17, 32, -1]
+    (model,) = bare_models.build("qk_norm")
+    losses = gpt_forward_step(model, batch)[0]
+    for start, sample in zip((0, 6, 9), (torch.tensor(row) for row in rows), strict=True):
+        length = len(sample) - 1
+        alone = model(sample[None, :-1], torch.arange(length)[None], None, labels=sample[None, 1:])[0]
+        assert torch.allclose(losses[start : start + length], alone, rtol=0, atol=LOGITS_PICO_FP32)
