@@ -113,10 +113,111 @@ def test_illegal_combinations():
 def test_plain_values():
     architecture = smollm2()
     assert Architecture.from_dict(architecture.as_dict()) == architecture
-    assert dataclasses.asdict(architecture) == architecture.as_dict()
+    assert dataclasses.asdict(architecture).items() >= architecture.as_dict().items()
     with pytest.raises(InputError, match="no field 'num_layer'; did you mean 'num_layers'"):
         Architecture.from_dict(architecture.as_dict() | {"num_layer": 3})
     values = architecture.as_dict()
     del values["head_dim"]
     with pytest.raises(InputError, match="needs head_dim"):
         Architecture.from_dict(values)
+
+
+# -- mixtures of experts ---------------------------------------------------------------------------------------
+MIXTRAL = {
+    "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32,
+    "num_query_groups": 8, "head_dim": 128, "vocab_size": 32_000, "tied_embeddings": False, "num_moe_experts": 8,
+}  # fmt: skip
+
+
+def mixed(**sizes):
+    """Layers 0 and 3 of six are mixtures of four experts, two for a token, beside a gated shared expert."""
+    values = {
+        "num_layers": 6, "num_moe_experts": 4, "moe_ffn_hidden_size": 320, "moe_layer_freq": 3,
+        "moe_shared_expert_intermediate_size": 448, "moe_shared_expert_gate": True,
+    }  # fmt: skip
+    return smollm2(**values | sizes)
+
+
+def test_mixtral_8x7b():
+    mixtral = smollm2(**MIXTRAL)
+    assert mixtral.parameters() == 46_702_792_704  # as published, and 12.9 billion active
+    assert mixtral.parameters(active=True) == 46_702_792_704 - 32 * 6 * 3 * 4096 * 14336
+    assert mixtral.parameters(embeddings=False, active=True) == 12_879_925_248 - 2 * 32_000 * 4096
+    matrices = 12_879_925_248 - 32_000 * 4096 - 65 * 4096
+    assert mixtral.flops_per_token(context=10) == 2 * (matrices + 2 * 32 * 32 * 128 * 10)
+    bf16_alone = 2 * 32_000 * 4096 + 65 * 4096 + 32 * 8 * 4096  # embedding and head, norms, routers
+    fp8 = mixtral.memory(batch=1, context=0, weights="fp8")
+    assert fp8 == 46_702_792_704 + bf16_alone
+
+
+@pytest.mark.parametrize("dense", [[], [0], [1, 4]])
+def test_count_of_qwen2_moe_is_transformers(dense):
+    """Shared experts with a gate, and layers that are dense."""
+    import torch
+    from pico import SIZES
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        **SIZES, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=40, mlp_only_layers=dense,
+        shared_expert_intermediate_size=56,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(config)
+    architecture = Architecture(
+        num_layers=6, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6, num_query_groups=3, head_dim=8,
+        vocab_size=509, qkv_bias=True, num_moe_experts=5, moe_router_topk=3, moe_ffn_hidden_size=40,
+        moe_shared_expert_intermediate_size=56, moe_shared_expert_gate=True,
+        moe_layer_freq=tuple(int(layer not in dense) for layer in range(6)),
+    )  # fmt: skip
+    assert architecture.parameters() == model.num_parameters()
+    assert architecture.parameters(active=True) == model.num_parameters() - (6 - len(dense)) * 2 * 3 * 48 * 40
+
+
+def test_activations_of_a_mixture_by_hand():
+    sizes = {"batch": 2, "context": 10, "bytes_per_value": 4}
+    mixture = 2 * (3 * 320 + 2 * 576) + 3 * 448  # two experts, each with a token in and out; the shared one
+    dense = smollm2(num_layers=6).activations(**sizes)
+    assert mixed().activations(**sizes) == dense + 2 * 10 * 4 * 2 * (mixture - 3 * 1536)
+
+
+def test_one_spelling_of_each_mixture():
+    assert mixed() == mixed(moe_layer_freq=(1, 0, 0, 1, 0, 0))
+    assert (mixed().moe_layers, mixed().dense_layers) == ((0, 3), (1, 2, 4, 5))
+    everywhere = mixed(moe_layer_freq=(1,) * 6)
+    assert everywhere == mixed(moe_layer_freq=1)
+    assert everywhere.ffn_hidden_size == 320  # no layer has the dense width
+    assert smollm2(num_moe_experts=2).moe_ffn_hidden_size == 1536
+    assert smollm2(num_moe_experts=0, moe_router_topk=1) == smollm2()
+    assert everywhere.replace(moe_ffn_hidden_size=100).ffn_hidden_size == 100
+
+
+def test_mixtures_survive_cuts_of_layers():
+    assert mixed().keep_layers([1, 3, 4]) == mixed(num_layers=3, moe_layer_freq=(0, 1, 0))
+    assert mixed().keep_layers([0, 3]) == mixed(num_layers=2, moe_layer_freq=1)
+    assert mixed().keep_layers([1, 2]) == smollm2(num_layers=2)  # what is left is dense
+    assert smollm2().keep_layers([3, 7]) == smollm2(num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"moe_router_topk": 5}, "moe_router_topk is 5 of 4 experts; the nearest legal one is 4"),
+        ({"moe_layer_freq": (1, 0)}, "a 0 or 1 for each of the 6 layers"),
+        ({"moe_layer_freq": (0,) * 6}, "at least one 1"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq is 0"),
+        ({"num_moe_experts": 2.5}, "num_moe_experts is 2.5; it must be a whole number"),
+        ({"num_moe_experts": None}, "moe_ffn_hidden_size is 320, which needs num_moe_experts"),
+        ({"moe_shared_expert_intermediate_size": None}, "there is no shared expert"),
+        ({"mlp_bias": True}, "biases"),
+    ],
+)
+def test_illegal_mixtures(sizes, message):
+    with pytest.raises(InputError, match=message):
+        mixed(**sizes)
+
+
+def test_mixtures_as_plain_values():
+    import json
+
+    assert Architecture.from_dict(json.loads(json.dumps(mixed().as_dict()))) == mixed()
+    assert not [name for name in smollm2().as_dict() if "moe" in name]  # files and digests of dense models stay

@@ -22,7 +22,9 @@ class PrunePlan:
     """A pure selection: sorted kept indices, 0-based, by axis and (where the axis is per layer) source layer.
 
     `keep["layers"]`, `keep["hidden"]`, `keep["vocab"]`: lists; `keep["ffn"][layer]`, `keep["heads"][layer]`,
-    `keep["query_groups"][layer]`: lists for each kept source layer. An axis that is not cut is absent.
+    `keep["query_groups"][layer]`, `keep["experts"][layer]`, `keep["shared_expert_ffn"][layer]`: lists for each
+    kept source layer that has the axis; `keep["expert_ffn"][layer][expert]`: for each kept source expert of it.
+    An axis that is not cut is absent.
     `model_digest` is None in a plan made from an Architecture alone. `notes` (where the scores came from)
     are not part of the plan's identity.
 
@@ -37,16 +39,11 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         for name in self.keep:
-            self._check_axis(axis(name))
-        for field in sorted(self.source.as_dict().keys() - {cut.size for cut in AXES.values()}):
-            if getattr(self.source, field) != getattr(self.target, field):
-                raise InputError(f"a plan cannot change {field}; its source and its target differ in it")
-        for name, cut in AXES.items():
-            if name not in self.keep and cut.length(self.source) != cut.length(self.target):
-                raise InputError(
-                    f"the plan changes {cut.size} from {cut.length(self.source)} to {cut.length(self.target)} "
-                    f"but keeps no indices of '{name}'"
-                )
+            axis(name)
+        for name, cut in AXES.items():  # in this order: layers before what is kept of each
+            if name in self.keep:
+                self._check_axis(cut)
+        self._check_sizes(self.source.keep_layers(self.kept_layers))
         if "heads" in self.keep or "query_groups" in self.keep:
             for layer in self.kept_layers:
                 self._check_groups(layer)
@@ -56,10 +53,12 @@ class PrunePlan:
         """Source layers of the student, in order."""
         return self.keep.get("layers", list(range(self.source.num_layers)))
 
-    def indices(self, name: str, layer: int | None = None) -> list[int] | None:
-        """Kept indices of an axis in a source layer, or None where all stay."""
-        kept = self.keep.get(name)
-        return kept[layer] if kept is not None and axis(name).per_layer else kept
+    def indices(self, name: str, layer: int | None = None, expert: int | None = None) -> list[int] | None:
+        """Kept indices of an axis in a source layer (and source expert), or None where all stay."""
+        kept, cut = self.keep.get(name), axis(name)
+        if kept is None or not cut.per_layer:
+            return kept
+        return kept[layer][expert] if cut.per_expert else kept[layer]
 
     @property
     def digest(self) -> str:
@@ -68,15 +67,43 @@ class PrunePlan:
 
     # -- checks --------------------------------------------------------------------------------------
     def _check_axis(self, cut: Axis) -> None:
-        kept, lists = self.keep[cut.name], {}
-        if cut.per_layer:
-            if not isinstance(kept, Mapping) or sorted(kept) != sorted(self.kept_layers):
-                raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer")
-            lists = {f"{cut.name} of layer {layer}": kept[layer] for layer in sorted(kept)}
-        else:
-            lists = {cut.name: kept}
-        for where, values in lists.items():
+        if not cut.length(self.source):
+            there = ", ".join(name for name, other in AXES.items() if other.length(self.source))
+            raise InputError(f"the plan cuts '{cut.name}', which the model does not have; it has {there}")
+        for where, values in self._lists(cut).items():
             _check_indices(where, values, cut.length(self.source), cut.length(self.target))
+
+    def _lists(self, cut: Axis) -> dict[str, Any]:
+        """In words where -> the list of kept indices there, one for each place that the axis has."""
+        kept = self.keep[cut.name]
+        if not cut.per_layer:
+            return {cut.name: kept}
+        layers = [layer for layer in cut.layers_of(self.source) if layer in self.kept_layers]
+        if not isinstance(kept, Mapping) or sorted(kept) != layers:
+            raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer that has it: {layers}")
+        if not cut.per_expert:
+            return {f"{cut.name} of layer {layer}": kept[layer] for layer in layers}
+        lists = {}
+        for layer in layers:
+            experts = self.indices("experts", layer) or list(range(self.source.num_moe_experts or 0))
+            if not isinstance(kept[layer], Mapping) or sorted(kept[layer]) != experts:
+                raise InputError(f"the plan's '{cut.name}' of layer {layer} must have one list for each of {experts}")
+            lists |= {f"{cut.name} of layer {layer}, expert {e}": kept[layer][e] for e in experts}
+        return lists
+
+    def _check_sizes(self, uncut: Architecture) -> None:
+        """`uncut`: the source's kept layers, whole."""
+        cuttable = {cut.size for cut in AXES.values()}
+        for field in sorted(f.name for f in dataclasses.fields(Architecture) if f.name not in cuttable):
+            before, after = getattr(uncut, field), getattr(self.target, field)
+            if before != after:
+                raise InputError(f"a plan cannot change {field}; it leaves {before!r}, and its target says {after!r}")
+        for name, cut in AXES.items():
+            before, after = cut.length(uncut), cut.length(self.target)
+            if name not in self.keep and before != after:
+                raise InputError(
+                    f"the plan changes {cut.size} from {before} to {after} but keeps no indices of '{name}'"
+                )
 
     def _check_groups(self, layer: int) -> None:
         """Every kept group must keep the same number of heads, and no head may be without its group."""
@@ -130,7 +157,7 @@ class PrunePlan:
 
 
 def _integer_keys(kept: Any) -> Any:
-    return {int(layer): values for layer, values in kept.items()} if isinstance(kept, dict) else kept
+    return {int(key): _integer_keys(values) for key, values in kept.items()} if isinstance(kept, dict) else kept
 
 
 def _check_indices(where: str, values: Sequence[int], source: int, target: int) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.digest import Index
-from nemo_minitron.axes import owners, split_name
+from nemo_minitron.axes import owners, split_expert, split_name
 from nemo_minitron.errors import InputError, nearest
 
 
 def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
-    """Canonical tensor `name` of the student (layers 0..L'-1) -> the teacher's tensor and what stays of it.
+    """Canonical tensor `name` of the student (layers 0..L'-1, experts 0..E'-1) -> the teacher's tensor and what
+    stays of it.
 
     The index holds, per dimension, the sorted int64 positions in the teacher's global tensor; their outer
     product, read in order, is the student's global tensor (P1, section 2: pure selection).
@@ -24,12 +25,10 @@ def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
     shapes = shapes_of(plan.target)
     if name not in shapes:
         raise InputError(f"the student has no tensor '{name}'; {nearest(name, shapes)}")
-    layer, local = split_name(name)
-    origin = None if layer is None else plan.kept_layers[layer]
-    source_name = name if origin is None else f"layers.{origin}.{local}"
+    source_name, origin, expert = _origin(plan, name)
     index = [np.arange(size, dtype=np.int64) for size in shapes_of(plan.source)[source_name]]
     for axis, row in owners(name):
-        kept = plan.indices(axis.name, origin)
+        kept = plan.indices(axis.name, origin, expert)
         if kept is not None:
             index[row.dim] = _expand(kept, plan.source.head_dim if row.unit == "head_dim" else 1)
     kept_shape = tuple(map(len, index))
@@ -38,6 +37,19 @@ def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
             f"the plan keeps {kept_shape} of '{source_name}', but the student's '{name}' is {shapes[name]}"
         )
     return source_name, tuple(index)
+
+
+def _origin(plan: PrunePlan, name: str) -> tuple[str, int | None, int | None]:
+    """The teacher's tensor of a student's one, its layer, and its expert where it belongs to one."""
+    layer, local = split_name(name)
+    if layer is None:
+        return name, None, None
+    origin = plan.kept_layers[layer]
+    expert, pattern = split_expert(local)
+    if expert is not None:
+        kept = plan.indices("experts", origin)
+        expert = expert if kept is None else kept[expert]
+    return f"layers.{origin}.{pattern.format(e=expert)}", origin, expert
 
 
 def _expand(units: list[int], size: int) -> np.ndarray:
