@@ -57,9 +57,9 @@ class Architecture:
         object.__setattr__(self, "num_moe_experts", self.num_moe_experts or None)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" or (field.type == "int | None" and value is not None):
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+            sized = field.type == "int" or (field.type == "int | None" and value is not None)
+            if sized and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_query_groups} "

@@ -41,6 +41,14 @@ def pico_mistral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(MistralForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_mixtral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Mixtral of four experts, two for a token; `overrides` as in `pico_llama`."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {**SIZES, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return _write(MixtralForCausalLM, MixtralConfig(**{**sizes, **overrides}), Path(folder), dtype, seed)
+
+
 def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:
     import torch
 
@@ -51,6 +59,8 @@ def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -
             for name, parameter in model.named_parameters():
                 # Norms of 1 and biases of 0 would hide a tensor that is never read.
                 spread, mean = (0.2, 1.0) if "norm" in name else (0.06, 0.0)
+                # Routers that prefer some experts clearly, so that routing wrongly shows.
+                spread = 0.5 if name.endswith("block_sparse_moe.gate.weight") else spread
                 parameter.normal_(mean, spread)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

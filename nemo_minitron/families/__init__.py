@@ -15,9 +15,10 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import Family
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.mistral import Mistral
+from nemo_minitron.families.mixtral import Mixtral
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: never a pickle
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral())
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

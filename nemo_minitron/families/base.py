@@ -6,6 +6,7 @@ follows Llama's field names it changes only what differs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -46,7 +47,8 @@ class Family:
     hf_class: ClassVar[str]
     nemo_model: ClassVar[str]
     tensors: ClassVar[Mapping[str, tuple[str, ...]]] = LLAMA_TENSORS
-    """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0."""
+    """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0; `{i}` is a
+    layer's number, `{e}` an expert's."""
     sizes: ClassVar[Mapping[str, str]] = LLAMA_SIZES
     exact_axes: ClassVar[frozenset[str]] = frozenset({"ffn", "heads", "query_groups", "layers", "vocab"})
     """Axes along which an all-zero unit goes without changing a logit (hidden never: norms divide by it)."""
@@ -98,10 +100,12 @@ class Family:
         shapes = architecture.shapes()
         names: dict[str, tuple[str, ...]] = {}
         for pattern, parts in self.tensors.items():
-            for i in range(architecture.num_layers if "{i}" in pattern else 1):
-                canonical = tuple(part.format(i=i) for part in parts)
+            layers = range(architecture.num_layers if "{i}" in pattern else 1)
+            experts = range((architecture.num_moe_experts or 0) if "{e}" in pattern else 1)
+            for i, e in itertools.product(layers, experts):
+                canonical = tuple(part.format(i=i, e=e) for part in parts)
                 if all(part in shapes for part in canonical):
-                    names[pattern.format(i=i)] = canonical
+                    names[pattern.format(i=i, e=e)] = canonical
         missing = shapes.keys() - {part for parts in names.values() for part in parts}
         if missing:
             raise InputError(f"{self.hf_class} has no name for the tensor '{min(missing)}'")

@@ -11,13 +11,15 @@ from nemo_minitron.families import family_of, from_hf, read_config, to_hf
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 GROUPS = "num_key_value_heads"
 MISTRAL = SIZES | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 3}
+MIXTRAL = SIZES | EXPERTS | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
 
 
 def without(config, *names):
     return {name: value for name, value in config.items() if name not in names}
 
 
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL])
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, MIXTRAL])
 def test_round_trip(config):
     architecture = from_hf(config)
     assert (architecture.num_layers, architecture.hidden_size, architecture.ffn_hidden_size) == (6, 48, 96)
@@ -39,7 +41,7 @@ def test_student_config(config):
 
 
 @pytest.mark.parametrize("absent", [(), ("head_dim",), (GROUPS,), (GROUPS, "head_dim")])
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig"])
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "MixtralConfig"])
 def test_defaults_are_transformers(name, absent):
     import transformers
 
@@ -48,6 +50,51 @@ def test_defaults_are_transformers(name, absent):
     architecture = from_hf(sizes | {"model_type": theirs.model_type})
     assert architecture.num_query_groups == theirs.num_key_value_heads
     assert architecture.head_dim == (getattr(theirs, "head_dim", None) or 96 // 24)
+
+
+def test_student_config_of_a_mixture():
+    architecture = from_hf(MIXTRAL)
+    assert (architecture.num_moe_experts, architecture.moe_router_topk, architecture.moe_ffn_hidden_size) == (5, 3, 96)
+    smaller = architecture.replace(num_layers=4, num_moe_experts=4, moe_ffn_hidden_size=64)
+    result = to_hf(smaller, MIXTRAL)
+    assert from_hf(result) == smaller
+    changed = {name: value for name, value in result.items() if MIXTRAL.get(name) != value}
+    assert changed == {"num_hidden_layers": 4, "num_local_experts": 4, "intermediate_size": 64}
+    with pytest.raises(InputError, match="cannot represent"):
+        to_hf(architecture.replace(moe_layer_freq=2), MIXTRAL)
+
+
+def test_defaults_of_a_mixture_are_transformers():
+    import transformers
+
+    theirs, ours = transformers.MixtralConfig(**SIZES), from_hf(without(MIXTRAL, *EXPERTS))
+    assert (ours.num_moe_experts, ours.moe_router_topk) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+    silent = without(MIXTRAL, "rope_theta", "rms_norm_eps", "max_position_embeddings")
+    _, fields = family_of(MIXTRAL).nemo_config(silent)
+    theirs = transformers.MixtralConfig()
+    assert fields["rotary_base"] == theirs.rope_theta
+    assert fields["layernorm_epsilon"] == theirs.rms_norm_eps
+    assert fields["seq_length"] == fields["max_position_embeddings"] == theirs.max_position_embeddings
+    assert fields["moe_aux_loss_coeff"] == theirs.router_aux_loss_coef
+
+
+def test_names_of_a_mixture_are_transformers():
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**MIXTRAL))
+    shapes = from_hf(MIXTRAL).shapes()
+    names = family_of(MIXTRAL).hf_tensors(from_hf(MIXTRAL))
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {name: shapes[part] for name, (part,) in names.items()} == expected
+
+
+def test_nemo_fields_of_a_mixture_give_the_config_back():
+    config = MIXTRAL | {"hidden_act": "silu", "sliding_window": 64, "initializer_range": 0.03}
+    config |= {"router_aux_loss_coef": 0.01}
+    _, fields = family_of(MIXTRAL).nemo_config(config)
+    assert family_of(MIXTRAL).from_nemo(fields) == without(config, "bos_token_id", "eos_token_id")
 
 
 def test_head_dim_is_written_out():
