@@ -83,7 +83,7 @@ class PrunePlan:
             raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer that has it: {layers}")
         if not cut.per_expert:
             return {f"{cut.name} of layer {layer}": kept[layer] for layer in layers}
-        lists = {}
+        lists: dict[str, Any] = {}
         for layer in layers:
             experts = self.indices("experts", layer) or list(range(self.source.num_moe_experts or 0))
             if not isinstance(kept[layer], Mapping) or sorted(kept[layer]) != experts:

@@ -125,8 +125,16 @@ class Family:
 
 
 def nemo_sizes(architecture: Architecture) -> dict[str, Any]:
-    """Fields of NeMo's GPTConfig that the Architecture decides."""
-    return {
+    """Fields of NeMo's GPTConfig that the Architecture decides; those of mixtures only where it is one."""
+    a = architecture
+    mixture = {
+        "num_moe_experts": a.num_moe_experts,
+        "moe_router_topk": a.moe_router_topk,
+        "moe_ffn_hidden_size": a.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": a.moe_shared_expert_intermediate_size,
+        "moe_layer_freq": list(a.moe_layer_freq) if isinstance(a.moe_layer_freq, tuple) else a.moe_layer_freq,
+    }
+    return (mixture if a.num_moe_experts else {}) | {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,

@@ -34,13 +34,9 @@ class Mixtral(Family):
         return super().default_sizes(config) | defaults
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        architecture = self.architecture(config)
-        fields = nemo_sizes(architecture) | common_fields({**_DEFAULTS, **config})
+        fields = nemo_sizes(self.architecture(config)) | common_fields({**_DEFAULTS, **config})
         window = config.get("sliding_window")
         return "MixtralConfig8x7B", fields | {
-            "num_moe_experts": architecture.num_moe_experts,
-            "moe_router_topk": architecture.moe_router_topk,
-            "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size,
             "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.001),
             "max_position_embeddings": fields["seq_length"],
             "window_size": [window - 1, 0] if window else None,  # as Mistral's

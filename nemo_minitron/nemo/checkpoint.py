@@ -8,7 +8,10 @@ time with torch's weights-only loader.
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
@@ -41,6 +45,10 @@ _ALLOWED = {
     ("pathlib", "PurePosixPath"),
     ("pathlib", "Path"),
 }  # fmt: skip
+
+
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
 
 
 class _Unread:
@@ -98,6 +106,7 @@ class CheckpointSource:
             embedding = self._metadata.state_dict_metadata.get("module.embedding.word_embeddings.weight")
             self.config["vocab_size"] = embedding.size[0] if embedding else None
         self.architecture = from_hf(self.config)
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[Any]] = {}
         self._places = self._locate()
         self._chunk: tuple[Any, torch.Tensor] | None = None
 
@@ -105,40 +114,48 @@ class CheckpointSource:
         key, _, _ = self._places[name][0]
         return DTYPES[self._metadata.state_dict_metadata[key].properties.dtype]
 
-    def _locate(self) -> dict[str, list[tuple[str, int | None, Piece]]]:
-        """Canonical name -> (key in the checkpoint, layer where layers are stacked, piece of the tensor)."""
-        found: dict[str, list[tuple[str, int | None, Piece]]] = {}
+    def _locate(self) -> dict[str, list[tuple[str, tuple[int, ...], Piece]]]:
+        """Canonical name -> (key in the checkpoint, layer and expert where they are stacked, piece of the tensor)."""
+        found: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
             if not key.startswith("module.") or not hasattr(entry, "size"):
                 continue
-            for name, layer in _parameters(key.removeprefix("module."), entry.size, self.architecture.num_layers):
+            stacked = 0
+            for name, at in _parameters(key.removeprefix("module."), entry.size, self.architecture):
+                stacked = len(at)
                 for piece in pieces(name, self.architecture):
-                    found.setdefault(piece.tensor, []).append((key, layer, piece))
-        missing = self.architecture.shapes().keys() - found.keys()
-        if missing:
+                    found.setdefault(piece.tensor, []).append((key, at, piece))
+            for chunk in entry.chunks:
+                for at in _stacked_in(chunk, stacked):
+                    self._chunks.setdefault((key, at), []).append(chunk)
+        shapes = self.architecture.shapes()
+        if missing := shapes.keys() - found.keys():
             raise InputError(f"the checkpoint '{self.path}' lacks the tensor '{min(missing)}'")
+        if surplus := found.keys() - shapes.keys():
+            raise InputError(f"the checkpoint '{self.path}' has '{min(surplus)}', which its config does not speak of")
         return found
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices, one array per dimension."""
         block = np.empty([len(i) for i in index], RAW[self.dtype(name)])
-        for key, layer, piece in self._places[name]:
+        for key, at, piece in self._places[name]:
             inside = [np.nonzero((i >= a) & (i < b))[0] for i, (a, b) in zip(index, piece.box, strict=True)]
-            if all(len(at) for at in inside):
+            if all(map(len, inside)):
                 wanted = [
-                    i[at] - box[0] + place[0]
-                    for i, at, box, place in zip(index, inside, piece.box, piece.place, strict=True)
+                    i[here] - box[0] + place[0]
+                    for i, here, box, place in zip(index, inside, piece.box, piece.place, strict=True)
                 ]
-                block[np.ix_(*inside)] = self._block(key, layer, wanted)
+                block[np.ix_(*inside)] = self._block(key, at, wanted)
         return block
 
-    def _block(self, key: str, layer: int | None, wanted: list[np.ndarray]) -> np.ndarray:
-        """Elements of one saved tensor, gathered from the chunks that hold them."""
+    def _block(self, key: str, stacked: tuple[int, ...], wanted: list[np.ndarray]) -> np.ndarray:
+        """Elements of one saved tensor, of a layer (and expert) where they are stacked, from the chunks that
+        hold them."""
         entry = self._metadata.state_dict_metadata[key]
-        full = ([np.array([layer])] if layer is not None else []) + wanted
+        full = [*(np.array([number]) for number in stacked), *wanted]
         block = np.zeros([len(i) for i in full], RAW[DTYPES[entry.properties.dtype]])
         missing = block.size
-        for chunk in entry.chunks:
+        for chunk in self._chunks.get((key, stacked), ()):
             first = np.array(chunk.offsets)
             last = first + np.array(chunk.sizes)
             inside = [np.nonzero((i >= a) & (i < b))[0] for i, a, b in zip(full, first, last, strict=True)]
@@ -149,7 +166,7 @@ class CheckpointSource:
                 missing -= data[np.ix_(*local)].size
         if missing:
             raise InputError(f"the checkpoint '{self.path}' lacks {missing} elements of '{key}'")
-        return block[0] if layer is not None else block
+        return block.reshape(block.shape[len(stacked) :])
 
     def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
         where = MetadataIndex(key, chunk.offsets)
@@ -174,14 +191,32 @@ def _load(file: Path, offset: int, length: int, shape: tuple[int, ...]) -> torch
         raise InputError(f"a chunk of '{file}' cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _parameters(name: str, size: Any, layers: int) -> list[tuple[str, int | None]]:
-    """A checkpoint's key -> Megatron parameters: layers are stacked along dimension 0, or each has a key."""
-    stacked = "decoder.layers."
-    if not name.startswith(stacked) or name.removeprefix(stacked)[0].isdigit():
-        return [(name, None)]
-    if size[0] != layers:
-        raise InputError(f"'{name}' is stacked for {size[0]} layers, the checkpoint's config has {layers}")
-    return [(f"{stacked}{layer}.{name.removeprefix(stacked)}", layer) for layer in range(layers)]
+def _stacked_in(chunk: Any, dimensions: int) -> Iterator[tuple[int, ...]]:
+    """The positions along the stacked dimensions that lie in a chunk."""
+    bounds = itertools.islice(zip(chunk.offsets, chunk.sizes, strict=True), dimensions)
+    return itertools.product(*(range(first, first + size) for first, size in bounds))
+
+
+def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A checkpoint's key -> Megatron parameters, and where each lies in the saved tensor's first dimensions.
+
+    Layers are stacked along the first dimension, or each has a key; experts are stacked along the next one.
+    """
+    found = _LAYER.fullmatch(name)
+    if not found:
+        yield name, ()
+        return
+    layer, local = found.groups()
+    experts = _EXPERTS.fullmatch(local)
+    counts = [(a.num_layers, "layers")] if layer is None else []
+    counts += [(a.num_moe_experts or 0, "experts")] if experts else []
+    for (count, what), stacked in zip(counts, size, strict=False):
+        if count != stacked:
+            raise InputError(f"'{name}' is stacked for {stacked} {what}, the checkpoint's config has {count}")
+    for at in itertools.product(*(range(count) for count, _ in counts)):
+        number = at[0] if layer is None else layer
+        tail = f"mlp.experts.local_experts.{at[-1]}.{experts[1]}" if experts else local
+        yield f"decoder.layers.{number}.{tail}", at
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -16,13 +16,21 @@ from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.nemo.bits import DTYPES, as_raw, as_tensor
-from nemo_minitron.nemo.mapping import Piece, Shard, pieces
+from nemo_minitron.nemo.mapping import Piece, Shard, is_expert, pieces
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.pruning.tensors import RAW, TensorSource, whole
 
 
-def tensor_shard() -> Shard:
-    return Shard(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size())
+def this_shard() -> Shard:
+    """Where this rank stands in the groups between which tensors are split."""
+    return Shard(
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        size=parallel_state.get_tensor_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+    )
 
 
 def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -40,8 +48,9 @@ def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
 def _places(chunks: Iterable[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
     """Canonical name -> the places of this rank's parameters where it lies."""
     found: dict[str, list[tuple[Tensor, Piece]]] = {}
+    shard = this_shard()
     for name, parameter in named_parameters(chunks):
-        for piece in pieces(name, architecture, tensor_shard()):
+        for piece in pieces(name, architecture, shard):
             found.setdefault(piece.tensor, []).append((parameter.data, piece))
     return found
 
@@ -120,16 +129,23 @@ class LiveSource:
 
 
 def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
-    """The places for which this rank, of all that hold a copy, speaks."""
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True):
-        return {}
-    shard, first = tensor_shard(), parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    """The places for which this rank, of all that hold a copy, speaks.
+
+    Copies of an expert lie in its own data-parallel group, which also spans tensor-parallel ranks where experts
+    are sharded over fewer of them.
+    """
+    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    expert_copy = parallel_state.get_expert_data_parallel_rank()
+    shard, first = this_shard(), parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     found: dict[str, list[tuple[Tensor, Piece]]] = {}
     for name, parameter in named_parameters(chunks):
         if name == "output_layer.weight" and architecture.tied_embeddings and not first:
             continue  # the second copy of a tied embedding
+        if expert_copy if is_expert(name) else copy:
+            continue
         mine = pieces(name, architecture, shard)
-        if shard.rank and mine == pieces(name, architecture, Shard(0, shard.size)):
+        split_rank = shard.expert.rank if is_expert(name) else shard.rank
+        if split_rank and mine == pieces(name, architecture, shard.first):
             continue  # replicated over tensor-parallel ranks
         for piece in mine:
             found.setdefault(piece.tensor, []).append((parameter.data, piece))

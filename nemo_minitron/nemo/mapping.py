@@ -1,15 +1,18 @@
-"""Megatron's tensors <-> canonical tensors: fused QKV, fused gate/up, tensor shards, padded vocabularies.
+"""Megatron's tensors <-> canonical tensors: fused QKV, fused gate/up, shards, experts, padded vocabularies.
 
 This table is the only place that knows how Megatron lays a decoder out. A Megatron parameter is a set of
 pieces; a piece is a box of a canonical tensor that lies at a place of the parameter. Filling a live model,
 reading a checkpoint and gathering a model all walk the same pieces. No torch and no Megatron here.
 
-Parameters are named with their global layer number: `decoder.layers.7.mlp.linear_fc1.weight`.
+Parameters are named with their global layer number: `decoder.layers.7.mlp.linear_fc1.weight`. Experts carry
+their number on the rank, one after another (`mlp.experts.local_experts.2.linear_fc1.weight`) or grouped as under
+Transformer Engine (`mlp.experts.linear_fc1.weight2`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 from nemo_minitron.architecture import Architecture
@@ -29,15 +32,33 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One rank of a tensor-parallel group; (0, 1) is the whole parameter, as in a checkpoint's global view."""
+    """A rank's place in the tensor-parallel group (`rank` of `size`), and what it holds of experts: `ep_rank` of
+    `ep_size` ranks among which they are dealt out, `etp_rank` of `etp_size` ranks that share one of them.
+
+    The default is the whole parameter, as in a checkpoint's global view.
+    """
 
     rank: int = 0
     size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
 
     def of(self, length: int) -> tuple[int, int]:
         """This rank's range of a dimension of `length`."""
         part = length // self.size
         return self.rank * part, (self.rank + 1) * part
+
+    @property
+    def expert(self) -> Shard:
+        """The shard of one expert's tensors: `of` and `size` go by the experts' tensor parallelism."""
+        return dataclasses.replace(self, rank=self.etp_rank, size=self.etp_size)
+
+    @property
+    def first(self) -> Shard:
+        """The first of the ranks between which tensors are split; what it holds too is replicated."""
+        return dataclasses.replace(self, rank=0, etp_rank=0)
 
 
 _NORMS = {
@@ -49,10 +70,16 @@ _NORMS = {
     "self_attention.k_layernorm.": "k_norm",
 }
 _LAYERS = "decoder.layers."
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))")
+
+
+def is_expert(parameter: str) -> bool:
+    """Whether it belongs to a routed expert, whose copies lie in the expert-data-parallel group."""
+    return ".mlp.experts." in parameter
 
 
 def pieces(parameter: str, architecture: Architecture, shard: Shard = Shard()) -> list[Piece]:
-    """What `parameter` of this tensor-parallel rank is made of; empty for extra state.
+    """What `parameter` of this rank is made of; empty for extra state.
 
     Rows of a padded vocabulary lie in no piece. Raises InputError for a parameter that nothing claims.
     """
@@ -91,20 +118,52 @@ def _of_layer(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterato
     columns = ((0, a.hidden_size),) if part == "weight" else ()
     if local == f"self_attention.linear_qkv.{part}":
         yield from _qkv(prefix, part, columns, a, shard)
-    elif local == f"mlp.linear_fc1.{part}":
-        first, last = shard.of(a.ffn_hidden_size)
+    elif local == f"self_attention.linear_proj.{part}":
+        yield _row_parallel(f"{prefix}o.{part}", a.num_attention_heads * a.head_dim, a, shard)
+    elif local.startswith("mlp.linear_fc"):
+        yield from _mlp(local.removeprefix("mlp."), prefix, a.ffn_hidden_size, a, shard)
+    elif local.startswith("mlp.") and a.num_moe_experts:
+        yield from _mixture(local, prefix, a, shard)
+
+
+def _mixture(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
+    shared = "mlp.shared_experts."
+    if local == "mlp.router.weight":
+        yield _whole(f"{prefix}router.weight", (a.num_moe_experts or 0, a.hidden_size))
+    elif local == f"{shared}gate_weight":
+        yield _whole(f"{prefix}shared_expert.router.weight", (1, a.hidden_size))
+    elif local.startswith(shared):
+        width = a.moe_shared_expert_intermediate_size or 0
+        yield from _mlp(local.removeprefix(shared), f"{prefix}shared_expert.", width, a, shard)
+    elif found := _EXPERT.fullmatch(local):
+        index, on_rank = int(found[1] or found[4]), (a.num_moe_experts or 0) // shard.ep_size
+        if index < on_rank:
+            expert = f"{prefix}experts.{shard.ep_rank * on_rank + index}."
+            name = f"{found[2] or found[3]}.weight"
+            yield from _mlp(name, expert, a.moe_ffn_hidden_size or 0, a, shard.expert)
+
+
+def _mlp(local: str, prefix: str, width: int, a: Architecture, shard: Shard) -> Iterator[Piece]:
+    """`linear_fc1` ([gate; up] of this rank's part of `width`) or `linear_fc2`."""
+    part = _part(local)
+    columns = ((0, a.hidden_size),) if part == "weight" else ()
+    if local == f"linear_fc1.{part}":
+        first, last = shard.of(width)
         for i, name in enumerate(("gate", "up") if a.gated_mlp else ("up",)):
             at = i * (last - first)
             place = ((at, at + last - first), *columns)
             yield Piece(f"{prefix}{name}.{part}", ((first, last), *columns), place)
-    elif local.startswith(("self_attention.linear_proj.", "mlp.linear_fc2.")):
-        name, length = ("o", a.num_attention_heads * a.head_dim) if "proj" in local else ("down", a.ffn_hidden_size)
-        if part == "bias":
-            yield _whole(f"{prefix}{name}.bias", (a.hidden_size,))
-        else:
-            first, last = shard.of(length)
-            rows = (0, a.hidden_size)
-            yield Piece(f"{prefix}{name}.weight", (rows, (first, last)), (rows, (0, last - first)))
+    elif local == f"linear_fc2.{part}":
+        yield _row_parallel(f"{prefix}down.{part}", width, a, shard)
+
+
+def _row_parallel(tensor: str, length: int, a: Architecture, shard: Shard) -> Piece:
+    """A matrix [hidden, length] split along its columns; its bias is whole on every rank."""
+    if tensor.endswith("bias"):
+        return _whole(tensor, (a.hidden_size,))
+    first, last = shard.of(length)
+    rows = (0, a.hidden_size)
+    return Piece(tensor, (rows, (first, last)), (rows, (0, last - first)))
 
 
 def _qkv(prefix: str, part: str, columns: Box, a: Architecture, shard: Shard) -> Iterator[Piece]:

@@ -1,5 +1,7 @@
 """Megatron's layout of tensors: every element of a model in one place of every sharding."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,70 @@ def test_unclaimed_parameters_are_refused_by_name():
     with pytest.raises(InputError, match=r"decoder\.layers\.0\.mlp\.router\.weight"):
         pieces("decoder.layers.0.mlp.router.weight", ARCHITECTURE)
     assert pieces("decoder.layers.0.mlp.linear_fc1._extra_state", ARCHITECTURE) == []
+
+
+# -- mixtures of experts ---------------------------------------------------------------------------------------
+MIXTURE = Architecture(
+    num_layers=2, hidden_size=10, ffn_hidden_size=12, num_attention_heads=8, num_query_groups=4, head_dim=3,
+    vocab_size=13, num_moe_experts=4, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=20,
+    moe_shared_expert_gate=True, moe_layer_freq=(0, 1),
+)  # fmt: skip
+SEQUENTIAL = [f"experts.local_experts.{{e}}.linear_fc{i}.weight" for i in (1, 2)]
+GROUPED = [f"experts.linear_fc{i}.weight{{e}}" for i in (1, 2)]
+BESIDE = ["router.weight", "shared_experts.gate_weight", "shared_experts.linear_fc1.weight"]
+BESIDE += ["shared_experts.linear_fc2.weight"]
+
+
+def shards(tp, ep, etp):
+    """The ranks of one copy of everything: `tp` x `ep` x `etp` places, of which jobs use some."""
+    return [Shard(t, tp, e, ep, x, etp) for t in range(tp) for e in range(ep) for x in range(etp)]
+
+
+@pytest.mark.parametrize("names", [SEQUENTIAL, GROUPED], ids=["sequential", "grouped"])
+@pytest.mark.parametrize(("tp", "ep", "etp"), [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 1, 2), (2, 4, 1), (1, 2, 4)])
+def test_every_element_of_a_mixture_is_somewhere(names, tp, ep, etp):
+    """Experts lie on the ranks that share them once, whatever TP is; router and the gate on every rank."""
+    counts = {n: np.zeros(s, int) for n, s in MIXTURE.shapes().items() if n.startswith("layers.1.")}
+    for shard in shards(tp, ep, etp):
+        local = [name.format(e=e) for name in names for e in range(4 // ep)] + BESIDE
+        for name in local:
+            for piece in pieces(f"decoder.layers.1.mlp.{name}", MIXTURE, shard):
+                counts[piece.tensor][tuple(slice(a, b) for a, b in piece.box)] += 1
+                assert [b - a for a, b in piece.box] == [b - a for a, b in piece.place]
+    for name, count in counts.items():
+        if ".experts." in name:
+            assert (count == tp).all(), name
+        elif "router" in name:
+            assert (count == tp * ep * etp).all(), name
+        elif "shared_expert" in name:
+            assert (count == ep * etp).all(), name
+
+
+def test_experts_are_numbered_over_expert_parallel_ranks():
+    shard = Shard(rank=1, size=2, ep_rank=1, ep_size=2, etp_rank=1, etp_size=4)
+    columns = (0, 10)
+    first = pieces("decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight", MIXTURE, shard)
+    assert [(p.tensor, p.box, p.place) for p in first] == [
+        ("layers.1.experts.3.gate.weight", ((4, 8), columns), ((0, 4), columns)),
+        ("layers.1.experts.3.up.weight", ((4, 8), columns), ((4, 8), columns)),
+    ]
+    assert first == pieces("decoder.layers.1.mlp.experts.linear_fc1.weight1", MIXTURE, shard)
+    (second,) = pieces("decoder.layers.1.mlp.experts.linear_fc2.weight0", MIXTURE, shard)
+    assert (second.tensor, second.box) == ("layers.1.experts.2.down.weight", (columns, (4, 8)))
+    (shared,) = pieces("decoder.layers.1.mlp.shared_experts.linear_fc2.weight", MIXTURE, shard)
+    assert (shared.tensor, shared.box) == ("layers.1.shared_expert.down.weight", (columns, (10, 20)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.experts.local_experts.2.linear_fc1.weight",  # two experts lie on a rank
+        "mlp.experts.weight1",  # Megatron's old grouped experts
+        "mlp.experts.linear_fc1.bias0",
+        "mlp.router.bias",
+        "mlp.shared_experts.linear_fc3.weight",
+    ],
+)
+def test_unclaimed_parameters_of_mixtures_are_refused_by_name(name):
+    with pytest.raises(InputError, match=re.escape(name)):
+        pieces(f"decoder.layers.1.{name}", MIXTURE, Shard(ep_size=2))
