@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.families.base import nemo_sizes
 from nemo_minitron.nemo.live import LiveSource, fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.models import build, current_layout
@@ -53,20 +54,11 @@ def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
     import fiddle as fdl
 
     recorded = copy.deepcopy(module.__io__)
-    target = plan.target
-    sizes = {
-        "num_layers": target.num_layers,
-        "hidden_size": target.hidden_size,
-        "ffn_hidden_size": target.ffn_hidden_size,
-        "num_attention_heads": target.num_attention_heads,
-        "num_query_groups": target.num_query_groups,
-        "kv_channels": target.head_dim,
-        "vocab_size": target.vocab_size,
-    }
-    for name, value in sizes.items():
-        setattr(recorded.config, name, value)
+    for name, value in nemo_sizes(plan.target).items():
+        if name not in ("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"):  # as the teacher's
+            setattr(recorded.config, name, value)
     student = fdl.build(recorded)
-    student.config.vocab_size = padded_vocab(target.vocab_size, tp)
+    student.config.vocab_size = padded_vocab(plan.target.vocab_size, tp)
     return student
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.search.plans import scores_of
 
-Where = tuple[str, int | None, int | None]  # axis, source layer, query group (heads only)
+Where = tuple[str, int | None, int | None]  # axis, source layer, query group (of heads) or expert (of its neurons)
 
 
 class Comparison(NamedTuple):
@@ -78,6 +79,9 @@ def _cuts(scores: Scores, plan: PrunePlan) -> dict[Where, _Cut]:
 
 def _cuts_of(name: str, scores: Scores, plan: PrunePlan) -> Iterator[tuple[Where, _Cut]]:
     for layer in plan.keep[name] if isinstance(plan.keep[name], dict) else [None]:
+        if axis(name).per_expert and layer is not None:
+            yield from _expert_cuts(name, layer, scores, plan)
+            continue
         kept = plan.indices(name, layer) or []
         values = _scores_or_none(scores, name, layer)
         if name == "heads":
@@ -85,6 +89,13 @@ def _cuts_of(name: str, scores: Scores, plan: PrunePlan) -> Iterator[tuple[Where
         else:
             units = np.arange(len(values)) if values is not None else np.asarray(kept)
             yield (name, layer, None), _Cut(units, values, frozenset(kept))
+
+
+def _expert_cuts(name: str, layer: int, scores: Scores, plan: PrunePlan) -> Iterator[tuple[Where, _Cut]]:
+    values = _scores_or_none(scores, name, layer)
+    for expert, kept in plan.keep[name][layer].items():
+        units = np.asarray(kept) if values is None else np.arange(values.shape[-1])
+        yield (name, layer, expert), _Cut(units, None if values is None else values[expert], frozenset(kept))
 
 
 def _group_cuts(

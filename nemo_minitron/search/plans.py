@@ -20,7 +20,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.search.depth import BLOCK_INFLUENCE, layers_to_drop
 from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
 
-Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> one score a unit of the source
+Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> a score for each unit (of each expert)
 
 
 def plan(
@@ -33,9 +33,9 @@ def plan(
 ) -> PrunePlan:
     """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list).
 
-    ffn is ranked within its layer; heads within their query group; query groups within their layer, by
-    their own score or else the sum of their heads'; hidden over the model; layers by block influence, or by
-    the criterion `depth` of `scores.depth`: the best contiguous block, or with `contiguous=False` the best
+    ffn is ranked within its layer; experts too, and their neurons within each; heads within their query
+    group; query groups within their layer, by their own score or else the sum of their heads'; hidden over the
+    model; layers by block influence, or by the criterion `depth` of `scores.depth`: the best contiguous block, or with `contiguous=False` the best
     single layers (see `layers_to_drop`). Of units with equal scores the one with the lower index stays.
     `least=True` keeps the least important ones instead, with the same rule for ties. An axis that keeps its
     size is absent from the plan.
@@ -65,7 +65,9 @@ def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> Pru
 
     def draw(name: str, layer: int | None) -> np.ndarray:
         entropy = [seed, zlib.crc32(name.encode()), 0 if layer is None else layer + 1]
-        return np.random.Generator(np.random.PCG64(entropy)).random(axis(name).length(architecture))
+        units = (axis(name).length(architecture),)
+        shape = (architecture.num_moe_experts or 0, *units) if axis(name).per_expert else units
+        return np.random.Generator(np.random.PCG64(entropy)).random(shape)
 
     made = _select(architecture, keep, draw, least=False)
     made.notes = {"kept": "random", "seed": seed}
@@ -73,7 +75,7 @@ def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> Pru
 
 
 def scores_of(scores: Scores, name: str, layer: int | None) -> np.ndarray:
-    """Scores of an axis' units, [units]; of source layer `layer` where the axis is per layer.
+    """Scores of an axis' units, [units] or [experts, units]; of source layer `layer` where it is per layer.
 
     Raises InputError for an axis that was not scored.
     """
@@ -88,11 +90,17 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
     sizes = {name: a.length(target) for name, a in AXES.items() if a.length(source) != a.length(target)}
     layers = _layers(source, target, keep, values, least)
     chosen: dict[str, Any] = {}
-    for name in sizes.keys() - {"layers", "heads"}:
-        if axis(name).per_layer:
-            chosen[name] = {layer: _best(values(name, layer), sizes[name], least) for layer in layers}
+    for name, size in sizes.items():  # experts before the neurons of each
+        if name in ("layers", "heads"):
+            continue
+        having = [layer for layer in axis(name).layers_of(source) if layer in layers]
+        if axis(name).per_expert:
+            experts = chosen.get("experts") or dict.fromkeys(having, range(source.num_moe_experts or 0))
+            chosen[name] = {n: {e: _best(values(name, n)[e], size, least) for e in experts[n]} for n in having}
+        elif axis(name).per_layer:
+            chosen[name] = {layer: _best(values(name, layer), size, least) for layer in having}
         else:
-            chosen[name] = _best(values(name, None), sizes[name], least)
+            chosen[name] = _best(values(name, None), size, least)
     if "layers" in sizes:
         chosen["layers"] = layers
     if "heads" in sizes or "query_groups" in sizes:

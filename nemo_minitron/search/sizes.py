@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.axes import axis
+from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 
 Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the indices that stay
@@ -16,9 +16,13 @@ Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers 
 def student_architecture(source: Architecture, keep: Keep) -> Architecture:
     """The Architecture that `keep` leaves of `source`; its heads follow from cut query groups.
 
-    Raises InputError for an unknown axis, a size that is not within the source's, and heads that do not
-    divide into the query groups.
+    Raises InputError for an unknown axis, one that the source lacks, a size that is not within the source's,
+    heads that do not divide into the query groups, and a mere number of layers where some are mixtures of
+    experts and some are not.
     """
+    listed = given_layers(source, keep)
+    if "layers" in keep and listed is None and isinstance(source.moe_layer_freq, tuple):
+        raise InputError("some layers are mixtures of experts and some are not; list the layers that stay")
     sizes = {axis(name).size: _size(source, name, value) for name, value in keep.items()}
     groups = sizes.get("num_query_groups", source.num_query_groups)
     heads = sizes.setdefault("num_attention_heads", groups * source.heads_per_group)
@@ -28,7 +32,7 @@ def student_architecture(source: Architecture, keep: Keep) -> Architecture:
             f"heads={heads} is not legal with {groups} query groups of {source.heads_per_group} heads; "
             f"legal are multiples of {groups} up to {legal[-1]}, the nearest is {_nearest(heads, legal)}"
         )
-    return source.replace(**sizes)
+    return (source if listed is None else source.keep_layers(listed)).replace(**sizes)
 
 
 def given_layers(source: Architecture, keep: Keep) -> list[int] | None:
@@ -49,11 +53,15 @@ def _size(source: Architecture, name: str, value: Any) -> int:
     if listed is not None:
         return len(listed)
     most = axis(name).length(source)
+    if not most:
+        there = ", ".join(other for other, cut in AXES.items() if cut.length(source))
+        raise InputError(f"the model has no '{name}' to cut; it has {there}")
+    least = source.moe_router_topk if name == "experts" else 1  # a token goes to as many
     if not _whole(value):
-        raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from 1 to {most}")
-    if not 1 <= value <= most:
-        near = min(max(value, 1), most)
-        raise InputError(f"{name}={value} is not legal; legal are 1 to {most}, the nearest is {near}")
+        raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from {least} to {most}")
+    if not least <= value <= most:
+        near = min(max(value, least), most)
+        raise InputError(f"{name}={value} is not legal; legal are {least} to {most}, the nearest is {near}")
     return int(value)
 
 
