@@ -35,10 +35,10 @@ def plan(
 
     ffn is ranked within its layer; experts too, and their neurons within each; heads within their query
     group; query groups within their layer, by their own score or else the sum of their heads'; hidden over the
-    model; layers by block influence, or by the criterion `depth` of `scores.depth`: the best contiguous block, or with `contiguous=False` the best
-    single layers (see `layers_to_drop`). Of units with equal scores the one with the lower index stays.
-    `least=True` keeps the least important ones instead, with the same rule for ties. An axis that keeps its
-    size is absent from the plan.
+    model; layers by block influence, or by the criterion `depth` of `scores.depth`: the best contiguous block,
+    or with `contiguous=False` the best single layers (see `layers_to_drop`). Of units with equal scores the one
+    with the lower index stays. `least=True` keeps the least important ones instead, with the same rule for
+    ties. An axis that keeps its size is absent from the plan.
 
     Raises InputError for sizes that are not legal and for an axis, or a size of block, that was not scored.
     """
