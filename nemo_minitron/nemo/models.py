@@ -94,13 +94,15 @@ def _process_group() -> None:
 
 def current_layout(sp: bool = False) -> Layout:
     """The layout that Megatron's parallel groups of this process have."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    etp = parallel_state.get_expert_tensor_parallel_world_size()
     return Layout(
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        tp=tp,
         pp=parallel_state.get_pipeline_model_parallel_world_size(),
         vp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         cp=parallel_state.get_context_parallel_world_size(),
         ep=parallel_state.get_expert_model_parallel_world_size(),
-        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp=0 if etp == tp else etp,
         dp=parallel_state.get_data_parallel_world_size(),
         sp=sp,
     )
