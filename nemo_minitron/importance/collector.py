@@ -75,9 +75,9 @@ class Collector:
             self.samples += self._samples.present
             self.tokens += self._samples.tokens
 
-    def _watches(self, chunk: Any) -> dict[tuple[str, int, int], tuple[Estimator, Watch]]:
+    def _watches(self, chunk: Any) -> dict[tuple[str, int, int | None], tuple[Estimator, Watch]]:
         """(axis, row, expert) -> what to watch; of several estimators the one registered last."""
-        found: dict[tuple[str, int, int], tuple[int, Estimator, Watch]] = {}
+        found: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
         for module, layer in _with_layers(chunk.decoder):
             for order, cls in estimators_of(module):
                 if cls.axis not in (DEFAULT_AXES if self.axes is None else self.axes):

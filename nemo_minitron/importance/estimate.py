@@ -41,9 +41,9 @@ def estimate(
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     rows = micro_batches(batches, virtual=len(chunks) > 1, split=split)
     criteria = [criterion] if isinstance(criterion, str) else list(criterion)
-    with evaluating(chunks), torch.no_grad():
-        with Collector(chunks, architecture or architecture_of(unwrap(chunks[0])), criteria, axes) as collector:
-            run_forward(chunks, rows, collector)
+    architecture = architecture or architecture_of(unwrap(chunks[0]))
+    with evaluating(chunks), torch.no_grad(), Collector(chunks, architecture, criteria, axes) as collector:
+        run_forward(chunks, rows, collector)
     return reduce(collector, norms)
 
 

@@ -59,7 +59,7 @@ def _whole(accumulator: Accumulator, pair: tuple[str, str], state: State) -> Sta
         state = merge_over([parallel_state.get_expert_data_parallel_group()], aggregation_of(pair), state)
         if estimator.sharded:
             state = _concatenate(state, parallel_state.get_expert_tensor_parallel_group(), -1)
-        return _concatenate(state, parallel_state.get_expert_model_parallel_group(), 2)
+        return _concatenate(state, parallel_state.get_expert_model_parallel_group(), 2)  # [rows, halves, experts, ...]
     state = merge_over([parallel_state.get_data_parallel_group()], aggregation_of(pair), state)
     return _concatenate(state, parallel_state.get_tensor_model_parallel_group(), -1) if estimator.sharded else state
 

@@ -24,13 +24,15 @@ class Watch:
     """One place to look at: `row` of the axis's scores, and a module's input or output.
 
     `values(module, input, output)` gives [S, B, C] from the hooked module's first input and its output.
-    `expert`: of this expert-parallel rank's experts the one it belongs to, where there are experts.
+    Of a mixture of experts: `expert` is the local one it belongs to (None: it shows them all, one after another),
+    `routes` the layer's token dispatcher.
     """
 
     row: int
     module: nn.Module
     values: Callable[[nn.Module, Tensor, Any], Tensor]
-    expert: int = 0
+    expert: int | None = None
+    routes: Any = None
 
 
 class Estimator:

@@ -10,7 +10,9 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
-from nemo_minitron.job import commands, corpora
+from nemo_minitron.job import corpora
+from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
+from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.models import convert, is_nemo
 from nemo_minitron.job.recipe import Job
@@ -43,7 +45,7 @@ def stages(job: Job) -> list[Stage]:
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
 def _convert_inputs(run: Run) -> Any:
-    return commands.teacher_identity(run.job.teacher)
+    return teacher_identity(run.job.teacher)
 
 
 def _data_inputs(run: Run) -> Any:
@@ -53,7 +55,7 @@ def _data_inputs(run: Run) -> Any:
 
 
 def _estimate_inputs(run: Run) -> Any:
-    return [dataclasses.asdict(run.job.calibration), commands.teacher_identity(run.job.teacher)]
+    return [dataclasses.asdict(run.job.calibration), teacher_identity(run.job.teacher)]
 
 
 def _prune_inputs(run: Run) -> Any:
@@ -134,14 +136,14 @@ def distill(run: Run) -> None:
     layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(teacher_folder(run)))
     if why:
         run.say(f"    {why}")
-    commands.run_training(
+    run_training(
         run.path(PRUNED), str(resolve(job.teacher)), (train, train), run.path(DISTILLED), job.distillation, layout,
         run.path("log.txt"),
     )  # fmt: skip  # validation is off
 
 
 def export(run: Run) -> None:
-    commands.export_student(run.path(DISTILLED), run.path(PRUNED), run.path("student"))
+    export_student(run.path(DISTILLED), run.path(PRUNED), run.path("student"))
 
 
 def evaluate_student(run: Run) -> None:
@@ -163,7 +165,7 @@ def report(run: Run) -> None:
 def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
     from nemo_minitron.nemo.data import Tokens
 
-    row = commands.measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
+    row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
     run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
     return row | {"stage": stage, "corpus": run.job.data.name}
 

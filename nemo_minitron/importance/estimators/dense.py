@@ -118,14 +118,14 @@ class _Norm(Estimator):
 class InputNorms(_Norm):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         fused = getattr(module.self_attention, "linear_qkv", None)
-        return _watch_norm(2 * layer, module.input_layernorm, fused, module.config)
+        return watch_norm(2 * layer, module.input_layernorm, fused, module.config)
 
 
 @estimator(TransformerLayer)
 class PreMLPNorms(_Norm):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         fused = getattr(module.mlp, "linear_fc1", None)
-        return _watch_norm(2 * layer + 1, module.pre_mlp_layernorm, fused, module.config)
+        return watch_norm(2 * layer + 1, module.pre_mlp_layernorm, fused, module.config)
 
 
 @estimator(TransformerBlock)
@@ -137,7 +137,7 @@ class FinalNorm(_Norm):
         return Watch(2 * architecture.num_layers, norm, _output)
 
 
-def _watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
+def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
     """A norm of its own shows its output; a fused one does not (nor under Transformer Engine), so it is
     computed again from its input."""
     if not isinstance(norm, IdentityOp):

@@ -1,0 +1,70 @@
+"""The `minitron` command, one file a subcommand: each reads options, calls a room, prints what came out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.compress import compress
+from nemo_minitron.cli.distill import distill
+from nemo_minitron.cli.estimate import estimate
+from nemo_minitron.cli.evaluate import evaluate
+from nemo_minitron.cli.plan import plan
+from nemo_minitron.cli.prune import prune
+from nemo_minitron.cli.report import doctor, report
+from nemo_minitron.errors import InputError
+
+app = typer.Typer(
+    help="Makes trained language models smaller in NeMo: score, cut, distil (NVIDIA's Minitron method).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (compress, estimate, plan, prune, distill, evaluate, report, doctor):
+    app.command()(command)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; anywhere.")] = False) -> None:
+    """`--debug` is read in `main`."""
+
+
+def main() -> None:
+    """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug.
+
+    Ctrl-C and SIGTERM end the command and all its processes, with exit codes 130 and 143.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        _quiet()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
+            signal.signal(number, _leave)
+    try:
+        app(arguments)
+    except (InputError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"minitron: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RuntimeError) else 2)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Ends by an exception, so that what runs is ended on the way out; a second signal ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _quiet() -> None:
+    """The libraries' remarks on what is not installed are `minitron doctor`'s to tell."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "nemo", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,4 @@
+from nemo_minitron.cli import main
+
+if __name__ == "__main__":
+    main()

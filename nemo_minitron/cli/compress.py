@@ -1,0 +1,42 @@
+"""`minitron compress`: the whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. distillation.tokens=2000")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="The run folder [default: runs/NAME].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and load nothing.")] = False,
+    tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel size; layout.tp of the recipe.")] = None,
+    dp: Annotated[Optional[int], typer.Option("--dp", help="Data-parallel size; layout.dp.")] = None,
+    sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
+) -> None:
+    """The whole job, resumable, into one run folder."""
+    from nemo_minitron.job.dry_run import check, check_space, describe
+    from nemo_minitron.job.find import find
+    from nemo_minitron.job.precision import settled
+
+    layout = {"tp": tp, "dp": dp, "sp": sp}
+    chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
+    job = settled(find(recipe).override([*(overrides or []), *chosen]))
+    if dry_run:
+        print(describe(job))
+        return
+    folder = out or Path("runs") / job.name
+    check(job)
+    check_space(job, folder)
+    from nemo_minitron.job.lock import locked
+    from nemo_minitron.job.run import check_folder, execute, open_run
+    from nemo_minitron.job.stages import stages
+
+    check_folder(folder)
+    with locked(folder):
+        run = open_run(job, folder)
+        execute(run, stages(job))
+    run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")

@@ -1,0 +1,41 @@
+"""`minitron evaluate`: a model -> numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from nemo_minitron.cli.options import HeldOut, Length, Precision
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, hub id, or NeMo checkpoint (converted for the time it takes).")
+    ],
+    data: HeldOut = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, NAME or FILE.yaml, with commas.")] = "",
+    limit: Annotated[Optional[int], typer.Option("--limit", help="Documents of each task.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="At most so many tokens.")] = 16_384,
+    sequence_length: Length = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 4,
+    precision: Precision = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss, perplexity and bits per byte; lm-eval tasks."""
+    import json
+
+    from nemo_minitron.job import Evaluation
+    from nemo_minitron.job.commands.evaluate import run_evaluate
+    from nemo_minitron.job.precision import settle
+
+    settings = Evaluation(tokens, sequence_length, batch_size, settle(precision))
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    numbers = run_evaluate(model, data, settings, names, limit)
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    results = numbers.pop("tasks", {})
+    lines = [f"{name:14}{value}" for name, value in numbers.items()]
+    lines += [f"{task}  {metric:24}{value}" for task, row in results.items() for metric, value in row.items()]
+    print("\n".join(lines))

@@ -1,0 +1,19 @@
+"""Options that several commands share, and how each reads on the screen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME[:CONFIG][@SPLIT]"
+Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.")]
+HeldOut = Annotated[Optional[str], typer.Option("--data", help=f"{SOURCES}; the test split unless given.")]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
+Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]
+Dp = Annotated[int, typer.Option("--dp", help="Data-parallel size.")]
+Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tensor-parallel groups.")]
+Precision = Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")]
+Seed = Annotated[int, typer.Option("--seed")]

@@ -1,0 +1,34 @@
+"""Multi-latent attention: its heads are `dense.Heads`; here the norms of its latents, never part of `hidden`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.importance.estimators.dense import watch_norm
+from nemo_minitron.importance.registry import Estimator, Watch, estimator
+
+
+class _LatentNorm(Estimator):
+    """[num_layers, rank]: the latent after its norm, whole on every tensor-parallel rank."""
+
+    sharded = False
+    part: str
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        norm = getattr(module, f"{self.part}_layernorm", None)
+        if norm is None:  # queries without a low rank
+            return None
+        return watch_norm(layer, norm, getattr(module, f"linear_{self.part}_up_proj"), module.config)
+
+
+@estimator(MLASelfAttention)
+class QueryLatentNorm(_LatentNorm):
+    axis, part = "q_latent", "q"
+
+
+@estimator(MLASelfAttention)
+class KeyValueLatentNorm(_LatentNorm):
+    axis, part = "kv_latent", "kv"

@@ -1,0 +1,93 @@
+"""Mixtures of experts: whole experts, the neurons of each, and those of the shared expert.
+
+What an expert sees has lost its sample on the way, so its statistics are per routed token (DESIGN, section 3): the
+criterion's aggregation over the sequence, over all tokens that came to it. Its activations carry the router's
+probability, which Megatron multiplies in before the expert's second matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor, nn
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
+from nemo_minitron.importance.accumulator import Accumulator
+from nemo_minitron.importance.experts import ExpertAccumulator
+from nemo_minitron.importance.registry import Estimator, Watch, estimator
+
+
+class _PerExpert(Estimator):
+    experts = True
+
+    def accumulator(self, pairs: Sequence[tuple[str, str]], config: Any) -> Accumulator:
+        return ExpertAccumulator(self, pairs, config)
+
+
+@estimator(MoELayer)
+class Experts(_PerExpert):
+    """The L2 norm of an expert's router-weighted output, per routed token: [num_layers, experts]."""
+
+    axis = "experts"
+    sharded = False
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+            whole = output[0].float()
+            group = parallel_state.get_expert_tensor_parallel_group()
+            if torch.distributed.get_world_size(group) > 1:  # an expert's shards give parts of a sum
+                torch.distributed.all_reduce(whole := whole.clone(), group=group)
+            return torch.linalg.vector_norm(whole, dim=-1)
+
+        return Watch(layer, module.experts, norms, routes=_routes(module))
+
+
+@estimator(MoELayer)
+class ExpertNeurons(_PerExpert):
+    """The input of each expert's second matrix, per routed token: [num_layers, experts, ffn]."""
+
+    axis = "expert_ffn"
+
+    def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
+        routes = _routes(module)
+        if isinstance(module.experts, SequentialMLP):
+            for number, expert in enumerate(module.experts.local_experts):
+                yield Watch(layer, expert.linear_fc2, _input, expert=number, routes=routes)
+        elif hasattr(module.experts, "linear_fc2"):  # Transformer Engine's grouped linear: expert after expert
+            yield Watch(layer, module.experts.linear_fc2, _input, routes=routes)
+        else:
+            raise InputError(
+                f"experts of type {type(module.experts).__name__} do not show their neurons; legal are SequentialMLP "
+                f"and TEGroupedMLP"
+            )
+
+
+@estimator(MoELayer)
+class SharedExpertNeurons(Estimator):
+    """As `dense.Neurons`, of the expert that sees every token: [num_layers, ffn]."""
+
+    axis = "shared_expert_ffn"
+
+    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+        shared = getattr(module, "shared_experts", None)
+        return None if shared is None else Watch(layer, shared.linear_fc2, _input)
+
+
+def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+    return given
+
+
+def _routes(layer: Any) -> Any:
+    """What knows which tokens came to which expert. Raises InputError where tokens are dropped or padded."""
+    kind = layer.config.moe_token_dispatcher_type
+    if kind not in ("allgather", "alltoall"):
+        raise InputError(f"experts under the '{kind}' dispatcher are not watched; legal are allgather and alltoall")
+    if layer.config.moe_pad_expert_input_to_capacity:
+        raise InputError("experts whose input is padded to a capacity are not watched; turn the padding off")
+    return layer.token_dispatcher

@@ -1,0 +1,98 @@
+"""The statistics of an expert-parallel rank's experts, per routed token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.artifacts.statistics import AGGREGATIONS, TOKENS, State, aggregation_of
+from nemo_minitron.importance.accumulator import Accumulator
+from nemo_minitron.importance.registry import Estimator, Watch
+from nemo_minitron.importance.samples import Samples
+from nemo_minitron.importance.statistics import over_sequence, with_counts
+
+HALVES = 2
+
+
+class ExpertAccumulator(Accumulator):
+    """`states[(tokens, sequence)]`: fields fp64 [rows, 2 halves, local experts, ...]."""
+
+    def __init__(self, estimator: Estimator, pairs: Any, config: Any) -> None:
+        super().__init__(estimator, pairs, config)
+        self.pairs = [(TOKENS, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
+        self.split = config.sequence_parallel
+        self.groups = []  # tokens were dealt out already: ranks with copies of an expert are merged at the end
+        self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, 2, ...]
+        self._halves: dict[Any, list[Tensor]] = {}
+        self._of: Samples | None = None
+
+    def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
+        """[tokens, ...] that came to one expert or, with watch.expert None, to the local ones in turn."""
+        halves = self._halves_of(watch.routes, samples)
+        wanted = range(len(halves)) if watch.expert is None else [watch.expert]
+        parts = values.split([len(halves[e]) for e in wanted] + [len(values) - sum(len(halves[e]) for e in wanted)])
+        for expert, part in zip(wanted, parts, strict=False):  # what lies behind is FP8's padding
+            self._routed.setdefault(watch.row, {})[expert] = self._states(part, halves[expert])
+
+    def _states(self, values: Tensor, halves: Tensor) -> dict[str, State]:
+        counts = torch.bincount(halves[halves >= 0], minlength=HALVES).double()
+        states = {}
+        for _, name in self.pairs:
+            heavy = over_sequence(name, values[:, None], halves[:, None], HALVES)
+            states[name] = with_counts(name, tuple(part.double()[None] for part in heavy), counts)
+        return states
+
+    def _halves_of(self, routes: Any, samples: Samples) -> list[Tensor]:
+        """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count."""
+        if self._of is not samples:
+            self._of, self._halves = samples, {}
+        if routes not in self._halves:
+            length = routes.hidden_shape[0]
+            table, halves = routing(routes, samples.halves(self.split, length).flatten())
+            self._halves[routes] = [halves[column] for column in table.unbind(1)]
+        return self._halves[routes]
+
+    def flush(self, samples: Samples) -> None:
+        """Takes the finished micro-batch in; no rank waits for another."""
+        if not self._routed:
+            return
+        self.rows = self.rows or sorted(self._routed)
+        for pair in self.pairs:
+            new = self._stacked(pair[1])
+            old = self.states.get(pair)
+            self.states[pair] = new if old is None else aggregation_of(pair).merge(old, new)
+        self.drop()
+
+    def _stacked(self, name: str) -> State:
+        """[rows, halves, experts, ...] of all rows and experts."""
+        fields = range(len(AGGREGATIONS[name].fields))
+        rows = [[experts[e][name] for e in sorted(experts)] for experts in (self._routed[row] for row in self.rows)]
+        return tuple(torch.stack([torch.cat([s[i] for s in row]) for row in rows]).transpose(1, 2) for i in fields)
+
+    def drop(self) -> None:
+        self._routed, self._halves, self._of = {}, {}, None
+
+
+def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [tokens, local experts] and int64 [tokens], for all tokens of the dispatcher's ranks, in its order.
+
+    An expert's input are the tokens of its column, in that order.
+    """
+    group, size = dispatcher.tp_ep_group, dispatcher.tp_size * dispatcher.ep_size
+    first, last = dispatcher.local_expert_indices[0], dispatcher.local_expert_indices[-1] + 1
+    gathered = [halves] if size == 1 else _gather(halves, size, group)
+    if dispatcher.config.moe_token_dispatcher_type == "allgather":
+        return dispatcher.local_map, torch.cat(gathered)
+    table = dispatcher.routing_map
+    tables = [table] if size == 1 else [part.bool() for part in _gather(table.to(torch.uint8), size, group)]
+    # All-to-all first over expert-parallel ranks, then gathered over the experts' tensor-parallel ones.
+    order = [ep * dispatcher.tp_size + tp for tp in range(dispatcher.tp_size) for ep in range(dispatcher.ep_size)]
+    return torch.cat([tables[k][:, first:last] for k in order]), torch.cat([gathered[k] for k in order])
+
+
+def _gather(tensor: Tensor, size: int, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return parts
