@@ -208,21 +208,6 @@ class Architecture:
         attention = 2 * self.num_layers * self.num_attention_heads * self.head_dim * context
         return 2 * (matrices + head + attention)
 
-    def activations(self, *, batch: int, context: int, bytes_per_value: int = 2) -> int:
-        """Bytes of activations that a training step keeps on one device, without recomputation.
-
-        Counted per token and layer: the residual stream and both norms' outputs, q, k, v, attention's
-        output, the MLP's branches and their product (of a mixture: each chosen expert's, with its copy of the
-        token and its output); then logits and their gradient in the same dtype.
-        """
-        qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
-        layer = 4 * self.hidden_size + qkv + self.num_attention_heads * self.head_dim
-        branches = 3 if self.gated_mlp else 2
-        routed = self.moe_router_topk * (branches * (self.moe_ffn_hidden_size or 0) + 2 * self.hidden_size)
-        mixture = routed + branches * (self.moe_shared_expert_intermediate_size or 0)
-        mlps = len(self.dense_layers) * branches * self.ffn_hidden_size + len(self.moe_layers) * mixture
-        return batch * context * bytes_per_value * (self.num_layers * layer + mlps + 2 * self.vocab_size)
-
     # -- plain values --------------------------------------------------------------------------------
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values; a dense model's are without those of mixtures."""

@@ -173,13 +173,6 @@ def test_count_of_qwen2_moe_is_transformers(dense):
     assert architecture.parameters(active=True) == model.num_parameters() - (6 - len(dense)) * 2 * 3 * 48 * 40
 
 
-def test_activations_of_a_mixture_by_hand():
-    sizes = {"batch": 2, "context": 10, "bytes_per_value": 4}
-    mixture = 2 * (3 * 320 + 2 * 576) + 3 * 448  # two experts, each with a token in and out; the shared one
-    dense = smollm2(num_layers=6).activations(**sizes)
-    assert mixed().activations(**sizes) == dense + 2 * 10 * 4 * 2 * (mixture - 3 * 1536)
-
-
 def test_one_spelling_of_each_mixture():
     assert mixed() == mixed(moe_layer_freq=(1, 0, 0, 1, 0, 0))
     assert (mixed().moe_layers, mixed().dense_layers) == ((0, 3), (1, 2, 4, 5))

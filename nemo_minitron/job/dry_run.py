@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
@@ -63,21 +64,12 @@ def check_space(job: Job, folder: str | Path) -> None:
 def training_memory(
     student: Architecture, teacher: Architecture, settings: Distillation, layout: Layout
 ) -> dict[str, int]:
-    """Bytes per rank: weights, gradients and Adam's state (fp32 master, two moments) of the student, the
-    frozen teacher's weights, activations of one micro-batch. The distributed optimizer shards over DP."""
-    parts = layout.tp * layout.pp
-    size = 2 if settings.precision == "bf16" else 4
-    count = student.parameters() / parts
-    return {
-        "weights": round(count * size),
-        "gradients": round(count * 4),
-        "optimizer": round(count * 12 / layout.dp),
-        "teacher": round(teacher.parameters() / parts * size),
-        "activations": student.activations(
-            batch=settings.micro_batch_size, context=settings.sequence_length, bytes_per_value=size
-        )
-        // (layout.tp * layout.pp),
-    }
+    """Bytes of a distillation step on the rank that needs most, by purpose (see `costs.training_memory`)."""
+    return costs.training_memory(
+        student, layout, batch=settings.micro_batch_size, context=settings.sequence_length,
+        precision=settings.precision, teacher=teacher,
+        micro_batches=max(1, settings.global_batch_size // (settings.micro_batch_size * layout.dp)),
+    )  # fmt: skip
 
 
 def describe(job: Job) -> str:

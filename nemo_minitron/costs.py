@@ -1,0 +1,207 @@
+"""What training costs on one rank of a layout: weights, gradients, optimizer, activations, teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+from nemo_minitron.architecture import BYTES, Architecture
+from nemo_minitron.errors import InputError, nearest
+
+RECOMPUTE = ("none", "selective", "full")
+_ROW_PARALLEL, _REPLICATED = ("o.bias", "down.bias"), ("norm.weight", "norm.bias", "router.weight")
+
+
+class Layout(Protocol):
+    """Sizes of the parallel dimensions, in Megatron's words (`nemo_minitron.job.Layout` is one)."""
+
+    @property
+    def tp(self) -> int: ...
+    @property
+    def pp(self) -> int: ...
+    @property
+    def vp(self) -> int: ...
+    @property
+    def cp(self) -> int: ...
+    @property
+    def ep(self) -> int: ...
+    @property
+    def dp(self) -> int: ...
+    @property
+    def sp(self) -> bool: ...
+    @property
+    def expert_tp(self) -> int: ...
+    @property
+    def first_stage(self) -> int: ...
+    @property
+    def last_stage(self) -> int: ...
+
+
+def training_memory(
+    student: Architecture,
+    layout: Layout,
+    *,
+    batch: int,
+    context: int,
+    precision: str = "bf16",
+    teacher: Architecture | None = None,
+    distributed_optimizer: bool = True,
+    recompute: str = "none",
+    micro_batches: int | None = None,
+) -> dict[str, int]:
+    """Bytes by purpose, of the pipeline stage that needs most: `batch` sequences of `context` tokens at a time.
+
+    Megatron's mixed precision: weights in `precision`, gradients summed in fp32, Adam's two moments in fp32 and,
+    beside bf16 weights, an fp32 master copy; the distributed optimizer spreads these over the data- and
+    context-parallel ranks. The teacher is frozen weights alone, in the same layout and precision. `recompute` as
+    in Megatron (see `activations`). `micro_batches`: of a step (None: enough to fill the pipeline). Buffers of
+    communication, one operation's temporaries and the allocator's slack are not in it.
+
+    Raises InputError for an unknown precision or recomputation.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision '{precision}' is unknown; {nearest(precision, ('fp32', 'bf16'))}")
+    size, state = BYTES[precision], {"fp32": 8, "bf16": 12}[precision]
+    held = activations(
+        student, layout, batch=batch, context=context, precision=precision, recompute=recompute,
+        micro_batches=micro_batches, logits=2 if teacher is None else 3,
+    )  # fmt: skip
+    frozen = parameters_by_stage(teacher, layout) if teacher else [(0, 0)] * layout.pp
+    spread, expert_spread = (_replicas(layout) if distributed_optimizer else (1, 1))
+    stages = [
+        {
+            "weights": (dense + expert) * size,
+            "gradients": (dense + expert) * BYTES["fp32"],
+            "optimizer": math.ceil(dense * state / spread) + math.ceil(expert * state / expert_spread),
+            "teacher": sum(teachers) * size,
+            "activations": activation,
+        }
+        for (dense, expert), teachers, activation in zip(
+            parameters_by_stage(student, layout), frozen, held, strict=True
+        )
+    ]
+    return max(stages, key=lambda stage: sum(stage.values()))
+
+
+def _replicas(layout: Layout) -> tuple[int, int]:
+    """Ranks that hold the same weights: of what every token meets, and of an expert."""
+    ranks = layout.tp * layout.cp * layout.dp
+    return layout.cp * layout.dp, ranks // (layout.ep * layout.expert_tp)
+
+
+def parameters_by_stage(architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
+    """(weights that every token meets, weights of experts) on one rank, for each pipeline stage.
+
+    The vocabulary is padded to a multiple of TP. With tied embeddings the last of several stages holds a second
+    copy of them.
+    """
+    counts = [[0, 0] for _ in range(layout.pp)]
+    stage_of = {layer: s for s, layers in enumerate(stage_layers(architecture.num_layers, layout)) for layer in layers}
+    for name, shape in architecture.shapes().items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+        stage = stage_of[layer] if layer is not None else 0 if name == "embedding.weight" else layout.pp - 1
+        counts[stage][".experts." in name] += _on_rank(name, shape, architecture, layout)
+    if architecture.tied_embeddings and layout.pp > 1:
+        shape = (architecture.vocab_size, architecture.hidden_size)
+        counts[-1][0] += _on_rank("head.weight", shape, architecture, layout)
+    return [(dense, expert) for dense, expert in counts]
+
+
+def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
+    """Layers of each pipeline stage; virtual stages are dealt out in turn, as Megatron does."""
+    if layout.first_stage or layout.last_stage:
+        ends = [n for n in (layout.first_stage, layout.last_stage) if n]
+        middle = (layers - sum(ends)) // max(1, layout.pp - len(ends))
+        sizes = [middle] * layout.pp
+        sizes[0], sizes[-1] = layout.first_stage or sizes[0], layout.last_stage or sizes[-1]
+    else:
+        sizes = [layers // layout.pp] * layout.pp
+    dealt, first = [[] for _ in sizes], 0  # type: list[list[int]], int
+    for _ in range(layout.vp):
+        for stage, size in enumerate(sizes):
+            dealt[stage] += range(first, first + size // layout.vp)
+            first += size // layout.vp
+    return dealt
+
+
+def _on_rank(name: str, shape: tuple[int, ...], architecture: Architecture, layout: Layout) -> int:
+    """Elements of one canonical tensor on a rank that has any of it."""
+    if ".experts." in name:
+        share = architecture.num_moe_experts or 1
+        return math.prod(shape) // layout.expert_tp if int(name.split(".")[3]) < share // layout.ep else 0
+    if name.endswith(_ROW_PARALLEL) or name.endswith(_REPLICATED):
+        return math.prod(shape)
+    if name in ("embedding.weight", "head.weight"):
+        return math.ceil(shape[0] / layout.tp) * shape[1]
+    return math.prod(shape) // layout.tp
+
+
+def activations(
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    batch: int,
+    context: int,
+    precision: str = "bf16",
+    recompute: str = "none",
+    micro_batches: int | None = None,
+    logits: int = 2,
+) -> list[int]:
+    """Bytes that the backward pass needs of the forward passes, on one rank of each pipeline stage.
+
+    Per token and layer: the residual stream and both norms' outputs (sharded under sequence parallelism), q, k,
+    v, attention's output, the MLP's branches and their product (of a mixture: each chosen expert's, with the
+    token's copy and its output). Attention is fused: no scores. `recompute="selective"` keeps no norm's output
+    and no product of branches; `"full"` keeps each layer's input, and one layer's activations at a time.
+    `logits`: how many values of the vocabulary's width are there at once on the last stage: the logits and their
+    gradient, in distillation also the teacher's.
+
+    Stages hold as many micro-batches as 1F1B has under way, or its interleaved form under virtual stages.
+    Raises InputError for an unknown recomputation.
+    """
+    if recompute not in RECOMPUTE:
+        raise InputError(f"recompute '{recompute}' is unknown; {nearest(recompute, RECOMPUTE)}")
+    whole = [_layer(architecture, layer, layout, recompute) for layer in range(architecture.num_layers)]
+    kept = [_residual(architecture, layout)] * len(whole) if recompute == "full" else whole
+    tokens = batch * math.ceil(context / layout.cp)
+    found = []
+    for stage, layers in enumerate(stage_layers(architecture.num_layers, layout)):
+        chunks = _chunks_under_way(stage, layout, micro_batches)
+        values = sum(kept[layer] for layer in layers) * chunks / layout.vp
+        if recompute == "full":
+            values += max((whole[layer] for layer in layers), default=0)
+        if stage == layout.pp - 1:
+            values += logits * math.ceil(architecture.vocab_size / layout.tp)
+        found.append(round(values * tokens * BYTES[precision]))
+    return found
+
+
+def _chunks_under_way(stage: int, layout: Layout, micro_batches: int | None) -> int:
+    """Forward passes of model chunks that wait for their backward pass, at most (Megatron's schedules)."""
+    if layout.vp > 1:
+        most = (layout.pp - stage - 1) * 2 + (layout.vp - 1) * layout.pp + 1
+    else:
+        most = layout.pp - stage
+    return most if micro_batches is None else min(most, micro_batches * layout.vp)
+
+
+def _residual(architecture: Architecture, layout: Layout) -> float:
+    return architecture.hidden_size / (layout.tp if layout.sp else 1)
+
+
+def _layer(a: Architecture, layer: int, layout: Layout, recompute: str) -> float:
+    """Values per token that one layer keeps on a rank."""
+    selective = recompute == "selective"
+    attention = (2 * a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim / layout.tp
+    return (2 if selective else 4) * _residual(a, layout) + attention + sum(_mlp(a, layer, layout, selective))
+
+
+def _mlp(a: Architecture, layer: int, layout: Layout, selective: bool) -> Iterator[float]:
+    branches = (2 if a.gated_mlp else 1) + (not selective)
+    if layer not in a.moe_layers:
+        yield branches * a.ffn_hidden_size / layout.tp
+        return
+    yield a.moe_router_topk * branches * (a.moe_ffn_hidden_size or 0) / layout.expert_tp
+    yield a.moe_router_topk * 2 * a.hidden_size
+    yield branches * (a.moe_shared_expert_intermediate_size or 0) / layout.tp
