@@ -16,9 +16,13 @@ from nemo_minitron.families.base import Family
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.mixtral import Mixtral
+from nemo_minitron.families.nemotron import Nemotron
+from nemo_minitron.families.phi3 import Phi3
+from nemo_minitron.families.qwen2 import Qwen2
+from nemo_minitron.families.qwen3 import Qwen3
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: never a pickle
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -1,4 +1,4 @@
-"""What a model family is: a Hugging Face config <-> Architecture, and Hugging Face names <-> canonical names.
+"""What a model family is: a Hugging Face config <-> Architecture <-> NeMo's config; Hugging Face's names <-> canonical.
 
 No torch here: a config is a dict, a name is a string. A family is a subclass with tables; where a family
 follows Llama's field names it changes only what differs.
@@ -7,11 +7,12 @@ follows Llama's field names it changes only what differs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.families import translate
 
 Config = Mapping[str, Any]
 
@@ -38,6 +39,31 @@ LLAMA_SIZES = {  # Architecture field -> Hugging Face field
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
 }
+LLAMA_DEFAULTS: dict[str, Any] = {  # transformers' own, where a config is silent
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+NEMO_FIELDS = {  # NeMo's GPTConfig field -> Hugging Face field
+    "init_method_std": "initializer_range",
+    "layernorm_epsilon": "rms_norm_eps",
+    "seq_length": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+}
+
+
+def biases(*tensors: str) -> dict[str, tuple[str, ...]]:
+    """Hugging Face names of the biases of q, k, v, o, gate, up, down, as Llama names their modules."""
+    weights = {f"layers.{{i}}.{tensor}.weight" for tensor in tensors}
+    return biases_of(name for name, (part,) in LLAMA_TENSORS.items() if part in weights)
+
+
+def biases_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The biases beside these weights of LLAMA_TENSORS."""
+    pairs = {name: LLAMA_TENSORS[name][0] for name in names}
+    return {name.replace(".weight", ".bias"): (part.replace(".weight", ".bias"),) for name, part in pairs.items()}
 
 
 class Family:
@@ -46,10 +72,18 @@ class Family:
     model_type: ClassVar[str]
     hf_class: ClassVar[str]
     nemo_model: ClassVar[str]
+    nemo_class: ClassVar[str]
+    """NeMo's config class."""
     tensors: ClassVar[Mapping[str, tuple[str, ...]]] = LLAMA_TENSORS
     """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0; `{i}` is a
     layer's number, `{e}` an expert's."""
     sizes: ClassVar[Mapping[str, str]] = LLAMA_SIZES
+    defaults: ClassVar[Mapping[str, Any]] = LLAMA_DEFAULTS
+    nemo_fields: ClassVar[Mapping[str, str]] = NEMO_FIELDS
+    nemo_fixed: ClassVar[Mapping[str, Any]] = translate.fixed("seq_len_interpolation_factor")
+    """NeMo's field -> the one value of it that transformers' class of the family stands for."""
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear")
+    """What of Hugging Face's `rope_scaling` NeMo's class has."""
     exact_axes: ClassVar[frozenset[str]] = frozenset({"ffn", "heads", "query_groups", "layers", "vocab"})
     """Axes along which an all-zero unit goes without changing a logit (hidden never: norms divide by it)."""
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
@@ -60,23 +94,20 @@ class Family:
         values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
         return Architecture(**values)
 
+    def value(self, config: Config, name: str) -> Any:
+        """A field of a Hugging Face config; where it is silent, transformers' default."""
+        return config.get(name, self.defaults.get(name))
+
     def read_sizes(self, config: Config) -> dict[str, int]:
-        defaults = self.default_sizes(config)
+        derived = _derived_sizes(config)
         sizes = {}
         for field, name in self.sizes.items():
-            value = config.get(name)
-            value = defaults.get(field) if value is None else value
+            value = self.value(config, name)
+            value = derived.get(field) if value is None else value
             if value is None:
                 raise InputError(f"the config of this {self.model_type} model has no '{name}'")
             sizes[field] = value
         return sizes
-
-    def default_sizes(self, config: Config) -> dict[str, int]:
-        """What transformers takes where a config is silent."""
-        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-            return {"num_query_groups": heads, "head_dim": hidden // heads}
-        return {}
 
     def features(self, config: Config) -> dict[str, Any]:
         """Architecture fields other than sizes."""
@@ -113,15 +144,39 @@ class Family:
         return dict(sorted(names.items(), key=lambda item: order[item[1][0]]))
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        """Name of NeMo's config class and the fields to give it, as plain values.
+        """Name of NeMo's config class and the fields to give it, as plain values; a function by its dotted name.
 
         Raises InputError for a model that NeMo's class of the family cannot be.
         """
-        raise NotImplementedError
+        architecture = self.architecture(config)
+        fields = {name: self.value(config, key) for name, key in self.nemo_fields.items()}
+        fields |= nemo_sizes(architecture) | translate.nemo_biases(architecture, self.hf_class)
+        fields |= translate.nemo_activation(self.value(config, "hidden_act"), self.defaults["hidden_act"])
+        return self.nemo_class, fields | translate.nemo_rope(config, self.rope_types, self.nemo_model)
 
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults)."""
-        raise NotImplementedError
+        """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults).
+
+        Raises InputError for a NeMo model that transformers' class of the family cannot be.
+        """
+        translate.check_fixed(fields, self.nemo_fixed, self.hf_class)
+        return {
+            "architectures": [self.hf_class],
+            "model_type": self.model_type,
+            "hidden_act": translate.hf_activation(fields.get("activation_func"), self.defaults["hidden_act"]),
+            "tie_word_embeddings": bool(fields["share_embeddings_and_output_weights"]),
+            **translate.hf_sizes(fields, self.sizes),
+            **{key: fields[name] for name, key in self.nemo_fields.items()},
+            **translate.hf_rope(fields),
+        }
+
+
+def _derived_sizes(config: Config) -> dict[str, int]:
+    """What transformers derives where a size is null, or has no default."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        return {"num_query_groups": heads, "head_dim": hidden // heads}
+    return {}
 
 
 def nemo_sizes(architecture: Architecture) -> dict[str, Any]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from nemo_minitron.families.base import LLAMA_SIZES, LLAMA_TENSORS, Config, Family, nemo_sizes
-from nemo_minitron.families.llama import common_config, common_fields
+from nemo_minitron.families.base import LLAMA_SIZES, LLAMA_TENSORS, NEMO_FIELDS
+from nemo_minitron.families.mistral import Mistral
+from nemo_minitron.families.translate import fixed
 
 _BLOCK = "model.layers.{i}.block_sparse_moe."
-_DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072}  # transformers' own
 
 
-class Mixtral(Family):
+class Mixtral(Mistral):
     model_type = "mixtral"
     hf_class = "MixtralForCausalLM"
     nemo_model = "MixtralModel"
+    nemo_class = "MixtralConfig8x7B"
     tensors = LLAMA_TENSORS | {
         f"{_BLOCK}gate.weight": ("layers.{i}.router.weight",),
         f"{_BLOCK}experts.{{e}}.w1.weight": ("layers.{i}.experts.{e}.gate.weight",),
@@ -27,27 +25,17 @@ class Mixtral(Family):
         "moe_router_topk": "num_experts_per_tok",
         "moe_ffn_hidden_size": "intermediate_size",
     }
+    defaults = Mistral.defaults | {
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+    }
+    nemo_fields = NEMO_FIELDS | {
+        "max_position_embeddings": "max_position_embeddings",
+        "moe_aux_loss_coeff": "router_aux_loss_coef",
+    }
+    nemo_fixed = fixed("num_moe_experts", "window_size", "seq_len_interpolation_factor")
     exact_axes = frozenset({"expert_ffn", "heads", "query_groups", "layers", "vocab"})
-
-    def default_sizes(self, config: Config) -> dict[str, int]:
-        defaults = {"num_query_groups": 8, "num_moe_experts": 8, "moe_router_topk": 2}
-        return super().default_sizes(config) | defaults
-
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        fields = nemo_sizes(self.architecture(config)) | common_fields({**_DEFAULTS, **config})
-        window = config.get("sliding_window")
-        return "MixtralConfig8x7B", fields | {
-            "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.001),
-            "max_position_embeddings": fields["seq_length"],
-            "window_size": [window - 1, 0] if window else None,  # as Mistral's
-        }
-
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        window = fields.get("window_size")
-        return common_config(self, fields) | {
-            "intermediate_size": fields["moe_ffn_hidden_size"] or fields["ffn_hidden_size"],
-            "num_local_experts": fields["num_moe_experts"],
-            "num_experts_per_tok": fields["moe_router_topk"],
-            "router_aux_loss_coef": fields["moe_aux_loss_coeff"],
-            "sliding_window": window[0] + 1 if window else None,
-        }

@@ -23,7 +23,7 @@ from nemo_minitron.families import family_of_nemo
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Names of NeMo's classes and the fields of the model's config, plain values only."""
+    """Names of NeMo's classes and the fields of the model's config: plain values; a function is its dotted name."""
 
     model_class: str
     config_class: str
@@ -79,9 +79,17 @@ def _defaults(folder: Path) -> dict[str, Any]:
     """All fields of the model's config as NeMo wrote them down for people."""
     try:
         values = yaml.safe_load((folder / "model.yaml").read_text())
-        return {name: value for name, value in values["config"].items() if _plain(value)}
+        named = {name: _function(value) for name, value in values["config"].items()}
+        return {name: value for name, value in named.items() if _plain(value)}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{folder / 'model.yaml'}' cannot be read: {error}") from None
+
+
+def _function(value: Any) -> Any:
+    """The dotted name of a function that is a value, not called; anything else as it is."""
+    if isinstance(value, Mapping) and value.get("_call_") is False and "_target_" in value:
+        return str(value["_target_"])
+    return value
 
 
 def _plain(value: Any) -> bool:
@@ -125,6 +133,8 @@ class _Graph:
     def _value(self, value: Mapping[str, Any]) -> Any:
         if value["type"] == "leaf":
             return value["value"]
+        if value["type"] == "pyref":
+            return f"{value['module']}.{value['name']}"
         if value["type"] == "ref" and self.objects[value["key"]]["type"].get("name") in ("list", "tuple"):
             return [self._value(item) for _, item in self.objects[value["key"]]["items"]]
         return _OPAQUE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ def nemo_config(config: Mapping[str, Any], *, precision: str = "fp32", layout: L
     name, fields = family_of(config).nemo_config(config)
     bf16 = precision == "bf16"
     home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]  # llm itself lacks some config classes
+    if "activation_func" in fields:
+        fields["activation_func"] = pkgutil.resolve_name(fields["activation_func"])
     result = getattr(home, name)(**fields, bf16=bf16, fp16=False, params_dtype=DTYPES[precision])
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result

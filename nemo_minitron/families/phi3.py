@@ -1,0 +1,68 @@
+"""Phi-3: Phi-3, Phi-4 and all that transformers loads as Phi3ForCausalLM: fused q, k, v and fused gate, up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
+from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, NEMO_FIELDS, Config, Family
+from nemo_minitron.families.translate import fixed, hf_window, nemo_window, rope_field, rope_of
+
+_LAYER = "model.layers.{i}."
+_FUSED = {
+    f"{_LAYER}self_attn.qkv_proj.weight": ("layers.{i}.q.weight", "layers.{i}.k.weight", "layers.{i}.v.weight"),
+    f"{_LAYER}mlp.gate_up_proj.weight": ("layers.{i}.gate.weight", "layers.{i}.up.weight"),
+}
+_PARTS = {part for parts in _FUSED.values() for part in parts}
+
+
+class Phi3(Family):
+    model_type = "phi3"
+    hf_class = "Phi3ForCausalLM"
+    nemo_model = "Phi3Model"
+    nemo_class = "Phi3Config"
+    tensors = _FUSED | {name: parts for name, parts in LLAMA_TENSORS.items() if not _PARTS & set(parts)}
+    defaults = LLAMA_DEFAULTS | {
+        "max_position_embeddings": 4096,
+        "partial_rotary_factor": 1.0,
+        "rms_norm_eps": 1e-5,
+    }
+    nemo_fields = NEMO_FIELDS | {"rotary_percent": "partial_rotary_factor"}
+    nemo_fixed = fixed("rotary_percent", "window_size")
+    rope_types = ("default",)  # longrope's factors, one for each frequency, are not in Megatron
+
+    def config(self, architecture: Architecture, base: Config) -> dict[str, Any]:
+        """Also refuses what transformers' check of longrope's factors would: it goes by hidden_size / heads, whatever
+        head_dim is."""
+        kind, rope = rope_of(base)
+        if kind != "default":
+            self._check_factors(architecture, kind, rope, self.value(base, "partial_rotary_factor"))
+        return super().config(architecture, base)
+
+    def _check_factors(self, a: Architecture, kind: str, rope: Mapping[str, Any], part: float) -> None:
+        factors = rope_field(rope, "short_factor")
+        if not isinstance(factors, list):
+            raise InputError(f"the short_factor of rope_scaling '{kind}' is {factors!r}; it must be a list")
+        heads, wanted = a.num_attention_heads, len(factors)
+        legal = [size for size in range(heads, 8 * wanted * heads) if _frequencies(size, heads, part) == wanted]
+        if a.hidden_size not in legal:
+            closest = min(legal, key=lambda size: abs(size - a.hidden_size), default=None)
+            raise InputError(
+                f"hidden_size {a.hidden_size} with {heads} heads is not legal: transformers wants one of rope_scaling "
+                f"'{kind}'s {wanted} factors for each pair of hidden_size / heads; the nearest hidden_size is {closest}"
+            )
+
+    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+        name, fields = super().nemo_config(config)
+        return name, fields | nemo_window(self.value(config, "sliding_window"))
+
+    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        # transformers' default padding token lies beyond small vocabularies
+        return super().from_nemo(fields) | hf_window(fields) | {"pad_token_id": None}
+
+
+def _frequencies(hidden: int, heads: int, part: float) -> int:
+    """As transformers counts them."""
+    return int(hidden // heads * part) // 2

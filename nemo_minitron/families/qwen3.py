@@ -1,0 +1,34 @@
+"""Qwen3 (dense): all that transformers loads as Qwen3ForCausalLM: norms of queries and keys, head_dim of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.families.base import LLAMA_TENSORS, NEMO_FIELDS, Config, Family, biases
+from nemo_minitron.families.qwen2 import Qwen2
+from nemo_minitron.families.translate import fixed
+
+_ATTENTION = "model.layers.{i}.self_attn."
+
+
+class Qwen3(Qwen2):
+    model_type = "qwen3"
+    hf_class = "Qwen3ForCausalLM"
+    nemo_model = "Qwen3Model"
+    nemo_class = "Qwen3Config"
+    tensors = LLAMA_TENSORS | biases("q", "k", "v", "o") | {
+        f"{_ATTENTION}q_norm.weight": ("layers.{i}.q_norm.weight",),
+        f"{_ATTENTION}k_norm.weight": ("layers.{i}.k_norm.weight",),
+    }  # fmt: skip
+    defaults = Qwen2.defaults | {"head_dim": 128}
+    nemo_fields = NEMO_FIELDS | {"max_position_embeddings": "max_position_embeddings"}
+    nemo_fixed = fixed("seq_len_interpolation_factor", qk_layernorm=True)
+
+    def features(self, config: Config) -> dict[str, Any]:
+        attention = bool(config.get("attention_bias"))
+        found = {"qk_norm": True, "qkv_bias": attention, "attention_output_bias": attention}
+        return Family.features(self, config) | found
+
+    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return super().from_nemo(fields) | {"attention_bias": False}
