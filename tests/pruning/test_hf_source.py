@@ -46,6 +46,8 @@ def test_rows_out_of_range(tmp_path):
     for rows in ([-1, 0], [47, 48]):
         with pytest.raises(IndexError):
             source.read("layers.0.q.weight", (np.array(rows), np.arange(48)))
+        with pytest.raises(IndexError):
+            source.read("layers.0.q.weight", (np.arange(48), np.array(rows)))
     with pytest.raises(InputError, match="no tensor"):
         source.read("layers.6.q.weight", whole((48, 48)))
 

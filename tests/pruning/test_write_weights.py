@@ -8,12 +8,14 @@ from pico import pico_llama, raw_tensors, save_tensors
 from plans_by_hand import slice_by_hand, width_and_depth
 
 from nemo_minitron.families import from_hf
-from nemo_minitron.pruning import HFSource, write, write_weights
+from nemo_minitron.pruning import HFSource, write_weights
 from nemo_minitron.pruning.headers import SIZES, read_header
 
 
 class Watched:
     """A source that notes the bytes of rows that each read takes, and the threads that read."""
+
+    block = 1000  # 5 rows of 48 fp32 values
 
     def __init__(self, source):
         self.inner, self.architecture = source, source.architecture
@@ -30,8 +32,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_are_bounded_and_join(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(write, "BLOCK", 1000)  # 5 rows of 48 fp32 values
+def test_blocks_are_bounded_and_join(tmp_path, threads):
     folder, out = pico_llama(tmp_path / "t"), tmp_path / "s"
     plan, source = width_and_depth(from_hf(folder)), Watched(HFSource(folder))
     out.mkdir()
@@ -43,6 +44,16 @@ def test_blocks_are_bounded_and_join(tmp_path, monkeypatch, threads):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
+
+
+def test_a_source_without_blocks_is_asked_for_whole_tensors(tmp_path, monkeypatch):
+    """As chunks of a checkpoint would be read again for each block."""
+    monkeypatch.delattr(Watched, "block")
+    folder, out = pico_llama(tmp_path / "t"), tmp_path / "s"
+    source = Watched(HFSource(folder))
+    out.mkdir()
+    write_weights(source, width_and_depth(from_hf(folder)), out, source.inner.config)
+    assert len(source.sizes) == len(raw_tensors(out))
 
 
 def test_mixed_dtypes_are_aligned(tmp_path):

@@ -1,0 +1,221 @@
+"""Folder to folder against `cp`, on a synthetic Llama of several GB, in one run:
+`python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--quick] [--folder /tmp]`.
+
+For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor: `cp` of as
+many bytes as the student has, and `cat` to /dev/null of as many more as the cut has to read (rows that stay are
+read whole). Both orders alternate. "warm": the teacher lies in the page cache, what is written may stay there;
+"cold": files are dropped from the page cache before, and both are timed until all is on the disk (`sync`). The peak
+is the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.families import from_hf
+from nemo_minitron.families.llama import Llama
+from nemo_minitron.pruning.selection import student_index
+from nemo_minitron.search import random_plan
+
+RESULTS = Path(__file__).parent / "results"
+LLAMA = {  # Llama-3.1-8B's layers under a smaller vocabulary, so that the largest tensor is an ordinary one
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+PICO = LLAMA | {"hidden_size": 256, "intermediate_size": 896, "head_dim": 8, "vocab_size": 2000}
+SHARD, PIECE = 2_000_000_000, 4 << 20
+PLANS = {  # of the 8B: random units, the worst case for runs of neighbours
+    "width": {"hidden": 0.75, "ffn": 9 / 14},
+    "width, heads and depth": {"hidden": 0.75, "ffn": 9 / 14, "heads": 0.75, "layers": 0.8},
+    "depth": {"layers": 0.6},
+}
+ALLOWED = 300_000_000  # bytes beside three times the largest tensor
+
+
+# -- the teacher ---------------------------------------------------------------------------------------
+def make_teacher(folder: Path, config: dict[str, Any], size: int) -> int:
+    """Random bf16 weights of at least `size` bytes, piece by piece; returns the number of layers."""
+    shapes = Llama().architecture(config | {"num_hidden_layers": 1})
+    outside = 2 * shapes.parameters(embeddings=True) - 2 * shapes.parameters(embeddings=False)
+    layers = max(5, -(-(size - outside) // (2 * shapes.parameters(embeddings=False))))
+    config = config | {"num_hidden_layers": layers}
+    architecture = Llama().architecture(config)
+    tensors = {name: architecture.shapes()[part] for name, (part,) in Llama().hf_tensors(architecture).items()}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in tensors.items():
+        if sum(map(_bytes, shards[-1].values())) + _bytes(shape) > SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    places = {}
+    for number, members in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, members, number)
+        places |= dict.fromkeys(members, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return layers
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 2 * int(np.prod(shape))
+
+
+def _write_shard(file: Path, members: dict[str, tuple[int, ...]], seed: int) -> None:
+    header, end = {}, 0
+    for name, shape in members.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + _bytes(shape)]}
+        end += _bytes(shape)
+    text = json.dumps(header).encode()
+    generator = np.random.default_rng(seed)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        while end:
+            piece = min(end, PIECE)
+            stream.write(generator.bytes(piece))
+            end -= piece
+
+
+# -- what is timed -------------------------------------------------------------------------------------
+def bytes_of(plan: PrunePlan) -> tuple[int, int]:
+    """(bytes of the rows that stay, bytes of the student)."""
+    read = written = 0
+    source = plan.source.shapes()
+    for name, shape in plan.target.shapes().items():
+        origin, index = student_index(plan, name)
+        rows = len(index[0]) if len(index) > 1 else source[origin][0]  # vectors are read whole
+        read += 2 * rows * int(np.prod(source[origin][1:]))
+        written += _bytes(shape)
+    return read, written
+
+
+def cut(teacher: Path, plan: Path, out: Path) -> int:
+    """Runs `minitron prune`; returns its peak resident bytes."""
+    command = [sys.executable, "-m", "nemo_minitron.cli", "prune", str(teacher), str(plan), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(process.stderr.read().decode() if process.stderr else "minitron prune failed")
+    return usage.ru_maxrss * 1024
+
+
+def copy(student: Path, teacher: Path, more: int, out: Path) -> int:
+    """`cp` of the student's bytes, and `more` bytes of the teacher read on top."""
+    subprocess.run(["cp", "-r", str(student), str(out)], check=True)
+    files = " ".join(f"'{file}'" for file in sorted(teacher.glob("*.safetensors")))
+    subprocess.run(["bash", "-c", f"cat {files} 2>/dev/null | head -c {more} > /dev/null"], check=True)
+    return 0
+
+
+def forget(*folders: Path) -> None:
+    """Drops what is on the disk of these folders from the page cache."""
+    os.sync()
+    for file in (file for folder in folders for file in folder.iterdir()):
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(run: Any, out: Path, cold: tuple[Path, ...]) -> tuple[float, int]:
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    if cold:
+        forget(*cold)
+    start = time.perf_counter()
+    peak = run(out)
+    if cold:
+        os.sync()
+    return time.perf_counter() - start, peak
+
+
+def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str, Any]:
+    plan.save(work / "plan.json")
+    read, written = bytes_of(plan)
+    student = work / "student"
+    cut(teacher, work / "plan.json", student)
+    runs = {
+        "prune": lambda out: cut(teacher, work / "plan.json", out),
+        "cp": lambda out: copy(student, teacher, max(0, read - written), out),
+    }
+    result: dict[str, Any] = {"gigabytes read": read / 1e9, "gigabytes written": written / 1e9}
+    peaks = []
+    for state in ("warm", "cold"):
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for round_ in range(repeat):
+            for name in list(runs)[:: 1 if round_ % 2 else -1]:
+                took, peak = timed(runs[name], work / "out", (teacher, student) if state == "cold" else ())
+                seconds[name].append(round(took, 3))
+                peaks.append(peak)
+        ratios = [a / b for a, b in zip(seconds["prune"], seconds["cp"], strict=True)]
+        result[state] = {"seconds": seconds, "ratio": round(statistics.median(ratios), 3)}
+        result[state]["ratios"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    result["peak megabytes"] = max(peaks) / 1e6
+    shutil.rmtree(student)
+    return result
+
+
+# -- all of it -----------------------------------------------------------------------------------------
+def kept_sizes(shares: dict[str, float], architecture: Any) -> dict[str, int]:
+    """Shares of the teacher's sizes -> sizes; heads stay a multiple of the groups."""
+    whole = {
+        "hidden": architecture.hidden_size, "ffn": architecture.ffn_hidden_size,
+        "heads": architecture.num_attention_heads, "layers": architecture.num_layers,
+    }  # fmt: skip
+    return {axis: round(share * whole[axis]) for axis, share in shares.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the teacher, at least")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test; writes no result")
+    parser.add_argument("--folder", type=Path, help="where the model lies while it is measured")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        teacher = Path(folder) / "teacher"
+        size = 10_000_000 if arguments.quick else int(arguments.gigabytes * 1e9)
+        make_teacher(teacher, PICO if arguments.quick else LLAMA, size)
+        result = everything(teacher, Path(folder), arguments.repeat)
+    print(json.dumps(result, indent=1))
+    if not arguments.quick:
+        out = RESULTS / f"{datetime.date.today().isoformat()}_prune.json"
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
+    architecture = from_hf(teacher)
+    largest = max(map(_bytes, architecture.shapes().values()))
+    result: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/prune.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": common.machine(("numpy",)),
+        "teacher": {"gigabytes": 2 * architecture.parameters() / 1e9, "layers": architecture.num_layers},
+        "allowed": {"ratio": 1.3, "peak megabytes": (3 * largest + ALLOWED) / 1e6},
+        "plans": {},
+    }
+    for name, shares in PLANS.items():
+        keep = kept_sizes(shares, architecture)
+        found = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
+        result["plans"][name] = {"keep": keep} | found
+        print(name, {state: found[state]["ratio"] for state in ("warm", "cold")}, file=sys.stderr)
+    result["machine"]["load after"] = round(os.getloadavg()[0], 1)
+    return result
+
+
+if __name__ == "__main__":
+    main()
