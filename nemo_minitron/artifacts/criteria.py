@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts.statistics import TOKENS, State, aggregation_of, criterion
+from nemo_minitron.artifacts.statistics import AGGREGATIONS, ROUTED, TOKENS, State, aggregation_of, criterion
 from nemo_minitron.errors import InputError
 
 States = Mapping[str, np.ndarray]
@@ -43,9 +43,15 @@ def pairs_of(states: States) -> dict[str, list[tuple[str, str]]]:
 
 def criteria_of(states: States) -> list[str]:
     """The criteria that every statistic over samples can be finished under."""
-    sets = [[",".join(p) for p in pairs if p[0] != TOKENS] for pairs in pairs_of(states).values()]
-    kept = [names for names in sets if names]
+    sets = [_names(pairs) for pairs in pairs_of(states).values()]
+    kept = sorted((names for names in sets if names), key=len)
     return [name for name in kept[0] if all(name in names for names in kept)] if kept else []
+
+
+def _names(pairs: list[tuple[str, str]]) -> list[str]:
+    """The criteria that one statistic serves: of routed tokens all that have its aggregation over the sequence."""
+    found = [(batch, s) for over, s in pairs for batch in (AGGREGATIONS if over == ROUTED else (over,))]
+    return [",".join(pair) for pair in found if pair[0] != TOKENS]
 
 
 def state_of(states: States, statistic: str, pair: tuple[str, str], half: int | None = None) -> State:
@@ -60,9 +66,8 @@ def finish(states: States, name: str, half: int | None = None) -> Arrays:
     """Statistic -> its numbers, fp32 [rows, ...], under a criterion. Raises InputError where it was not gathered."""
     wanted, numbers = criterion(name), {}
     for statistic, pairs in pairs_of(states).items():
-        pair = wanted if pairs[0][0] != TOKENS else (TOKENS, wanted[1])
-        if pair not in pairs and pair[0] == TOKENS and len(pairs) == 1:
-            pair = pairs[0]  # block influence is a mean under every criterion
+        over = pairs[0][0]
+        pair = {TOKENS: (TOKENS, "mean"), ROUTED: (ROUTED, wanted[1])}.get(over, wanted)
         if pair not in pairs:
             raise InputError(f"'{name}' was not gathered; these scores have {' and '.join(criteria_of(states))}")
         numbers[statistic] = aggregation_of(pair).finish(state_of(states, statistic, pair, half)).astype(np.float32)

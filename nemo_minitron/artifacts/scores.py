@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.files import atomic_file, digest_of
 from nemo_minitron.errors import InputError, nearest
 
 VERSION = 1
+ACTIVATION = "activation"
 
 
 @dataclasses.dataclass
@@ -27,8 +28,9 @@ class Scores:
     experts], `s["expert_ffn"]` [num_layers, experts, ffn] and `s["shared_expert_ffn"]` [num_layers, ffn]. Only
     what was asked for is there; a layer without the module has zeros.
     `states` are the mergeable statistics behind them, from which `under` gives the scores of any other
-    criterion that was gathered, and `merge` those of two runs together. `samples`, `tokens`, `layout` and `notes`
-    say what made it and are not part of its identity.
+    criterion that was gathered, and `merge` those of two runs together. `method` says what was scored: activations,
+    `taylor`, `magnitude` or `random`. `samples`, `tokens`, `layout` and `notes` say what made it and are not part of
+    its identity.
     """
 
     architecture: Architecture
@@ -43,6 +45,7 @@ class Scores:
     depth: dict[str, dict[tuple[int, int], float]] = dataclasses.field(default_factory=dict)
     states: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = ACTIVATION
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Raises InputError for an axis that these scores do not have, naming those that they have."""
@@ -74,6 +77,11 @@ class Scores:
         """
         if self.architecture != other.architecture or self.model_digest != other.model_digest:
             raise InputError(f"the two runs scored different models ({self.model_digest} and {other.model_digest})")
+        if self.method != other.method or not self.states:
+            raise InputError(
+                f"scores by '{self.method}' and by '{other.method}' do not merge; legal are two runs of one method, "
+                f"with their statistics"
+            )
         digests = [self.data_digest, other.data_digest]
         merged = dataclasses.replace(
             self, states=criteria.merge(self.states, other.states), samples=self.samples + other.samples,
@@ -95,7 +103,8 @@ class Scores:
         import hashlib
 
         numbers = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.tensors.items()}
-        return digest_of([self.architecture.as_dict(), self.criterion, self.norms, self.model_digest, numbers])
+        about = [self.architecture.as_dict(), self.criterion, self.norms, self.model_digest, numbers]
+        return digest_of(about if self.method == ACTIVATION else [*about, self.method])
 
     def save(self, path: str | Path) -> None:
         from safetensors.numpy import save_file
@@ -103,7 +112,7 @@ class Scores:
         header = {
             "version": VERSION,
             "architecture": self.architecture.as_dict(),
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in (*_PLAIN, "method")},
             "depth": {c: [[*block, value] for block, value in d.items()] for c, d in self.depth.items()},
         }
         arrays = {f"scores/{name}": np.ascontiguousarray(a, np.float32) for name, a in self.tensors.items()}
@@ -123,6 +132,7 @@ class Scores:
                 header = json.loads((file.metadata() or {})["scores"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             plain = {name: header[name] for name in _PLAIN}
+            plain["method"] = header.get("method", ACTIVATION)  # older files have none
             depth = {c: {(int(a), int(b)): v for a, b, v in rows} for c, rows in header["depth"].items()}
             architecture = Architecture.from_dict(header["architecture"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -149,13 +159,19 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Global shape of each tensor of scores."""
-    layers, hidden = architecture.num_layers, architecture.hidden_size
-    return {
-        "ffn": (layers, architecture.ffn_hidden_size),
-        "heads": (layers, architecture.num_attention_heads),
-        "query_groups": (layers, architecture.num_query_groups),
-        "hidden": (hidden,),
-        "norms": (2 * layers + 1, hidden),
+    """Global shape of each tensor of scores; of mixtures of experts only where the architecture has them."""
+    a, layers = architecture, architecture.num_layers
+    shapes: dict[str, tuple[int, ...]] = {
+        "ffn": (layers, a.ffn_hidden_size),
+        "heads": (layers, a.num_attention_heads),
+        "query_groups": (layers, a.num_query_groups),
+        "hidden": (a.hidden_size,),
+        "norms": (2 * layers + 1, a.hidden_size),
         "layers": (layers,),
     }
+    if a.num_moe_experts:
+        shapes["experts"] = (layers, a.num_moe_experts)
+        shapes["expert_ffn"] = (layers, a.num_moe_experts, a.moe_ffn_hidden_size or 0)
+    if a.moe_shared_expert_intermediate_size:
+        shapes["shared_expert_ffn"] = (layers, a.moe_shared_expert_intermediate_size)
+    return shapes

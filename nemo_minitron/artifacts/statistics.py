@@ -60,7 +60,10 @@ AGGREGATIONS = {
 }
 
 TOKENS = "tokens"
-"""In the place of an aggregation over samples: none, the positions of all samples are one."""
+"""In the place of an aggregation over samples: none, the positions of all samples are one; a mean in any criterion."""
+ROUTED = "routed"
+"""Likewise, of the tokens that came to an expert: they have lost their sample; over them the criterion's aggregation
+over the sequence."""
 
 
 def criterion(name: str) -> tuple[str, str]:
@@ -77,4 +80,4 @@ def criterion(name: str) -> tuple[str, str]:
 def aggregation_of(pair: tuple[str, str]) -> Aggregation:
     """The aggregation whose states a statistic keeps for a criterion: the one over samples, or over positions."""
     over_samples, over_sequence = pair
-    return AGGREGATIONS[over_sequence if over_samples == TOKENS else over_samples]
+    return AGGREGATIONS[over_sequence if over_samples in (TOKENS, ROUTED) else over_samples]

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.scores import ACTIVATION
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
@@ -20,6 +21,8 @@ from nemo_minitron.importance.statistics import criterion
 
 WIDTH_AXES = ("ffn", "heads", "norms", "experts", "expert_ffn", "shared_expert_ffn")
 DEFAULT_AXES = (*WIDTH_AXES, "layers")
+TAYLOR = "taylor"
+METHODS = (ACTIVATION, TAYLOR)
 
 
 class Collector:
@@ -27,7 +30,9 @@ class Collector:
 
     `criteria`: all are gathered in the one pass, the first is the one that Scores show. `axes`: those of
     DEFAULT_AXES that the model has, unless given. Before each micro-batch goes into a chunk, `expect` takes its
-    batch. Opening it is collective over the pipeline; raises InputError for an axis that the model lacks.
+    batch. With the method "taylor" (see `taylor.py`) it watches gradients, and `flush` is called after each
+    micro-batch's backward pass. Opening it is collective over the pipeline; raises InputError for an axis that the
+    model lacks.
     """
 
     def __init__(
@@ -36,8 +41,9 @@ class Collector:
         architecture: Architecture,
         criteria: Sequence[str] = ("l2,mean",),
         axes: Iterable[str] | None = None,
+        method: str = ACTIVATION,
     ) -> None:
-        self.architecture, self.criteria = architecture, tuple(criteria)
+        self.architecture, self.criteria, self.method = architecture, tuple(criteria), method
         self.pairs = [criterion(name) for name in dict.fromkeys(criteria)]
         self.axes = None if axes is None else tuple(axes)
         self.chunks = [unwrap(chunk) for chunk in chunks]
@@ -54,10 +60,13 @@ class Collector:
             for estimator, watch in watches.values():
                 if estimator.axis not in accumulators:
                     accumulators[estimator.axis] = estimator.accumulator(self.pairs, chunk.config)
-                hook = self._hook(accumulators[estimator.axis], watch)
+                hook = (self._hook if self.method == ACTIVATION else self._gradient_hook)(
+                    accumulators[estimator.axis], watch
+                )
                 self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
             self.accumulators.append(accumulators)
-            self._handles.append(chunk.register_forward_hook(self._flush(accumulators)))
+            if self.method == ACTIVATION:
+                self._handles.append(chunk.register_forward_hook(self._flush(accumulators)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -84,6 +93,8 @@ class Collector:
                     continue
                 estimator = cls()
                 for watch in estimator.watches(module, layer, self.architecture):
+                    if self.method == TAYLOR and watch.taylor is None:
+                        continue
                     key = (cls.axis, watch.row, watch.expert)
                     if key not in found or found[key][0] <= order:
                         found[key] = order, estimator, watch
@@ -99,14 +110,29 @@ class Collector:
 
         return hook
 
+    def _gradient_hook(self, accumulator: Accumulator, watch: Watch) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            assert self._samples is not None, "Collector.expect was not called before the forward pass"
+            assert watch.taylor is not None
+            activation, values = watch.taylor(module, args[0] if args else kwargs["hidden_states"], output)
+            samples = self._samples
+            activation.register_hook(lambda gradient: accumulator.add(watch, values(gradient), samples))
+
+        return hook
+
     def _flush(self, accumulators: dict[str, Accumulator]) -> Any:
         @torch.no_grad()
-        def flush(module: nn.Module, args: tuple, output: Any) -> None:
+        def flush(*_: Any) -> None:
             assert self._samples is not None
             for axis in sorted(accumulators):
                 accumulators[axis].flush(self._samples)
 
         return flush
+
+    def flush(self) -> None:
+        """Takes in the micro-batch whose backward pass is done (Taylor). Collective over the ranks that share it."""
+        for accumulators in self.accumulators:
+            self._flush(accumulators)()
 
 
 def check_axes(asked: Sequence[str] | None, here: set[str]) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.criteria import check_norms
-from nemo_minitron.artifacts.scores import Scores
+from nemo_minitron.artifacts.scores import ACTIVATION, Scores
+from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.batches import Batch, forward_arguments, micro_batches, seen
-from nemo_minitron.importance.collector import Collector, unwrap
+from nemo_minitron.importance.collector import METHODS, Collector, unwrap
 from nemo_minitron.importance.reduce import reduce
+from nemo_minitron.importance.taylor import differentiable, run_backward
 
 
 def estimate(
@@ -25,25 +27,35 @@ def estimate(
     norms: str = "all",
     axes: Iterable[str] | None = None,
     architecture: Architecture | None = None,
+    method: str = ACTIVATION,
 ) -> Scores:
     """Scores of a live model, the same on every rank (2407.14679, section 2.2).
 
     `model`: a Megatron model or a list of its chunks, as `load_model` gives it. `batches`: this data-parallel
     rank's own, each an int64 [batch, sequence] tensor or NeMo's batch dict: `tokens`, perhaps `loss_mask` (0: the
     position does not count) and `cu_seqlens` (boundaries of the samples that one row joins). Of several criteria
-    the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given.
-    Collective over the whole job. Raises InputError for an unknown criterion or axis, for no batches, and where
-    an activation is not finite.
+    the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given. `method`:
+    "activation", forward passes only, or "taylor", activations times gradients, which needs a backward pass for
+    each batch (`taylor.py`). Collective over the whole job. Raises InputError for an unknown criterion, axis or
+    method, for no batches, for Taylor under virtual pipeline stages, and where an activation is not finite.
     """
     check_norms(norms)
+    if method not in METHODS:
+        raise InputError(f"method '{method}' is unknown; {nearest(method, METHODS)}")
     chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
     config = unwrap(chunks[0]).config
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     rows = micro_batches(batches, virtual=len(chunks) > 1, split=split)
     criteria = [criterion] if isinstance(criterion, str) else list(criterion)
     architecture = architecture or architecture_of(unwrap(chunks[0]))
-    with evaluating(chunks), torch.no_grad(), Collector(chunks, architecture, criteria, axes) as collector:
-        run_forward(chunks, rows, collector)
+    collector = Collector(chunks, architecture, criteria, axes, method)
+    with evaluating(chunks):
+        if method == ACTIVATION:
+            with torch.no_grad(), collector:
+                run_forward(chunks, rows, collector)
+        else:
+            with differentiable(chunks), collector:
+                run_backward(chunks, rows, collector)
     return reduce(collector, norms)
 
 
@@ -77,8 +89,18 @@ def architecture_of(model: Any) -> Architecture:
         head_dim=config.kv_channels, vocab_size=recorded or model.vocab_size,
         gated_mlp=config.gated_linear_unit, tied_embeddings=model.share_embeddings_and_output_weights,
         normalization=config.normalization.lower(), qkv_bias=qkv, attention_output_bias=config.add_bias_linear,
-        mlp_bias=config.add_bias_linear, qk_norm=config.qk_layernorm,
+        mlp_bias=config.add_bias_linear, qk_norm=config.qk_layernorm, **_mixture(config),
     )  # fmt: skip
+
+
+def _mixture(config: Any) -> dict[str, Any]:
+    """The Architecture's fields of a mixture of experts (Megatron's specs give no shared expert a gate)."""
+    if not config.num_moe_experts:
+        return {}
+    freq = config.moe_layer_freq
+    names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+    sizes = {name: getattr(config, name) for name in names}
+    return sizes | {"moe_layer_freq": tuple(freq) if isinstance(freq, list) else freq}
 
 
 def run_forward(chunks: list[Any], rows: list[Batch], collector: Any) -> None:

@@ -5,35 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_align_size
 from torch import Tensor
 
-from nemo_minitron.artifacts.statistics import AGGREGATIONS, TOKENS, State, aggregation_of
+from nemo_minitron.artifacts.statistics import AGGREGATIONS, ROUTED, State, aggregation_of
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.registry import Estimator, Watch
-from nemo_minitron.importance.samples import Samples
+from nemo_minitron.importance.samples import NOBODY, Samples
 from nemo_minitron.importance.statistics import over_sequence, with_counts
 
 HALVES = 2
 
 
 class ExpertAccumulator(Accumulator):
-    """`states[(tokens, sequence)]`: fields fp64 [rows, 2 halves, local experts, ...]."""
+    """`states[(routed, sequence)]`: fields fp64 [rows, 2 halves, local experts, ...]."""
 
     def __init__(self, estimator: Estimator, pairs: Any, config: Any) -> None:
         super().__init__(estimator, pairs, config)
-        self.pairs = [(TOKENS, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
+        self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
         self.split = config.sequence_parallel
         self.groups = []  # tokens were dealt out already: ranks with copies of an expert are merged at the end
+        self.align = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
         self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, 2, ...]
-        self._halves: dict[Any, list[Tensor]] = {}
-        self._of: Samples | None = None
 
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
         """[tokens, ...] that came to one expert or, with watch.expert None, to the local ones in turn."""
         halves = self._halves_of(watch.routes, samples)
         wanted = range(len(halves)) if watch.expert is None else [watch.expert]
-        parts = values.split([len(halves[e]) for e in wanted] + [len(values) - sum(len(halves[e]) for e in wanted)])
-        for expert, part in zip(wanted, parts, strict=False):  # what lies behind is FP8's padding
+        parts = by_expert(values, [len(halves[expert]) for expert in wanted], self.align)
+        for expert, part in zip(wanted, parts, strict=True):
             self._routed.setdefault(watch.row, {})[expert] = self._states(part, halves[expert])
 
     def _states(self, values: Tensor, halves: Tensor) -> dict[str, State]:
@@ -46,13 +47,13 @@ class ExpertAccumulator(Accumulator):
 
     def _halves_of(self, routes: Any, samples: Samples) -> list[Tensor]:
         """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count."""
-        if self._of is not samples:
-            self._of, self._halves = samples, {}
-        if routes not in self._halves:
-            length = routes.hidden_shape[0]
-            table, halves = routing(routes, samples.halves(self.split, length).flatten())
-            self._halves[routes] = [halves[column] for column in table.unbind(1)]
-        return self._halves[routes]
+        if routes not in samples.routed:
+            halves = samples.halves(self.split, routes.hidden_shape[0])
+            if not self.split and parallel_state.get_tensor_model_parallel_rank():
+                halves = torch.full_like(halves, NOBODY)  # each tensor-parallel rank sends the same tokens
+            table, halves = routing(routes, halves.flatten())
+            samples.routed[routes] = [halves[column] for column in table.unbind(1)]
+        return samples.routed[routes]
 
     def flush(self, samples: Samples) -> None:
         """Takes the finished micro-batch in; no rank waits for another."""
@@ -72,7 +73,13 @@ class ExpertAccumulator(Accumulator):
         return tuple(torch.stack([torch.cat([s[i] for s in row]) for row in rows]).transpose(1, 2) for i in fields)
 
     def drop(self) -> None:
-        self._routed, self._halves, self._of = {}, {}, None
+        self._routed = {}
+
+
+def by_expert(values: Tensor, sizes: list[int], align: int) -> list[Tensor]:
+    """[tokens of all, ...] -> those of each expert; under FP8 each may be followed by padding up to `align`."""
+    steps = sizes if len(values) == sum(sizes) else [-(-size // align) * align for size in sizes]
+    return [part[:size] for part, size in zip(values.split(steps), sizes, strict=True)]
 
 
 def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +100,6 @@ def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(tensor: Tensor, size: int, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(size)]
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
     torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
     return parts

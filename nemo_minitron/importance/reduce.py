@@ -30,7 +30,7 @@ def reduce(collector: Collector, norms: str = "all") -> Scores:
     samples, tokens = _counts(collector)
     scores = Scores(
         a, tensors, criterion=collector.criteria[0], norms=norms, samples=samples, tokens=tokens, layout=layout(),
-        states=states,
+        states=states, method=collector.method,
     )  # fmt: skip
     scores.check()
     return scores

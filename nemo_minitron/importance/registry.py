@@ -25,12 +25,14 @@ class Watch:
 
     `values(module, input, output)` gives [S, B, C] from the hooked module's first input and its output.
     Of a mixture of experts: `expert` is the local one it belongs to (None: it shows them all, one after another),
-    `routes` the layer's token dispatcher.
+    `routes` the layer's token dispatcher. `taylor(module, input, output)` gives the activation whose gradient is
+    wanted, as it stands in the graph, and what makes [S, B, C] of that gradient (None: no Taylor score).
     """
 
     row: int
     module: nn.Module
     values: Callable[[nn.Module, Tensor, Any], Tensor]
+    taylor: Callable[[nn.Module, Tensor, Any], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
     expert: int | None = None
     routes: Any = None
 

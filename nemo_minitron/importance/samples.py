@@ -23,12 +23,14 @@ class Samples:
     A sample is a row, also where a row joins documents, unless `cu_seqlens` comes with it. `ids` int64
     [S, B]: the sample of each of this context-parallel rank's positions, -1 where it does not count; None where
     column b is sample b throughout. `counts` fp64 [samples]: positions in the whole sequence. `deal` fp64
-    [samples, 2]: to which half a sample belongs, by its tokens, so that no layout deals otherwise.
+    [samples, 2]: to which half a sample belongs, by its tokens, so that no layout deals otherwise. `routed` is
+    filled on the way: of each mixture of experts, whose tokens came to its local experts.
     """
 
     ids: Tensor | None
     counts: Tensor
     deal: Tensor
+    routed: dict[Any, list[Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def present(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def _output(module: nn.Module, given: Tensor, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def times_input(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Taylor: each input element times its gradient."""
+    x = given.detach()  # an alias: the pipeline's schedule may free a stage's input and output
+    return given, lambda gradient: x * gradient
+
+
 # -- MLP -----------------------------------------------------------------------------------------------
 @estimator(MLP)
 class Neurons(Estimator):
@@ -32,7 +39,7 @@ class Neurons(Estimator):
     axis = "ffn"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        return Watch(layer, module.linear_fc2, _input)
+        return Watch(layer, module.linear_fc2, _input, times_input)
 
 
 @estimator(MLP)
@@ -65,7 +72,11 @@ class Heads(Estimator):
         def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
             return torch.linalg.vector_norm(given.float().unflatten(-1, (heads, -1)), dim=-1)
 
-        return Watch(layer, module.linear_proj, norms)
+        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            x = given.detach()
+            return given, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
+
+        return Watch(layer, module.linear_proj, norms, taylor)
 
 
 @estimator(Attention)
@@ -108,7 +119,10 @@ class KeyNorm(_HeadNorm):
 
 # -- norms of the residual stream ----------------------------------------------------------------------
 class _Norm(Estimator):
-    """A norm's output, one row a norm: input and pre-MLP norm of each layer, then the final one."""
+    """A norm's output, one row a norm: input and pre-MLP norm of each layer, then the final one.
+
+    Its Taylor score is of the residual stream before it: under Transformer Engine a fused norm's output is in no graph.
+    """
 
     axis = "norms"
     sharded = False
@@ -134,21 +148,21 @@ class FinalNorm(_Norm):
         norm = module.final_layernorm
         if norm is None:  # not on this pipeline stage
             return None
-        return Watch(2 * architecture.num_layers, norm, _output)
+        return Watch(2 * architecture.num_layers, norm, _output, times_input)
 
 
 def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
     """A norm of its own shows its output; a fused one does not (nor under Transformer Engine), so it is
     computed again from its input."""
     if not isinstance(norm, IdentityOp):
-        return Watch(row, norm, _output)
+        return Watch(row, norm, _output, times_input)
     if getattr(fused, "layer_norm_weight", None) is None:
         return None
 
     def again(module: Any, given: Tensor, output: Any) -> Tensor:
         return normalize(given.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config)
 
-    return Watch(row, fused, again)
+    return Watch(row, fused, again, times_input)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
@@ -163,7 +177,10 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Te
 # -- depth ---------------------------------------------------------------------------------------------
 @estimator(TransformerLayer)
 class BlockInfluence(Estimator):
-    """1 - cos(layer input, layer output), the mean over all tokens."""
+    """1 - cos(layer input, layer output), the mean over all tokens.
+
+    Its Taylor score is the loss's first-order change when the layer is skipped: (output - input) times gradient.
+    """
 
     axis = "layers"
     sharded = False
@@ -174,4 +191,9 @@ class BlockInfluence(Estimator):
             hidden = output[0] if isinstance(output, tuple) else output
             return 1 - torch.nn.functional.cosine_similarity(given.float(), hidden.float(), dim=-1)
 
-        return Watch(layer, module, influence)
+        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            hidden = output[0] if isinstance(output, tuple) else output
+            written = hidden.detach() - given.detach()
+            return hidden, lambda gradient: (written * gradient).sum(-1)
+
+        return Watch(layer, module, influence, taylor)

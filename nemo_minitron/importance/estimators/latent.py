@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.importance.estimators.dense import watch_norm
@@ -21,7 +23,18 @@ class _LatentNorm(Estimator):
         norm = getattr(module, f"{self.part}_layernorm", None)
         if norm is None:  # queries without a low rank
             return None
-        return watch_norm(layer, norm, getattr(module, f"linear_{self.part}_up_proj"), module.config)
+        found = watch_norm(layer, norm, getattr(module, f"linear_{self.part}_up_proj"), module.config)
+        return None if found is None else dataclasses.replace(found, values=_rows(found), taylor=None)
+
+
+def _rows(watch: Watch) -> Any:
+    """Packed samples come as [T, rank]: they are one row of the batch."""
+
+    def values(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+        found = watch.values(module, given, output)
+        return found[:, None] if found.dim() == 2 else found
+
+    return values
 
 
 @estimator(MLASelfAttention)

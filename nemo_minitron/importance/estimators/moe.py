@@ -7,7 +7,7 @@ probability, which Megatron multiplies in before the expert's second matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.accumulator import Accumulator
+from nemo_minitron.importance.estimators.dense import times_input
 from nemo_minitron.importance.experts import ExpertAccumulator
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
@@ -45,7 +46,7 @@ class Experts(_PerExpert):
                 torch.distributed.all_reduce(whole := whole.clone(), group=group)
             return torch.linalg.vector_norm(whole, dim=-1)
 
-        return Watch(layer, module.experts, norms, routes=_routes(module))
+        return Watch(layer, module.experts, norms, _output_times_gradient, routes=_routes(module))
 
 
 @estimator(MoELayer)
@@ -58,13 +59,13 @@ class ExpertNeurons(_PerExpert):
         routes = _routes(module)
         if isinstance(module.experts, SequentialMLP):
             for number, expert in enumerate(module.experts.local_experts):
-                yield Watch(layer, expert.linear_fc2, _input, expert=number, routes=routes)
+                yield Watch(layer, expert.linear_fc2, _input, times_input, expert=number, routes=routes)
         elif hasattr(module.experts, "linear_fc2"):  # Transformer Engine's grouped linear: expert after expert
-            yield Watch(layer, module.experts.linear_fc2, _input, routes=routes)
+            yield Watch(layer, module.experts.linear_fc2, _input, times_input, routes=routes)
         else:
             raise InputError(
                 f"experts of type {type(module.experts).__name__} do not show their neurons; legal are SequentialMLP "
-                f"and TEGroupedMLP"
+                f"and TEGroupedMLP, or axes without 'expert_ffn'"
             )
 
 
@@ -76,11 +77,27 @@ class SharedExpertNeurons(Estimator):
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
-        return None if shared is None else Watch(layer, shared.linear_fc2, _input)
+        return None if shared is None else Watch(layer, shared.linear_fc2, _input, times_input)
 
 
 def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
     return given
+
+
+def _output_times_gradient(
+    module: nn.Module, given: Tensor, output: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Taylor: of an expert's whole output for a token, the sum over the hidden channels."""
+    whole = output[0].detach()
+
+    def product(gradient: Tensor) -> Tensor:
+        summed = (whole * gradient).float().sum(-1)
+        group = parallel_state.get_expert_tensor_parallel_group()
+        if torch.distributed.get_world_size(group) > 1:  # the shards' outputs are parts of a sum
+            torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    return output[0], product
 
 
 def _routes(layer: Any) -> Any:
@@ -88,6 +105,11 @@ def _routes(layer: Any) -> Any:
     kind = layer.config.moe_token_dispatcher_type
     if kind not in ("allgather", "alltoall"):
         raise InputError(f"experts under the '{kind}' dispatcher are not watched; legal are allgather and alltoall")
-    if layer.config.moe_pad_expert_input_to_capacity:
-        raise InputError("experts whose input is padded to a capacity are not watched; turn the padding off")
+    for option in ("moe_expert_capacity_factor", "moe_router_padding_for_fp8"):
+        value = getattr(layer.config, option)
+        if value not in (None, False):
+            raise InputError(
+                f"experts whose tokens are dropped or padded, by {option}={value}, are not watched; the legal value "
+                f"is {None if option.endswith('factor') else False}"
+            )
     return layer.token_dispatcher

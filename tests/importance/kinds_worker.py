@@ -1,0 +1,201 @@
+"""Run under torchrun, once for a world size: scores of every kind of model that Megatron's GPTModel can be, in
+every layout of that size, on bare Megatron modules.
+
+Arguments: a folder (masks and the kinds' checkpoints, which the run in one process writes), JSON list of cases,
+output folder. Rank 0 writes the scores of a case.
+"""
+
+import json
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "nemo")]
+
+CRITERIA = ["l2,mean", "mean,l2", "l2,var", "mean,max"]
+BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
+EXTRA = {  # axes beside the default ones
+    "qk_norm": ["q_norm", "k_norm"],
+    "mla": ["q_latent", "kv_latent", "head_channels"],
+    "mla_moe": ["q_latent", "kv_latent", "head_channels"],
+    "nemotron": ["ffn_pre_activation"],
+    "gpt": ["ffn_pre_activation"],
+}
+DEFAULT = ["heads", "norms", "layers"]
+MIXTURE = ["ffn", "experts", "expert_ffn", "shared_expert_ffn"]
+FINE = {"expert_model_parallel_size": 1}
+
+
+def axes_of(kind):
+    return [*DEFAULT, *(MIXTURE if "moe" in kind else ["ffn"]), *EXTRA.get(kind, [])]
+
+
+def batches_of(kind, folder):
+    """This data-parallel rank's batches: plain rows, rows with masks dealt unevenly, or packed rows."""
+    import bare_models
+    import torch
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    tokens = bare_models.tokens(12)
+    if kind == "plain":
+        return [batch[rank::size] for batch in tokens.split(2 * size)]
+    if kind == "masked":
+        mask = torch.from_numpy(np.load(folder / "mask.npy"))
+        first = [0, 8, 12] if size == 2 else np.linspace(0, 12, size + 1).astype(int)  # ranks get 8 and 4 rows
+        mine = slice(first[rank], first[rank + 1])
+        return [{"tokens": t, "loss_mask": m} for t, m in zip(tokens[mine].split(4), mask[mine].split(4), strict=True)]
+    rows = [{"tokens": tokens[k : k + 1], "cu_seqlens": torch.tensor([b])} for k, b in enumerate(BOUNDARIES)]
+    return rows[rank::size]
+
+
+def load(case, folder):
+    """The kind's weights in the case's layout; one process writes them first."""
+    import bare_models
+
+    sizes = {k: v for k, v in case["layout"].items() if k in ("tp", "pp", "vp", "cp", "ep", "etp")}
+    bare_models.start(**sizes)
+    options = {"sequence_parallel": case["layout"].get("sp", False), **case.get("options", {})}
+    chunks = bare_models.build(case["kind"], **options)
+    checkpoint = folder / case["kind"]
+    if case["world"] == 1 and not checkpoint.exists():
+        bare_models.save_bare(chunks, checkpoint)
+    bare_models.load_bare(chunks, checkpoint)
+    return chunks
+
+
+def run_case(case, folder, out):
+    import torch
+
+    from nemo_minitron.importance import estimate
+
+    chunks, found = load(case, folder), {}
+    if case.get("grouped"):
+        group(chunks)
+    for kind in case["batches"]:
+        found[kind] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, axes=axes_of(case["kind"]))
+    for kind in case.get("taylor", ()):
+        found[f"taylor-{kind}"] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, method="taylor")
+    for mutation, kind in case["mutations"]:
+        import mutations
+
+        with mutations.MUTATIONS[mutation]():
+            found[mutation] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, axes=axes_of(case["kind"]))
+    if case["world"] == 1 and not case.get("grouped"):
+        checks(case["kind"], chunks, folder, out)
+    if torch.distributed.get_rank() == 0:
+        for kind, scores in found.items():
+            scores.save(out / f"{case['name']}-{kind}.safetensors")
+
+
+def group(chunks):
+    """Experts in the shape of Transformer Engine's grouped linears, which need CUDA: all tokens in one tensor."""
+    import torch
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    class Grouped(torch.nn.Module):
+        """y = x W^T for each expert's tokens in turn."""
+
+        def __init__(self, linears):
+            super().__init__()
+            self.weights = [linear.weight for linear in linears]
+
+        def forward(self, x, splits):
+            parts = zip(x.split(splits), self.weights, strict=True)
+            return torch.cat([part @ weight.t() for part, weight in parts]), None
+
+    class GroupedMLP(torch.nn.Module):
+        def __init__(self, experts):
+            super().__init__()
+            self.linear_fc1 = Grouped([expert.linear_fc1 for expert in experts])
+            self.linear_fc2 = Grouped([expert.linear_fc2 for expert in experts])
+
+        def forward(self, hidden, tokens_per_expert, probs):
+            splits = tokens_per_expert.tolist()
+            gate, up = self.linear_fc1(hidden, splits)[0].chunk(2, -1)
+            return self.linear_fc2(torch.nn.functional.silu(gate) * up * probs[:, None], splits)
+
+    for chunk in chunks:
+        for module in list(chunk.modules()):
+            if isinstance(module, MoELayer):
+                module.experts = GroupedMLP(module.experts.local_experts)
+
+
+def checks(kind, chunks, folder, out):
+    """In one process: the same outputs with hooks, none left after an error, and what the model says of itself."""
+    import bare_models
+    import torch
+
+    from nemo_minitron.importance import Collector
+    from nemo_minitron.importance.estimate import architecture_of, estimate, evaluating
+
+    architecture, tokens = architecture_of(chunks[0]), bare_models.tokens(2)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    def forward():
+        with evaluating(chunks), torch.no_grad():
+            return chunks[0](tokens, positions, None)
+
+    before = forward()
+    with Collector(chunks, architecture, axes=axes_of(kind)) as collector:
+        collector.expect({"tokens": tokens})
+        during = forward()
+    failed = {method: fails(chunks, batches_of("plain", folder), method) for method in ("activation", "taylor")}
+    frozen = chunks[0].decoder.layers[-1].self_attention.linear_proj.weight
+    frozen.requires_grad_(False)
+    estimate(chunks, batches_of("plain", folder)[:1], method="taylor")
+    result = {
+        "equal": torch.equal(before, during) and torch.equal(before, forward()),
+        "failed": failed,
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in chunks[0].modules()),
+        "frozen": [name for name, p in chunks[0].named_parameters() if not p.requires_grad],
+        "gradients": sum(p.grad is not None for p in chunks[0].parameters()),
+        "architecture": architecture.as_dict(),
+    }
+    (out / f"{kind}.json").write_text(json.dumps(result))
+
+
+def fails(chunks, batches, method):
+    """The error in the middle of a pass: of the last layer's second micro-batch."""
+    from nemo_minitron.importance import estimate
+
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("a module failed")
+
+    handle = chunks[-1].decoder.layers[-1].register_forward_hook(fail)
+    try:
+        estimate(chunks, batches, method=method)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        handle.remove()
+    return None
+
+
+def main():
+    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    import torch
+
+    import nemo_minitron.backend as backend
+
+    backend.setup()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for case in cases:
+        try:
+            run_case(case, folder, out)
+        except Exception:
+            traceback.print_exc()
+            raise RuntimeError(f"in {case['name']}") from None
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
