@@ -39,3 +39,20 @@ DEPTH_ERROR_FP32 = 1e-5
 STEP_LOSS_FP32 = 1e-6
 STEP_NORM_FP32 = 1e-5
 LAYOUT_GRADIENT_FP32 = 1e-5
+
+# p / q and p of a teacher's tokens: exponentials of fp32 logits, sums in float64, stored as fp32. Relative, or absolute
+# where it is a mass.
+SAMPLE_RATIO_FP32 = 1e-6
+
+# A border of the cumulative distribution in another layout, or in float64: fp32 logits of sums in another order
+# (LOGITS_PICO_FP32), and their exponentials. A draw that lies no nearer to a border must be the same. Absolute.
+SAMPLE_BORDER_FP32 = 2e-5
+
+# A KL against p that a cache rounded to fp32: their sum is 1 to a few units, times the log of the student's sum.
+# Relative to 1 + KL, per token.
+CACHED_KL_FP32 = 5e-6
+
+# Taylor scores: an activation times its gradient, which went through all layers behind it and back in fp32. Relative
+# to the row's largest; against another layout, and against float64.
+TAYLOR_FP32 = 2e-5
+TAYLOR_FLOAT64 = 5e-5

@@ -1,0 +1,167 @@
+"""A teacher's logits on disk: a folder of shards of rows, each row found by the tokens that it holds.
+
+`cache.json` says what the numbers are of; it is written first. `shard-00000.logits` and on hold `rows_per_shard`
+rows each, whole or not there: little-endian uint64 rows, uint64 [rows] keys, uint64 [rows, sets] ends of the
+records behind, then the records (`Codec`). Nothing in a cache depends on the layout that made it or reads it,
+or on the order in which rows are asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, write_json
+from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.errors import InputError
+
+VERSION = 1
+HEADER = "cache.json"
+SAMPLED_ROWS = 64
+
+
+def row_key(tokens: np.ndarray) -> int:
+    """64 bits of blake2b over a row's tokens: what a cache knows the row by."""
+    raw = np.ascontiguousarray(tokens, "<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def data_digest(row: Callable[[int], np.ndarray], rows: int, sequence_length: int) -> str:
+    """Identity of the first `rows` rows of a text: their number, their length, and the keys of up to 64 of them."""
+    places = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).astype(int))
+    return digest_of([rows, sequence_length, [row_key(row(int(i))) for i in places]])
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheHeader:
+    """`cache.json`. `model`: digest of the teacher's weights and config; `data`: `data_digest` of its rows."""
+
+    settings: CacheSettings
+    model: str
+    data: str
+    vocab_size: int
+    rows: int
+    rows_per_shard: int = 256
+
+    @property
+    def digest(self) -> str:
+        """Identity of the cache's numbers: model, text, mode, draws, both temperatures, seed; not the sharding."""
+        return digest_of([self.settings.identity(), self.model, self.data, self.vocab_size, self.rows])
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    def rows_of(self, shard: int) -> range:
+        return range(shard * self.rows_per_shard, min(self.rows, (shard + 1) * self.rows_per_shard))
+
+    def save(self, folder: str | Path) -> None:
+        write_json(Path(folder) / HEADER, {"version": VERSION, "digest": self.digest, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CacheHeader:
+        """Raises InputError for a folder that holds no cache of this version."""
+        values = read_json(Path(folder) / HEADER, "the header of the logit cache")
+        try:
+            if values.pop("version") != VERSION:
+                raise InputError(f"'{folder}' is no logit cache of version {VERSION}")
+            stored, settings = values.pop("digest"), CacheSettings(**values.pop("settings"))
+            header = cls(settings=settings, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"'{folder}' holds no logit cache ({type(error).__name__}: {error})") from None
+        if stored != header.digest:
+            raise InputError(f"'{Path(folder) / HEADER}' was changed by hand: its digest does not fit; make it anew")
+        return header
+
+    def check(self, folder: str | Path, **expected: Any) -> None:
+        """Raises InputError where `model`, `data`, `vocab_size` or a setting is another than expected."""
+        have = dataclasses.asdict(self.settings) | {"vocab_size": self.vocab_size}
+        for name, value in expected.items():
+            if name in ("model", "data"):
+                what = {"model": "another teacher (or its config)", "data": "other text"}[name]
+                if getattr(self, name) != value:
+                    raise InputError(f"the logit cache '{folder}' is of {what}; make one with minitron cache-logits")
+            elif have[name] != value:
+                raise InputError(f"the logit cache '{folder}' has {name} {have[name]}, not {value}; they must agree")
+
+
+def shard_path(folder: str | Path, shard: int) -> Path:
+    return Path(folder) / f"shard-{shard:05d}.logits"
+
+
+def missing(folder: str | Path, header: CacheHeader) -> list[int]:
+    """Shards that are still to be made."""
+    return [shard for shard in range(header.shards) if not shard_path(folder, shard).is_file()]
+
+
+def write_shard(path: Path, keys: Sequence[int], records: Sequence[Sequence[bytes]]) -> None:
+    """`records[row][set]`, in the order of `keys`. Whole or not at all."""
+    ends = np.cumsum([len(record) for row in records for record in row], dtype=np.uint64)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        for part in (np.array([len(keys)]), np.array(keys, np.uint64), ends):
+            file.write(part.astype("<u8").tobytes())
+        for row in records:
+            file.writelines(row)
+
+
+class LogitCache:
+    """A finished cache, read by row; of the disk only what a row needs, of memory 8 bytes a row and 8 a record.
+
+    Raises InputError for a cache that is not finished, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.header = Path(folder), CacheHeader.load(folder)
+        if absent := missing(folder, self.header):
+            made = self.header.shards - len(absent)
+            raise InputError(
+                f"the logit cache '{folder}' has {made} of its {self.header.shards} shards; run the same minitron "
+                "cache-logits again, and it goes on"
+            )
+        self._codec = Codec(self.header.settings, self.header.vocab_size)
+        index = [self._index(shard) for shard in range(self.header.shards)]
+        keys = np.concatenate([keys for keys, _ in index])
+        self._ends = [ends for _, ends in index]
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def find(self, tokens: np.ndarray) -> int:
+        """The row of these tokens, int [sequence_length]. Raises InputError where the cache does not have it."""
+        key = np.uint64(row_key(tokens))
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            raise InputError(
+                f"the logit cache '{self.folder}' lacks a row of {len(tokens)} tokens that training deals out; it has "
+                f"the first {self.header.rows} rows of {self.header.settings.sequence_length} of its text"
+            )
+        return int(self._order[place])
+
+    def read(self, row: int, epoch: int = 0) -> Kept:
+        """What is kept of a row's positions, in the set of an epoch."""
+        shard, place = divmod(row, self.header.rows_per_shard)
+        ends = self._ends[shard]
+        sets = self.header.settings.stored_sets
+        at = place * sets + epoch % sets
+        start = int(ends[at - 1]) if at else 0
+        base = 8 + 8 * (len(ends) // sets) + 8 * len(ends)
+        file = os.open(shard_path(self.folder, shard), os.O_RDONLY)
+        try:
+            return self._codec.decode(os.pread(file, int(ends[at]) - start, base + start))
+        finally:
+            os.close(file)
+
+    def _index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        path, rows = shard_path(self.folder, shard), len(self.header.rows_of(shard))
+        records = rows * self.header.settings.stored_sets
+        size = 8 * (1 + rows + records)
+        with open(path, "rb") as file:
+            numbers = np.frombuffer(file.read(size).ljust(size, b"\0"), "<u8")
+        if numbers[0] != rows or path.stat().st_size != size + int(numbers[-1]):
+            raise InputError(f"'{path}' is damaged; delete it and run the same minitron cache-logits again")
+        return numbers[1 : rows + 1], numbers[rows + 1 :]

@@ -1,0 +1,132 @@
+"""A record of a logit cache: the tokens that are kept of a teacher's distribution at each position of a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.errors import InputError, nearest
+
+MODES = ("sample", "top-k")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSettings:
+    """What decides the numbers of a cache, besides model and text. Raises InputError for what is not legal.
+
+    `mode` "sample": at each position `draws` tokens from q, where q is proportional to p^(1 / `proposal_temperature`)
+    and p = softmax(logits / `temperature`) is the target (RS-KD, 2503.16870). A token's weight is count / draws *
+    p / q, never normalised: so the target's expectation is p. At proposal temperature 1 q is p and the count
+    suffices. `independent`: draws as in the paper; else one from each `draws`-th of the distribution, which has
+    the same expectation and less noise. `sets`: so many independent sets of draws; epoch e uses set e % sets.
+    `mode` "top-k": the `k` largest p and the mass of all others.
+    `sequence_length`: tokens of a row. `precision`: the teacher's.
+    """
+
+    sequence_length: int = 512
+    mode: str = "sample"
+    draws: int = 50
+    independent: bool = False
+    proposal_temperature: float = 1.0
+    sets: int = 1
+    seed: int = 1234
+    k: int = 64
+    temperature: float = 1.0
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode '{self.mode}' is unknown; {nearest(self.mode, MODES)}")
+        for name in ("sequence_length", "draws", "sets", "seed", "k"):
+            least, most = (0, 2**63 - 1) if name == "seed" else (1, 65535)
+            most = 2**31 - 1 if name == "sequence_length" else most
+            if not least <= getattr(self, name) <= most:
+                legal = min(max(getattr(self, name), least), most)
+                raise InputError(f"{name} is {getattr(self, name)}; the nearest legal value is {legal}")
+        for name in ("temperature", "proposal_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; it must be a number above 0")
+
+    @property
+    def sampled(self) -> bool:
+        return self.mode == "sample"
+
+    @property
+    def stored_sets(self) -> int:
+        return self.sets if self.sampled else 1
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the numbers in this mode."""
+        other = ("k",) if self.sampled else ("draws", "independent", "proposal_temperature", "sets", "seed")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Ragged arrays of one row and one set: position i keeps the next `lengths[i]` of N tokens.
+
+    `lengths` int64 [S]; `ids` int64 [N], none twice at a position; `counts` int64 [N], 1 to draws (mode "sample");
+    `factors` float32 [N]: p / q (mode "sample" at a proposal temperature other than 1) or p (mode "top-k");
+    `tail` float32 [S]: the mass of all tokens that are not kept (mode "top-k").
+    """
+
+    lengths: np.ndarray
+    ids: np.ndarray
+    counts: np.ndarray | None = None
+    factors: np.ndarray | None = None
+    tail: np.ndarray | None = None
+
+    def weights(self, draws: int) -> np.ndarray:
+        """float32 [N]: what each token weighs in the target."""
+        weights = np.ones(len(self.ids)) if self.counts is None else self.counts / draws
+        return (weights if self.factors is None else weights * self.factors).astype(np.float32)
+
+
+class Codec:
+    """Kept <-> bytes, little-endian, one part after the other:
+
+    lengths, uint8 [S] (uint16 where a position may keep more than 255); tokens, `width` bytes each: the id in the
+    lowest bits, above it count - 1; factors, float32 [N]; tail, float32 [S]. `width` is the fewest bytes that hold
+    both: 3 for any vocabulary up to 131,072 with up to 128 draws. Parts that a mode does not have take no bytes.
+    """
+
+    def __init__(self, settings: CacheSettings, vocab_size: int) -> None:
+        most = settings.draws if settings.sampled else settings.k
+        self.settings = settings
+        self.id_bits = max(1, (vocab_size - 1).bit_length())
+        count_bits = (settings.draws - 1).bit_length() if settings.sampled else 0
+        self.width = -(-(self.id_bits + count_bits) // 8)
+        self._length = np.dtype("u1" if most < 256 else "<u2")
+        self._factors = not settings.sampled or settings.proposal_temperature != 1.0
+
+    def encode(self, kept: Kept) -> bytes:
+        packed = kept.ids.astype(np.uint64)
+        if kept.counts is not None:
+            packed |= (kept.counts - 1).astype(np.uint64) << np.uint64(self.id_bits)
+        tokens = packed.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : self.width]
+        parts = [kept.lengths.astype(self._length), tokens]
+        parts += [array.astype("<f4") for array in (kept.factors, kept.tail) if array is not None]
+        return b"".join(part.tobytes() for part in parts)
+
+    def decode(self, record: bytes) -> Kept:
+        """Raises InputError for bytes that are no record."""
+        rows = self.settings.sequence_length
+        at = rows * self._length.itemsize
+        lengths = np.frombuffer(record[:at].ljust(at, b"\0"), self._length).astype(np.int64)
+        number = int(lengths.sum())
+        tail = rows if not self.settings.sampled else 0
+        if len(record) != at + number * (self.width + 4 * self._factors) + 4 * tail:
+            raise InputError(f"a record of the cache has {len(record)} bytes, which do not fit its {number} tokens")
+        wide = np.zeros((number, 8), np.uint8)
+        wide[:, : self.width] = np.frombuffer(record, np.uint8, number * self.width, at).reshape(number, self.width)
+        packed = wide.reshape(-1).view("<u8").astype(np.int64)
+        at += number * self.width
+        return Kept(
+            lengths,
+            ids=packed & ((1 << self.id_bits) - 1),
+            counts=(packed >> self.id_bits) + 1 if self.settings.sampled else None,
+            factors=np.frombuffer(record, "<f4", number, at) if self._factors else None,
+            tail=np.frombuffer(record, "<f4", rows, at + 4 * number) if tail else None,
+        )

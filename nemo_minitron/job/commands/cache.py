@@ -1,0 +1,110 @@
+"""A teacher and a corpus -> a cache of its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import digest_of
+from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing
+from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of, resolve
+from nemo_minitron.job.commands.corpus import cache_of, tokenise
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.lock import locked
+
+
+def run_cache(
+    model: str, data: str, out: Path, settings: CacheSettings, layout: Layout, *, samples: int | None = None,
+    rows_per_shard: int = 256, micro_batch_size: int = 1, log: Path | None = None,
+) -> CacheHeader:  # fmt: skip
+    """`minitron cache-logits`: makes `out`, or what is missing of it; the folder must be one that all ranks see.
+
+    `samples`: the first rows of the text (default: all that it has). Raises InputError, also for an `out` that
+    holds a cache of another model, text or settings.
+    """
+    from nemo_minitron.nemo.sources import open_source
+
+    source = open_source(model)
+    layout.check(source.architecture)
+    layout.check_sequence(settings.sequence_length)
+    _check_out(out)
+    work = cache_of(out)
+    with locked(work):
+        tokens = tokenise(data, source.folder, work / "train")
+        rows = whole_rows(tokens, settings.sequence_length, samples)
+        header = CacheHeader(
+            settings, teacher_digest(model), corpus_digest(tokens, rows, settings.sequence_length),
+            source.architecture.vocab_size, rows, rows_per_shard,
+        )  # fmt: skip
+        header = _opened(header, out)
+        if missing(out, header):
+            values = {
+                "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
+                "layout": dataclasses.asdict(layout), "micro_batch_size": micro_batch_size,
+            }  # fmt: skip
+            launch("cache", values, layout.processes, log or work / "log.txt")
+    return header
+
+
+def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) -> int:
+    """Rows of a text with a label behind each token. Raises InputError where it has none, or fewer than asked."""
+    rows = max(0, (tokens.tokens - 1) // sequence_length)
+    if not rows:
+        raise InputError(
+            f"the corpus has {tokens.tokens} tokens, not one row of {sequence_length} and its last label; the longest "
+            f"legal sequence length is {max(1, tokens.tokens - 1)}"
+        )
+    if samples is not None and not 1 <= samples <= rows:
+        raise InputError(f"samples is {samples}, the corpus has {rows} rows; give {min(max(samples, 1), rows)}")
+    return samples or rows
+
+
+def teacher_digest(model: str) -> str:
+    """Identity of a model's weights and config, the same from a Hugging Face folder and a NeMo checkpoint."""
+    from nemo_minitron.nemo.sources import open_source
+    from nemo_minitron.pruning.tensors import source_digest
+
+    source = open_source(model)
+    return digest_of([source_digest(source), *family_of(source.config).nemo_config(source.config)])
+
+
+def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
+    return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
+
+
+def check_cache(cache: Path, tokens: Any, vocab_size: int, teacher: str | None = None, **settings: Any) -> CacheHeader:
+    """Whether training may learn from a cache: of this text and vocabulary, whole, with these settings, and, where
+    a teacher is named too, its. Raises InputError."""
+    header = LogitCache(cache).header
+    header.check(cache, vocab_size=vocab_size, **settings)
+    length = header.settings.sequence_length
+    long_enough = whole_rows(tokens, length) >= header.rows
+    header.check(cache, data=corpus_digest(tokens, header.rows, length) if long_enough else "a shorter text")
+    if teacher is not None:
+        header.check(cache, model=teacher_digest(teacher))
+    return header
+
+
+def _opened(header: CacheHeader, out: Path) -> CacheHeader:
+    """The header of a cache that is begun, or goes on; the rows of its shards stay as they were begun with."""
+    if not (out / HEADER).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        header.save(out)
+    begun = CacheHeader.load(out)
+    for leftover in out.glob(".*.logits.*"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    begun.check(out, model=header.model)
+    for name, value in header.settings.identity().items():
+        begun.check(out, **{name: value})
+    begun.check(out, data=header.data)
+    return begun
+
+
+def _check_out(out: Path) -> None:
+    """A folder that somebody else made is never written to. Raises InputError."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / HEADER).exists()):
+        raise InputError(f"'{out}' is there already and is no logit cache; give a new folder with --out")
