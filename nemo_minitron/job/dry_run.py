@@ -11,6 +11,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve, to_hf
+from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.models import config_of, is_nemo
 from nemo_minitron.job.recipe import Distillation, Job
@@ -36,17 +37,17 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     to_hf(target, config)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
+    calibration_of(job, source)
     layout, _ = job.layout.for_student(target, source)
     layout.check(target)
     layout.check_sequence(job.distillation.sequence_length)
-    if job.layout.pp > 1:
-        raise InputError(f"distillation runs on one pipeline stage so far, not pp={job.layout.pp}; use tp and dp")
-    batch, micro = job.distillation.global_batch_size, job.distillation.micro_batch_size
-    if batch % (micro * job.layout.dp):
-        step = micro * job.layout.dp
+    batch, micro, stages = job.distillation.global_batch_size, job.distillation.micro_batch_size, job.layout.pp
+    step = micro * job.layout.dp * (stages if job.layout.vp > 1 else 1)
+    if batch % step:
         raise InputError(
             f"distillation.global_batch_size {batch} does not divide into micro-batches of {micro} on "
-            f"{job.layout.dp} data-parallel ranks; the nearest legal size is {max(1, round(batch / step)) * step}"
+            f"{job.layout.dp} data-parallel ranks{f', {stages} at a time' if job.layout.vp > 1 else ''}; "
+            f"the nearest legal size is {max(1, round(batch / step)) * step}"
         )
     return source, target
 
@@ -93,6 +94,7 @@ def describe(job: Job) -> str:
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
+    lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
     lines += [why] if why else []
     names = ("convert", *STAGES) if is_nemo(resolve(job.teacher)) else STAGES
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.job.calibration import Calibration
+from nemo_minitron.job.counted import Counted
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.search.depth import BLOCK_INFLUENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,39 +29,8 @@ class Data:
     licence: str = "unknown"
 
 
-LEGAL = {"norms": ("all", "layers"), "loss": ("forward_kl",)}
-
-
-class _Counted:
-    """Settings whose whole numbers count something: at least 1, but for seeds and warm-up."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("seed", "warmup_steps") else 1
-            if field.type == "int" and value < least:
-                raise InputError(f"{field.name} is {value}; the nearest legal value is {least}")
-            if field.name in LEGAL and value not in LEGAL[field.name]:
-                raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, LEGAL[field.name])}")
-            if field.name in ("learning_rate", "temperature") and not value > 0:
-                raise InputError(f"{field.name} is {value}; it must be above 0")
-
-
 @dataclasses.dataclass(frozen=True)
-class Calibration(_Counted):
-    """One forward pass over `samples` rows of `sequence_length` tokens; `criterion` is batch,sequence."""
-
-    samples: int = 1024
-    sequence_length: int = 4096
-    batch_size: int = 1
-    criterion: str = "l2,mean"
-    norms: str = "all"
-    precision: str = "fp32"
-    seed: int = 1234
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation(_Counted):
+class Distillation(Counted):
     """Retraining from the teacher's logits; `tokens` are those of all steps. `save_every` counts steps.
 
     `precision`: fp32, bf16, or auto (bf16 where the machine is good at it).
@@ -84,7 +56,7 @@ class Distillation(_Counted):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(_Counted):
+class Evaluation(Counted):
     """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`."""
 
     tokens: int = 16_384
@@ -100,20 +72,22 @@ class Evaluation(_Counted):
 class Job:
     """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays.
 
-    `base_model` and `licence` are the teacher's name and licence on the model card.
+    `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
+    layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
     """
 
     name: str
     teacher: str
     data: Data
     keep: Mapping[str, int]
-    calibration: Calibration = Calibration()
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
     distillation: Distillation = Distillation()
     evaluation: Evaluation = Evaluation()
     layout: Layout = dataclasses.field(default_factory=Layout)
     licence: str = "unknown"
     base_model: str | None = None
     seed: int = 0
+    depth: str = BLOCK_INFLUENCE
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -188,7 +162,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
-    """A plain value of the declared type; int serves as float, a list as a tuple."""
+    """A plain value of the declared type; int serves as float, a list as a tuple, one value as a list of one."""
     plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
     if name in plain:
@@ -196,10 +170,15 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         if not legal:
             raise InputError(f"'{key}' is {value!r}; it must be {'an' if name == 'int' else 'a'} {name}")
         return float(value) if name == "float" else value
-    if isinstance(value, list):
-        return tuple(value)
+    if get_origin(kind) is tuple:
+        return _sequence(get_args(kind)[0], value, key)
     if isinstance(value, Mapping):
         return dict(value)
     if value is not None and not isinstance(value, str):
         raise InputError(f"'{key}' is {value!r}; it must be a text")
     return value
+
+
+def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_value(kind, item, key) for item in values)

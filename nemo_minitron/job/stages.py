@@ -11,9 +11,10 @@ from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job import corpora
+from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
+from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
-from nemo_minitron.job.launch import launch
 from nemo_minitron.job.models import convert, is_nemo
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import Run, Stage
@@ -33,7 +34,7 @@ def stages(job: Job) -> list[Stage]:
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
-        Stage("plan", plan, lambda run: dict(run.job.keep), ("estimate",), ("plan.json",)),
+        Stage("plan", plan, lambda run: [dict(run.job.keep), run.job.depth], ("estimate",), ("plan.json",)),
         Stage("prune", prune, _prune_inputs, ("plan",), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
         Stage("distill", distill, _distill_inputs, ("data", "prune"), (f"{DISTILLED}/last.json",)),
@@ -55,7 +56,9 @@ def _data_inputs(run: Run) -> Any:
 
 
 def _estimate_inputs(run: Run) -> Any:
-    return [dataclasses.asdict(run.job.calibration), teacher_identity(run.job.teacher)]
+    calibration = calibration_of(run.job, open_source(run.job.teacher).architecture)
+    items = [file_digest(calibration.items)] if calibration.items else []
+    return [dataclasses.asdict(calibration), teacher_identity(run.job.teacher), *items]
 
 
 def _prune_inputs(run: Run) -> Any:
@@ -86,15 +89,15 @@ def tokenise(run: Run) -> None:
 
 
 def estimate(run: Run) -> None:
-    job, out = run.job, run.path("scores.safetensors")
-    settings = {
-        "model": str(resolve(job.teacher)), "data": str(corpora.prefix(run, "calibration")), "out": str(out),
-        "index": str(run.path("data", "index")), "calibration": dataclasses.asdict(job.calibration),
-        "layout": dataclasses.asdict(job.layout),
-    }  # fmt: skip
-    launch("estimate", settings, job.layout.processes, run.path("log.txt"))
-    scores = Scores.load(out)
+    from nemo_minitron.nemo.data import Tokens
+
+    job, tokens = run.job, Tokens(corpora.prefix(run, "calibration"))
+    calibration = calibration_of(job, open_source(job.teacher).architecture)
+    scores = calibrate(job.teacher, tokens, run.path("calibration"), calibration, job.layout, run.path("log.txt"))
+    scores.save(run.path("scores.safetensors"))
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
+    for line in lines(scores):
+        run.say(f"    {line}")
 
 
 def plan(run: Run) -> None:
@@ -102,7 +105,7 @@ def plan(run: Run) -> None:
     from nemo_minitron.search import threshold_band
 
     scores = Scores.load(run.path("scores.safetensors"))
-    made = make_plan(scores, keep=dict(run.job.keep))
+    made = make_plan(scores, keep=dict(run.job.keep), depth=run.job.depth)
     made.save(run.path("plan.json"))
     run.manifest.digests |= {"scores": scores.digest, "plan": made.digest, "model": scores.model_digest or ""}
     run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")

@@ -22,9 +22,11 @@ class Importance(Callback):
 
     `out`: where rank 0 saves them (None: they are only kept as `.scores`, the same on every rank). Of several
     criteria the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given.
-    `save_every` batches what is gathered so far is written to `partial`; `previous`: Scores of other samples of
-    the same model, which are merged in. Positions whose `loss_mask` is 0 do not count, `cu_seqlens` keep samples
-    apart. Hooks go when validation ends or fails; a model with hooks gives the same outputs, bit for bit.
+    `save_every` batches what is gathered so far is merged, and written to `partial`, from which another run over
+    the samples behind them goes on: `previous`, Scores of other samples of the same model. A run that was broken
+    off after such a batch and went on ends with the same bits as one that was not. Positions whose `loss_mask` is
+    0 do not count, `cu_seqlens` keep samples apart. Hooks go when validation ends or fails; a model with hooks
+    gives the same outputs, bit for bit.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Importance(Callback):
         self.save_every, self.partial, self.previous = save_every, partial, previous
         self.scores: Scores | None = None
         self._collector: Collector | None = None
+        self._batches = 0  # that the collector has seen
         self._digest: str | None = None
         self._seen: DataStep | None = None
 
@@ -48,11 +51,9 @@ class Importance(Callback):
         if trainer.sanity_checking or trainer.state.fn != "validate":
             return
         chunks = chunks_of(trainer)
-        architecture = architecture_of(chunks[0])
-        self._digest = model_digest(chunks, architecture)
-        self._collector = Collector(chunks, architecture, self.criteria, self.axes)
-        self._collector.__enter__()
-        self._seen = DataStep(pl_module, self._collector)
+        self.scores, self._batches = self.previous, 0
+        self._digest = model_digest(chunks, architecture_of(chunks[0]))
+        self._seen = DataStep(pl_module, self._open(chunks))
 
     def on_validation_batch_start(self, *_: Any) -> None:
         if self._seen is not None:
@@ -61,37 +62,53 @@ class Importance(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
-        if self._collector is not None and self.partial and self.save_every and (index + 1) % self.save_every == 0:
-            scores = self._reduced(self._collector)
-            if torch.distributed.get_rank() == 0:
-                scores.save(self.partial)
+        if self._collector is None or self._seen is None:
+            return
+        self._batches += 1
+        if self.save_every and self._batches == self.save_every:
+            self._take()
+            self._seen.collector = self._open(chunks_of(trainer))
+            self._save(self.partial)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self._collector is None:
             return
-        self.scores = self._reduced(self._close())
-        if self.out and torch.distributed.get_rank() == 0:
-            self.scores.save(self.out)
+        self._take()
+        self._close()
+        self._save(self.partial)
+        self._save(self.out)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._collector is not None:
             self._close()
 
-    def _reduced(self, collector: Collector) -> Scores:
-        scores = reduce(collector, self.norms)
-        scores.model_digest = self._digest
-        if self.previous is not None:
-            scores.notes, scores.data_digest = self.previous.notes, self.previous.data_digest
-            scores = self.previous.merge(scores)
-        return scores
+    def _open(self, chunks: list[Any]) -> Collector:
+        self._collector = Collector(chunks, architecture_of(chunks[0]), self.criteria, self.axes)
+        return self._collector.__enter__()
 
-    def _close(self) -> Collector:
+    def _take(self) -> None:
+        """Merges what the collector has gathered into `scores`. Collective."""
+        assert self._collector is not None
+        self._collector.__exit__()
+        if not self._batches:
+            return
+        self._batches, new = 0, reduce(self._collector, self.norms)
+        new.model_digest = self._digest
+        if self.scores is not None:
+            new.notes, new.data_digest = self.scores.notes, self.scores.data_digest
+            new = self.scores.merge(new)
+        self.scores = new
+
+    def _save(self, path: str | None) -> None:
+        if path and self.scores is not None and torch.distributed.get_rank() == 0:
+            self.scores.save(path)
+
+    def _close(self) -> None:
         collector, self._collector = self._collector, None
         assert collector is not None
         assert self._seen is not None
         collector.__exit__()
         self._seen.remove()
-        return collector
 
 
 class DataStep:

@@ -1,4 +1,4 @@
-"""A Job's heavy stages as NeMo runs them: estimate is `trainer.validate`, distill is `llm.train`."""
+"""A Job's heaviest stage as NeMo runs it: distill is `llm.train`."""
 
 from __future__ import annotations
 
@@ -7,56 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
-from nemo_minitron.errors import InputError
 from nemo_minitron.families import read_config
 from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.recipe import Calibration, Distillation
+from nemo_minitron.job.recipe import Distillation
 from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
 LAST = "last"
-
-
-def estimate(settings: dict[str, Any]) -> None:
-    """`model`, `data` (.bin/.idx prefix), `out`, `calibration`, `layout`: writes Scores to `out`."""
-    backend.setup()
-    from nemo_minitron.nemo.callbacks import Importance
-    from nemo_minitron.nemo.data import Tokens, data_module
-    from nemo_minitron.nemo.distill import FillStudent
-    from nemo_minitron.nemo.models import nemo_model
-    from nemo_minitron.nemo.sources import open_source
-
-    calibration, layout = Calibration(**settings["calibration"]), Layout(**settings["layout"])
-    source = open_source(settings["model"])
-    whole = calibration.batch_size * layout.dp * (layout.pp if layout.vp > 1 else 1)  # virtual stages want pp batches
-    if calibration.samples % whole:
-        raise InputError(
-            f"{calibration.samples} calibration samples do not divide into batches of {calibration.batch_size} on "
-            f"{whole // calibration.batch_size} ranks at a time; the nearest legal number is "
-            f"{max(1, round(calibration.samples / whole)) * whole}"
-        )
-    Tokens(settings["data"]).windows(calibration.sequence_length + 1, calibration.samples)  # refuses a short corpus
-    data = data_module(
-        settings["data"], settings["data"], tokenizer=str(source.folder), seed=calibration.seed,
-        sequence_length=calibration.sequence_length, micro_batch_size=calibration.batch_size,
-        global_batch_size=whole, index_folder=settings["index"],
-    )  # fmt: skip
-    trainer = make_trainer(
-        layout, calibration.precision, limit_val_batches=calibration.samples // whole, logger=False, max_steps=1,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    importance = Importance(None, calibration.criterion, calibration.norms)
-    trainer.callbacks.extend([FillStudent(settings["model"]), importance])
-    model = nemo_model(source.config, tokenizer=data.tokenizer, precision=calibration.precision, layout=layout)
-    trainer.validate(model, data, verbose=False)
-    assert importance.scores is not None
-    importance.scores.data_digest = _data_digest(Tokens(settings["data"]))
-    importance.scores.notes = {"precision": calibration.precision, "seed": calibration.seed}
-    if trainer.is_global_zero:
-        importance.scores.save(settings["out"])
-
-
-def _data_digest(tokens: Any) -> str | None:
-    return tokens.corpus.content if tokens.corpus else None
 
 
 def distill(settings: dict[str, Any]) -> None:

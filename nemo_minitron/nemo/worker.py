@@ -21,9 +21,9 @@ def main() -> None:
     from nemo_minitron.errors import InputError
 
     try:
-        from nemo_minitron.nemo import prune, stages
+        from nemo_minitron.nemo import estimate, prune, stages
 
-        {"estimate": stages.estimate, "distill": stages.distill, "prune": prune.prune}[stage](settings)
+        {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}[stage](settings)
     except InputError as error:
         folder = os.environ.get("MINITRON_ERRORS")
         if folder:

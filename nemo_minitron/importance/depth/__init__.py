@@ -5,8 +5,27 @@ downstream task likewise; `iterative_removal`: layers taken out one by one, by t
 All of them run a live Megatron model, in any of its layouts, by the boundary states of `Stages`.
 """
 
-from nemo_minitron.importance.depth.choices import Accuracy, Item, multiple_choice, read_items
-from nemo_minitron.importance.depth.removal import Removal, iterative_removal
-from nemo_minitron.importance.depth.scan import depth_scan
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.depth.choices import Accuracy, multiple_choice
+    from nemo_minitron.importance.depth.items import Item, read_items
+    from nemo_minitron.importance.depth.removal import Removal, iterative_removal
+    from nemo_minitron.importance.depth.scan import depth_scan
 
 __all__ = ["Accuracy", "Item", "Removal", "depth_scan", "iterative_removal", "multiple_choice", "read_items"]
+
+_WHERE = {
+    "Accuracy": "choices", "Item": "items", "Removal": "removal", "depth_scan": "scan", "iterative_removal": "removal",
+    "multiple_choice": "choices", "read_items": "items",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +15,12 @@ from torch import Tensor
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.depth.head import head_of, total
+from nemo_minitron.importance.depth.items import Item
 from nemo_minitron.importance.depth.rows import Rows, rows_of
 from nemo_minitron.importance.depth.scan import blocks_of
 from nemo_minitron.importance.depth.stages import Stages
 
 Tokenize = Callable[[str], Sequence[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """A question: each choice continues `context` (which holds the examples too, where there are shots)."""
-
-    context: str
-    choices: tuple[str, ...]
-    answer: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,40 +36,6 @@ class Accuracy:
     accuracy: dict[Block, float]
     ties: dict[Block, int]
     standard_error: dict[Block, float]
-
-
-def read_items(path: str | Path) -> list[Item]:
-    """A JSONL file of objects with `context`, `choices` (at least two texts) and `answer` (an index).
-
-    Raises InputError, with the line's number, for a line that is none of these.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the questions '{path}' cannot be read ({error})") from None
-    items = [_item(line, f"'{path}', line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not items:
-        raise InputError(f"'{path}' holds no question; it needs lines with context, choices and answer")
-    return items
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        read = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is no JSON ({error})") from None
-    missing = [key for key in ("context", "choices", "answer") if not isinstance(read, dict) or key not in read]
-    if missing:
-        raise InputError(f"{where} has no '{missing[0]}'; it needs context, choices and answer")
-    context, choices, answer = read["context"], read["choices"], read["answer"]
-    if not isinstance(context, str):
-        raise InputError(f"{where}: context is {context!r}; it must be a text")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise InputError(f"{where}: choices are {choices!r}; they must be a list of at least two texts, none empty")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        near = min(max(answer, 0), len(choices) - 1) if isinstance(answer, int) else 0
-        raise InputError(f"{where}: answer is {answer!r}; legal are 0 to {len(choices) - 1}, the nearest is {near}")
-    return Item(context, tuple(choices), answer)
 
 
 def multiple_choice(

@@ -22,13 +22,20 @@ class PackedDataset(GPTDataset):
         self._pad_token_id = NO_TOKEN
 
 
-def windowed(first: int, samples: int) -> type[PackedDataset]:
-    """PackedDataset from its sample `first` on; from `samples` on, samples whose positions do not count.
+def windowed(first: int, samples: int, length: int) -> type[PackedDataset]:
+    """PackedDataset of `length` samples from its sample `first` on; from `samples` on their positions do not count.
 
-    So a calibration goes on where it stopped, and a layout fills up what it cannot divide.
+    So a calibration goes on where it stopped, and a layout fills up what it cannot divide. The order is that of one
+    epoch, whatever number of samples NeMo asks for: it depends on the corpus, the seed and the sequence's length.
     """
 
     class Windowed(PackedDataset):
+        def __init__(self, dataset: Any, path: Any, indices: Any, _number: Any, *arguments: Any) -> None:
+            super().__init__(dataset, path, indices, None, *arguments)
+
+        def __len__(self) -> int:
+            return length
+
         def __getitem__(self, index: int | None) -> dict[str, Any]:
             place = (index or 0) + first
             item = super().__getitem__(place if place < samples else 0)

@@ -1,0 +1,140 @@
+"""What a calibration reads and gathers: rows of tokens, statistics of the width axes, criteria of depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.statistics import criterion
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.job.counted import Counted
+from nemo_minitron.search.depth import BLOCK_INFLUENCE, REMOVAL
+
+if TYPE_CHECKING:
+    from nemo_minitron.job.recipe import Job
+
+SCANS = ("loss", "perplexity", "accuracy")  # of the model without each block of layers
+DEPTH = (*SCANS, REMOVAL)
+DERIVED = {"hidden": "norms", "query_groups": "heads"}  # scores of one axis that another's statistics give
+STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # what a calibration keeps, to go on from
+WIDTH = ("samples", "sequence_length", "batch_size", "criterion", "norms", "precision", "seed", "axes", "save_every")
+ROWS = ("sequence_length", "batch_size", "precision", "seed", "depth_samples")
+DECIDE = {
+    STATISTICS: WIDTH, "loss": (*ROWS, "depth_sizes"), "perplexity": (*ROWS, "depth_sizes"), REMOVAL: (*ROWS, "remove"),
+    "accuracy": ("batch_size", "precision", "depth_sizes"),
+}  # fmt: skip  # which settings decide what
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration(Counted):
+    """One forward pass over `samples` rows of `sequence_length` tokens, `batch_size` rows a micro-batch.
+
+    A row is a window of the corpus, whose documents stand end to end, each closed by its EOS (packing); windows do
+    not overlap, and `seed` says in which order they come: the first `samples` of it, in every layout.
+    `criterion`: batch,sequence aggregations, several with a semicolon between them; the first is shown. `axes`:
+    all that the model has, unless given; `save_every` rows what was gathered is saved, and a killed run goes on
+    from there. `depth`: criteria beside block influence, over `depth_samples` rows of the same corpus and seed:
+    loss, perplexity and accuracy (of the questions in the JSONL file `items`) without each block of `depth_sizes`
+    layers, and removal of `remove` layers one by one. Raises InputError for what is unknown.
+    """
+
+    samples: int = 1024
+    sequence_length: int = 4096
+    batch_size: int = 1
+    criterion: str = "l2,mean"
+    norms: str = "all"
+    precision: str = "fp32"
+    seed: int = 1234
+    axes: tuple[str, ...] = ()
+    save_every: int = 64
+    depth: tuple[str, ...] = ()
+    depth_sizes: tuple[int, ...] = (1,)
+    depth_samples: int = 16
+    items: str = ""
+    remove: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.criteria:
+            criterion(name)
+        for name in self.depth:
+            if name not in DEPTH:
+                raise InputError(f"depth criterion '{name}' is unknown; {nearest(name, DEPTH)}")
+        for size in self.depth_sizes:
+            if size < 1:
+                raise InputError(f"depth_sizes names blocks of {size} layers; the nearest legal size is 1")
+
+    @property
+    def criteria(self) -> list[str]:
+        return [name.strip() for name in self.criterion.split(";")]
+
+    @property
+    def statistics(self) -> list[str] | None:
+        """The axes whose statistics are gathered for the axes asked for; None for all."""
+        return [DERIVED.get(name, name) for name in self.axes] or None
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises InputError for blocks that leave no layer, questions that cannot be read, and what would be unused."""
+        for name, option, given in (("accuracy", "items", bool(self.items)), (REMOVAL, "remove", self.remove > 0)):
+            if (name in self.depth) != given:
+                have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
+                raise InputError(f"{have} needs {lack}; set both or neither")
+        most = architecture.num_layers - 1
+        for option, value in (("depth_sizes", max(self.depth_sizes, default=1)), ("remove", self.remove)):
+            if self.depth and value > most:
+                raise InputError(
+                    f"{option} {value} is not legal in a model of {most + 1} layers; legal are 1 to {most}, the "
+                    f"nearest is {most}"
+                )
+        if self.items:
+            from nemo_minitron.importance.depth.items import read_items
+
+            read_items(Path(self.items))
+
+    def words(self) -> str:
+        """What is read and gathered, in a line."""
+        text = f"{self.samples} rows of {self.sequence_length} tokens, {', '.join(self.axes) or 'all axes'} by "
+        text += "; ".join(self.criteria)
+        sizes = ", ".join(map(str, self.depth_sizes))
+        scans = [f"{name} without blocks of {sizes} layers" for name in self.depth if name in SCANS]
+        scans += [f"removal of {self.remove} layers"] if REMOVAL in self.depth else []
+        return text + (f"; {' and '.join(scans)}, on {self.depth_samples} rows" if scans else "")
+
+    def marks(self, *identity: str) -> dict[str, str]:
+        """What is gathered -> a digest of what decides it: its settings and `identity` (of model, data, layout)."""
+        from nemo_minitron.artifacts.files import digest_of, file_digest
+
+        found = {}
+        for name in (STATISTICS, *self.depth):
+            settings = [getattr(self, setting) for setting in DECIDE[name]]
+            extra = [file_digest(self.items)] if name == "accuracy" else []
+            found[name] = digest_of([name, settings, *extra, *identity])
+        return found
+
+    def for_plan(self, depth: str, dropped: int) -> Calibration:
+        """This calibration and what a plan that drops so many layers by the criterion `depth` asks for.
+
+        Raises InputError for an unknown criterion, one without layers to drop, and what `Calibration` refuses.
+        """
+        if depth == BLOCK_INFLUENCE:
+            return self
+        if depth not in DEPTH:
+            raise InputError(f"depth '{depth}' is unknown; {nearest(depth, (BLOCK_INFLUENCE, *DEPTH))}")
+        if not dropped:
+            raise InputError(f"depth '{depth}' chooses layers and the recipe cuts none; set keep.layers, or leave it")
+        names = tuple(dict.fromkeys([*self.depth, depth]))
+        if depth == REMOVAL:
+            return dataclasses.replace(self, depth=names, remove=max(self.remove, dropped))
+        return dataclasses.replace(self, depth=names, depth_sizes=tuple(sorted({*self.depth_sizes, dropped})))
+
+
+def calibration_of(job: Job, source: Architecture) -> Calibration:
+    """What a job's estimate stage gathers for its plan. Raises InputError for what the model or the plan refuse."""
+    from nemo_minitron.search.sizes import student_architecture
+
+    dropped = source.num_layers - student_architecture(source, job.keep).num_layers
+    calibration = job.calibration.for_plan(job.depth, dropped)
+    calibration.check(source)
+    return calibration

@@ -1,0 +1,183 @@
+"""`minitron estimate` on a pico model: killed and resumed, in another layout, merged, with criteria of depth."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from command_line import minitron, start
+from pico import pico_llama
+from tolerances import DEPTH_ERROR_FP32, DEPTH_LOSS_FP32, SCORES_FP32
+from words import save_tokenizer
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.blocks import NOTHING, size_of
+from nemo_minitron.export import write_report
+from nemo_minitron.job import Calibration, Data, Job
+from nemo_minitron.job.run import execute, open_run
+from nemo_minitron.job.stages import stages
+from nemo_minitron.nemo.data import Tokens
+from nemo_minitron.pruning import HFSource
+from nemo_minitron.pruning.tensors import source_digest
+from nemo_minitron.search.depth import layers_to_drop
+
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(900)]
+ROWS = 241  # odd: two data-parallel ranks fill up the last batch
+ROWS_OPTIONS = ["--samples", ROWS, "--sequence-length", 36, "--criterion", "l2,mean", "--criterion", "var,mean"]
+DEPTH_OPTIONS = ["--depth", "loss,perplexity,accuracy,removal", "--depth-sizes", "1,2", "--depth-samples", 3]
+COMMAND = ["estimate", "teacher", "--data", "corpus.jsonl", *ROWS_OPTIONS, "--save-every", 4, *DEPTH_OPTIONS]
+COMMAND += ["--items", "items.jsonl", "--remove", 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimate")
+    pico_llama(folder / "teacher")
+    save_tokenizer(folder / "teacher", TEXTS, 509)
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    items = [
+        {"context": f"the model number {i}", "choices": [" reads", " ends.", " word"], "answer": i % 3}
+        for i in range(8)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Scores of a run that nothing interrupted, and what it printed."""
+    output = minitron(folder, *COMMAND, "--out", "whole.safetensors")
+    return Scores.load(folder / "whole.safetensors"), output
+
+
+@pytest.mark.slow
+def test_all_of_one_command(folder, whole):
+    scores, output = whole
+    assert (scores.samples, scores.tokens) == (ROWS, ROWS * 36)
+    assert scores.criteria == ["l2,mean", "var,mean"]
+    assert scores.model_digest == source_digest(HFSource(folder / "teacher"))
+    assert scores.data_digest == Tokens(folder / ".whole.safetensors.work" / "calibration").corpus.content
+    assert list(scores.depth) == ["loss", "perplexity", "accuracy", "removal"]
+    assert {size_of(block) for block in scores.depth["accuracy"]} == {0, 1, 2}
+    assert len(scores.depth["removal"]) == 2
+    for block, loss in scores.depth["loss"].items():
+        assert scores.depth["perplexity"][block] == pytest.approx(np.exp(loss))
+    assert scores.notes["accuracy"]["items"] == 8
+    assert scores.notes["split_half"].keys() == {"ffn", "heads", "query_groups", "hidden", "layers"}
+    for remark in scores.notes["remarks"]:
+        assert remark in output
+    assert "least missed of 2" in output
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_ends_with_the_same_bits(folder, whole):
+    """SIGKILL to all of it after the first save. With `windowed(0, ...)` in place of `windowed(done, ...)`, so that
+    the second run sees the first rows twice, or with `previous=None`, the states differ."""
+    process = start(folder, *COMMAND, "--out", "killed.safetensors")
+    statistics = folder / ".killed.safetensors.work" / "statistics.safetensors"
+    deadline = time.monotonic() + 300
+    while not statistics.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = Scores.load(statistics).samples
+    assert 0 < done < ROWS
+    assert not (folder / "killed.safetensors").exists()
+    output = minitron(folder, *COMMAND, "--out", "killed.safetensors")
+    assert f"{done} of {ROWS} rows were done before" in output
+    straight, resumed = whole[0], Scores.load(folder / "killed.safetensors")
+    assert (resumed.samples, resumed.tokens, resumed.notes) == (straight.samples, straight.tokens, straight.notes)
+    assert resumed.states.keys() == straight.states.keys()
+    assert [name for name in straight.states if not np.array_equal(straight.states[name], resumed.states[name])] == []
+    assert resumed.depth == straight.depth
+    assert resumed.digest == straight.digest
+    again = minitron(folder, *COMMAND, "--out", "killed.safetensors")
+    assert "  > " not in again  # nothing was left to do
+    assert Scores.load(folder / "killed.safetensors").digest == straight.digest
+
+
+@pytest.mark.slow
+def test_two_ranks_share_an_odd_number_of_rows(folder, whole):
+    minitron(folder, *COMMAND, "--out", "two.safetensors", "--dp", 2)
+    one, two = whole[0], Scores.load(folder / "two.safetensors")
+    assert (two.samples, two.tokens, two.layout["dp"]) == (ROWS, ROWS * 36, 2)
+    for name, expected in one.tensors.items():
+        largest = np.abs(expected).max(axis=-1, keepdims=True)
+        assert (np.abs(two[name] - expected) / largest).max() < SCORES_FP32, name
+    for name, tolerance in {"loss": DEPTH_LOSS_FP32, "removal": DEPTH_ERROR_FP32}.items():
+        assert list(two.depth[name]) == list(one.depth[name])
+        np.testing.assert_allclose(list(two.depth[name].values()), list(one.depth[name].values()), rtol=tolerance)
+    assert two.depth["accuracy"] == one.depth["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """The first stages of a job that drops two layers by loss; its calibration has another seed."""
+    calibration = Calibration(
+        samples=ROWS, sequence_length=36, criterion="l2,mean;var,mean", depth_samples=3, batch_size=4, seed=5
+    )
+    job = Job(
+        name="pico", teacher=str(folder / "teacher"), data=Data(*[str(folder / "corpus.jsonl")] * 2),
+        keep={"layers": 4, "ffn": 64}, calibration=calibration, depth="loss",
+    )  # fmt: skip
+    run = open_run(job, folder / "run")
+    execute(run, stages(job)[:3])
+    return run
+
+
+@pytest.mark.slow
+def test_a_recipe_drops_layers_by_loss_and_the_report_draws_it(run):
+    scores, plan = Scores.load(run.path("scores.safetensors")), PrunePlan.load(run.path("plan.json"))
+    assert {size_of(block) for block in scores.depth["loss"]} == {0, 1, 2}  # 2: what the plan takes
+    gone = layers_to_drop(scores, 2, "loss")
+    assert plan.keep["layers"] == [layer for layer in range(6) if layer not in gone]
+    assert plan.notes["depth"] == "loss"
+    assert "without layers" in run.path("log.txt").read_text()
+    report = write_report(run.folder).read_text()
+    assert "Dropped layers" in report
+    rows = run.path("figures", "depth.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(scores.depth["loss"])
+    assert f"loss,0,-1,0,{scores.depth['loss'][NOTHING]}"[:20] in "\n".join(rows)
+
+
+@pytest.mark.slow
+def test_two_runs_merge_into_one(folder, whole, run):
+    """Nothing is left to gather of the first run, so no process starts."""
+    output = minitron(folder, *COMMAND, "--out", "whole.safetensors", "--merge", run.path("scores.safetensors"))
+    made, other = Scores.load(folder / "whole.safetensors"), Scores.load(run.path("scores.safetensors"))
+    whole[0].save(folder / "whole.safetensors")
+    assert "  > " not in output
+    assert made.samples == 2 * ROWS
+    squares = [scores.states["ffn/l2,mean/sum_of_squares"].sum(1) for scores in (whole[0], other)]
+    expected = np.sqrt(squares[0] + squares[1])
+    np.testing.assert_allclose(made["ffn"], expected, rtol=1e-6)  # fp32 in the file
+    assert [run["seed"] for run in made.notes["runs"]] == [5, 1234]
+    assert "the same text with other seeds" in output
+    assert made.depth == whole[0].depth
+    with pytest.raises(AssertionError, match="have seen the same rows: the same text with seed 1234"):
+        minitron(folder, *COMMAND, "--out", "twice.safetensors", "--merge", "whole.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tp", 2], "3 query groups and an ffn of 96; the nearest legal tp is 1"),
+        (["--cp", 2, "--sequence-length", 30], "do not divide by 2*cp=4; the nearest legal length is 32"),
+        (["--ep", 2], "ep=2 needs a mixture of experts; the nearest legal ep is 1"),
+        (["--depth-sizes", "1,6"], "depth_sizes 6 is not legal in a model of 6 layers; legal are 1 to 5"),
+        (["--depth-sizes", "a"], "'a' in --depth-sizes is no size"),
+        (["--criterion", "l2,men"], "aggregation 'men' in criterion 'l2,men' is unknown; did you mean 'mean'"),
+    ],
+)
+def test_refused_before_anything_is_read(folder, options, words):
+    before = sorted(folder.iterdir())
+    process = start(folder, *COMMAND, *options, "--out", "refused.safetensors")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2, output
+    assert output.count("\n") == 1, output
+    assert words in output
+    assert sorted(folder.iterdir()) == before
