@@ -77,14 +77,16 @@ def write_plot(folder: Path, plot: Plot) -> str:
     drawing = svg(plot)
     with atomic_file(folder / f"{plot.name}.svg") as temporary:
         temporary.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + drawing, encoding="utf-8")
-    with (
-        atomic_file(folder / f"{plot.name}.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(plot.columns)
-        writer.writerows([_plain(value) for value in row] for row in plot.rows)
+    write_rows(folder / f"{plot.name}.csv", plot.columns, plot.rows)
     return drawing
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_plain(value) for value in row] for row in rows)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import atomic_file
-from nemo_minitron.export import importance_figures, result_figures, words
+from nemo_minitron.export import importance_figures, result_figures, search_figures, words
 from nemo_minitron.export.plot import Plot, write_plot
 from nemo_minitron.export.run import Run, read_run
 
@@ -20,6 +20,8 @@ FIGURES: dict[str, tuple[str, Callable[[Run], Plot | str]]] = {
     "hidden": ("Hidden channels", importance_figures.hidden),
     "heads": ("Attention heads", importance_figures.heads),
     "query_groups": ("Query groups", importance_figures.query_groups),
+    "pareto": ("Shapes of the search", lambda run: search_figures.of_run(run, "pareto")),
+    "ranks": ("Ranks of brief distillation", lambda run: search_figures.of_run(run, "ranks")),
     "distillation": ("Distillation", result_figures.distillation),
     "perplexity": ("Perplexity", result_figures.perplexity),
 }

@@ -1,6 +1,13 @@
-"""Scores + sizes to keep -> PrunePlan. No torch."""
+"""Scores + a budget, or sizes to keep -> PrunePlan. No torch."""
 
+from nemo_minitron.search.candidates import Candidate, Found, search
 from nemo_minitron.search.compare import compare_plans, threshold_band
 from nemo_minitron.search.plans import plan, random_plan
+from nemo_minitron.search.rank import Ranking, rank
+from nemo_minitron.search.space import Divisors, Space, make_space
+from nemo_minitron.search.targets import Target
 
-__all__ = ["compare_plans", "plan", "random_plan", "threshold_band"]
+__all__ = [
+    "Candidate", "Divisors", "Found", "Ranking", "Space", "Target", "compare_plans", "make_space", "plan",
+    "random_plan", "rank", "search", "threshold_band",
+]  # fmt: skip

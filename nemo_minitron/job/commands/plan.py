@@ -1,31 +1,107 @@
-"""Scores -> PrunePlan."""
+"""Scores, or an Architecture alone, and a budget or sizes -> what stays."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.search import Search
+from nemo_minitron.search.depth import BLOCK_INFLUENCE
+
+BASELINES = ("", "random", "least")
 
 
-def sizes(text: str) -> dict[str, int]:
-    """`ffn=1024,layers=24` -> sizes by axis. Raises InputError."""
-    found = {}
-    for part in text.split(","):
-        name, separator, value = part.partition("=")
-        if not separator or not value.strip().isdigit():
-            raise InputError(f"'{part}' in --keep is no size; write axis=size, for example ffn=1024,layers=24")
-        found[name.strip()] = int(value)
-    return found
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """`plan` is None for an Architecture alone; `rows` are the candidates', best first, `uncut` the model's own."""
+
+    plan: PrunePlan | None
+    rows: Sequence[dict[str, Any]] = ()
+    uncut: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    combinations: int = 0
+    fitting: int = 0
 
 
-def run_plan(scores: Path, keep: str, baseline: str = "", seed: int = 0) -> PrunePlan:
-    """A plan of scores, or a baseline for it: `random` (seeded) or `least` important. Raises InputError."""
+def run_plan(
+    scores: Path | None,
+    keep: Mapping[str, int],
+    search: Search,
+    *,
+    architecture: Path | None = None,
+    depth: str = BLOCK_INFLUENCE,
+    contiguous: bool = True,
+    baseline: str = "",
+    seed: int = 0,
+) -> Outcome:
+    """Where `search` has a target, the best shape that meets it and the runners-up; else the sizes of `keep`.
+
+    `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError.
+    """
     from nemo_minitron.search import plan, random_plan
 
-    known = Scores.load(scores)
-    if baseline not in ("", "random", "least"):
+    if (scores is None) == (architecture is None):
+        raise InputError("give either scores or --architecture, a model's folder or JSON file")
+    if baseline not in BASELINES:
         raise InputError(f"baseline '{baseline}' is unknown; legal are random and least")
+    known = Scores.load(scores) if scores else None
+    source = known.architecture if known else read_architecture(architecture or Path())
+    outcome = Outcome(None)
+    if search.wanted:
+        outcome, keep = _searched(source, keep, search, known, depth, contiguous)
+    elif not keep or known is None:
+        raise InputError("there is nothing to plan; give a target, for example --params 84M, or scores and --keep")
+    if known is None:
+        return outcome
     if baseline == "random":
-        return random_plan(known.architecture, keep=sizes(keep), seed=seed)
-    return plan(known, keep=sizes(keep), least=baseline == "least")
+        made = random_plan(source, keep=keep, seed=seed)
+    else:
+        made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
+    if search.wanted:
+        made.notes["budget"] = [str(target) for target in search.targets()]
+    return dataclasses.replace(outcome, plan=made)
+
+
+def _searched(
+    source: Architecture, keep: Mapping[str, int], search: Search, scores: Scores | None, depth: str, contiguous: bool
+) -> tuple[Outcome, dict[str, int]]:
+    """The candidates, and the sizes of the best."""
+    from nemo_minitron.search.candidates import cut_of
+    from nemo_minitron.search.table import rows_of, source_row
+
+    found = search.run(source, keep, scores, depth=depth, contiguous=contiguous)
+    best = found.candidates[0]
+    outcome = Outcome(
+        None, rows_of(found, **search.serving), source_row(source, list(best.sizes), **search.serving),
+        found.combinations, found.fitting,
+    )  # fmt: skip
+    return outcome, cut_of(best, source)
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Of a model's folder, its config.json, or an Architecture's own JSON. Raises InputError."""
+    from nemo_minitron.families import from_hf
+    from nemo_minitron.job.models import config_of
+
+    if path.is_dir():
+        return from_hf(config_of(path))
+    values = read_json(path, "the architecture")
+    if not isinstance(values, dict):
+        raise InputError(f"the architecture '{path}' is no JSON object of sizes")
+    return Architecture.from_dict(values) if "num_layers" in values else from_hf(values)
+
+
+def write_candidates(folder: Path, outcome: Outcome, cost: str) -> list[Path]:
+    """`candidates.csv`, and the figure `pareto.svg` of this cost with its CSV, into `folder`; the files."""
+    from nemo_minitron.export.plot import write_plot, write_rows
+    from nemo_minitron.export.search_figures import pareto
+
+    write_rows(folder / "candidates.csv", list(outcome.rows[0]), [list(row.values()) for row in outcome.rows])
+    plot = pareto(outcome.rows, cost)
+    write_plot(folder, plot)
+    return [folder / name for name in ("candidates.csv", f"{plot.name}.svg", f"{plot.name}.csv")]

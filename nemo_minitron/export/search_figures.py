@@ -1,0 +1,102 @@
+"""Figures of a search: which shapes are worth their cost, and when the ranks of brief distillation settle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.export import words
+from nemo_minitron.export.plot import CUT, INK, KEPT, MUTED, Plot, layer_ticks
+from nemo_minitron.export.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CANDIDATES, RANKS = "search/candidates.json", "search/ranks.json"
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
+    """`rows` of candidates with `name`, `cost`, `kept` (the proxy) and, where it was measured, `loss`.
+
+    Shown is the loss if any row has one, else the share kept, else nothing but the costs' order.
+    """
+    value = next((name for name in ("loss", "kept") if any(row.get(name) is not None for row in rows)), "")
+    shown = [row for row in rows if not value or row.get(value) is not None]
+    data = [(row["name"], row[cost], row.get(value), _best(row, shown, cost, value)) for row in shown]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for front, colour, label in ((False, MUTED, "candidate"), (True, KEPT, "no other beats it in both")):
+            points = sorted((float(x), float(y or 0)) for _, x, y, on in data if on == front)
+            if points:
+                line = "-" if front else ""
+                axes.plot(*zip(*points, strict=True), marker="o", linestyle=line, color=colour, label=label)
+        axes.set(xlabel=cost, ylabel=_LABELS.get(value, ""))
+        axes.xaxis.set_major_formatter(lambda x, _: words.short_count(x))
+        axes.grid(color=MUTED, alpha=0.25, linewidth=0.6)
+        axes.legend()
+
+    caption = f"{words.count(len(shown))} shapes of the search; " + _CAPTIONS.get(value, "there are no scores.")
+    return Plot("pareto", caption, ("name", cost, value or "kept", "front"), data, draw)
+
+
+_LABELS = {"loss": "loss before retraining (nats)", "kept": "share of importance kept (proxy)"}
+_CAPTIONS = {
+    "loss": "the loss is that of the cut model on held-out text, before any retraining.",
+    "kept": "the share kept is a heuristic that orders shapes before any is cut.",
+}
+
+
+def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, value: str) -> bool:
+    """Whether no other row costs no more and is better."""
+    if not value:
+        return False
+    sign = 1 if value == "kept" else -1
+    return not any(
+        other[cost] <= row[cost]
+        and sign * other[value] >= sign * row[value]
+        and (other[cost], other[value]) != (row[cost], row[value])
+        for other in rows
+    )
+
+
+def ranks(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """`rows`: step, candidate, loss, rank of brief distillation: ranks over steps, and the losses behind them."""
+    last = max(row["step"] for row in rows)
+    winner = next(row["candidate"] for row in rows if row["step"] == last and row["rank"] == 1)
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True)
+        shades = [KEPT if name == winner else shade for name, shade in zip(names, _shades(len(names)), strict=True)]
+        for name, colour in zip(names, shades, strict=True):
+            _line(above, name, [row for row in rows if row["candidate"] == name], "rank", colour)
+            _line(below, name, [row for row in rows if row["candidate"] == name], "loss", colour)
+        above.set(ylabel="rank", ylim=(len(names) + 0.5, 0.5))
+        layer_ticks(above.yaxis)
+        below.set(xlabel="step", ylabel="distillation loss")
+        handles, labels = above.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+
+    caption = f"{winner} wins. A line ends where its candidate was stopped; a loss is the mean since the mark before."
+    columns = ("step", "candidate", "loss", "rank")
+    return Plot("ranks", caption, columns, [tuple(row[name] for name in columns) for row in rows], draw, height=4.6)
+
+
+def _line(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], value: str, colour: Any) -> None:
+    axes.plot([row["step"] for row in rows], [row[value] for row in rows], "o-", markersize=4, color=colour, label=name)
+
+
+def _shades(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [CUT, INK, MUTED][:count] if count <= 3 else [colormaps["viridis"](i / count) for i in range(count)]
+
+
+def of_run(run: Run, name: str) -> Plot | str:
+    """The figure `pareto` or `ranks` of a run that searched."""
+    file, make = {"pareto": (CANDIDATES, pareto), "ranks": (RANKS, ranks)}[name]
+    path = run.folder / file
+    return make(read_json(path, "the search")) if path.is_file() else "The run made no search."

@@ -1,0 +1,172 @@
+"""A space and a budget -> the shapes that fit, the best first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Scores
+from nemo_minitron.axes import AXES, axis
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.depth import BLOCK_INFLUENCE
+from nemo_minitron.search.formula import Columns, Formula
+from nemo_minitron.search.proxy import make_proxy
+from nemo_minitron.search.space import Space
+from nemo_minitron.search.targets import Target
+
+Measure = Callable[["Candidate"], float]
+MEASURED = 2048  # shapes that are ranked at most, of all that fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A shape: `sizes` by axis (those that the space varies), `kept` the proxy (None without scores)."""
+
+    sizes: Mapping[str, int]
+    architecture: Architecture
+    kept: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Fit for a folder: `layers28-hidden512-ffn1280`."""
+        return "-".join(f"{name}{size}" for name, size in self.sizes.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """`candidates`: the best, first; `front`: those that no other beats in both `cost` and what is kept, by cost;
+    `combinations` were tried and `fitting` meet the targets."""
+
+    candidates: Sequence[Candidate]
+    front: Sequence[Candidate]
+    combinations: int
+    fitting: int
+
+
+@dataclasses.dataclass
+class _Rows:
+    """Shapes, one a row: sizes int64 [rows, axes], the first target's cost, and what they are ranked by."""
+
+    sizes: np.ndarray
+    cost: np.ndarray
+    rank: np.ndarray
+
+    def take(self, at: np.ndarray) -> _Rows:
+        return _Rows(self.sizes[at], self.cost[at], self.rank[at])
+
+    def join(self, other: _Rows) -> _Rows:
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return _Rows(*(np.concatenate(pair) for pair in pairs))
+
+    def best(self, count: int) -> _Rows:
+        """Of equal ones the earlier."""
+        return self.take(np.argsort(-self.rank, kind="stable")[:count])
+
+    def front(self) -> _Rows:
+        """By rising cost, those that keep more than everything cheaper."""
+        rows = self.take(np.lexsort((-self.rank, self.cost)))
+        before = np.concatenate([[-np.inf], np.maximum.accumulate(rows.rank)[:-1]]) if len(rows.rank) else rows.rank
+        return rows.take(rows.rank > before)
+
+    def maximal(self) -> _Rows:
+        """Those that fit inside no other: a larger size along every axis where they differ."""
+        inside = (self.sizes[:, None] <= self.sizes[None]).all(axis=2)
+        return self.take(inside.sum(axis=1) == 1)  # only itself
+
+
+def search(
+    space: Space,
+    targets: Sequence[Target],
+    scores: Scores | None = None,
+    *,
+    top: int = 12,
+    maximal: bool = False,
+    depth: str = BLOCK_INFLUENCE,
+    contiguous: bool = True,
+    latency: tuple[float, Measure] | None = None,
+) -> Found:
+    """Enumerates the whole space, keeps what meets every target, and ranks it by the proxy of `scores`.
+
+    Without scores the closest to the first target comes first. `maximal` leaves out shapes that fit inside
+    another that meets the targets. `latency`: a limit and the function that measures a candidate (in the same
+    unit); candidates are then measured in the order of their rank until `top` of them are within it. Layers
+    go by the criterion `depth`, as in `plan`.
+
+    Raises InputError where there is no target, and where nothing meets them, naming the shape that comes nearest.
+    """
+    if not targets:
+        raise InputError("there is no target to search for; give the parameters, the memory or the FLOPs")
+    proxy = make_proxy(scores, space.axes, depth, contiguous) if scores else None
+    formulas = [Formula(target.cost, space.source, space.axes) for target in targets]
+    best = front = _Rows(np.empty((0, len(space.axes)), np.int64), np.empty(0, np.int64), np.empty(0))
+    fitting, nearest = 0, None
+    for columns in space.blocks():
+        costs = [formula(columns) for formula in formulas]
+        rank = proxy(columns) if proxy else -np.abs(costs[0] - targets[0].value).astype(np.float64)
+        misses = np.max([target.misses(cost) for target, cost in zip(targets, costs, strict=True)], axis=0)
+        misses = np.where(np.isnan(rank), np.inf, misses)
+        nearest = _nearer(nearest, columns, misses)
+        rows = _Rows(np.stack([*columns.values()], axis=1), costs[0], rank).take(misses == 0)
+        fitting += len(rows.cost)
+        best, front = best.join(rows).best(max(top, MEASURED)), front.join(rows).front()
+    if not fitting:
+        raise InputError(_nothing(space, targets, nearest))
+    ranked = _candidates(space, best.maximal() if maximal else best, proxy is not None)
+    chosen = itertools.islice(ranked if latency is None else _fast_enough(ranked, *latency), top)
+    return Found(list(chosen), list(_candidates(space, front, True)) if proxy else [], space.combinations, fitting)
+
+
+def _candidates(space: Space, rows: _Rows, scored: bool) -> Iterator[Candidate]:
+    for sizes, rank in zip(rows.sizes.tolist(), rows.rank.tolist(), strict=True):
+        named = dict(zip(space.axes, sizes, strict=True))
+        yield Candidate(named, _shape(space, named), rank if scored else None)
+
+
+def _shape(space: Space, sizes: Mapping[str, int]) -> Architecture:
+    return space.source.replace(**{axis(name).size: size for name, size in sizes.items()})
+
+
+def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure) -> Iterator[Candidate]:
+    """Measures only as many as are asked for. Raises InputError where none of them all is within the limit."""
+    fastest: tuple[float, Candidate] | None = None
+    for candidate in candidates:
+        took = measure(candidate)
+        if fastest is None or took < fastest[0]:
+            fastest = took, candidate
+        if took <= limit:
+            yield candidate
+    if fastest and fastest[0] > limit:
+        raise InputError(f"no shape takes at most {limit:g}; the nearest is {fastest[1]} with {fastest[0]:g}")
+
+
+def _nearer(
+    nearest: tuple[float, dict[str, int]] | None, columns: Columns, misses: np.ndarray
+) -> tuple[float, dict[str, int]] | None:
+    """The shape that misses least so far, and by how much."""
+    if not len(misses):
+        return nearest
+    at = int(np.argmin(misses))
+    if not np.isfinite(misses[at]) or (nearest is not None and misses[at] >= nearest[0]):
+        return nearest
+    return float(misses[at]), {name: int(sizes[at]) for name, sizes in columns.items()}
+
+
+def _nothing(space: Space, targets: Sequence[Target], nearest: tuple[float, dict[str, int]] | None) -> str:
+    asked = " and ".join(map(str, targets))
+    if nearest is None:
+        return f"no shape of the space is legal; its axes are {', '.join(space.axes)}: check divisors and query groups"
+    shape = Candidate(nearest[1], _shape(space, nearest[1]))
+    got = " and ".join(f"{t.cost(shape.architecture):,} {t.unit or t.name}" for t in targets)
+    return f"none of {space.combinations:,} shapes has {asked}; the nearest is {shape} with {got}"
+
+
+def cut_of(candidate: Candidate, source: Architecture) -> dict[str, int]:
+    """The sizes to keep, as `plan` takes them: of axes that get smaller."""
+    return {name: size for name, size in candidate.sizes.items() if size < AXES[name].length(source)}

@@ -1,0 +1,67 @@
+"""A cost of many shapes at once, exactly: Architecture's own formula, read off at a few sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import axis
+
+Cost = Callable[[Architecture], int]
+Columns = Mapping[str, np.ndarray]  # axis -> its size in each shape, int64 [shapes]
+
+
+class Formula:
+    """`cost` of `source` with other sizes along `axes`, for arrays of sizes.
+
+    Parameters, bytes to serve and FLOPs are sums of products in which no size occurs twice. Such a sum is fixed
+    by its values where each size takes two values, so it is read off `cost` there and no formula is written a
+    second time. Where query groups vary, heads must be among the axes.
+
+    Raises ValueError for a cost that is no such sum (it then misses the source's own value).
+    """
+
+    def __init__(self, cost: Cost, source: Architecture, axes: Sequence[str]) -> None:
+        pairs = {name: _two_sizes(name, source, axes) for name in axes}
+        values = np.empty((2,) * len(axes), dtype=object)  # Python's integers: nothing is rounded
+        for corner in itertools.product((0, 1), repeat=len(axes)):
+            sizes = {axis(name).size: pairs[name][at] for name, at in zip(axes, corner, strict=True)}
+            values[corner] = cost(source.replace(**sizes))
+        for i, name in enumerate(axes):
+            values = _coefficients(np.moveaxis(values, i, 0), *pairs[name], i)
+        self.terms = {
+            tuple(name for name, at in zip(axes, corner, strict=True) if at): int(values[corner])
+            for corner in itertools.product((0, 1), repeat=len(axes))
+            if values[corner]
+        }
+        own = {name: np.array([axis(name).length(source)]) for name in axes}
+        if self(own)[0] != cost(source):
+            raise ValueError("the cost is no sum of products of sizes in which each size occurs once")
+
+    def __call__(self, sizes: Columns) -> np.ndarray:
+        """int64 [shapes]."""
+        count = len(next(iter(sizes.values()))) if sizes else 1
+        total = np.full(count, self.terms.get((), 0), np.int64)
+        for names, coefficient in self.terms.items():
+            if names:
+                total += coefficient * math.prod(sizes[name] for name in names)
+        return total
+
+
+def _coefficients(values: np.ndarray, low: int, high: int, position: int) -> np.ndarray:
+    """Values at two sizes of the first dimension -> constant and factor of it; the dimension goes back in place."""
+    factor = (values[1] - values[0]) // (high - low)
+    return np.moveaxis(np.stack([values[0] - factor * low, factor]), 0, position)
+
+
+def _two_sizes(name: str, source: Architecture, axes: Sequence[str]) -> tuple[int, int]:
+    """Two small sizes of an axis that go with any of the others': small, since a layer costs time to count."""
+    if name == "heads":  # a multiple of the query groups, also of two where those vary
+        groups = 2 if "query_groups" in axes else source.num_query_groups
+        return groups, 2 * groups
+    least = source.moe_router_topk if name == "experts" else 1
+    return least, least + 1

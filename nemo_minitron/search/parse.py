@@ -1,0 +1,104 @@
+"""What a user writes about a search -> numbers; each refusal says what to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.space import Divisors
+
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+BYTES = {"": 1, **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}}
+BYTES |= {f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
+FP8 = 16  # what a matrix's dimensions must be multiples of
+
+
+def count(text: str, what: str) -> int:
+    """`84M`, `8.27B`, `84000000` -> a whole number. Raises InputError."""
+    return _quantity(text, COUNTS, what, "84M or 8.27B")
+
+
+def size_in_bytes(text: str, what: str) -> int:
+    """`8GiB`, `8GB`, `512MiB` -> bytes. Raises InputError."""
+    return _quantity(text, BYTES, what, "8GiB or 500MB")
+
+
+def _quantity(text: str, units: dict[str, int], what: str, example: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in units:
+        raise InputError(f"{what}={text} is no size; write for example {example}")
+    return int(Fraction(found[1]) * units[found[2].upper()])
+
+
+def tolerance(text: str) -> float:
+    """`5%` or `0.05` -> 0.05. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    if not found:
+        raise InputError(f"the tolerance '{text}' is no share; write for example 5%")
+    return float(Fraction(found[1]) / (100 if found[2] else 1))
+
+
+def sizes(text: str, option: str = "--keep") -> dict[str, int]:
+    """`ffn=1024,layers=24` -> sizes by axis. Raises InputError."""
+    return {name: _whole(value, part, option, "ffn=1024,layers=24") for name, value, part in _pairs(text, ",", option)}
+
+
+def bounds(text: str) -> dict[str, tuple[int, int]]:
+    """`ffn=512:1536,layers=20:30` -> least and largest size by axis. Raises InputError."""
+    found = {}
+    for name, value, part in _pairs(text, ",", "--bounds"):
+        ends = value.split(":")
+        if len(ends) != 2:
+            raise InputError(f"'{part}' in --bounds has no two ends; write for example ffn=512:1536,layers=20:30")
+        low, high = (_whole(end, part, "--bounds", "ffn=512:1536,layers=20:30") for end in ends)
+        found[name] = (low, high)
+    return found
+
+
+def lists(text: str) -> dict[str, Sequence[int] | Sequence[Fraction]]:
+    """`layers=29,30;ffn=2.5x,3x` -> sizes to try by axis, multiples of hidden as fractions. Raises InputError."""
+    found: dict[str, Sequence[int] | Sequence[Fraction]] = {}
+    for name, value, part in _pairs(text, ";", "--space"):
+        values = [_listed(item.strip(), part) for item in value.split(",")]
+        found[name] = values  # type: ignore[assignment]
+    return found
+
+
+def _listed(item: str, part: str) -> int | Fraction:
+    if re.fullmatch(r"\d+(\.\d+)?x", item):
+        return Fraction(item[:-1])
+    return _whole(item, part, "--space", "layers=29,30;ffn=2.5x,3x")
+
+
+def divisors(text: str) -> Divisors:
+    """`64`, `fp8`, `tp=8`, `hidden=128`, or several with commas. Raises InputError."""
+    every, tp, of = 0, 1, {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, separator, value = part.partition("=")
+        if not separator:
+            every = FP8 if part == "fp8" else _whole(part, part, "--divisors", "64,tp=8 or fp8")
+        elif name.strip() == "tp":
+            tp = _whole(value, part, "--divisors", "64,tp=8 or fp8")
+        else:
+            of[name.strip()] = _whole(value, part, "--divisors", "hidden=128,ffn=64")
+    return Divisors(every, tp, of)
+
+
+def _pairs(text: str, between: str, option: str) -> Iterator[tuple[str, str, str]]:
+    seen: set[str] = set()
+    for part in filter(None, map(str.strip, text.split(between))):
+        name, separator, value = map(str.strip, part.partition("="))
+        if not separator or not name or not value:
+            raise InputError(f"'{part}' in {option} names no axis and size; write axis=size, for example ffn=1024")
+        if name in seen:
+            raise InputError(f"'{name}' is in {option} twice; give it once")
+        seen.add(name)
+        yield name, value, part
+
+
+def _whole(value: str, part: str, option: str, example: str) -> int:
+    if not value.strip().isdigit():
+        raise InputError(f"'{part}' in {option} is no size; write axis=size, for example {example}")
+    return int(value)

@@ -1,0 +1,216 @@
+"""The shapes that a search goes through: legal sizes of each axis, and every combination of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import AXES, axis
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.sizes import Keep, student_architecture
+
+DEFAULT_AXES = ("layers", "hidden", "ffn", "experts", "expert_ffn", "shared_expert_ffn")
+WIDTHS = ("hidden", "ffn", "expert_ffn", "shared_expert_ffn")
+STEP = 64  # of widths, unless divisors are given: what tensor cores want in 16 bits
+MOST = 200_000_000  # shapes, some ten seconds a hundred million
+ROWS = 1 << 20  # shapes in memory at a time
+
+Sizes = Sequence[int] | Sequence[Fraction]  # of an axis; fractions are multiples of the hidden size
+Bounds = Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Divisors:
+    """What sizes must be multiples of; the least common multiple where several meet.
+
+    `every`: of each dimension of a matrix that is cut, heads counted with their dimension (0: steps of 64 are
+    taken, but nothing is forbidden); 16 makes all matrices legal in FP8, tensor cores want 64 or 128. `tp`: of what
+    tensor parallelism divides. `of`: of single axes.
+    """
+
+    every: int = 0
+    tp: int = 1
+    of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every or 1), ("tp", self.tp), *self.of.items()):
+            if value < 1:
+                raise InputError(f"the divisor {name}={value} is not legal; the nearest is 1")
+
+    def hard(self, source: Architecture, name: str) -> int:
+        """What a size of this axis must be a multiple of."""
+        every = self.every or 1
+        if name in ("heads", "query_groups"):
+            every //= math.gcd(every, source.head_dim)
+        elif name not in WIDTHS:
+            every = 1
+        sharded = name in ("heads", "query_groups", *WIDTHS[1:])
+        return math.lcm(every, self.tp if sharded else 1, self.of.get(name, 1))
+
+    def step(self, source: Architecture, name: str) -> int:
+        """From one size to the next between bounds."""
+        hard = self.hard(source, name)
+        if name not in WIDTHS or self.every or name in self.of:
+            return hard
+        small = 1 << max(0, (axis(name).length(source) // 8).bit_length() - 1)  # eight steps in a small model
+        return math.lcm(min(STEP, small), hard)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """`sizes`: legal sizes of each axis that varies; `multiples`: those given as multiples of the hidden size."""
+
+    source: Architecture
+    sizes: Mapping[str, tuple[int, ...]]
+    multiples: Mapping[str, tuple[Fraction, ...]]
+    divisors: Divisors
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes with a column, in the table's order: query groups bring the heads along."""
+        found = {*self.sizes, *self.multiples}
+        return tuple(name for name in AXES if name in found or (name == "heads" and "query_groups" in found))
+
+    @property
+    def combinations(self) -> int:
+        return math.prod(len(values) for values in (*self.sizes.values(), *self.multiples.values()))
+
+    def blocks(self, rows: int = ROWS) -> Iterator[dict[str, np.ndarray]]:
+        """All legal shapes, some `rows` at a time: axis -> sizes, int64 [shapes]."""
+        grid: dict[str, tuple[int, ...] | tuple[Fraction, ...]] = {**self.sizes, **self.multiples}
+        lengths = tuple(len(values) for values in grid.values())
+        for start in range(0, self.combinations, rows):
+            at = np.unravel_index(np.arange(start, min(start + rows, self.combinations)), lengths)
+            places = dict(zip(grid, at, strict=True))
+            columns = {name: np.array(values, np.int64)[places[name]] for name, values in self.sizes.items()}
+            legal = np.ones(len(at[0]), bool)
+            hidden = columns.get("hidden", np.full(len(legal), self.source.hidden_size))
+            for name, values in self.multiples.items():
+                over, under = (np.array([getattr(v, p) for v in values])[places[name]] for p in _PARTS)
+                columns[name] = hidden * over // under
+                legal &= (hidden * over % under == 0) & self._within(name, columns[name])
+            legal &= self._whole_groups(columns)
+            yield {name: columns[name][legal] for name in self.axes}
+
+    def _within(self, name: str, sizes: np.ndarray) -> np.ndarray:
+        return (sizes <= axis(name).length(self.source)) & (sizes % self.divisors.hard(self.source, name) == 0)
+
+    def _whole_groups(self, columns: dict[str, np.ndarray]) -> np.ndarray | bool:
+        """Each query group keeps as many heads; heads that do not vary go with their groups."""
+        size = self.source.heads_per_group
+        if "query_groups" in columns and "heads" not in columns:
+            columns["heads"] = columns["query_groups"] * size
+        if "heads" not in columns:
+            return True
+        groups = columns.get("query_groups", np.full(1, self.source.num_query_groups))
+        return (columns["heads"] % groups == 0) & (columns["heads"] <= groups * size)
+
+
+_PARTS = ("numerator", "denominator")
+
+
+def make_space(
+    source: Architecture,
+    *,
+    lists: Mapping[str, Sizes] | None = None,
+    bounds: Bounds | None = None,
+    divisors: Divisors | None = None,
+    keep: Keep | None = None,
+) -> Space:
+    """`lists`: the sizes to try, as the papers' spaces; only these axes vary then, and those of `bounds`.
+
+    Without lists, layers, hidden, ffn and experts vary between half and all of what is there, and each axis of
+    `bounds` between its own ends, the ends with it; heads, query groups and the vocabulary only where they are
+    named. Steps and what is legal: `divisors`; of listed sizes those that are not legal go. `keep` fixes an axis.
+
+    Raises InputError for an axis that the model lacks, a size out of range, and an axis that has no legal size.
+    """
+    lists, bounds, divisors, keep = lists or {}, bounds or {}, divisors or Divisors(), keep or {}
+    for name in (*lists, *bounds, *divisors.of):
+        _length(source, name)
+    twice = sorted(({*lists} & {*bounds}) | ({*lists, *bounds} & {*keep}))
+    if twice:
+        raise InputError(f"'{twice[0]}' is given twice; give it in one of --space, --bounds and --keep")
+    student_architecture(source, keep)
+    sizes: dict[str, tuple[int, ...]] = {name: (_fixed(name, value),) for name, value in keep.items()}
+    multiples: dict[str, tuple[Fraction, ...]] = {}
+    for name, values in lists.items():
+        if all(isinstance(value, Fraction) for value in values):
+            multiples[name] = _multiples(source, name, values)
+        else:
+            sizes[name] = _listed(source, name, values, divisors.hard(source, name))
+    for name in bounds if lists else {**dict.fromkeys(_default_axes(source)), **bounds}:
+        if name not in keep:
+            sizes[name] = _between(source, name, bounds.get(name), divisors)
+    space = Space(source, {n: sizes[n] for n in AXES if n in sizes}, multiples, divisors)
+    if space.combinations > MOST:
+        raise InputError(f"the space has {space.combinations:,} shapes; narrow it to at most {MOST:,}")
+    return space
+
+
+def _default_axes(source: Architecture) -> list[str]:
+    """Some layers of a model with dense and mixed layers are not like others: their number alone says too little."""
+    mixed = isinstance(source.moe_layer_freq, tuple)
+    return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and mixed)]
+
+
+def _length(source: Architecture, name: str) -> int:
+    length = axis(name).length(source)
+    if not length:
+        there = ", ".join(other for other, cut in AXES.items() if cut.length(source))
+        raise InputError(f"the model has no '{name}' to cut; it has {there}")
+    return length
+
+
+def _fixed(name: str, value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else len(value)
+
+
+def _least(source: Architecture, name: str) -> int:
+    return source.moe_router_topk if name == "experts" else 1
+
+
+def _listed(source: Architecture, name: str, values: Sizes, divisor: int) -> tuple[int, ...]:
+    most, least = _length(source, name), _least(source, name)
+    for value in values:
+        if isinstance(value, Fraction):
+            raise InputError(f"'{name}' mixes sizes with multiples of hidden; write all of one kind")
+        if not least <= value <= most:
+            near = min(max(value, least), most)
+            raise InputError(f"{name}={value} is not legal; legal are {least} to {most}, the nearest is {near}")
+    legal = sorted({int(value) for value in values if value % divisor == 0})
+    return tuple(legal) if legal else _none(name, divisor, list(map(int, values)))
+
+
+def _multiples(source: Architecture, name: str, values: Sizes) -> tuple[Fraction, ...]:
+    if name not in WIDTHS or name == "hidden":
+        raise InputError(f"'{name}' cannot be a multiple of hidden; {', '.join(WIDTHS[1:])} can")
+    found = tuple(sorted({Fraction(value) for value in values}))
+    if found[0] <= 0:
+        raise InputError(f"{name}={float(found[0]):g}x is not legal; multiples are above 0")
+    return found
+
+
+def _between(
+    source: Architecture, name: str, bounds: tuple[int, int] | None, divisors: Divisors
+) -> tuple[int, ...]:
+    most, least = _length(source, name), _least(source, name)
+    low, high = bounds or (max(least, -(-most // 2)), most)
+    if not least <= low <= high <= most:
+        raise InputError(f"{name}={low}:{high} is not legal; bounds lie within {least}:{most}, the lower one first")
+    step, hard = divisors.step(source, name), divisors.hard(source, name)
+    legal = {*range(-(-low // step) * step, high + 1, step)} or {*range(-(-low // hard) * hard, high + 1, hard)}
+    legal |= {size for size in {low, high} if size % hard == 0 and (bounds or size == most)}
+    return tuple(sorted(legal)) if legal else _none(name, hard, [low, high])
+
+
+def _none(name: str, divisor: int, given: Sequence[int]) -> tuple[int, ...]:
+    near = max(1, round(given[-1] / divisor)) * divisor
+    raise InputError(
+        f"no size of '{name}' from {min(given)} to {max(given)} is a multiple of {divisor}; the nearest is {near}"
+    )
