@@ -65,6 +65,8 @@ class Scores:
         """The scores of the same pass under another criterion, and sum of norms. Raises InputError."""
         norms = norms or self.norms
         criteria.check_norms(norms)
+        if not self.states:
+            raise InputError(f"these scores keep no statistics; their only criterion is '{self.criterion}'")
         numbers = criteria.derive(criteria.finish(self.states, criterion), self.architecture, norms)
         return dataclasses.replace(
             self, tensors={**self._without_states(), **numbers}, criterion=criterion, norms=norms

@@ -1,6 +1,7 @@
 """Running model + calibration batches -> Scores, with forward passes only, in any layout.
 
-`estimate` runs the batches itself; under NeMo's trainer the `Importance` callback opens the same Collector.
+`estimate` runs the batches itself; under NeMo's trainer the `Importance` callback opens the same Collector. To
+compare with: `estimate(..., method="taylor")`, and without a forward pass `magnitude` and `random_scores`.
 A user's own estimator: subclass `Estimator`, decorate with `@estimator(ModuleType)`.
 """
 
@@ -9,16 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_minitron.importance.alternatives import magnitude, random_scores
     from nemo_minitron.importance.collector import Collector
     from nemo_minitron.importance.estimate import estimate
     from nemo_minitron.importance.estimators import Estimator, Watch, estimator
     from nemo_minitron.importance.reduce import reduce
 
-__all__ = ["Collector", "Estimator", "Watch", "estimate", "estimator", "reduce"]
+__all__ = ["Collector", "Estimator", "Watch", "estimate", "estimator", "magnitude", "random_scores", "reduce"]
 
 _WHERE = {
     "Collector": "collector", "estimate": "estimate", "Estimator": "estimators", "Watch": "estimators",
-    "estimator": "estimators", "reduce": "reduce",
+    "estimator": "estimators", "magnitude": "alternatives", "random_scores": "alternatives", "reduce": "reduce",
 }  # fmt: skip
 
 

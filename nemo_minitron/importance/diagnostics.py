@@ -7,19 +7,32 @@ from collections.abc import Mapping
 import numpy as np
 
 from nemo_minitron.artifacts import Scores, criteria
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 
 STABLE = 0.9
 """Rank correlation of two halves from which on a ranking is called stable."""
 NORM_ROWS = ("norms",)
+PER_EXPERT = ("experts", "expert_ffn")
+UNITS = {
+    "ffn": "neurons", "heads": "heads", "experts": "experts", "expert_ffn": "neurons of its experts",
+    "shared_expert_ffn": "neurons of its shared expert",
+}  # fmt: skip
+RANKED = ("ffn", "heads", "query_groups", "hidden", "layers", "experts", "expert_ffn", "shared_expert_ffn")
 
 
 def check_finite(states: Mapping[str, np.ndarray]) -> None:
     """Raises InputError that names the first layer with a statistic that is NaN or infinite, and which one."""
     found = []
     for key, array in states.items():
-        rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
-        found += [(_place(key.split("/")[0], int(row), len(array)), key.split("/")[0]) for row in rows[:1]]
+        statistic, bad = key.split("/")[0], ~np.isfinite(array)
+        rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
+        for row in rows[:1]:
+            order, where = _place(statistic, int(row), len(array))
+            if statistic in PER_EXPERT:  # [rows, halves, experts, ...]
+                experts = bad[row].swapaxes(0, 1).reshape(bad.shape[2], -1).any(axis=1)
+                where += f", expert {np.flatnonzero(experts)[0]},"
+            found.append(((order, where), statistic))
     if found:
         (_, where), statistic = min(found)
         raise InputError(
@@ -43,15 +56,11 @@ def remarks(scores: Scores) -> list[str]:
 
 def _dead(scores: Scores) -> list[str]:
     found = []
-    for name, unit in (("ffn", "neurons"), ("heads", "heads"), ("experts", "experts")):
-        if name not in scores:
-            continue
-        dead = (scores[name] == 0).sum(axis=1)
-        dead[dead == scores[name].shape[1]] = 0  # a layer without the module
-        layers = np.flatnonzero(dead)
-        found += [
-            f"layer {layer}: {dead[layer]} of {scores[name].shape[1]} {unit} were never active" for layer in layers
-        ]
+    for name, unit in UNITS.items():
+        for layer in AXES[name].layers_of(scores.architecture) if name in scores else ():
+            dead = int((scores[name][layer] == 0).sum())
+            if dead:
+                found.append(f"layer {layer}: {dead} of {scores[name][layer].size} {unit} were never active")
     return found
 
 
@@ -74,7 +83,7 @@ def split_half(scores: Scores) -> dict[str, float]:
     """Axis -> Spearman's rank correlation of the scores of two halves of the samples, the mean over layers.
 
     The halves are disjoint and dealt by the samples' content, the same in every layout. Empty where a half has
-    no sample. One ranking for `hidden` and `layers`.
+    no sample. One ranking for `hidden` and `layers`, one an expert for the neurons of experts.
     """
     if not scores.states:
         return {}
@@ -84,12 +93,12 @@ def split_half(scores: Scores) -> dict[str, float]:
         if not any(array.any() for array in numbers.values()):
             return {}
         halves.append(criteria.derive(numbers, scores.architecture, scores.norms))
-    names = [n for n in ("ffn", "heads", "query_groups", "hidden", "layers", "experts") if n in halves[0]]
+    names = [name for name in RANKED if name in halves[0]]
     return {name: _correlation(halves[0][name], halves[1][name]) for name in names}
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    rows = zip(np.atleast_2d(a), np.atleast_2d(b), strict=True)
+    rows = zip(*(np.reshape(x, (-1, x.shape[-1])) for x in (a, b)), strict=True)
     return float(np.mean([spearmanr(x, y).statistic for x, y in rows if np.ptp(x) and np.ptp(y)] or [1.0]))

@@ -49,8 +49,8 @@ class ExpertAccumulator(Accumulator):
         """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count."""
         if routes not in samples.routed:
             halves = samples.halves(self.split, routes.hidden_shape[0])
-            if not self.split and parallel_state.get_tensor_model_parallel_rank():
-                halves = torch.full_like(halves, NOBODY)  # each tensor-parallel rank sends the same tokens
+            if sends_copies(self.split):
+                halves = torch.full_like(halves, NOBODY)
             table, halves = routing(routes, halves.flatten())
             samples.routed[routes] = [halves[column] for column in table.unbind(1)]
         return samples.routed[routes]
@@ -76,6 +76,11 @@ class ExpertAccumulator(Accumulator):
         self._routed = {}
 
 
+def sends_copies(split: bool) -> bool:
+    """Whether another rank sends the tokens of this one: without sequence parallelism tensor-parallel ranks do."""
+    return not split and parallel_state.get_tensor_model_parallel_rank() > 0
+
+
 def by_expert(values: Tensor, sizes: list[int], align: int) -> list[Tensor]:
     """[tokens of all, ...] -> those of each expert; under FP8 each may be followed by padding up to `align`."""
     steps = sizes if len(values) == sum(sizes) else [-(-size // align) * align for size in sizes]
@@ -94,9 +99,14 @@ def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
         return dispatcher.local_map, torch.cat(gathered)
     table = dispatcher.routing_map
     tables = [table] if size == 1 else [part.bool() for part in _gather(table.to(torch.uint8), size, group)]
-    # All-to-all first over expert-parallel ranks, then gathered over the experts' tensor-parallel ones.
-    order = [ep * dispatcher.tp_size + tp for tp in range(dispatcher.tp_size) for ep in range(dispatcher.ep_size)]
+    order = arrival(dispatcher.tp_size, dispatcher.ep_size)
     return torch.cat([tables[k][:, first:last] for k in order]), torch.cat([gathered[k] for k in order])
+
+
+def arrival(tp_size: int, ep_size: int) -> list[int]:
+    """In what order the ranks' tokens come to an expert: all-to-all over expert-parallel ranks first, then gathered
+    over the experts' tensor-parallel ones."""
+    return [ep * tp_size + tp for tp in range(tp_size) for ep in range(ep_size)]
 
 
 def _gather(tensor: Tensor, size: int, group: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_scores_file import ARCHITECTURE
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores, criteria
 from nemo_minitron.artifacts.criteria import derive, finish
 from nemo_minitron.errors import InputError
@@ -38,6 +39,41 @@ def scores(values):
     tensors = derive(finish(kept, "l2,mean"), ARCHITECTURE)
     count = len(values["ffn"])
     return Scores(ARCHITECTURE, tensors, samples=count, tokens=count * 8, model_digest="m", states=kept)
+
+
+MIXTURE = Architecture(
+    num_layers=3, hidden_size=6, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, head_dim=2,
+    vocab_size=11, num_moe_experts=4, moe_ffn_hidden_size=5, moe_shared_expert_intermediate_size=7,
+    moe_layer_freq=(0, 1, 1),
+)  # fmt: skip
+
+
+def mixture_scores(count, noise=0.1):
+    """Scores of a model whose layers 1 and 2 are mixtures; every sample sends a token to every expert."""
+    generator, found = np.random.default_rng(2), {}
+    for name, shape, pair in (
+        ("experts", (3, 4), "routed,mean"), ("expert_ffn", (3, 4, 5), "routed,mean"),
+        ("shared_expert_ffn", (3, 7), "mean,mean"),
+    ):  # fmt: skip
+        values = generator.random(shape) + noise * generator.random((count, *shape))
+        values[:, 0] = 0  # the dense layer
+        halves = values[0::2], values[1::2]
+        found[f"{name}/{pair}/sum"] = np.stack([half.sum(0) for half in halves], 1)
+        found[f"{name}/{pair}/count"] = np.stack([np.full(shape, float(len(half))) for half in halves], 1)
+    return Scores(MIXTURE, finish(found, "mean,mean"), criterion="mean,mean", states=found)
+
+
+def test_routed_tokens_have_any_criterion_of_their_aggregation_over_the_sequence():
+    made = mixture_scores(6)
+    assert made.criteria == ["mean,mean"]
+    np.testing.assert_array_equal(made.under("mean,mean")["experts"], made["experts"])
+    alone = Scores(MIXTURE, {}, states={k: v for k, v in made.states.items() if k.startswith("experts")})
+    assert alone.criteria == ["mean,mean", "l2,mean", "var,mean", "max,mean"]
+    np.testing.assert_array_equal(alone.under("l2,mean")["experts"], made["experts"])
+    with pytest.raises(InputError, match="'mean,l2' was not gathered"):
+        alone.under("mean,l2")
+    twice = made.merge(made)
+    np.testing.assert_allclose(twice["expert_ffn"], made["expert_ffn"], rtol=1e-6)
 
 
 def test_under_another_criterion_after_a_round_trip(tmp_path):
@@ -83,6 +119,7 @@ def test_a_score_that_no_statistic_is_behind_stays():
     [
         (lambda s: setattr(s, "model_digest", "other"), "different models"),
         (lambda s: s.states.pop("ffn/l2,mean/sum_of_squares"), "only one has 'ffn/l2,mean'"),
+        (lambda s: setattr(s, "method", "taylor"), "by 'activation' and by 'taylor' do not merge"),
     ],
 )
 def test_runs_that_do_not_fit_are_refused(change, words):

@@ -43,6 +43,27 @@ def test_digest_is_of_numbers_not_of_layout():
     assert a.digest != b.digest
 
 
+def test_method_is_kept_and_part_of_the_identity(tmp_path):
+    made = scores()
+    before = made.digest
+    made.method = "taylor"
+    made.save(tmp_path / "s.safetensors")
+    assert Scores.load(tmp_path / "s.safetensors").method == "taylor"
+    assert made.digest != before
+
+
+def test_shapes_of_a_mixture():
+    sizes = {"num_moe_experts": 4, "moe_ffn_hidden_size": 5, "moe_layer_freq": (0, 1, 1)}
+    mixture = ARCHITECTURE.replace(**sizes, moe_shared_expert_intermediate_size=7)
+    assert set(expected_shapes(mixture)) - set(expected_shapes(ARCHITECTURE)) == {
+        "experts", "expert_ffn", "shared_expert_ffn",
+    }  # fmt: skip
+    made = Scores(mixture, {"expert_ffn": np.zeros((3, 4, 8), np.float32)})
+    with pytest.raises(InputError, match=r"'expert_ffn' is \(3, 4, 8\), the architecture says \(3, 4, 5\)"):
+        made.check()
+    assert "shared_expert_ffn" not in expected_shapes(ARCHITECTURE.replace(**sizes))
+
+
 def test_absent_axis():
     with pytest.raises(InputError, match="no 'hiden'; did you mean 'hidden'"):
         scores()["hiden"]

@@ -10,7 +10,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.importance.diagnostics import check_finite, remarks, split_half
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "artifacts"))
-from test_criteria import samples, scores
+from test_criteria import mixture_scores, samples, scores
 
 
 def test_nothing_to_remark_on_a_stable_ranking():
@@ -68,4 +68,33 @@ def test_the_first_layer_that_is_not_finite_is_named(statistic, row, words):
     kept = scores(samples(4)).states
     kept[statistic][row:, 0, 2] = np.inf
     with pytest.raises(InputError, match=words):
+        check_finite(kept)
+
+
+def test_dead_experts_and_neurons_of_experts():
+    """Layer 0 of the mixture is dense: its rows are zeros and nothing is dead there."""
+    made = mixture_scores(6)
+    assert not any("never active" in line for line in remarks(made))
+    made.tensors["experts"][2, [0, 3]] = 0
+    made.tensors["expert_ffn"][1, 2, :3] = 0
+    made.tensors["shared_expert_ffn"][2] = 0
+    lines = remarks(made)
+    assert "layer 2: 2 of 4 experts were never active" in lines
+    assert "layer 1: 3 of 20 neurons of its experts were never active" in lines
+    assert "layer 2: 7 of 7 neurons of its shared expert were never active" in lines
+    assert not any(line.startswith("layer 0") for line in lines)
+
+
+def test_experts_are_ranked_in_both_halves():
+    made = mixture_scores(40, noise=1e-4)
+    assert {"experts", "expert_ffn", "shared_expert_ffn"} <= split_half(made).keys()
+    assert min(split_half(made).values()) > 0.99
+    noisy = mixture_scores(4, noise=1.0)
+    assert any(line.startswith("expert_ffn: the rankings of two halves") for line in remarks(noisy))
+
+
+def test_an_expert_that_is_not_finite_is_named():
+    kept = mixture_scores(4).states
+    kept["expert_ffn/routed,mean/sum"][2, 1, 3, 0] = np.nan
+    with pytest.raises(InputError, match="'expert_ffn' are not finite from layer 2, expert 3, on"):
         check_finite(kept)

@@ -40,11 +40,7 @@ class Experts(_PerExpert):
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
-            whole = output[0].float()
-            group = parallel_state.get_expert_tensor_parallel_group()
-            if torch.distributed.get_world_size(group) > 1:  # an expert's shards give parts of a sum
-                torch.distributed.all_reduce(whole := whole.clone(), group=group)
-            return torch.linalg.vector_norm(whole, dim=-1)
+            return torch.linalg.vector_norm(over_shards(output[0].float()), dim=-1)
 
         return Watch(layer, module.experts, norms, _output_times_gradient, routes=_routes(module))
 
@@ -91,13 +87,19 @@ def _output_times_gradient(
     whole = output[0].detach()
 
     def product(gradient: Tensor) -> Tensor:
-        summed = (whole * gradient).float().sum(-1)
-        group = parallel_state.get_expert_tensor_parallel_group()
-        if torch.distributed.get_world_size(group) > 1:  # the shards' outputs are parts of a sum
-            torch.distributed.all_reduce(summed, group=group)
-        return summed
+        return over_shards((whole * gradient).float().sum(-1))
 
     return output[0], product
+
+
+def over_shards(part: Tensor) -> Tensor:
+    """The sum over the ranks that share an expert: under its tensor parallelism an output is a part of one."""
+    group = parallel_state.get_expert_tensor_parallel_group()
+    if torch.distributed.get_world_size(group) == 1:
+        return part
+    whole = part.clone()
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
 
 
 def _routes(layer: Any) -> Any:

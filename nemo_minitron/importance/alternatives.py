@@ -1,0 +1,104 @@
+"""Scores without a running model, to compare with: the magnitude of the weights, and chance.
+
+Both have the axes that activations give (but for `norms`, the single norms behind `hidden`), no statistics behind
+them, and a `method` that says what they are. They need no torch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.scores import Scores, expected_shapes
+from nemo_minitron.axes import AXES, owners, split_expert, split_name
+from nemo_minitron.errors import InputError
+
+ROWS = 4096  # of a tensor that are held in float64 at a time
+FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+class Source(Protocol):
+    """Canonical tensors that can be read in blocks: a Hugging Face folder, a checkpoint, a live Megatron model."""
+
+    architecture: Architecture
+
+    def dtype(self, name: str) -> str:
+        """The safetensors name of a tensor's dtype."""
+        ...
+
+    def read(self, name: str, index: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Raw bits of the outer product of sorted indices."""
+        ...
+
+
+def magnitude(source: Source) -> Scores:
+    """The L2 norm of all weights that go with a unit: the rows of the table in `axes.py`.
+
+    An expert is its row of the router and all its matrices, a query group its keys, its values and its heads, a
+    layer all its tensors. Of a live model in parallel (`LiveSource`) collective, the same on every rank.
+    """
+    a = source.architecture
+    squares = {name: np.zeros(shape) for name, shape in expected_shapes(a).items() if name != "norms"}
+    for name, shape in a.shapes().items():
+        layer, local = split_name(name)
+        expert, _ = split_expert(local)
+        along = _squares(source, name, shape)
+        if layer is not None:
+            squares["layers"][layer] += along[0].sum()
+        if expert is not None:
+            squares["experts"][layer, expert] += along[0].sum()
+        for axis, row in owners(name):
+            if axis.name in squares:
+                place = tuple(i for i in (layer, expert) if i is not None)
+                place = place if axis.per_expert else place[:1] if axis.per_layer else ()
+                unit = a.head_dim if row.unit == "head_dim" else 1
+                squares[axis.name][place] += along[row.dim].reshape(-1, unit).sum(1)
+    squares["query_groups"] += squares["heads"].reshape(*squares["query_groups"].shape, -1).sum(-1)
+    return _scores(a, {name: np.sqrt(array) for name, array in squares.items()}, "magnitude")
+
+
+def _squares(source: Source, name: str, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Per dimension, float64 [size]: the sum of squares of each slice."""
+    along = [np.zeros(size) for size in shape]
+    for index in _blocks(shape):
+        block = _floats(source.read(name, index), source.dtype(name)).astype(np.float64) ** 2
+        for dim, total in enumerate(along):
+            total[index[dim]] += block.sum(axis=tuple(d for d in range(len(shape)) if d != dim))
+    return along
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
+    for start in range(0, shape[0], ROWS):
+        yield (np.arange(start, min(start + ROWS, shape[0])), *(np.arange(size) for size in shape[1:]))
+
+
+def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.view(FLOATS[dtype])
+
+
+def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
+    """Uniform in [0, 1), of a PCG64 generator for each axis, seeded by (seed, axis); a layer without it has zeros.
+
+    Raises InputError for a negative seed.
+    """
+    if seed < 0:
+        raise InputError(f"seed={seed} is not legal; legal are whole numbers from 0, the nearest is 0")
+    tensors = {}
+    for name, shape in expected_shapes(architecture).items():
+        if name == "norms":
+            continue
+        tensors[name] = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())])).random(shape)
+        if AXES[name].per_layer:
+            tensors[name][sorted({*range(architecture.num_layers)} - {*AXES[name].layers_of(architecture)})] = 0
+    return _scores(architecture, tensors, "random", {"seed": seed})
+
+
+def _scores(architecture: Architecture, tensors: dict[str, Any], method: str, notes: Any = None) -> Scores:
+    having = {name: tensor.astype(np.float32) for name, tensor in tensors.items() if tensor.any()}
+    return Scores(architecture, having, criterion=method, method=method, notes=notes or {})
