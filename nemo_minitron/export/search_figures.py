@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CANDIDATES, RANKS = "search/candidates.json", "search/ranks.json"
+MEASURED, RANKS = "search/measured.json", "search/ranks.json"
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
@@ -97,6 +97,6 @@ def _shades(count: int) -> list[Any]:
 
 def of_run(run: Run, name: str) -> Plot | str:
     """The figure `pareto` or `ranks` of a run that searched."""
-    file, make = {"pareto": (CANDIDATES, pareto), "ranks": (RANKS, ranks)}[name]
+    file, make = {"pareto": (MEASURED, pareto), "ranks": (RANKS, ranks)}[name]
     path = run.folder / file
     return make(read_json(path, "the search")) if path.is_file() else "The run made no search."

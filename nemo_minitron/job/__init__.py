@@ -2,5 +2,6 @@
 
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Calibration, Data, Distillation, Evaluation, Job
+from nemo_minitron.job.search import Search
 
-__all__ = ["Calibration", "Data", "Distillation", "Evaluation", "Job", "Layout"]
+__all__ = ["Calibration", "Data", "Distillation", "Evaluation", "Job", "Layout", "Search"]

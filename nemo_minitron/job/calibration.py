@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,9 +133,18 @@ class Calibration(Counted):
 
 def calibration_of(job: Job, source: Architecture) -> Calibration:
     """What a job's estimate stage gathers for its plan. Raises InputError for what the model or the plan refuse."""
-    from nemo_minitron.search.sizes import student_architecture
-
-    dropped = source.num_layers - student_architecture(source, job.keep).num_layers
-    calibration = job.calibration.for_plan(job.depth, dropped)
+    calibration = job.calibration
+    for dropped in _dropped(job, source):
+        calibration = calibration.for_plan(job.depth, dropped)
     calibration.check(source)
     return calibration
+
+
+def _dropped(job: Job, source: Architecture) -> list[int]:
+    """How many layers the plan drops; of a search, what it may be."""
+    from nemo_minitron.search.sizes import student_architecture
+
+    kept: Sequence[int] = [student_architecture(source, job.keep).num_layers]
+    if job.search.wanted:
+        kept = job.search.shapes(source, job.keep).sizes.get("layers", kept)
+    return [source.num_layers - count for count in kept if count < source.num_layers] or [0]

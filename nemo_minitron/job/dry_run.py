@@ -17,6 +17,7 @@ from nemo_minitron.job.models import config_of, is_nemo
 from nemo_minitron.job.recipe import Distillation, Job
 from nemo_minitron.search.sizes import student_architecture
 
+SEARCHING = ("candidates", "measure", "rank")
 STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
 
 
@@ -29,11 +30,21 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
     return student_architecture(source, keep)
 
 
+def searched(job: Job, source: Architecture) -> Architecture:
+    """Of a job that searches, the shape closest to its first target. Raises InputError where nothing meets them."""
+    if "vocab" in job.keep:
+        raise InputError("the vocabulary is not cut yet: the tokenizer would have to be cut with it")
+    return job.search.run(source, job.keep).candidates[0].architecture
+
+
 def check(job: Job) -> tuple[Architecture, Architecture]:
-    """(teacher's, student's) Architecture; raises InputError for anything that could not run."""
+    """(teacher's, student's) Architecture; raises InputError for anything that could not run.
+
+    The student of a job that searches is the shape closest to its first target.
+    """
     config = config_of(job.teacher)
     source = from_hf(config)
-    target = target_of(source, job.keep)
+    target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
     to_hf(target, config)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
@@ -53,13 +64,17 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
 
 
 def check_space(job: Job, folder: str | Path) -> None:
-    """Raises InputError where the disk cannot hold the run: three students and two training checkpoints.
+    """Raises InputError where the disk cannot hold the run: three students and two training checkpoints, in a search
+    a student and a checkpoint of each candidate that is distilled.
 
     A checkpoint holds bf16 weights, their fp32 master copies and two moments.
     """
     source = from_hf(config_of(job.teacher))
-    count = target_of(source, job.keep).parameters()
-    need_space(folder, count * (3 * 2 + 2 * 14))
+    if not job.search.wanted:
+        need_space(folder, target_of(source, job.keep).parameters() * (3 * 2 + 2 * 14))
+        return
+    trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
+    need_space(folder, searched(job, source).parameters() * (3 * 2 + 2 * 14 + trained * job.search.distil))
 
 
 def training_memory(
@@ -96,6 +111,10 @@ def describe(job: Job) -> str:
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
     lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
     lines += [why] if why else []
-    names = ("convert", *STAGES) if is_nemo(resolve(job.teacher)) else STAGES
+    names = [*(["convert"] if is_nemo(resolve(job.teacher)) else []), *STAGES]
+    if job.search.wanted:
+        lines += ["", f"search: {job.search.words(source, job.keep)}"]
+        lines += ["the student above is the shape closest to the first target"]
+        names[names.index("plan") : names.index("plan")] = SEARCHING
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]
     return "\n".join(lines)

@@ -7,12 +7,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.families import read_config, resolve
 
+if TYPE_CHECKING:
+    from nemo_minitron.job.run import Run
+
+TEACHER = "checkpoints/teacher"  # of a run: what its first stage made of a NeMo checkpoint
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names
 
 
@@ -39,6 +43,12 @@ def config_of(model: str | Path) -> dict[str, Any]:
 
         return CheckpointSource(path).config
     return config
+
+
+def teacher_folder(run: Run) -> Path:
+    """A run's teacher as a Hugging Face folder: itself, or what the first stage made of a NeMo checkpoint."""
+    path = resolve(run.job.teacher)
+    return run.path(TEACHER) if is_nemo(path) else path
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.calibration import Calibration
 from nemo_minitron.job.counted import Counted
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.search import Search
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
 
 
@@ -70,7 +71,8 @@ class Evaluation(Counted):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays.
+    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays; with a target in
+    `search` the other sizes are searched for.
 
     `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
     layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
@@ -79,7 +81,7 @@ class Job:
     name: str
     teacher: str
     data: Data
-    keep: Mapping[str, int]
+    keep: Mapping[str, int] = dataclasses.field(default_factory=dict)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     distillation: Distillation = Distillation()
     evaluation: Evaluation = Evaluation()
@@ -88,6 +90,7 @@ class Job:
     base_model: str | None = None
     seed: int = 0
     depth: str = BLOCK_INFLUENCE
+    search: Search = dataclasses.field(default_factory=Search)
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

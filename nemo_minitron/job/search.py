@@ -57,8 +57,11 @@ class Search(Counted):
         super().__post_init__()
         if self.distil > self.candidates:
             raise InputError(f"search.distil is {self.distil} of {self.candidates} candidates; give at most as many")
-        if self.rounds > self.steps:
-            raise InputError(f"search.rounds is {self.rounds} in {self.steps} steps; give at most as many")
+        if self.steps % self.rounds:
+            near = max(1, round(self.steps / self.rounds)) * self.rounds
+            raise InputError(
+                f"search.steps {self.steps} do not divide into {self.rounds} rounds; the nearest legal number is {near}"
+            )
         for name in ("weights", "kv_cache"):
             if getattr(self, name) not in DTYPES:
                 raise InputError(f"{name} '{getattr(self, name)}' is unknown; {nearest(getattr(self, name), DTYPES)}")
@@ -110,6 +113,15 @@ class Search(Counted):
 
         settings = {"top": self.candidates, "maximal": self.maximal} | options
         return search(self.shapes(source, keep), self.targets(), scores, **settings)
+
+    def words(self, source: Architecture, keep: Mapping[str, Any]) -> str:
+        """What is searched and how, in a line."""
+        found = self.run(source, keep)
+        asked = " and ".join(map(str, self.targets()))
+        return (
+            f"{found.combinations:,} shapes, {found.fitting:,} with {asked}; {self.candidates} are cut and measured, "
+            f"{self.distil} distilled for {self.steps} steps in {self.rounds} rounds"
+        )
 
 
 _COLUMNS = {

@@ -15,12 +15,12 @@ from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
 from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
-from nemo_minitron.job.models import convert, is_nemo
+from nemo_minitron.job.models import TEACHER, convert, is_nemo, teacher_folder
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.search_stages import search_stages, sizes_of, winner
 from nemo_minitron.nemo.sources import open_source
 
-TEACHER = "checkpoints/teacher"  # of a NeMo checkpoint
 PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
 
 
@@ -30,11 +30,13 @@ def stages(job: Job) -> list[Stage]:
     nemo = is_nemo(resolve(job.teacher))
     first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
+    searching = search_stages() if job.search.wanted else []
     return [
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
-        Stage("plan", plan, lambda run: [dict(run.job.keep), run.job.depth], ("estimate",), ("plan.json",)),
+        *searching,
+        Stage("plan", plan, _plan_inputs, ("rank",) if searching else ("estimate",), ("plan.json",)),
         Stage("prune", prune, _prune_inputs, ("plan",), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
         Stage("distill", distill, _distill_inputs, ("data", "prune"), (f"{DISTILLED}/last.json",)),
@@ -61,6 +63,10 @@ def _estimate_inputs(run: Run) -> Any:
     return [dataclasses.asdict(calibration), teacher_identity(run.job.teacher), *items]
 
 
+def _plan_inputs(run: Run) -> Any:
+    return [dict(run.job.keep), run.job.depth]
+
+
 def _prune_inputs(run: Run) -> Any:
     return [run.job.seed, run.job.evaluation.random_baseline]
 
@@ -74,12 +80,6 @@ def _distill_inputs(run: Run) -> Any:
 
 
 # -- the stages ----------------------------------------------------------------------------------------
-def teacher_folder(run: Run) -> Path:
-    """The teacher as a Hugging Face folder: itself, or what the first stage made of a NeMo checkpoint."""
-    path = resolve(run.job.teacher)
-    return run.path(TEACHER) if is_nemo(path) else path
-
-
 def convert_teacher(run: Run) -> None:
     convert(resolve(run.job.teacher), run.path(TEACHER))
 
@@ -105,7 +105,10 @@ def plan(run: Run) -> None:
     from nemo_minitron.search import threshold_band
 
     scores = Scores.load(run.path("scores.safetensors"))
-    made = make_plan(scores, keep=dict(run.job.keep), depth=run.job.depth)
+    if run.job.search.wanted:
+        made = winner(run)
+    else:
+        made = make_plan(scores, keep=dict(run.job.keep), depth=run.job.depth)
     made.save(run.path("plan.json"))
     run.manifest.digests |= {"scores": scores.digest, "plan": made.digest, "model": scores.model_digest or ""}
     run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
@@ -120,7 +123,7 @@ def prune(run: Run) -> None:
     teacher, made = teacher_folder(run), PrunePlan.load(run.path("plan.json"))
     cut(teacher, made, run.path(PRUNED), overwrite=True)
     if run.job.evaluation.random_baseline:
-        chance = random_plan(made.source, keep=dict(run.job.keep), seed=run.job.seed)
+        chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
         cut(teacher, chance, run.path(RANDOM), overwrite=True)
 
 

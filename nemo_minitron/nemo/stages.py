@@ -17,7 +17,8 @@ LAST = "last"
 
 def distill(settings: dict[str, Any]) -> None:
     """`student` (HF folder), `teacher`, `train`, `validation` (prefixes), `out`, `distillation`, `layout`:
-    trains to `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped."""
+    trains to `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped. `stop`, where
+    it is given, is the step after which it ends for now."""
     backend.setup()
     from nemo.collections import llm
 
@@ -25,6 +26,7 @@ def distill(settings: dict[str, Any]) -> None:
     from nemo_minitron.nemo.distill import Distillation as DistillationCallback
     from nemo_minitron.nemo.distill import FillStudent, LossLog
     from nemo_minitron.nemo.models import nemo_model
+    from nemo_minitron.nemo.stop import StopAfter
 
     recipe, layout = Distillation(**settings["distillation"]), Layout(**settings["layout"])
     data = data_module(
@@ -46,6 +48,7 @@ def distill(settings: dict[str, Any]) -> None:
         FillStudent(settings["student"]),
         DistillationCallback(settings["teacher"], recipe.loss, recipe.temperature, recipe.precision),
         LossLog(str(Path(settings["out"]) / "loss.csv"), tokens),
+        *([StopAfter(settings["stop"])] if settings.get("stop") else []),
     ]
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
     _mark_last(trainer, Path(settings["out"]))

@@ -52,12 +52,20 @@ class Ranking:
         return [row.candidate for row in self.standings if row.step == step]
 
 
-def rank(candidates: Sequence[str], measure: Measure, *, steps: int, rounds: int = 3, marks: int = 12) -> Ranking:
+def rank(
+    candidates: Sequence[str],
+    measure: Measure,
+    *,
+    steps: int,
+    rounds: int = 3,
+    marks: int = 12,
+    stop: Callable[[str], None] | None = None,
+) -> Ranking:
     """Trains by `measure` and returns who won. All candidates must see the same batches in the same order.
 
     `rounds` equal parts of `steps`; after each but the last, the better half, rounded up, goes on. A loss is the
     mean over the steps since the mark before; `marks`: how many such marks there are in `steps`, at least one
-    a round. Of equal losses the earlier candidate is ahead.
+    a round. Of equal losses the earlier candidate is ahead. `stop` is told of each that goes no further.
 
     Raises InputError for no candidate, for a curve that lacks a step, and where all have diverged.
     """
@@ -74,7 +82,10 @@ def rank(candidates: Sequence[str], measure: Measure, *, steps: int, rounds: int
             standings += _stand(curves, begin, place)
         order = [row.candidate for row in standings if row.step == end]
         running = order[: -(-len(order) // 2)] if end != steps else order
-        stopped |= dict.fromkeys(sorted(set(order) - set(running)), end)
+        for name in order[len(running) :]:
+            stopped[name] = end
+            if stop is not None:
+                stop(name)
         first = end
     return Ranking(standings, stopped, running[0])
 

@@ -20,9 +20,12 @@ from nemo_minitron.job.recipe import Distillation
 
 def run_training(
     student: Path, teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
-    log: Path | None = None,
+    log: Path | None = None, stop: int | None = None,
 ) -> None:  # fmt: skip
-    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew."""
+    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
+
+    `stop`: the step after which it ends for now, one that is saved; called again with a later one, it goes on.
+    """
     models = [teacher_identity(str(student)), teacher_identity(teacher)]
     identity = digest_of([dataclasses.asdict(recipe), models, corpus_identity(prefixes[0])])
     mark = out / "settings.json"
@@ -30,26 +33,28 @@ def run_training(
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
-    if _finished(out, recipe):
+    if _finished(out, stop or recipe.steps):
         return
     settings = {
         "student": str(student), "teacher": str(teacher), "train": str(prefixes[0]), "validation": str(prefixes[1]),
         "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
-        "layout": dataclasses.asdict(layout),
+        "layout": dataclasses.asdict(layout), "stop": stop,
     }  # fmt: skip
     launch("distill", settings, layout.processes, log)
 
 
-def _finished(out: Path, recipe: Distillation) -> bool:
-    """Whether the last step's checkpoint is whole; what a kill left half-saved is cleared for the next try."""
+def _finished(out: Path, steps: int) -> bool:
+    """Whether a checkpoint of so many steps is whole; what a kill left half-saved is cleared for the next try."""
     folder = out / "nemo" / "checkpoints"
     for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
         shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
         marker.unlink()
-    last = folder / f"step={recipe.steps - 1}-last"  # NeMo counts steps from 0
-    if last.is_dir() and not (out / "last.json").exists():
-        write_json(out / "last.json", {"checkpoint": str(last.relative_to(out))})
-    return last.is_dir()
+    saved = {int(path.name.split("=")[1].removesuffix("-last")) + 1: path for path in folder.glob("step=*-last")}
+    last = max(saved, default=0)  # NeMo counts steps from 0
+    if last < steps:
+        return False
+    write_json(out / "last.json", {"checkpoint": str(saved[last].relative_to(out))})
+    return True
 
 
 def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout) -> Path:
