@@ -1,11 +1,12 @@
 """Folder to folder against `cp`, on a synthetic Llama of several GB, in one run:
-`python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--quick] [--folder /tmp]`.
+`python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--nice 0] [--quick] [--folder /tmp]`.
 
 For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor: `cp` of as
 many bytes as the student has, and `cat` to /dev/null of as many more as the cut has to read (rows that stay are
 read whole). Both orders alternate. "warm": the teacher lies in the page cache, what is written may stay there;
-"cold": files are dropped from the page cache before, and both are timed until all is on the disk (`sync`). The peak
-is the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the model.
+"cold": files are dropped from the page cache before, and both are timed until all is on the disk (`sync`). Wall and
+processor seconds of both; `--nice -15` (as root) gives both the processor where other jobs want it too. The peak is
+the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -131,16 +133,23 @@ def forget(*folders: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(run: Any, out: Path, cold: tuple[Path, ...]) -> tuple[float, int]:
+def timed(run: Any, out: Path, cold: tuple[Path, ...]) -> tuple[dict[str, float], int]:
+    """Seconds by the wall and of the processor, user and system; peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     if cold:
         forget(*cold)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _processor()
     peak = run(out)
     if cold:
         os.sync()
-    return time.perf_counter() - start, peak
+    wall, used = time.perf_counter() - start, _processor() - before
+    return {"wall": round(wall, 3), "processor": round(used, 3)}, peak
+
+
+def _processor() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str, Any]:
@@ -155,18 +164,25 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
     result: dict[str, Any] = {"gigabytes read": read / 1e9, "gigabytes written": written / 1e9}
     peaks = []
     for state in ("warm", "cold"):
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, dict[str, list[float]]] = {c: {n: [] for n in runs} for c in ("wall", "processor")}
         for round_ in range(repeat):
             for name in list(runs)[:: 1 if round_ % 2 else -1]:
                 took, peak = timed(runs[name], work / "out", (teacher, student) if state == "cold" else ())
-                seconds[name].append(round(took, 3))
                 peaks.append(peak)
-        ratios = [a / b for a, b in zip(seconds["prune"], seconds["cp"], strict=True)]
-        result[state] = {"seconds": seconds, "ratio": round(statistics.median(ratios), 3)}
-        result[state]["ratios"] = [round(min(ratios), 3), round(max(ratios), 3)]
+                for clock, value in took.items():
+                    seconds[clock][name].append(value)
+        result[state] = {clock: summary(of) for clock, of in seconds.items()}
     result["peak megabytes"] = max(peaks) / 1e6
     shutil.rmtree(student)
     return result
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The median of the rounds' ratios, the least and most of them, and the ratio of the least seconds."""
+    ratios = [a / b for a, b in zip(seconds["prune"], seconds["cp"], strict=True)]
+    found = {"ratio": statistics.median(ratios), "least ratio": min(ratios), "most": max(ratios)}
+    found["of the least seconds"] = min(seconds["prune"]) / min(seconds["cp"])
+    return {name: round(value, 3) for name, value in found.items()} | {"seconds": seconds}
 
 
 # -- all of it -----------------------------------------------------------------------------------------
@@ -183,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the teacher, at least")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--nice", type=int, default=0, help="of all that is measured")
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test; writes no result")
     parser.add_argument("--folder", type=Path, help="where the model lies while it is measured")
     arguments = parser.parse_args()
@@ -190,6 +207,7 @@ def main() -> None:
         teacher = Path(folder) / "teacher"
         size = 10_000_000 if arguments.quick else int(arguments.gigabytes * 1e9)
         make_teacher(teacher, PICO if arguments.quick else LLAMA, size)
+        os.nice(arguments.nice)
         result = everything(teacher, Path(folder), arguments.repeat)
     print(json.dumps(result, indent=1))
     if not arguments.quick:
@@ -212,7 +230,8 @@ def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
         keep = kept_sizes(shares, architecture)
         found = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
         result["plans"][name] = {"keep": keep} | found
-        print(name, {state: found[state]["ratio"] for state in ("warm", "cold")}, file=sys.stderr)
+        ratios = {state: {clock: row["ratio"] for clock, row in found[state].items()} for state in ("warm", "cold")}
+        print(name, ratios, found["peak megabytes"], file=sys.stderr, flush=True)
     result["machine"]["load after"] = round(os.getloadavg()[0], 1)
     return result
 

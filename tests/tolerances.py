@@ -56,3 +56,6 @@ CACHED_KL_FP32 = 5e-6
 # to the row's largest; against another layout, and against float64.
 TAYLOR_FP32 = 2e-5
 TAYLOR_FLOAT64 = 5e-5
+
+# A least-squares solution kept in fp32, against float64's by another algorithm (lstsq): elements below 1. Absolute.
+SOLVED_FP32 = 1e-6

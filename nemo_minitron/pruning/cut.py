@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf
@@ -14,9 +14,9 @@ from nemo_minitron.pruning.folder import HFSource
 from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.pruning.write import SHARD, write_weights
 
-PLAN = "minitron_plan.json"
+PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
-OWN_FILES = ("config.json", PLAN)  # written anew, not copied
+OWN_FILES = ("config.json", PLAN, COMPENSATION)  # written anew, not copied
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -25,16 +25,18 @@ def prune(
     plan: PrunePlan | str | Path,
     student: str | Path,
     *,
+    compensation: Compensation | str | Path | None = None,
     overwrite: bool = False,
     shard_size: int = SHARD,
 ) -> Path:
     """Cuts a Hugging Face folder (or hub id) as `plan` says; returns the student's folder.
 
     Weights keep their dtype; configs, tokenizer and other small files come along, model cards do not; the
-    plan lies beside them as `minitron_plan.json`. The folder appears whole or not at all.
+    plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are rounded to the teacher's dtype and
+    taken in place of the plan's slices. The folder appears whole or not at all.
 
-    Raises InputError for a damaged teacher or plan, a plan made for another model, a student's folder that
-    is not empty (without `overwrite`) or overlaps the teacher's, and for a disk that is too small or fails.
+    Raises InputError for a damaged teacher, plan or compensation, ones made for another model or plan, a student's
+    folder that is not empty (without `overwrite`) or overlaps the teacher's, and a disk that is too small or fails.
     """
     source_folder, student = resolve(teacher), Path(student)
     _check_place(source_folder, student, overwrite)
@@ -44,12 +46,18 @@ def prune(
     source = HFSource(source_folder)
     check_plan(plan, source)
     config = to_hf(plan.target, source.config)
+    if isinstance(compensation, (str, Path)):
+        compensation = Compensation.load(compensation)
     try:
         with atomic_folder(student.resolve()) as folder:
-            write_weights(source, plan, folder, config, shard_size=shard_size, threads=2)
+            write_weights(
+                source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2
+            )  # fmt: skip
             _copy_side_files(source_folder, folder)
             write_json(folder / "config.json", config)
             plan.save(folder / PLAN)
+            if compensation is not None:
+                write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
     except OSError as error:
         raise InputError(f"the student '{student}' could not be written: {error}") from error
     return student

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import need_space, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.pruning.headers import SIZES
-from nemo_minitron.pruning.selection import shapes_of, student_index
+from nemo_minitron.pruning.student import Student
 from nemo_minitron.pruning.tensors import TensorSource
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
@@ -49,26 +49,27 @@ def write_weights(
     folder: str | Path,
     config: Mapping[str, Any],
     *,
+    compensation: Compensation | None = None,
     shard_size: int = SHARD,
     threads: int = 1,
 ) -> None:
     """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
 
     `config` (of the teacher or of the student) says under which names. Tensors keep the dtype that `source`
-    stores. With more than one thread `source.read` is called from each of them. A source with an attribute `block`
-    is asked for rows of so many bytes at a time, another one for whole tensors. A tensor larger than `shard_size`
-    gets a shard of its own.
+    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source.read` is
+    called from each of them. A tensor larger than `shard_size` gets a shard of its own.
 
-    Raises InputError where the disk is too small, before the first byte, and what `student_index` raises.
+    Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, and
+    what `student_index` raises.
     """
-    folder = Path(folder)
-    tensors = _tensors(source, plan, config)
+    folder, student = Path(folder), Student(source, plan, compensation)
+    tensors = _tensors(student, config)
     total = sum(tensor.size for tensor in tensors)
     need_space(folder, total)
     shards = _shards(tensors, shard_size)
     tasks: list[Callable[[], None]] = []
     for file, members in shards.items():
-        tasks += _open_shard(folder / file, members, source, plan)
+        tasks += _open_shard(folder / file, members, student)
     # map cancels what has not begun when one task fails
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda task: task(), tasks):
@@ -79,11 +80,11 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _tensors(source: TensorSource, plan: PrunePlan, config: Mapping[str, Any]) -> list[_Tensor]:
-    shapes = plan.target.shapes()
+def _tensors(student: Student, config: Mapping[str, Any]) -> list[_Tensor]:
+    shapes = student.architecture.shapes()
     tensors = []
-    for name, parts in family_of(config).hf_tensors(plan.target).items():
-        dtypes = {source.dtype(student_index(plan, part)[0]) for part in parts}
+    for name, parts in family_of(config).hf_tensors(student.architecture).items():
+        dtypes = {student.dtype(part) for part in parts}
         if len(dtypes) > 1:
             raise InputError(f"'{name}' fuses tensors that are stored as {' and '.join(sorted(dtypes))}")
         shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
@@ -104,7 +105,7 @@ def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
     return {f"model-{k:05d}-of-{count:05d}.safetensors": group for k, group in enumerate(groups, start=1)}
 
 
-def _open_shard(file: Path, members: list[_Tensor], source: TensorSource, plan: PrunePlan) -> list[Callable[[], None]]:
+def _open_shard(file: Path, members: list[_Tensor], student: Student) -> list[Callable[[], None]]:
     """Writes the header, sets the file's length, and returns what fills it, one task a tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, {}
@@ -119,18 +120,13 @@ def _open_shard(file: Path, members: list[_Tensor], source: TensorSource, plan: 
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + position)
     data = 8 + len(text)
-    return [functools.partial(_fill, file, data + starts[t], t, source, plan) for t in members]
+    return [functools.partial(_fill, file, data + starts[t], t, student) for t in members]
 
 
-def _fill(file: Path, position: int, tensor: _Tensor, source: TensorSource, plan: PrunePlan) -> None:
+def _fill(file: Path, position: int, tensor: _Tensor, student: Student) -> None:
     with open(file, "r+b", buffering=0) as stream:
         for part in tensor.parts:
-            name, (rows, *rest) = student_index(plan, part)
-            # The teacher's rows decide the block: they are read whole before columns are picked
-            width = math.prod(shapes_of(plan.source)[name][1:]) * SIZES[tensor.dtype]
-            step = max(1, getattr(source, "block", len(rows) * width) // width)
-            for begin in range(0, len(rows), step):
-                block = source.read(name, (rows[begin : begin + step], *rest))
+            for block in student.blocks(part):
                 position = _write(stream.fileno(), np.ascontiguousarray(block), position)
 
 

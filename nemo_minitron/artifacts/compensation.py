@@ -1,0 +1,105 @@
+"""Compensation: tensors of the student solved anew, in a file beside the plan, which stays pure selection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.plan import PrunePlan
+from nemo_minitron.errors import InputError
+
+VERSION = 1
+
+
+@dataclasses.dataclass
+class Compensation:
+    """`tensors`: the student's canonical names -> fp32 in its global shapes, taken in place of the plan's slices and
+    rounded to the dtype that the teacher stores. `plan`: digest of the plan that they belong to. `notes`: what made
+    them (method, tokens), not part of their identity.
+    """
+
+    plan: str
+    tensors: Mapping[str, np.ndarray]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self, plan: PrunePlan) -> None:
+        """Raises InputError where it was made for another plan, or has a tensor that the student has not."""
+        if self.plan != plan.digest:
+            raise InputError("the compensation was made for another plan; make it anew for this one")
+        shapes = plan.target.shapes()
+        for name, shape in self.shapes().items():
+            if shapes.get(name) != shape:
+                raise InputError(
+                    f"the compensation's '{name}' is {shape}, the student's is {shapes.get(name, 'not there')}"
+                )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        if isinstance(self.tensors, _Stored):
+            return self.tensors.shapes
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Raises InputError for a number that is not finite."""
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in self.tensors.items()}
+        for name, array in arrays.items():
+            _check_finite(name, array)
+        header = {"version": VERSION, "plan": self.plan, "notes": self.notes}
+        with atomic_file(path) as temporary:
+            save_file(arrays, str(temporary), metadata={"compensation": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Compensation:
+        """Reads the header; tensors are read when they are asked for. Raises InputError for what is no such file."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise InputError(f"the compensation '{path}' does not exist")
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = json.loads((file.metadata() or {})["compensation"])
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                dtypes = {piece.get_dtype() for piece in slices.values()}
+                shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+            if header["version"] != VERSION or dtypes - {"F32"}:
+                raise ValueError(f"version {header['version']}, of {' and '.join(sorted(dtypes))}")
+            return cls(str(header["plan"]), _Stored(Path(path), shapes), dict(header["notes"]))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(f"'{path}' is no compensation of version {VERSION} ({error})") from None
+
+
+class _Stored(Mapping[str, np.ndarray]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.path, self.shapes = path, shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from safetensors import safe_open
+
+        if name not in self.shapes:
+            raise KeyError(name)
+        with safe_open(str(self.path), framework="numpy") as file:
+            return _check_finite(name, file.get_tensor(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _check_finite(name: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise InputError(f"the compensation's '{name}' holds a number that is not finite")
+    return array
