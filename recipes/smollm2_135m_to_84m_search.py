@@ -1,0 +1,19 @@
+"""SmolLM2-135M-Instruct -> 84M parameters of whichever shape: twelve are cut, four distilled briefly, one longer."""
+
+from nemo_minitron.recipes import smollm2_135m as common
+
+from nemo_minitron.job import Job, Search
+
+
+def recipe() -> Job:
+    return Job(
+        name="smollm2_135m_to_84m_search",
+        teacher=common.TEACHER,
+        data=common.DATA,
+        search=Search(params="84M", candidates=12, distil=4, steps=60, rounds=3, tokens=8192),
+        calibration=common.CALIBRATION,
+        distillation=common.DISTILLATION,
+        evaluation=common.EVALUATION,
+        licence=common.LICENCE,
+        base_model=common.BASE_MODEL,
+    )
