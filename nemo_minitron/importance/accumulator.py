@@ -42,9 +42,12 @@ class Accumulator:
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
         """[P, B, ...] of one row, of the micro-batch under way."""
         places, number = samples.places(self.split), len(samples.counts)
-        names = {sequence for _, sequence in self.pairs}
-        self._pending[watch.row] = {name: over_sequence(name, values, places, number) for name in names}
+        self._pending[watch.row] = {name: over_sequence(name, values, places, number) for name in self._sequences()}
         self._positions = values.shape[0]
+
+    def _sequences(self) -> list[str]:
+        """The aggregations over the sequence, in one order on all ranks: each is a collective."""
+        return list(dict.fromkeys(sequence for _, sequence in self.pairs))
 
     def flush(self, samples: Samples) -> None:
         """Takes the finished micro-batch in. Collective over the ranks that share its sequence."""
@@ -53,7 +56,7 @@ class Accumulator:
         self.rows = self.rows or sorted(self._pending)
         pending, self._pending = [self._pending[row] for row in self.rows], {}
         counts = samples.local_counts(self.split, self._positions)
-        for sequence in {name for _, name in self.pairs}:
+        for sequence in self._sequences():
             parts = zip(*(row[sequence] for row in pending), strict=True)
             heavy = tuple(torch.stack(part).double() for part in parts)
             state = merge_over(self.groups, AGGREGATIONS[sequence], with_counts(sequence, heavy, counts))

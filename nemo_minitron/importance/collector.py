@@ -53,8 +53,12 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
-        watched = [self._watches(chunk) for chunk in self.chunks]
-        check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches})
+        watched, refusal = [], None
+        try:
+            watched = [self._watches(chunk) for chunk in self.chunks]
+        except InputError as error:
+            refusal = str(error)
+        check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches}, refusal)
         for chunk, watches in zip(self.chunks, watched, strict=True):
             accumulators: dict[str, Accumulator] = {}
             for estimator, watch in watches.values():
@@ -135,12 +139,18 @@ class Collector:
             self._flush(accumulators)()
 
 
-def check_axes(asked: Sequence[str] | None, here: set[str]) -> None:
-    """Raises InputError, on every rank, for an axis that no stage of the pipeline has. Collective."""
+def check_axes(asked: Sequence[str] | None, here: set[str], refusal: str | None) -> None:
+    """Raises InputError, on every rank, for a stage's refusal and for an axis that no stage of the pipeline has.
+
+    Collective.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather_object(everywhere, here, group=group)
-    there = set().union(*everywhere)
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everywhere, (here, refusal), group=group)
+    for _, reason in everywhere:
+        if reason is not None:
+            raise InputError(reason)
+    there = set().union(*(axes for axes, _ in everywhere))
     for axis in asked or ():
         if axis not in there:
             raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, sorted(there))}")

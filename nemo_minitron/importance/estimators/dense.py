@@ -189,7 +189,8 @@ class BlockInfluence(Estimator):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         def influence(_: nn.Module, given: Tensor, output: Any) -> Tensor:
             hidden = output[0] if isinstance(output, tuple) else output
-            return 1 - torch.nn.functional.cosine_similarity(given.float(), hidden.float(), dim=-1)
+            before, after = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (given, hidden))
+            return (before - after).square().sum(-1) / 2  # 1 - cos of fp32 has no digits left where little changes
 
         def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             hidden = output[0] if isinstance(output, tuple) else output
