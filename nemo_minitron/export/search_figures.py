@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.export import words
-from nemo_minitron.export.plot import CUT, INK, KEPT, MUTED, Plot, layer_ticks
+from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
 from nemo_minitron.export.run import Run
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _line(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], value: str, 
 def _shades(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    return [CUT, INK, MUTED][:count] if count <= 3 else [colormaps["viridis"](i / count) for i in range(count)]
+    return [colormaps["YlOrBr"](0.4 + 0.5 * i / count) for i in range(count)]
 
 
 def of_run(run: Run, name: str) -> Plot | str:

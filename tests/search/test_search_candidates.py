@@ -60,6 +60,20 @@ def test_blocks_make_no_difference(rows, monkeypatch):
     whole = search(SPACE, [TARGET], scores())
     monkeypatch.setattr(sys.modules[type(SPACE).__module__].Space.blocks, "__defaults__", (rows,))
     assert search(SPACE, [TARGET], scores()) == whole
+    with pytest.raises(InputError, match="the nearest is layers=1, hidden=4, ffn=5, heads=4 with"):
+        search(SPACE, [targets.parameters(10)])
+    with pytest.raises(InputError, match="the nearest is layers=4, hidden=12, ffn=20, heads=8 with"):
+        search(SPACE, [targets.parameters(10**6)])
+
+
+def test_what_costs_more_and_keeps_no_more_is_not_on_the_front():
+    """Half of the neurons score nothing: with them a shape keeps as much as without."""
+    s = scores()
+    s.tensors["ffn"][:, 10:] = 0
+    space = make_space(PICO, bounds={"ffn": (8, 12)}, keep={"layers": 4, "hidden": 12}, divisors=Divisors(1))
+    found = search(space, [targets.parameters(PICO.parameters(), 0.9)], s)
+    assert [c.sizes["ffn"] for c in found.front] == [8, 9, 10]
+    assert [c.sizes["ffn"] for c in found.candidates] == [10, 11, 12, 9, 8]  # of equal ones the earlier
 
 
 def test_maximal_shapes_fit_inside_no_other():
@@ -121,10 +135,10 @@ def test_a_budget_that_nothing_meets_names_the_nearest():
 
 
 def test_ends_of_a_band_are_exact():
-    """0.05 is no binary fraction: in floating point 95 of 100 would be outside."""
-    band = targets.parameters(100, 0.05)
-    assert band.ends == (95, 105)
-    assert band.misses(np.array([94, 95, 100, 105, 106])).tolist() == [0.01, 0, 0, 0, 0.01]
+    """100 * 1.15 is 114.99999999999999 in floating point."""
+    band = targets.parameters(100, 0.15)
+    assert band.ends == (85, 115)
+    assert band.misses(np.array([84, 85, 100, 115, 116])).tolist() == [0.01, 0, 0, 0, 0.01]
     assert targets.flops(100).misses(np.array([0, 100, 150])).tolist() == [0, 0, 0.5]
 
 
