@@ -81,7 +81,7 @@ def candidates(run: Run) -> None:
         to_hf(candidate.architecture, config)
         keep = {**cut_of(candidate, scores.architecture), **job.keep}
         plan(scores, keep, depth=job.depth).save(run.path("search", candidate.name, PLAN))
-    rows = rows_of(found, **job.search.serving)
+    rows = rows_of(found, scores.architecture, **job.search.serving)
     write_json(run.path(CANDIDATES), [row for row in rows if row["rank"] is not None])
 
 

@@ -16,7 +16,7 @@ from nemo_minitron.search.sizes import Keep, student_architecture
 
 DEFAULT_AXES = ("layers", "hidden", "ffn", "experts", "expert_ffn", "shared_expert_ffn")
 WIDTHS = ("hidden", "ffn", "expert_ffn", "shared_expert_ffn")
-STEP = 64  # of widths, unless divisors are given: what tensor cores want in 16 bits
+STEP = 64  # what tensor cores want in 16 bits
 MOST = 200_000_000  # shapes, some ten seconds a hundred million
 ROWS = 1 << 20  # shapes in memory at a time
 
@@ -28,8 +28,8 @@ Bounds = Mapping[str, tuple[int, int]]
 class Divisors:
     """What sizes must be multiples of; the least common multiple where several meet.
 
-    `every`: of each dimension of a matrix that is cut, heads counted with their dimension (0: steps of 64 are
-    taken, but nothing is forbidden); 16 makes all matrices legal in FP8, tensor cores want 64 or 128. `tp`: of what
+    `every`: of each dimension of a matrix that is cut, heads counted with their dimension (0: nothing is
+    forbidden, see `step`); 16 makes all matrices legal in FP8, tensor cores want 64 or 128. `tp`: of what
     tensor parallelism divides. `of`: of single axes.
     """
 
@@ -53,12 +53,13 @@ class Divisors:
         return math.lcm(every, self.tp if sharded else 1, self.of.get(name, 1))
 
     def step(self, source: Architecture, name: str) -> int:
-        """From one size to the next between bounds."""
-        hard = self.hard(source, name)
-        if name not in WIDTHS or self.every or name in self.of:
+        """From one size to the next between bounds: unless divisors say, 64, or less or more, so that an axis of
+        widths or experts has from eight steps to a hundred odd."""
+        hard, length = self.hard(source, name), axis(name).length(source)
+        if name not in (*WIDTHS, "experts") or self.every or name in self.of:
             return hard
-        small = 1 << max(0, (axis(name).length(source) // 8).bit_length() - 1)  # eight steps in a small model
-        return math.lcm(min(STEP, small), hard)
+        least, most = _power_of_two(length // 64), _power_of_two(length // 8)
+        return math.lcm(max(min(STEP, most), least), hard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,11 @@ def _default_axes(source: Architecture) -> list[str]:
     """Some layers of a model with dense and mixed layers are not like others: their number alone says too little."""
     mixed = isinstance(source.moe_layer_freq, tuple)
     return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and mixed)]
+
+
+def _power_of_two(value: int) -> int:
+    """The largest up to `value`, at least 1."""
+    return 1 << max(0, value.bit_length() - 1)
 
 
 def _length(source: Architecture, name: str) -> int:

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import axis
 from nemo_minitron.search.candidates import Candidate, Found
+from nemo_minitron.search.formula import Cost, Formula
 
 
-def rows_of(found: Found, **serving: Any) -> list[dict[str, Any]]:
-    """The candidates, best first, then what else lies on the front; `serving` as `Architecture.memory` takes it."""
+def rows_of(found: Found, source: Architecture, **serving: Any) -> list[dict[str, Any]]:
+    """The candidates, best first, then what else lies on the front; `serving` as `Architecture.memory` takes it.
+
+    Columns: name, each axis, parameters, without_embeddings, active_parameters (of mixtures), bytes (to serve),
+    flops (of a token at the end of the context), kept (the proxy), rank (None beyond the candidates), front.
+    """
     names = {candidate.name for candidate in found.candidates}
     front = {candidate.name for candidate in found.front}
-    others = [candidate for candidate in found.front if candidate.name not in names]
-    ranks = [*range(1, len(names) + 1), *[None] * len(others)]
+    every = [*found.candidates, *(candidate for candidate in found.front if candidate.name not in names)]
+    costs = _costs(source, [candidate.sizes for candidate in every], serving)
     return [
-        {**_row(candidate, **serving), "rank": rank, "front": candidate.name in front}
-        for rank, candidate in zip(ranks, [*found.candidates, *others], strict=True)
+        {
+            "name": candidate.name,
+            **candidate.sizes,
+            **{column: values[i] for column, values in costs.items()},
+            "kept": candidate.kept,
+            "rank": i + 1 if i < len(names) else None,
+            "front": candidate.name in front,
+        }
+        for i, candidate in enumerate(every)
     ]
 
 
 def source_row(source: Architecture, axes: Sequence[str], **serving: Any) -> dict[str, Any]:
     """The uncut model in the same columns."""
-    sizes = {name: axis(name).length(source) for name in axes}
-    return _row(Candidate(sizes, source, 1.0), **serving) | {"name": "uncut", "rank": None, "front": False}
+    whole = Candidate({name: axis(name).length(source) for name in axes}, source, 1.0)
+    return rows_of(Found([whole], [], 1, 1), source, **serving)[0] | {"name": "uncut", "rank": None}
 
 
-def _row(candidate: Candidate, **serving: Any) -> dict[str, Any]:
-    """`bytes`: to serve; `flops`: of a token at the end of the context."""
-    a = candidate.architecture
-    active = {"active_parameters": a.parameters(active=True)} if a.num_moe_experts else {}
-    return {
-        "name": candidate.name,
-        **candidate.sizes,
-        "parameters": a.parameters(),
-        "without_embeddings": a.parameters(embeddings=False),
-        **active,
-        "bytes": a.memory(**serving),
-        "flops": a.flops_per_token(serving["context"]),
-        "kept": candidate.kept,
+def _costs(
+    source: Architecture, sizes: Sequence[Mapping[str, int]], serving: Mapping[str, Any]
+) -> dict[str, list[int]]:
+    """By formula: an Architecture with hundreds of experts takes a while to count."""
+    costs: dict[str, Cost] = {
+        "parameters": lambda a: a.parameters(),
+        "without_embeddings": lambda a: a.parameters(embeddings=False),
+        "active_parameters": lambda a: a.parameters(active=True),
+        "bytes": lambda a: a.memory(**serving),
+        "flops": lambda a: a.flops_per_token(serving["context"]),
     }
+    if not source.num_moe_experts:
+        del costs["active_parameters"]
+    columns = {name: np.array([row[name] for row in sizes]) for name in sizes[0]}
+    return {name: Formula(cost, source, tuple(columns))(columns).tolist() for name, cost in costs.items()}

@@ -98,6 +98,9 @@ def test_default_space():
     }
     assert make_space(PICO).sizes["hidden"] == tuple(range(6, 13))  # steps of 64 would leave nothing
     assert set(make_space(MIXTURE).sizes) == {"layers", "hidden", "experts", "expert_ffn", "shared_expert_ffn"}
+    ffn = make_space(NEMOTRON).sizes["ffn"]
+    assert (ffn[0], ffn[1], ffn[-1]) == (12_288, 12_544, 24_576)  # wider models have wider steps
+    assert make_space(MIXTURE.replace(num_moe_experts=128)).sizes["experts"] == (64, 80, 96, 112, 128)
     assert "layers" not in make_space(mixed()).sizes  # which layers are mixtures is not their number
 
 

@@ -77,7 +77,7 @@ def _searched(
     found = search.run(source, keep, scores, depth=depth, contiguous=contiguous)
     best = found.candidates[0]
     outcome = Outcome(
-        None, rows_of(found, **search.serving), source_row(source, list(best.sizes), **search.serving),
+        None, rows_of(found, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
         found.combinations, found.fitting,
     )  # fmt: skip
     return outcome, cut_of(best, source)
