@@ -49,6 +49,36 @@ def pico_mixtral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(MixtralForCausalLM, MixtralConfig(**{**sizes, **overrides}), Path(folder), dtype, seed)
 
 
+def pico_qwen2(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Qwen2, with its biases; `overrides` as in `pico_llama`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _write(Qwen2ForCausalLM, Qwen2Config(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
+def pico_qwen3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Qwen3, with norms of queries and keys; `overrides` as in `pico_llama`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _write(Qwen3ForCausalLM, Qwen3Config(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
+def pico_nemotron(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Nemotron that rotates three quarters of a head; `overrides` as in `pico_llama`."""
+    from transformers import NemotronConfig, NemotronForCausalLM
+
+    config = NemotronConfig(**{**SIZES, "norm_eps": 3e-5, "partial_rotary_factor": 0.75, **overrides})
+    return _write(NemotronForCausalLM, config, Path(folder), dtype, seed)
+
+
+def pico_phi3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Phi-3 with a sliding window of 64; `overrides` as in `pico_llama`."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(**{**SIZES, "pad_token_id": None, "sliding_window": 64, **overrides})
+    return _write(Phi3ForCausalLM, config, Path(folder), dtype, seed)
+
+
 def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:
     import torch
 
@@ -59,6 +89,8 @@ def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -
             for name, parameter in model.named_parameters():
                 # Norms of 1 and biases of 0 would hide a tensor that is never read.
                 spread, mean = (0.2, 1.0) if "norm" in name else (0.06, 0.0)
+                # Nemotron stores its norms' weights less 1; biases lie around 0.
+                mean = 0.0 if config.model_type == "nemotron" or name.endswith("bias") else mean
                 # Routers that prefer some experts clearly, so that routing wrongly shows.
                 spread = 0.5 if name.endswith("block_sparse_moe.gate.weight") else spread
                 parameter.normal_(mean, spread)

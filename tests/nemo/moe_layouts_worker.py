@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+
 
 def differing(source, expected):
     """Names of the tensors that two sources do not agree on, bit by bit."""
@@ -26,6 +28,7 @@ def run_case(case, folder, out):
     """Fills a model in this layout from a folder, the folder's student through the plan, and both from
     checkpoints that this layout wrote."""
     import torch
+    from checkpoints import save_checkpoint
     from megatron.core import parallel_state
 
     from nemo_minitron.artifacts import PrunePlan
@@ -46,7 +49,7 @@ def run_case(case, folder, out):
     result["cut from live"] = differing(LiveSource(cut, plan.target), student)
     for kind in ("stacked", "one key a layer"):
         checkpoint = out / f"{case['name']}-{kind}"
-        save(chunks, checkpoint, teacher.config, non_homogeneous_layers=kind != "stacked")
+        save_checkpoint(chunks, checkpoint, teacher.config, non_homogeneous_layers=kind != "stacked")
         result[f"saved, {kind}"] = differing(CheckpointSource(checkpoint), teacher)
         fill(cut, CheckpointSource(checkpoint), plan)
         result[f"cut from saved, {kind}"] = differing(LiveSource(cut, plan.target), student)
@@ -58,26 +61,6 @@ def run_case(case, folder, out):
         (out / f"{case['name']}.json").write_text(json.dumps(result))
         if layout.pp == 1:
             np.savez(out / f"{case['name']}.npz", **found)
-
-
-def save(chunks, checkpoint, config, **metadata):
-    """As NeMo's strategy saves it: torch_dist weights, and the context that NeMo's own io writes."""
-    import torch
-    from megatron.core import dist_checkpointing
-    from nemo.lightning.io.pl import TrainerContext
-
-    from nemo_minitron.job.layout import Layout
-    from nemo_minitron.nemo.models import nemo_model
-    from nemo_minitron.nemo.trainer import make_trainer
-
-    if torch.distributed.get_rank() == 0:
-        (checkpoint / "weights").mkdir(parents=True)
-        context = TrainerContext(model=nemo_model(config), trainer=make_trainer(Layout(), "fp32"), extra={})
-        context.io_dump(checkpoint / "context", yaml_attrs=["model"])
-    torch.distributed.barrier()
-    state = chunks[0].sharded_state_dict(prefix="module.", metadata={"singleton_local_shards": False, **metadata})
-    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": state}, str(checkpoint / "weights"))
-    torch.distributed.barrier()
 
 
 def _logits(chunks, tokens):

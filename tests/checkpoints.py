@@ -1,0 +1,21 @@
+"""Writing a live model as a NeMo checkpoint, for tests that read one."""
+
+
+def save_checkpoint(chunks, checkpoint, config, **metadata):
+    """As NeMo's strategy saves it: torch_dist weights, and the context that NeMo's own io writes. Collective."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from nemo.lightning.io.pl import TrainerContext
+
+    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.nemo.models import nemo_model
+    from nemo_minitron.nemo.trainer import make_trainer
+
+    if torch.distributed.get_rank() == 0:
+        (checkpoint / "weights").mkdir(parents=True)
+        context = TrainerContext(model=nemo_model(config), trainer=make_trainer(Layout(), "fp32"), extra={})
+        context.io_dump(checkpoint / "context", yaml_attrs=["model"])
+    torch.distributed.barrier()
+    state = chunks[0].sharded_state_dict(prefix="module.", metadata={"singleton_local_shards": False, **metadata})
+    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": state}, str(checkpoint / "weights"))
+    torch.distributed.barrier()

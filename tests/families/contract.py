@@ -1,0 +1,149 @@
+"""What every family is tested with: random models, one plan that cuts all axes, and its cuts by hand.
+
+Each family has two models: `own` with its own activation, `other` with another one, tied embeddings, and what else
+its config can say (biases in every linear layer, linear rotary scaling).
+"""
+
+import numpy as np
+import pico
+
+from nemo_minitron.artifacts import PrunePlan
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+OTHER = {"hidden_act": "gelu", "tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+MODELS = {
+    "llama": {"own": {"rope_scaling": LLAMA3_ROPE}, "other": OTHER | BIASES},
+    "mistral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None, "hidden_act": "relu"}},
+    "mixtral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None}},
+    "qwen2": {"own": {}, "other": OTHER},
+    "qwen3": {"own": {}, "other": OTHER | {"hidden_act": "relu2"}},
+    "nemotron": {"own": {}, "other": OTHER | BIASES | {"rope_scaling": None, "partial_rotary_factor": 0.5}},
+    "phi3": {
+        "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
+        "other": OTHER | {"sliding_window": None, "rope_scaling": None, "hidden_act": "relu"},
+    },
+}
+NAMES = [f"{family}-{variant}" for family, variants in MODELS.items() for variant in variants]
+
+HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, EXPERTS, DEPTH = 48, 80, 12, 4, 8, 4, 4
+SIZES = {"num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS}
+SIZES |= {"intermediate_size": FFN, "head_dim": HEAD_DIM}
+
+# -- the cut: another set in each layer ------------------------------------------------------------------------
+CUT_LAYERS = [0, 2, 3]
+CUT_HIDDEN = [i for i in range(HIDDEN) if i % 7 != 3]  # 41
+CUT_GROUPS = {0: [0, 3], 2: [1, 2], 3: [0, 1]}
+CUT_HEADS = {  # two of the three of each group that stays
+    layer: [3 * group + i for group in CUT_GROUPS[layer] for i in two]
+    for layer, two in {0: (0, 2), 2: (0, 1), 3: (1, 2)}.items()
+}
+CUT_EXPERTS = {0: [0, 2, 3], 2: [1, 2, 3], 3: [0, 1, 3]}
+
+
+def make(folder, name, **overrides):
+    """The Hugging Face folder of one of NAMES."""
+    family, variant = name.split("-")
+    return getattr(pico, f"pico_{family}")(folder, **{**SIZES, **MODELS[family][variant], **overrides})
+
+
+def neurons(shift):
+    """50 of 80."""
+    return sorted(int(i) for i in (np.arange(50) * 7 + shift) % FFN)
+
+
+def everything():
+    """What stays, by axis, as a plan has it."""
+    return {
+        "layers": CUT_LAYERS,
+        "hidden": CUT_HIDDEN,
+        "query_groups": CUT_GROUPS,
+        "heads": CUT_HEADS,
+        "ffn": {layer: neurons(layer) for layer in CUT_LAYERS},
+        "experts": CUT_EXPERTS,
+        "expert_ffn": {layer: {e: neurons(layer + e) for e in CUT_EXPERTS[layer]} for layer in CUT_LAYERS},
+    }
+
+
+def nothing():
+    """`everything`, but all of it stays: to be changed along one axis."""
+    layers, experts = range(DEPTH), range(EXPERTS)
+    return {
+        "layers": list(layers),
+        "hidden": list(range(HIDDEN)),
+        "query_groups": {layer: list(range(GROUPS)) for layer in layers},
+        "heads": {layer: list(range(HEADS)) for layer in layers},
+        "ffn": {layer: list(range(FFN)) for layer in layers},
+        "experts": {layer: list(experts) for layer in layers},
+        "expert_ffn": {layer: {e: list(range(FFN)) for e in experts} for layer in layers},
+    }
+
+
+def sizes(keep):
+    """The student's sizes, as Architecture names them."""
+    first = keep["layers"][0]
+    return {
+        "num_layers": len(keep["layers"]),
+        "hidden_size": len(keep["hidden"]),
+        "num_query_groups": len(keep["query_groups"][first]),
+        "num_attention_heads": len(keep["heads"][first]),
+        "ffn_hidden_size": len(keep["ffn"][first]),
+    }
+
+
+def plan_of(source, keep):
+    """`keep` as a plan for a model of this Architecture: experts for a mixture, neurons for a dense one."""
+    target, lacking = sizes(keep), {"experts", "expert_ffn"}
+    if source.num_moe_experts:
+        first, lacking = keep["layers"][0], {"ffn"}
+        width = len(keep["expert_ffn"][first][keep["experts"][first][0]])
+        target |= {"num_moe_experts": len(keep["experts"][first]), "moe_ffn_hidden_size": width}
+    cut = {axis: _of_layers(kept, keep["layers"]) for axis, kept in keep.items() if axis not in lacking}
+    return PrunePlan(source, source.replace(**target), cut)
+
+
+def _of_layers(kept, layers):
+    return {layer: kept[layer] for layer in layers} if isinstance(kept, dict) else kept
+
+
+# -- the same cut without the table of axes, by Hugging Face's names --------------------------------------------
+def slice_by_hand(tensors, keep):
+    """Hugging Face's tensors of any of the families (name -> array), cut by indexing; kept units in any order."""
+    student = {}
+    for name, tensor in tensors.items():
+        words = name.split(".")
+        if words[1] != "layers":  # embedding, head, final norm
+            student[name] = tensor[keep["hidden"]] if tensor.ndim == 1 else tensor[:, keep["hidden"]]
+            continue
+        layer = int(words[2])
+        if layer not in keep["layers"]:
+            continue
+        words[2] = str(keep["layers"].index(layer))
+        if words[4] == "experts":
+            expert = int(words[5])
+            if expert not in keep["experts"][layer]:
+                continue
+            words[5] = str(keep["experts"][layer].index(expert))
+        student[".".join(words)] = _sliced(tensor, name.split("."), layer, keep)
+    return student
+
+
+def _sliced(tensor, words, layer, keep):
+    """A tensor of a layer: rows, then columns; biases and norms have rows only."""
+    hidden, ffn, module = keep["hidden"], keep["ffn"][layer], words[-2]
+    if words[4] == "experts":
+        ffn = keep["expert_ffn"][layer][int(words[5])]
+    q, kv = _channels(keep["heads"][layer]), _channels(keep["query_groups"][layer])
+    k = [HEADS * HEAD_DIM + i for i in kv]  # below q in the fused tensor
+    rows = {
+        "q_proj": q, "k_proj": kv, "v_proj": kv, "qkv_proj": [*q, *k, *(GROUPS * HEAD_DIM + i for i in k)],
+        "gate_proj": ffn, "up_proj": ffn, "w1": ffn, "w3": ffn, "gate_up_proj": [*ffn, *(FFN + i for i in ffn)],
+        "q_norm": list(range(HEAD_DIM)), "k_norm": list(range(HEAD_DIM)), "gate": keep["experts"][layer],
+    }.get(module, hidden)  # fmt: skip
+    columns = {"o_proj": q, "down_proj": ffn, "w2": ffn}.get(module, hidden)
+    return tensor[rows] if tensor.ndim == 1 else tensor[rows][:, columns]
+
+
+def _channels(units):
+    return [unit * HEAD_DIM + i for unit in units for i in range(HEAD_DIM)]
