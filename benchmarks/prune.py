@@ -1,11 +1,11 @@
 """Folder to folder against `cp`, on a synthetic Llama of several GB, in one run:
-`python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--nice 0] [--quick] [--folder /tmp]`.
+`python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--quick] [--folder /tmp]`.
 
 For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor: `cp` of as
-many bytes as the student has, and `cat` to /dev/null of as many more as the cut has to read (rows that stay are
+many bytes as the student has, and `dd` to /dev/null of as many more as the cut has to read (rows that stay are
 read whole). Both orders alternate. "warm": the teacher lies in the page cache, what is written may stay there;
 "cold": files are dropped from the page cache before, and both are timed until all is on the disk (`sync`). Wall and
-processor seconds of both; `--nice -15` (as root) gives both the processor where other jobs want it too. The peak is
+processor seconds of both; on a machine with other jobs run it under `chrt -r 1`, which both then have. The peak is
 the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the model.
 """
 
@@ -120,8 +120,10 @@ def cut(teacher: Path, plan: Path, out: Path) -> int:
 def copy(student: Path, teacher: Path, more: int, out: Path) -> int:
     """`cp` of the student's bytes, and `more` bytes of the teacher read on top."""
     subprocess.run(["cp", "-r", str(student), str(out)], check=True)
-    files = " ".join(f"'{file}'" for file in sorted(teacher.glob("*.safetensors")))
-    subprocess.run(["bash", "-c", f"cat {files} 2>/dev/null | head -c {more} > /dev/null"], check=True)
+    for file in sorted(teacher.glob("*.safetensors")):
+        count = min(more, file.stat().st_size) >> 20
+        subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=1M", f"count={count}", "status=none"], check=True)
+        more -= count << 20
     return 0
 
 
@@ -199,7 +201,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the teacher, at least")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--nice", type=int, default=0, help="of all that is measured")
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test; writes no result")
     parser.add_argument("--folder", type=Path, help="where the model lies while it is measured")
     arguments = parser.parse_args()
@@ -207,7 +208,6 @@ def main() -> None:
         teacher = Path(folder) / "teacher"
         size = 10_000_000 if arguments.quick else int(arguments.gigabytes * 1e9)
         make_teacher(teacher, PICO if arguments.quick else LLAMA, size)
-        os.nice(arguments.nice)
         result = everything(teacher, Path(folder), arguments.repeat)
     print(json.dumps(result, indent=1))
     if not arguments.quick:
@@ -221,7 +221,7 @@ def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/prune.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("numpy",)),
+        "machine": common.machine(("numpy",)) | {"real-time": os.sched_getscheduler(0) != os.SCHED_OTHER},
         "teacher": {"gigabytes": 2 * architecture.parameters() / 1e9, "layers": architecture.num_layers},
         "allowed": {"ratio": 1.3, "peak megabytes": (3 * largest + ALLOWED) / 1e6},
         "plans": {},

@@ -59,3 +59,7 @@ TAYLOR_FLOAT64 = 5e-5
 
 # A least-squares solution kept in fp32, against float64's by another algorithm (lstsq): elements below 1. Absolute.
 SOLVED_FP32 = 1e-6
+
+# Gram matrices of fp32 activations against float64: activations carry some units of fp32 from the layers before, and
+# products are summed in fp32 within a micro-batch. Relative to the largest element.
+GRAM_FP32 = 5e-6

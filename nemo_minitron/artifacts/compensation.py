@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ class Compensation:
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        if isinstance(self.tensors, _Stored):
-            return self.tensors.shapes
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
+        """Of every tensor; none is read."""
+        return _shapes(self.tensors)
+
+    def joined(self, tensors: Mapping[str, np.ndarray], notes: dict[str, Any]) -> Compensation:
+        """With `tensors` too, which it must not have already."""
+        assert not tensors.keys() & self.tensors.keys()
+        return dataclasses.replace(self, tensors=ChainMap(dict(tensors), self.tensors), notes=self.notes | notes)
 
     def save(self, path: str | Path) -> None:
         """Raises InputError for a number that is not finite."""
@@ -97,6 +102,12 @@ class _Stored(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    if isinstance(tensors, ChainMap):
+        return {name: shape for part in tensors.maps for name, shape in _shapes(part).items()}
+    return tensors.shapes if isinstance(tensors, _Stored) else {name: t.shape for name, t in tensors.items()}
 
 
 def _check_finite(name: str, array: np.ndarray) -> np.ndarray:

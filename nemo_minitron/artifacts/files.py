@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -34,7 +35,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it replaces `path` only if the block ends well."""
+    """Yields a temporary folder beside `path`; it replaces `path` only if the block ends well.
+
+    A kill at any moment leaves the old folder or the new one at `path`, where the file system can exchange two names;
+    elsewhere there is a moment between them at which a kill leaves the old one under a hidden name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -42,12 +47,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        if path.exists():
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
             os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once (Linux's renameat2); False where that does not exist."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def _umask() -> int:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
+
+RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
 
 
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
     plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan`.")],
     out: Annotated[Path, typer.Argument(help="The student's folder.")],
+    compensation: Annotated[Optional[Path], typer.Option(help="Of `minitron compensate`, for this plan.")] = None,
+    fold_norms: Annotated[bool, typer.Option("--fold-norms", help="Scale norms for the hidden cut.")] = False,
+    head_residual: Annotated[Optional[str], typer.Option(help=RESIDUAL)] = None,
+    scores: Annotated[Optional[Path], typer.Option(help="Of `minitron estimate`: the order of the heads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
-    from nemo_minitron.job.commands.prune import run_prune
+    from nemo_minitron.job.commands.prune import Extras, run_prune
 
-    print(f"{out}: {run_prune(model, plan, out, overwrite).parameters():,} parameters")
+    extras = Extras(compensation, fold_norms, head_residual, scores)
+    print(f"{out}: {run_prune(model, plan, out, overwrite, extras).parameters():,} parameters")

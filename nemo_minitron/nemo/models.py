@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 import nemo_minitron.backend as backend
-from nemo_minitron.artifacts.plan import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.families import family_of
 from nemo_minitron.job.layout import Layout
@@ -21,6 +21,7 @@ from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.sources import open_source
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.student import Student
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -138,6 +139,7 @@ def load_model(
     source: str | Path,
     plan: PrunePlan | str | Path | None = None,
     *,
+    compensation: Compensation | None = None,
     precision: str = "fp32",
     layout: Layout | None = None,
     sp: bool = False,
@@ -145,8 +147,8 @@ def load_model(
     """A live Megatron model: this rank's list of chunks (one without virtual stages), filled by reading.
 
     `source`: a Hugging Face folder, a hub id or a NeMo checkpoint. With a `plan` the model is the plan's
-    student, read from its teacher. Without parallel groups it starts those of `layout` (one process by
-    default). Raises InputError for a source or plan that is not legal.
+    student, read from its teacher but for the tensors of `compensation`. Without parallel groups it starts those of
+    `layout` (one process by default). Raises InputError for a source, plan or compensation that is not legal.
     """
     backend.setup()
     teacher = open_source(source)
@@ -161,7 +163,7 @@ def load_model(
     config = nemo_config(hf, precision=precision, layout=layout)
     start(layout)
     chunks = build(config, layout)
-    fill(chunks, teacher, plan)
+    fill(chunks, Student(teacher, plan, compensation) if plan else teacher)
     return chunks
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
-from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import nemo_sizes
+from nemo_minitron.pruning.cut import save_record
 
 PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # by the dtype that the teacher's weights are stored in
 KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")  # as the teacher has them
@@ -18,7 +19,8 @@ KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_di
 def prune(settings: dict[str, Any]) -> None:
     """`model` (a NeMo checkpoint), `plan`, `out`: writes the plan's student to `out` (weights/ and context/).
 
-    Filled by reading the teacher, chunk by chunk; its context is the teacher's with other sizes, as data.
+    Filled by reading the teacher, chunk by chunk, and `compensation`, where one is given; its context is the
+    teacher's with other sizes, as data.
     """
     backend.setup()
     from megatron.core import dist_checkpointing
@@ -33,11 +35,12 @@ def prune(settings: dict[str, Any]) -> None:
     stored = source.dtype(next(iter(source.architecture.shapes())))
     if stored not in PRECISIONS:
         raise InputError(f"'{teacher}' stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")
-    student = load_model(teacher, plan, precision=PRECISIONS[stored])
+    solved = Compensation.load(settings["compensation"]) if settings["compensation"] else None
+    student = load_model(teacher, plan, compensation=solved, precision=PRECISIONS[stored])
     sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
     with atomic_folder(settings["out"]) as folder:
         (folder / "weights").mkdir()
         state = {"state_dict": {}, "sharded_state_dict": sharded_state(student)}
         dist_checkpointing.save(state, str(folder / "weights"))
         resize_context(teacher / "context", folder / "context", sizes)
-        plan.save(folder / "minitron_plan.json")
+        save_record(folder, plan, solved)

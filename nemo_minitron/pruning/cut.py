@@ -55,12 +55,17 @@ def prune(
             )  # fmt: skip
             _copy_side_files(source_folder, folder)
             write_json(folder / "config.json", config)
-            plan.save(folder / PLAN)
-            if compensation is not None:
-                write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
+            save_record(folder, plan, compensation)
     except OSError as error:
         raise InputError(f"the student '{student}' could not be written: {error}") from error
     return student
+
+
+def save_record(folder: Path, plan: PrunePlan, compensation: Compensation | None = None) -> None:
+    """What made a student, beside it."""
+    plan.save(folder / PLAN)
+    if compensation is not None:
+        write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
 
 
 def check_plan(plan: PrunePlan, source: HFSource) -> None:

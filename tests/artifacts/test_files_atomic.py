@@ -1,6 +1,8 @@
 """Whole or not at all; the manifest; the model digest's rounding."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,38 @@ def test_folder_keeps_the_old_when_stopped(tmp_path):
         with atomic_folder(tmp_path / "f") as temporary:
             (temporary / "whole").touch()
     assert [p.name for p in tmp_path.glob("f/*")] == ["whole"]
+
+
+def test_a_replaced_folder_is_there_at_every_moment(tmp_path):
+    """A kill finds the old folder or the new one. Mutation: two renames instead of an exchange fail here."""
+    from nemo_minitron.artifacts.files import _exchange
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if not _exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange two names")
+    watch = (
+        "import os, sys; print(flush=True); missing = 0\n"
+        "while not os.path.exists(sys.argv[2]): missing += not os.path.exists(sys.argv[1])\n"
+        "sys.exit(missing > 0)"
+    )
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "file").write_text("0")
+    command = [sys.executable, "-c", watch, str(tmp_path / "f" / "file"), str(tmp_path / "stop")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+        watcher.stdout.readline()
+        for number in range(300):
+            with atomic_folder(tmp_path / "f") as temporary:
+                (temporary / "file").write_text(str(number))
+        (tmp_path / "stop").touch()
+    assert watcher.returncode == 0
+    assert (tmp_path / "f" / "file").read_text() == "299"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "f", "stop"]
+
+
+def test_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_minitron.artifacts.files._exchange", lambda *_: False)
+    test_folder_keeps_the_old_when_stopped(tmp_path)
 
 
 def test_disk_too_small(tmp_path):

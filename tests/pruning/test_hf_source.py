@@ -52,6 +52,32 @@ def test_rows_out_of_range(tmp_path):
         source.read("layers.6.q.weight", whole((48, 48)))
 
 
+def test_gaps_and_calls_that_end_early(tmp_path, monkeypatch):
+    """Runs of rows over short gaps, over long ones, more runs than one call takes, and calls that read too little."""
+    from nemo_minitron.pruning import folder as module
+
+    folder = pico_llama(tmp_path)
+    expected = raw_tensors(folder)["model.embed_tokens.weight"]
+    generator = np.random.default_rng(0)
+    rows = np.flatnonzero(generator.random(509) < 0.5)
+    rows = rows[(rows < 100) | (rows > 400)]
+    whole_call = module.os.preadv
+
+    def short(handle, views, position):
+        size = max(1, sum(map(len, views)) // 3)
+        taken = []
+        for view in views:
+            taken.append(view[: size - sum(map(len, taken))])
+        return whole_call(handle, taken, position)
+
+    for gap, most, call in ((64 << 10, 1024, whole_call), (400, 1024, whole_call), (64 << 10, 7, short)):
+        monkeypatch.setattr(module, "_GAP", memoryview(bytearray(gap)))
+        monkeypatch.setattr(module, "MOST", most)
+        monkeypatch.setattr(module.os, "preadv", call)
+        found = HFSource(folder).read("embedding.weight", (rows, np.arange(48)))
+        np.testing.assert_array_equal(found, expected[rows], strict=True)
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     source = HFSource(pico_llama(tmp_path))
     file = tmp_path / "model.safetensors"

@@ -222,6 +222,33 @@ def test_stopped_in_the_middle(tmp_path, monkeypatch, error):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "t"]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_in_the_middle(tmp_path, before):
+    """SIGKILL while weights are written: the old student, byte for byte, or none; the next cut is not disturbed."""
+    teacher, student = pico_llama(tmp_path / "t"), tmp_path / "s"
+    if before:
+        prune(teacher, identity(from_hf(teacher)), student)
+    old = {file.name: file.read_bytes() for file in student.glob("*")}
+    width_and_depth(from_hf(teacher)).save(tmp_path / "plan.json")
+    code = f"""
+import os, signal
+from nemo_minitron.pruning import HFSource, prune
+read, calls = HFSource.read, []
+def kill_at_the_last(self, name, index):
+    calls.append(name)
+    if name == "layers.5.down.weight" and len(index[1]) == 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, name, index)
+HFSource.read = kill_at_the_last
+prune({str(teacher)!r}, {str(tmp_path / "plan.json")!r}, {str(student)!r}, overwrite=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert {file.name: file.read_bytes() for file in student.glob("*")} == old
+    assert student.exists() == before
+    prune(teacher, tmp_path / "plan.json", student, overwrite=True)
+    assert from_hf(student).hidden_size == 41
+
+
 def test_full_disk_is_told_before_the_first_byte(tmp_path, monkeypatch):
     import collections
     import shutil

@@ -2,36 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.models import is_nemo
+from nemo_minitron.pruning.compensation import fold_norms, head_residual
+from nemo_minitron.pruning.cut import check_plan
 
 
-def run_prune(model: str, plan: Path, out: Path, overwrite: bool = False) -> Architecture:
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What is put in place of a plan's slices: a `compensation` file, norms folded for a hidden cut, and the residual
+    of pruned heads ("paper" or "laco"), which the heads' order in a file of `scores` decides."""
+
+    compensation: Path | None = None
+    fold_norms: bool = False
+    head_residual: str | None = None
+    scores: Path | None = None
+
+
+def run_prune(
+    model: str, plan: Path, out: Path, overwrite: bool = False, extras: Extras = Extras()
+) -> Architecture:  # fmt: skip
     """`minitron prune`: a Hugging Face folder is cut by moving bytes; a NeMo checkpoint becomes another one.
 
     Gives the student's Architecture. Raises InputError.
     """
+    from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.pruning import prune
 
-    path = resolve(model)
+    path, made = resolve(model), PrunePlan.load(plan)
+    if extras == Extras() and not is_nemo(path):
+        return from_hf(prune(path, made, out, overwrite=overwrite))
+    if is_nemo(path):
+        _check_checkpoint(path, made, out, overwrite)
+    compensation = _compensation(open_source(path), made, extras)
     if not is_nemo(path):
-        return from_hf(prune(path, plan, out, overwrite=overwrite))
-    target = _check_checkpoint(path, PrunePlan.load(plan), out, overwrite)
-    launch("prune", {"model": str(path), "plan": str(plan), "out": str(out)}, 1)
-    return target
+        return from_hf(prune(path, made, out, compensation=compensation, overwrite=overwrite))
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        file = Path(scratch) / "compensation.safetensors"
+        if compensation is not None:
+            compensation.save(file)
+        settings = {"model": str(path), "plan": str(plan), "out": str(out)}
+        launch("prune", settings | {"compensation": str(file) if compensation else None}, 1)
+    return made.target
 
 
-def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> Architecture:
+def _compensation(source: Any, plan: PrunePlan, extras: Extras) -> Compensation | None:
+    """All that `extras` ask for, together. Raises InputError."""
+    if extras == Extras():
+        return None
+    if (extras.head_residual is None) != (extras.scores is None):
+        raise InputError("--head-residual needs --scores, and they need it: give both or neither")
+    check_plan(plan, source)
+    found = Compensation(plan.digest, {})
+    if extras.compensation:
+        found = Compensation.load(extras.compensation)
+        found.check(plan)
+    if extras.fold_norms:
+        found = found.joined(fold_norms(source, plan), {"folded norms": True})
+    if extras.head_residual and extras.scores:
+        heads = Scores.load(extras.scores)["heads"]
+        found = found.joined(
+            head_residual(source, plan, heads, extras.head_residual), {"head residual": extras.head_residual}
+        )
+    return found
+
+
+def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
     """Everything that a cut of a NeMo checkpoint may be refused for, before NeMo is loaded."""
     from nemo_minitron.nemo.sources import open_source
-    from nemo_minitron.pruning.cut import check_plan
 
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
@@ -42,4 +90,3 @@ def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -
         raise InputError("the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out")
     check_plan(plan, open_source(path))
     need_space(out, 4 * plan.target.parameters())
-    return plan.target

@@ -1,0 +1,40 @@
+"""`minitron compensate`: a model, a plan and text -> what the cut changes, solved anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.options import Cp, Data, Dp, Length, Pp, Precision, Seed, Sp, Tp, Vp
+
+
+def compensate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
+    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan` that cuts ffn or heads.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out")] = Path("compensation.safetensors"),
+    samples: Annotated[int, typer.Option("--samples", help="Rows of the corpus.")] = 64,
+    sequence_length: Length = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a micro-batch.")] = 1,
+    ridge: Annotated[float, typer.Option("--ridge", help="Damping, as a part of the mean squared input.")] = 0.01,
+    memory: Annotated[float, typer.Option("--memory", help="GB a rank for Gram matrices: layers at a time.")] = 4.0,
+    precision: Precision = "fp32",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
+    cp: Cp = 1,
+    dp: Dp = 1,
+    sp: Sp = False,
+    seed: Seed = 1234,
+) -> None:
+    """Solve anew what follows a cut of neurons or heads, by least squares on activations: forward passes only."""
+    from nemo_minitron.job import Calibration, Layout
+    from nemo_minitron.job.commands.compensate import run_compensate
+    from nemo_minitron.job.precision import settle
+
+    calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
+    layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, sp=sp)
+    found = run_compensate(model, plan, data, out, calibration, layout, ridge=ridge, memory=int(memory * 1e9))
+    print(f"{out}: {len(found.tensors)} matrices, from {samples * sequence_length:,} tokens")

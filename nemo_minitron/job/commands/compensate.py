@@ -1,0 +1,64 @@
+"""A model, a plan and a corpus -> the matrices that a cut of neurons or heads changes, solved anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import resolve
+from nemo_minitron.job.calibration import Calibration
+from nemo_minitron.job.commands.corpus import cache_of, tokenise
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.lock import locked
+from nemo_minitron.pruning.compensation import RIDGE, solvable
+from nemo_minitron.pruning.cut import check_plan
+
+MEMORY = 4_000_000_000  # bytes of Gram matrices on a rank
+ROWS = ("samples", "sequence_length", "batch_size", "precision", "seed")
+
+
+def run_compensate(
+    model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
+    ridge: float = RIDGE, memory: int = MEMORY,
+) -> Compensation:  # fmt: skip
+    """`minitron compensate`: leaves `out`, for `minitron prune --compensation`. Of `calibration` it takes the rows.
+
+    Raises InputError for what cannot run, before a model is loaded.
+    """
+    from nemo_minitron.nemo.sources import open_source
+
+    source = open_source(model)
+    made = PrunePlan.load(plan)
+    check_plan(made, source)
+    check_solvable(made, ridge, memory)
+    layout.check(source.architecture)
+    layout.check_sequence(calibration.sequence_length)
+    with locked(cache_of(out)):
+        tokens = tokenise(data, source.folder, cache_of(out) / "calibration")
+        solve_for(model, plan, tokens.prefix, out, calibration, layout, ridge=ridge, memory=memory)
+    return Compensation.load(out)
+
+
+def solve_for(
+    model: str, plan: Path, data: Path, out: Path, calibration: Calibration, layout: Layout, *,
+    ridge: float = RIDGE, memory: int = MEMORY, log: Path | None = None,
+) -> None:  # fmt: skip
+    """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix)."""
+    settings = {
+        "model": str(resolve(model)), "plan": str(plan), "data": str(data), "out": str(out), "ridge": ridge,
+        "memory": memory, "layout": dataclasses.asdict(layout),
+    }  # fmt: skip
+    settings |= {name: getattr(calibration, name) for name in ROWS}
+    launch("compensate", settings, layout.processes, log)
+
+
+def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = MEMORY) -> None:
+    """Raises InputError where there is nothing to solve, or for settings out of range."""
+    if not list(solvable(plan)):
+        raise InputError("the plan cuts neither ffn nor heads, so there is nothing to solve anew; cut without it")
+    for name, value in (("ridge", ridge), ("memory", memory)):
+        if not value > 0:
+            raise InputError(f"{name} is {value}; it must be above 0")
