@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.cache_logits import cache_logits
+from nemo_minitron.cli.compensate import compensate
 from nemo_minitron.cli.compress import compress
 from nemo_minitron.cli.distill import distill
 from nemo_minitron.cli.estimate import estimate
@@ -23,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (compress, estimate, plan, prune, distill, evaluate, report, doctor):
+for command in (compress, estimate, plan, compensate, prune, distill, cache_logits, evaluate, report, doctor):
     app.command()(command)
 
 
