@@ -147,7 +147,8 @@ def rank_all(run: Run) -> None:
         chosen, lambda name, steps: _curve(run, name, steps), steps=search.steps, rounds=search.rounds,
         stop=lambda name: _clear(run, name),
     )  # fmt: skip
-    _clear(run, ranking.winner)
+    for name in chosen:
+        _clear(run, name)
     for name, step in ranking.stopped.items():
         run.say(f"    {name}: stopped after step {step}")
     run.say(f"    {ranking.winner} wins; ranks settled at step {ranking.settled} of {search.steps}")

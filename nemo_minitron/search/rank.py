@@ -1,9 +1,9 @@
 """Brief distillation as the judge: a few candidates are trained a little, ranked, and the worse half stops.
 
 The papers train every candidate for as long (2407.14679, section 3: 400 steps, ranks settle after about 300). Here
-training goes in rounds, and after each the worse half of those still running stops (successive halving). That one
-stopped could not have won is likely, not certain: the ranks over steps, which are recorded, show whether they had
-settled.
+training goes in rounds, and after each the worse half of those still running stops (successive halving), but for the
+last two. That one stopped could not have won is likely, not certain: the ranks over steps, which are recorded, show
+whether they had settled.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def rank(
 ) -> Ranking:
     """Trains by `measure` and returns who won. All candidates must see the same batches in the same order.
 
-    `rounds` equal parts of `steps`; after each but the last, the better half, rounded up, goes on. A loss is the
-    mean over the steps since the mark before; `marks`: how many such marks there are in `steps`, at least one
-    a round. Of equal losses the earlier candidate is ahead. `stop` is told of each that goes no further.
+    `rounds` equal parts of `steps`; after each but the last, the better half, rounded up, but at least two, go on.
+    A loss is the mean over the steps since the mark before; `marks`: how many such marks there are in `steps`, at
+    least one a round. Of equal losses the earlier candidate is ahead. `stop` is told of each that is stopped.
 
     Raises InputError for no candidate, for a curve that lacks a step, and where all have diverged.
     """
@@ -81,7 +81,7 @@ def rank(
         for begin, place in _between(places, first, end):
             standings += _stand(curves, begin, place)
         order = [row.candidate for row in standings if row.step == end]
-        running = order[: -(-len(order) // 2)] if end != steps else order
+        running = order[: max(2, -(-len(order) // 2))] if end != steps else order
         for name in order[len(running) :]:
             stopped[name] = end
             if stop is not None:

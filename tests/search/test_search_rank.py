@@ -26,15 +26,19 @@ def measured(calls, losses=LOSSES):
 def test_the_worse_half_stops_after_each_round():
     calls = []
     found = rank(list(LOSSES), measured(calls), steps=12, rounds=3, marks=3)
-    assert calls == [(n, 4) for n in LOSSES] + [("early", 8), ("b", 8), ("early", 12)]
-    assert found.stopped == {"a": 4, "late": 4, "b": 8}
-    assert found.winner == "early"
+    assert calls == [(n, 4) for n in LOSSES] + [("early", 8), ("b", 8), ("early", 12), ("b", 12)]
+    assert found.stopped == {"a": 4, "late": 4}
+    assert found.winner == "b"
     rows = [(row.step, row.candidate, row.loss, row.rank) for row in found.standings]
     assert rows == [
         (4, "early", 1.5, 1), (4, "b", 2.0, 2), (4, "late", 2.5, 3), (4, "a", 3.0, 4),
-        (8, "early", 1.5, 1), (8, "b", 2.0, 2), (12, "early", 4.0, 1),
+        (8, "early", 1.5, 1), (8, "b", 2.0, 2), (12, "b", 2.0, 1), (12, "early", 4.0, 2),
     ]  # fmt: skip
-    assert found.settled == 4
+    assert found.settled == 12
+    told = []
+    five = LOSSES | {"worst": lambda step: 5.0}
+    rank(list(five), measured([], five), steps=12, rounds=3, stop=told.append)
+    assert told == ["a", "worst", "b"]  # five, three, two
 
 
 def test_one_round_trains_all_to_the_end_as_the_papers_do():

@@ -1,0 +1,100 @@
+"""A recipe with a budget, from candidates to the report; what was done is not done again."""
+
+import csv
+import json
+
+import pytest
+from command_line import TEXTS, losses, minitron
+from pico import pico_llama
+from words import save_tokenizer
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.families import from_hf
+from nemo_minitron.search import plan
+
+STEPS = 4
+RECIPE = f"""
+from nemo_minitron.job import *
+def recipe():
+    return Job(
+        name="pico", teacher="teacher", data=Data("corpus.jsonl", "corpus.jsonl"), keep={{"hidden": 48}},
+        search=Search(params="140K", candidates=3, distil=2, steps={STEPS}, rounds=2, tokens=64),
+        calibration=Calibration(samples=4, sequence_length=36, batch_size=2),
+        distillation=Distillation(
+            tokens=36 * 2 * {STEPS}, sequence_length=36, global_batch_size=2, learning_rate=1e-3, warmup_steps=1,
+            precision="fp32", save_every=3,
+        ),
+        evaluation=Evaluation(tokens=64, sequence_length=32, precision="fp32"),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("search")
+    pico_llama(folder / "teacher", vocab_size=509)
+    save_tokenizer(folder / "teacher", TEXTS, 509)
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (folder / "recipe.py").write_text(RECIPE)
+    dry = minitron(folder, "compress", "recipe.py", "--dry-run")
+    assert not (folder / "runs").exists()
+    return folder, dry, minitron(folder, "compress", "recipe.py", "--out", "run")
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def winner_of(ranks):
+    return next(row["candidate"] for row in ranks if (row["step"], row["rank"]) == (STEPS, 1))
+
+
+@pytest.mark.slow
+def test_from_budget_to_report(searched):
+    folder, dry, _ = searched
+    run, teacher = folder / "run", from_hf(folder / "teacher")
+    listed, measured, ranks = (read(run / "search" / f"{name}.json") for name in ("candidates", "measured", "ranks"))
+    assert "3 are cut and measured, 2 distilled for 4 steps in 2 rounds" in dry
+    assert "candidates, measure, rank, plan" in dry
+    assert len(listed) == 3
+    assert {row["name"] for row in measured} == {row["name"] for row in listed}
+    assert [row["loss"] for row in measured] == sorted(row["loss"] for row in measured)
+    chosen = [row["name"] for row in measured[:2]]
+    assert {row["candidate"] for row in ranks} == set(chosen)
+    winner = winner_of(ranks)
+    assert {row["step"] for row in ranks} == set(range(1, STEPS + 1))
+    scores, made = Scores.load(run / "scores.safetensors"), PrunePlan.load(run / "plan.json")
+    sizes = {name: next(row for row in listed if row["name"] == winner)[name] for name in ("layers", "ffn")}
+    assert made.keep == plan(scores, sizes).keep
+    assert made.target.hidden_size == teacher.hidden_size
+    assert from_hf(run / "student") == made.target
+    assert 133_000 <= made.target.parameters() <= 147_000
+    report = (run / "report.html").read_text()
+    assert "Ranks of brief distillation" in report
+    with open(run / "figures" / "ranks.csv", newline="") as file:
+        assert [(int(r["step"]), r["candidate"]) for r in csv.DictReader(file)] == [
+            (r["step"], r["candidate"]) for r in ranks
+        ]
+    assert not list(run.glob("search/*/distilled"))  # checkpoints that nothing goes on from
+
+
+@pytest.mark.slow
+def test_stopped_and_gone_on_is_one_training(searched):
+    """The winner was stopped after half its steps; the job's own distillation of it, as long, was not."""
+    run = searched[0] / "run"
+    winner = winner_of(read(run / "search" / "ranks.json"))
+    assert read(run / "search" / winner / "curve.json")["losses"] == losses(run / "checkpoints/distilled/loss.csv")
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(searched):
+    """Its last stage's result is gone: nothing is cut, measured or trained again, and the winner is the same."""
+    folder, *_ = searched
+    run = folder / "run"
+    before = (run / "search" / "ranks.json").read_bytes(), (run / "plan.json").read_bytes()
+    (run / "search" / "ranks.json").unlink()
+    output = minitron(folder, "compress", "recipe.py", "--out", "run")
+    assert "measure: done before, skipped" in output
+    assert f"to step {STEPS}" not in output.replace(f"step {STEPS}/{STEPS}", "")
+    assert ((run / "search" / "ranks.json").read_bytes(), (run / "plan.json").read_bytes()) == before
