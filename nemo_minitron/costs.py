@@ -154,8 +154,9 @@ def activations(
     v, attention's output, the MLP's branches and their product (of a mixture: each chosen expert's, with the
     token's copy and its output). Attention is fused: no scores. `recompute="selective"` keeps no norm's output
     and no product of branches; `"full"` keeps each layer's input, and one layer's activations at a time.
-    `logits`: how many values of the vocabulary's width are there at once on the last stage: the logits and their
-    gradient, in distillation also the teacher's.
+    This is what Transformer Engine's fused layers keep; the reference layers, of single operations, keep up to
+    twice as much. `logits`: how many values of the vocabulary's width are there at once on the last stage: the
+    logits and their gradient, in distillation also the teacher's.
 
     Stages hold as many micro-batches as 1F1B has under way, or its interleaved form under virtual stages.
     Raises InputError for an unknown recomputation.
