@@ -16,6 +16,7 @@ from nemo_minitron.cli.estimate import estimate
 from nemo_minitron.cli.evaluate import evaluate
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
+from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.errors import InputError
 
@@ -25,7 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (compress, estimate, plan, compensate, prune, distill, cache_logits, evaluate, report, doctor):
+COMMANDS = (
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, evaluate, report, doctor,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

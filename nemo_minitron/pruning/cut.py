@@ -12,6 +12,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf
 from nemo_minitron.pruning.folder import HFSource
 from nemo_minitron.pruning.tensors import source_digest
+from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 
 PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
@@ -33,7 +34,8 @@ def prune(
 
     Weights keep their dtype; configs, tokenizer and other small files come along, model cards do not; the
     plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are rounded to the teacher's dtype and
-    taken in place of the plan's slices. The folder appears whole or not at all.
+    taken in place of the plan's slices. A plan that cuts the vocabulary cuts tokenizer.json with it, and renumbers
+    tokens in the configs (`vocabulary.py`). The folder appears whole or not at all.
 
     Raises InputError for a damaged teacher, plan or compensation, ones made for another model or plan, a student's
     folder that is not empty (without `overwrite`) or overlaps the teacher's, and a disk that is too small or fails.
@@ -41,10 +43,9 @@ def prune(
     source_folder, student = resolve(teacher), Path(student)
     _check_place(source_folder, student, overwrite)
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
-    if "vocab" in plan.keep:
-        raise InputError("the plan cuts the vocabulary, but the tokenizer cannot be cut yet; leave 'vocab' out")
     source = HFSource(source_folder)
     check_plan(plan, source)
+    tokenizer = Vocabulary(source_folder).cut(plan.keep["vocab"]) if "vocab" in plan.keep else None
     config = to_hf(plan.target, source.config)
     if isinstance(compensation, (str, Path)):
         compensation = Compensation.load(compensation)
@@ -55,6 +56,8 @@ def prune(
             )  # fmt: skip
             _copy_side_files(source_folder, folder)
             write_json(folder / "config.json", config)
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, plan.keep["vocab"], folder)
             save_record(folder, plan, compensation)
     except OSError as error:
         raise InputError(f"the student '{student}' could not be written: {error}") from error

@@ -166,14 +166,6 @@ def test_digest_of_a_stored_dtype(tmp_path):
     assert source_digest(HFSource(wide)) == source_digest(HFSource(narrow)) != source_digest(HFSource(other))
 
 
-def test_vocabulary_cuts_are_refused(tmp_path):
-    teacher = pico_llama(tmp_path / "t")
-    source = from_hf(teacher)
-    plan = PrunePlan(source=source, target=source.replace(vocab_size=8), keep={"vocab": list(range(8))})
-    with pytest.raises(InputError, match="vocabulary"):
-        prune(teacher, plan, tmp_path / "s")
-
-
 def test_places_that_are_refused(tmp_path):
     teacher = pico_llama(tmp_path / "a" / "t")
     plan = identity(from_hf(teacher))
