@@ -1,0 +1,23 @@
+"""`minitron rank-tokens`: a tokenizer and text -> which tokens matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.options import Data
+
+
+def rank_tokens(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Scores, to which it is added.")] = Path("scores.safetensors"),
+) -> None:
+    """Count a corpus' tokens, for plans that keep fewer (`minitron plan --keep vocab=N`)."""
+    from nemo_minitron.job.commands.rank_tokens import rank_tokens as run
+
+    scores = run(model, data, out)
+    found = scores.notes["vocab"]
+    print(f"{out}: {found['seen']:,} of {len(scores['vocab']):,} tokens occur in {found['tokens']:,}")

@@ -1,0 +1,223 @@
+"""A vocabulary that is cut with its embeddings: tokenizer.json rewritten, ids renumbered in every config.
+
+Text whose tokens all stay is encoded as before (under the new ids), other text through smaller pieces, and both
+decode to what they were: byte tokens, special tokens and, for BPE, what a kept token is merged from always stay. For
+BPE that is enough: merges that a text went through lie within its tokens, in the order in which each token alone is
+merged, so none is missing and none is overtaken. A Unigram model's best path stays the best of fewer.
+Only JSON is read and written; byte-level and byte-fallback BPE and Unigram, as Hugging Face's `tokenizers` has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.errors import InputError
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+STALE = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.txt")
+"""Files of slow tokenizers, which say the same as tokenizer.json and would now lie."""
+CHUNK = 1 << 24  # tokens counted at a time
+
+
+def count_tokens(tokens: Any, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in a tokenised corpus (`nemo.data.Tokens`), int64 [vocab_size].
+
+    Raises InputError for a corpus of another tokenizer.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, tokens.tokens, CHUNK):
+        found = np.bincount(tokens.stream(start, min(CHUNK, tokens.tokens - start)))
+        if len(found) > vocab_size:
+            raise InputError(f"the corpus holds token {len(found) - 1}; the model has 0 to {vocab_size - 1}")
+        counts[: len(found)] += found
+    return counts
+
+
+class Vocabulary:
+    """The tokenizer.json of a model folder, and which of its tokens hang together.
+
+    `tokens`: text -> id, added tokens included; `required`: ids that always stay. Raises InputError for a folder
+    without tokenizer.json and for models other than byte-level or byte-fallback BPE and Unigram.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.values = read_json(self.folder / "tokenizer.json", "the tokenizer")
+        try:
+            self.model = self.values["model"]
+            self.kind = self.model["type"]
+            self._check()
+            self.added = {token["content"]: token["id"] for token in self.values["added_tokens"]}
+            listed = self.model["vocab"]
+            own = dict(listed) if self.kind == "BPE" else {token: i for i, (token, _) in enumerate(listed)}
+            self.tokens: dict[str, int] = own | self.added
+            self.required = self._required()
+            self._ranks = {pair: rank for rank, pair in enumerate(self._merges())}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"'{self.folder / 'tokenizer.json'}' is no tokenizer ({error!r})") from None
+
+    def _check(self) -> None:
+        if self.kind not in ("BPE", "Unigram"):
+            raise InputError(f"a {self.kind} tokenizer cannot be cut; BPE and Unigram can: leave 'vocab' out")
+        if self.kind == "BPE" and (self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix")):
+            raise InputError("a BPE tokenizer that marks the parts of words cannot be cut; leave 'vocab' out")
+
+    def _required(self) -> set[int]:
+        """Added tokens, the unknown one, single characters, bytes, and ids that configs name."""
+        unknown = self.model.get("unk_token") if self.kind == "BPE" else self.model.get("unk_id")
+        required = set(self.added.values()) | set(self._named())
+        if unknown is not None:
+            required.add(self.tokens[unknown] if isinstance(unknown, str) else unknown)
+        bytes_ = {i for token, i in self.tokens.items() if BYTE.fullmatch(token)}
+        if self.model.get("byte_fallback") and len(bytes_) == 256:
+            return required | bytes_
+        return required | {i for token, i in self.tokens.items() if len(token) == 1}
+
+    def _named(self) -> Iterator[int]:
+        for name in ("config.json", "generation_config.json"):
+            if (self.folder / name).is_file():
+                for _, ids in _named_ids(read_json(self.folder / name, "the config")):
+                    yield from ids
+
+    def _merges(self) -> list[tuple[str, str]]:
+        """In the order of their ranks; older files write a pair as one text."""
+        merges = self.model.get("merges", [])
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a merge is not of two tokens")
+        return pairs
+
+    # -- what hangs together -------------------------------------------------------------------------
+    def parts(self, token: str) -> set[int]:
+        """Ids of what `token` is merged from on its own, itself not among them; of Unigram nothing."""
+        if self.kind != "BPE" or token in self.added:
+            return set()
+        pieces, through = list(token), set(token)
+        while len(pieces) > 1:
+            pairs = enumerate(itertools.pairwise(pieces))
+            rank, at = min((self._ranks.get(pair, len(self._ranks)), at) for at, pair in pairs)
+            if rank == len(self._ranks):
+                return set()  # merges alone never make it
+            pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+            through.add(pieces[at])
+        return {self.tokens[piece] for piece in through - {token} if piece in self.tokens}
+
+    def scores(self, counts: np.ndarray) -> np.ndarray:
+        """`counts` [V] -> places by count, V for the first and 1 for the last, fp32 [V]: the best n hang together, for
+        every n that holds the required ones.
+
+        Required tokens come first. What a token is merged from counts at least as much as it, and comes before it.
+        Rows without a token come last. Places, not counts, so that no two are equal, and fp32 tells them apart.
+        """
+        raised, length = np.full(len(counts), -1.0), np.zeros(len(counts))
+        for token, i in self.tokens.items():
+            raised[i], length[i] = counts[i], len(token)
+        for token, i in sorted(self.tokens.items(), key=lambda item: -len(item[0])):
+            for part in self.parts(token):  # shorter, so that its own turn comes later
+                raised[part] = max(raised[part], raised[i])
+        raised[sorted(self.required)] = np.inf
+        places = np.empty(len(counts), np.float32)
+        places[np.lexsort((np.arange(len(counts)), length, -raised))] = np.arange(len(counts), 0, -1)
+        return places
+
+    # -- the cut -------------------------------------------------------------------------------------
+    def check(self, kept: Sequence[int]) -> None:
+        """Raises InputError where a required token goes, or one that a kept token is merged from."""
+        stays, names = set(kept), {i: token for token, i in self.tokens.items()}
+        if self.required - stays:
+            gone = min(self.required - stays)
+            raise InputError(
+                f"the plan drops token {gone} ({names.get(gone, 'named in the config')!r}), which has to stay: the "
+                f"nearest legal vocabulary keeps all {len(self.required)} special tokens, bytes and characters"
+            )
+        for i in kept:
+            lost = self.parts(names[i]) - stays if i in names else None
+            if lost:
+                raise InputError(
+                    f"the plan keeps token {i} ({names[i]!r}) and drops {min(lost)} ({names[min(lost)]!r}), of which "
+                    "it is merged; keep both or neither, as a plan by `Vocabulary.scores` does"
+                )
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Any]:
+        """The tokenizer.json of the tokens `kept` (sorted old ids), whose new ids are their places. Checks first."""
+        self.check(kept)
+        new = {old: i for i, old in enumerate(kept)}
+        values = json.loads(json.dumps(self.values))
+        model = values["model"]
+        if self.kind == "BPE":
+            model["vocab"] = {token: new[i] for token, i in model["vocab"].items() if i in new}
+            stays = model["vocab"].keys()
+            pairs = zip(self._merges(), model["merges"], strict=True)
+            model["merges"] = [m for (a, b), m in pairs if a in stays and b in stays and a + b in stays]
+        else:
+            model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
+            if model.get("unk_id") is not None:
+                model["unk_id"] = new[model["unk_id"]]
+        for token in values["added_tokens"]:
+            token["id"] = new[token["id"]]
+        for part in ("post_processor", "padding"):
+            values[part] = _renumbered(values.get(part), {token: new[i] for token, i in self.added.items()}, new)
+        return values
+
+
+def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Path) -> None:
+    """Puts a tokenizer that was cut into `student`, and the new ids into the configs that were copied there."""
+    new = {old: i for i, old in enumerate(kept)}
+    write_json(student / "tokenizer.json", tokenizer)
+    for name in STALE:
+        (student / name).unlink(missing_ok=True)
+    for name in ("config.json", "generation_config.json"):
+        if (student / name).is_file():
+            values = read_json(student / name, "the config")
+            for key, _ in list(_named_ids(values)):
+                values[key] = _mapped(values[key], new)
+            write_json(student / name, values)
+    file = student / "tokenizer_config.json"
+    if file.is_file():
+        values = read_json(file, "the tokenizer's config")
+        decoder = values.get("added_tokens_decoder", {})
+        values["added_tokens_decoder"] = {str(new[int(i)]): token for i, token in decoder.items()}
+        write_json(file, values)
+
+
+def _named_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
+    """Fields of a config that name tokens, and their ids; -1 and null name none."""
+    for key, value in config.items():
+        if key.endswith(("token_id", "token_ids", "suppress_tokens")):
+            ids = value if isinstance(value, list) else [value]
+            yield key, [i for i in ids if type(i) is int and i >= 0]
+
+
+def _mapped(value: Any, new: Mapping[int, int]) -> Any:
+    if isinstance(value, list):
+        return [_mapped(i, new) for i in value]
+    return new[value] if type(value) is int and value >= 0 else value
+
+
+def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) -> Any:
+    """A post-processor or padding with new ids: `ids` lists, `pad_id`, and pairs of a token's text and its id."""
+    if isinstance(value, list):
+        if len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int and value[0] in by_text:
+            return [value[0], by_text[value[0]]]
+        return [_renumbered(part, by_text, new) for part in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, part in value.items():
+        if key == "ids" and isinstance(part, list):
+            found[key] = [new[i] for i in part]
+        elif key == "pad_id":
+            found[key] = new[part]
+        else:
+            found[key] = _renumbered(part, by_text, new)
+    return found
