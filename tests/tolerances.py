@@ -63,3 +63,22 @@ SOLVED_FP32 = 1e-6
 # Gram matrices of fp32 activations against float64: activations carry some units of fp32 from the layers before, and
 # products are summed in fp32 within a micro-batch. Relative to the largest element.
 GRAM_FP32 = 5e-6
+
+# A loss between intermediate states of pico models against float64: norms and a projection of fp32 states that went
+# through a few layers. Relative. Its gradients went back through them too: relative to the tensor's largest element.
+STATE_LOSS_FP32 = 1e-5
+STATE_GRADIENT_FP32 = 5e-5
+
+# Bytes that autograd keeps of the reference layers over those counted, which are of Transformer Engine's fused layers:
+# norms, rotation and SwiGLU are several operations there (1.1 to 1.8 times as much in the cases tested). Factor.
+ACTIVATIONS_REFERENCE = 2.0
+
+# Reverse KL's gradient: a probability times a difference of log ratios; logits over T reach about 30 and are right to
+# a unit of fp32 (1e-6) there. Absolute.
+LOG_RATIO_GRADIENT_FP32 = 2e-6
+
+# The fused head in fp32 against float64: logits are sums over the hidden size. Relative, to 1 + KL or to the largest
+# gradient. In bf16 logits are rounded as any bf16 output layer's are (2**-9 of a logit, which reaches about 10), and
+# the gradients of logits and hidden states once more each.
+FUSED_FP32 = 2e-6
+FUSED_BF16 = 2**-5

@@ -1,51 +1,181 @@
-"""Run under torchrun: losses on vocabulary shards against the unsharded float64 reference, on every rank."""
+"""Run under torchrun (or alone): losses on vocabulary shards against the unsharded float64 reference, on every rank.
 
+`losses_worker.py FOLDER [triton]`: the numbers of each case to FOLDER/RANK.json; with `triton`, only what has kernels,
+by them. Imported by the tests for the cases and the references.
+"""
+
+import itertools
 import json
 import sys
 from datetime import timedelta
 from pathlib import Path
 
-CASES = [  # vocabulary, shape of tokens, temperature, dtype
-    (509, (3, 5), 1.0, "float32"),
-    (509, (7,), 2.0, "float32"),
-    (512, (2, 3), 0.5, "float32"),
-    (2, (4,), 1.0, "float32"),  # at world 3 the last rank holds no column at all
-    (509, (3, 5), 1.0, "bfloat16"),
+NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "cosine", "mse", "top_k_kl")
+COLLECTIVES = {"jensen_shannon": 2}  # of the others 1; one more where the teacher's padding is another
+LAYOUTS = [  # vocabulary; what a rank's student and teacher shards are wider than need be (None: no padding at all)
+    (509, None, None),
+    (509, 0, 0),
+    (509, 0, 1),  # at TP = 4 the student is padded to 512, the teacher to 516
+    (509, 300, 5),  # the last ranks hold student padding alone
+    (2, None, None),  # at TP = 3 the last rank holds no column at all
+]
+SHAPES = [((3, 5), 1.0, 1 << 20), ((7,), 3.0, 600), ((2, 1, 2), 0.5, 1)]  # tokens, temperature, chunk
+DTYPES = ("float32", "bfloat16")
+CASES = [
+    {"loss": loss, "layout": layout, "shape": shape, "temperature": t, "chunk": chunk, "dtype": dtype, "k": k}
+    for loss, layout, (shape, t, chunk), dtype in itertools.product(NAMES, LAYOUTS, SHAPES, DTYPES)
+    for k in ((1, 40, 600) if loss == "top_k_kl" else (None,))
+]
+FUSED = [
+    {"layout": layout, "dtype": dtype, "sp": sp, "given": given, "mask": mask, "temperature": 1.0 + mask}
+    for layout, dtype, sp, (given, mask) in itertools.product(
+        [layout for layout in LAYOUTS if layout[1] is not None], DTYPES, (False, True), ((0, 0), (0, 1), (1, 1))
+    )
 ]
 
 
-def reference(student, teacher, temperature, weights):
-    """Value and gradient in float64, by autograd."""
+def reference(name, student, teacher, temperature=1.0, k=None):
+    """The loss of float64 logits [..., V], by the book; autograd gives its gradient."""
     import torch
 
-    s = student.double().requires_grad_()
-    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (s, teacher.double()))
-    loss = (log_t.exp() * (log_t - log_s)).sum(-1) * temperature**2
-    (loss * weights.double()).sum().backward()
-    return loss.detach(), s.grad if s.grad is not None else torch.zeros_like(s)
+    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    if name == "cosine":
+        return 1 - torch.cosine_similarity(student, teacher, -1)
+    if name == "mse":
+        return (student - teacher).square().mean(-1)
+    if name == "top_k_kl" and k < student.shape[-1]:
+        first = teacher.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        chosen = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, first, True)
+        log_s, log_t = (
+            torch.cat([x.gather(-1, first), x.masked_fill(chosen, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+            for x in (log_s, log_t)
+        )
+    pairs = {"reverse_kl": [(log_s, log_t)], "jensen_shannon": []}.get(name, [(log_t, log_s)])
+    if name == "jensen_shannon":
+        middle = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+        pairs = [(log_t, middle), (log_s, middle)]
+    kl = [(p.exp() * (p - q)).sum(-1) for p, q in pairs]
+    return sum(kl) / len(kl) * temperature**2
 
 
-def run_case(vocab, shape, temperature, dtype, rank, world):
+def random(vocab, shape, dtype, seed=0):
+    """Student and teacher logits [*shape, V], and weights of the tokens, of which the first does not count."""
     import torch
 
-    from nemo_minitron.distillation.losses import forward_kl
-
-    generator = torch.Generator().manual_seed(vocab)
-    student, teacher = (torch.randn(*shape, vocab, generator=generator).mul(3).to(getattr(torch, dtype)) for _ in "st")
+    generator = torch.Generator().manual_seed(1000 * vocab + seed)
+    logits = [torch.randn(*shape, vocab, generator=generator).mul(3).to(getattr(torch, dtype)) for _ in "st"]
     weights = torch.rand(shape, generator=generator)
-    part = -(-vocab // world)
-    mine = slice(min(vocab, rank * part), min(vocab, (rank + 1) * part))
-    local = student[..., mine].detach().clone().requires_grad_()
-    group = torch.distributed.group.WORLD
-    loss = forward_kl(local, teacher[..., mine], temperature, group)
+    weights.view(-1)[0] = 0
+    return *logits, weights
+
+
+def shard(whole, extra, rank, world):
+    """(This rank's rows of [V, ...], how many are true): padded with NaN, or unpadded, when a rank may hold fewer."""
+    import torch
+
+    width = -(-len(whole) // world) + (extra or 0)
+    rows = whole[rank * width : (rank + 1) * width]
+    if extra is None:
+        return rows.clone(), len(rows)
+    filling = whole.new_full((width - len(rows), *whole.shape[1:]), torch.nan)
+    return torch.cat([rows, filling]), len(rows)
+
+
+def counted():
+    """Counts calls of collectives from now on."""
+    import torch
+
+    calls = []
+    for name in ("all_gather", "all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        real = getattr(torch.distributed, name)
+
+        def count(*given, _real=real, _name=name, **more):
+            calls.append(_name)
+            return _real(*given, **more)
+
+        setattr(torch.distributed, name, count)
+    return calls
+
+
+def run_case(case, calls, rank, world, group):
+
+    from nemo_minitron.distillation import losses
+    from nemo_minitron.distillation.losses import _per_token
+
+    vocab, extra_s, extra_t = case["layout"]
+    student, teacher, weights = random(vocab, case["shape"], case["dtype"])
+    _per_token.CHUNK["cpu"] = case["chunk"]
+    mine, true = shard(student.movedim(-1, 0), extra_s, rank, world)
+    theirs = shard(teacher.movedim(-1, 0), extra_t, rank, world)[0].movedim(0, -1)
+    local = mine.movedim(0, -1).contiguous().requires_grad_()
+    k = [case["k"]] if case["k"] else []
+    calls.clear()
+    vocab_size = None if extra_s is None else vocab
+    # A leaf may not be overwritten: in place on a product of it, as the head's output is one.
+    logits, in_place = (local * 1, True) if case["chunk"] == 600 else (local, False)
+    loss = getattr(losses, case["loss"])(logits, theirs, *k, case["temperature"], group, vocab_size, in_place)
     (loss * weights).sum().backward()
-    value, gradient = reference(student, teacher, temperature, weights)
-    wrong = (local.grad.double() - gradient[..., mine]).abs()
+    exact = student.double().requires_grad_()
+    value = reference(case["loss"], exact, teacher.double(), case["temperature"], case["k"])
+    (value * weights.double()).sum().backward()
+    expected, _ = shard(exact.grad.movedim(-1, 0), extra_s, rank, world)
+    wrong = (local.grad.double() - expected.movedim(0, -1))[..., :true].abs()
     return {
         "value": ((loss.double() - value).abs() / (1 + value)).max().item(),
         "gradient": wrong.max().item() if wrong.numel() else 0.0,
-        "largest": gradient.abs().max().item(),
-        "finite": bool(torch.isfinite(loss).all()),
+        "largest": exact.grad.abs().max().item(),
+        "padding": local.grad[..., true:].abs().sum().item(),
+        "collectives": len(calls),
+        "dtypes": [str(loss.dtype), str(local.grad.dtype)],
+    }
+
+
+def run_fused(case, calls, rank, world, group):
+    """Hidden 24 and 40, 4 x 3 tokens; the reference's hidden states, heads and logits are float64 and whole."""
+    import torch
+
+    from nemo_minitron.distillation import fused_head
+    from nemo_minitron.distillation.losses import _per_token
+
+    vocab, extra_s, extra_t = case["layout"]
+    fused_head.CHUNK["cpu"], _per_token.CHUNK["cpu"] = 3 * (-(-vocab // world) + extra_s), 1 << 20
+    dtype, s, b = getattr(torch, case["dtype"]), 4 * world, 3
+    generator = torch.Generator().manual_seed(vocab)
+    hidden, weight, t_hidden, t_weight = (
+        torch.randn(*shape, generator=generator).mul(scale).to(dtype)
+        for shape, scale in (((s, b, 24), 1), ((vocab, 24), 0.6), ((s, b, 40), 1), ((vocab, 40), 0.5))
+    )
+    mask = torch.randint(0, 3, (s, b), generator=generator).float() if case["mask"] else None
+    mine = hidden.chunk(world)[rank] if case["sp"] else hidden
+    mine, theirs = mine.clone().requires_grad_(), t_hidden.chunk(world)[rank] if case["sp"] else t_hidden
+    (head, true), (t_head, _) = shard(weight, extra_s, rank, world), shard(t_weight, extra_t, rank, world)
+    head = head.requires_grad_()
+    teacher = {"teacher_logits": t_hidden @ t_head.t()} if case["given"] else {}
+    if not case["given"]:
+        teacher = {"teacher_hidden": theirs, "teacher_weight": t_head}
+    calls.clear()
+    loss = fused_head.fused_forward_kl(
+        mine, head, **teacher, temperature=case["temperature"], loss_mask=mask, vocab_size=vocab, group=group,
+        sequence_parallel=case["sp"],
+    )  # fmt: skip
+    forward = len(calls)
+    (loss * (2.5 if mask is None else 2.5 * mask)).sum().backward()
+    exact_h, exact_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact_t = t_hidden.double() @ t_weight.double().t()
+    value = reference("forward_kl", exact_h @ exact_w.t(), exact_t, case["temperature"])
+    if mask is not None:
+        value = value * (mask != 0)
+    (value * (2.5 if mask is None else 2.5 * mask)).sum().backward()
+    expected_h = exact_h.grad.chunk(world)[rank] if case["sp"] else exact_h.grad
+    expected_w, _ = shard(exact_w.grad, extra_s, rank, world)
+    wrong_w = (head.grad.double() - expected_w)[:true].abs()
+    return {
+        "value": ((loss.double() - value).abs() / (1 + value)).max().item(),
+        "hidden": ((mine.grad.double() - expected_h).abs().max() / exact_h.grad.abs().max()).item(),
+        "weight": (wrong_w.max() / exact_w.grad.abs().max()).item() if wrong_w.numel() else 0.0,
+        "padding": head.grad[true:].abs().sum().item(),
+        "tokens": s * b if mask is None else int((mask != 0).sum()),
+        "collectives": [forward, len(calls) - forward],
     }
 
 
@@ -53,11 +183,30 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    results = [run_case(*case, rank, world) for case in CASES]
+    rank, world, group = 0, 1, None
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        group = torch.distributed.group.WORLD
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    cases, launches = CASES, []
+    if "triton" in sys.argv:
+        from nemo_minitron.distillation.losses import _triton
+
+        _triton.usable = lambda logits: launches.append(1) or True
+        # Blocks of 64 columns, so that a row has several.
+        from nemo_minitron.distillation.losses import _triton_kernels
+
+        _triton_kernels.block = lambda width: 64
+        cases = [case for case in CASES if case["loss"] == "forward_kl"]
+    calls = counted()
+    results = {
+        "losses": [{**case, **run_case(case, calls, rank, world, group)} for case in cases],
+        "fused": [{**case, **run_fused(case, calls, rank, world, group)} for case in FUSED],
+    }
+    results["launches"] = len(launches)
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

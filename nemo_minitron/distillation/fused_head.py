@@ -1,0 +1,183 @@
+"""The output head and the KL in one: logits exist only for a chunk of tokens at a time, the teacher's as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.distillation.losses._per_token import Rule, solve
+from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_columns
+from nemo_minitron.distillation.losses.forward_kl import ForwardKL
+
+# Logits of a chunk, for each model, in the logits' dtype. On a CPU the two chunks have to stay near its cache; on a
+# GPU a chunk has to be large enough for the matrix products (1,024 tokens of a vocabulary of 131,072).
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+def fused_forward_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    *,
+    teacher_logits: Tensor | None = None,
+    temperature: float = 1.0,
+    loss_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    group: Any = None,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """`losses.forward_kl` of logits hidden @ weight.T, which are never there as a whole: -> [S, B], fp32.
+
+    student_hidden [S, B, H] and student_weight [V/tp, H], of one dtype, get gradients; teacher_hidden [S, B, Ht] with
+    teacher_weight [Vt/tp, Ht], or teacher_logits [S, B, Vt/tp], are constants. Weights are local shards of the
+    vocabulary, as Megatron's output layer or tied embedding holds them. `sequence_parallel`: both hidden states are
+    [S/tp, B, ...], gathered here, and the student's gradient is scattered again. `vocab_size`: the true vocabulary,
+    where weights are padded (see `losses`); a teacher of another padding has its weight re-sharded on every call: do
+    it once, with `losses._vocabulary.reshard`, where the weight stays.
+
+    `loss_mask` [S, B]: what each token's loss will be multiplied by, to a constant. A token of weight 0 costs nothing:
+    its logits are not computed and its loss is 0. Since the head's gradient is summed over tokens in the forward pass,
+    backward refuses (RuntimeError) a gradient of the loss that is no multiple of the mask (of 1 without one).
+
+    Collectives under TP: one a chunk; one for each gathered hidden state; in backward one, the all-reduce or
+    reduce-scatter of the hidden state's gradient. The weight's gradient is accumulated in fp32. Memory: two chunks of
+    logits, both gradients, gathered hidden states. Also raises ValueError as `losses` do.
+    """
+    if (teacher_logits is None) == (teacher_hidden is None or teacher_weight is None):
+        raise ValueError("the teacher is either teacher_logits or teacher_hidden with teacher_weight")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    gathered = group if sequence_parallel and ranks(group)[1] > 1 else None
+    teacher = _teacher(teacher_hidden, teacher_weight, teacher_logits, student_weight, vocab_size, group, gathered)
+    settings = (ForwardKL(), temperature, vocab_size, group, gathered)
+    return _FusedHead.apply(student_hidden, student_weight, teacher, loss_mask, settings, torch.is_grad_enabled())
+
+
+def _teacher(
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    student_weight: Tensor,
+    vocab_size: int | None,
+    group: Any,
+    gathered: Any,
+) -> Callable[[Any], Tensor]:
+    """Rows of tokens -> the teacher's logits [n, true columns of the student's shard]."""
+    width = len(student_weight)
+    of = logits.flatten(0, -2).t() if weight is None else weight  # type: ignore[union-attr]
+    of = of.detach()  # [Vt/tp, N] or [Vt/tp, Ht]: the vocabulary first
+    for have in (width, len(of)):
+        if vocab_size is not None and have * ranks(group)[1] < vocab_size:
+            raise ValueError(f"shards of {have} columns do not hold a vocabulary of {vocab_size}")
+    if len(of) != width:
+        if vocab_size is None:
+            raise ValueError(f"shards of {width} and {len(of)} columns: give the true vocab_size")
+        of = reshard(of, width, vocab_size, group)
+    true = width if vocab_size is None else true_columns(vocab_size, width, group)
+    of = of[:true]
+    if weight is None:
+        return lambda rows: of.t()[rows]
+    states = _gather_sequence(hidden.detach(), gathered).flatten(0, -2)  # type: ignore[union-attr]
+    return lambda rows: states[rows] @ of.t()
+
+
+class _FusedHead(torch.autograd.Function):
+    """Both gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher: Callable[[Any], Tensor],
+        loss_mask: Tensor | None,
+        settings: tuple[Rule, float, int | None, Any, Any],
+        enabled: bool,
+    ) -> Tensor:
+        rule, temperature, vocab_size, group, gathered = settings
+        states = _gather_sequence(hidden.detach(), gathered)
+        shape, states = states.shape[:-1], states.flatten(0, -2)
+        true = len(weight) if vocab_size is None else true_columns(vocab_size, len(weight), group)
+        head = weight.detach()[:true]
+        mask = None if loss_mask is None else loss_mask.reshape(-1).float()
+        wants_states, wants_weight = (enabled and wanted for wanted in ctx.needs_input_grad[:2])
+        d_states = torch.zeros_like(states) if wants_states else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        loss = torch.zeros(len(states), dtype=torch.float32, device=states.device)
+        for rows in _chunks(len(states), len(weight), mask, states.device):
+            h = states[rows]
+            logits = h @ head.t()
+            gradient = logits if wants_states or wants_weight else None  # over the logits themselves
+            loss[rows] = solve(rule, logits, teacher(rows), temperature, group, gradient)
+            if gradient is not None and mask is not None:
+                gradient.mul_(mask[rows, None])
+            if d_states is not None:
+                d_states[rows] = logits @ head
+            if d_weight is not None:
+                _add_product(d_weight[:true], logits, h)
+        ctx.save_for_backward(d_states, d_weight, mask)
+        ctx.shape, ctx.dtype, ctx.group, ctx.gathered = (*shape, hidden.shape[-1]), weight.dtype, group, gathered
+        return loss.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_states, d_weight, mask = ctx.saved_tensors
+        factor = _factor(outputs[0].reshape(-1).float(), mask)
+        if d_states is not None:
+            d_states = d_states.mul_(factor).reshape(ctx.shape)
+            d_states = _reduce(d_states, ctx.group, ctx.gathered)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(factor).to(ctx.dtype)
+        return d_states, d_weight, None, None, None, None
+
+
+def _chunks(tokens: int, width: int, mask: Tensor | None, device: torch.device) -> list[Any]:
+    """Slices of all tokens, or the indices of those whose weight is not 0; the same on every rank of the group."""
+    step = max(1, CHUNK[device.type] // max(width, 1))
+    if mask is None:
+        return [slice(start, start + step) for start in range(0, tokens, step)]
+    counted = mask.nonzero()[:, 0]
+    return list(counted.split(step)) if len(counted) else []
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total [W, H] += d_logits.T @ hidden, in fp32; below fp32 by blocks, so that no second [W, H] is needed."""
+    if d_logits.dtype == torch.float32:
+        total.addmm_(d_logits.t(), hidden)
+        return
+    for rows, columns in zip(total.split(4096), d_logits.split(4096, 1), strict=True):
+        rows.add_(columns.t() @ hidden)
+
+
+def _factor(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """c in gradient = c * mask, both [N]; where the mask is 0 the loss is constant, and any gradient will do."""
+    mask = torch.ones_like(gradient) if mask is None else mask
+    gradient = gradient * (mask != 0)
+    factor = (gradient * mask).sum() / (mask * mask).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    if ((gradient - factor * mask).abs() > 1e-5 * gradient.abs().max()).any():
+        raise RuntimeError("the loss's gradient is no multiple of loss_mask: give each token's weight as loss_mask")
+    return factor
+
+
+def _gather_sequence(shard: Tensor, group: Any) -> Tensor:
+    """[S/tp, ...] of every rank -> [S, ...]; no group: as it is."""
+    if group is None:
+        return shard
+    whole = shard.new_empty(shard.shape[0] * ranks(group)[1], *shard.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+    return whole
+
+
+def _reduce(partial: Tensor, group: Any, gathered: Any) -> Tensor:
+    """The sum over ranks: whole on each, or each its part of the sequence."""
+    if gathered is not None:
+        part = partial.new_empty(partial.shape[0] // ranks(gathered)[1], *partial.shape[1:])
+        torch.distributed.reduce_scatter_tensor(part, partial.contiguous(), group=gathered)
+        return part
+    if ranks(group)[1] > 1:
+        torch.distributed.all_reduce(partial, group=group)
+    return partial

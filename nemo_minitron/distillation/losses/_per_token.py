@@ -1,0 +1,179 @@
+"""What every loss shares: chunks of tokens, sums over the shards of the vocabulary, the gradient where it is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.distillation.losses._vocabulary import gather, ranks, reshard, true_columns
+
+# Logits that are held in fp32 at a time, for each model: on a CPU what stays in its cache.
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+
+class Rule:
+    """A loss as sums over the vocabulary and what follows from them, for n tokens on one shard of W columns.
+
+    `s` and `t` are fp32 [n, W], logits over T, and `room` as large: all three the rule's own to overwrite, for new
+    pages cost a CPU more than the sums. W may be 0: a rank of padding alone.
+    """
+
+    kernels: Any = None  # a module with `usable`, `statistics` and `write_gradient`: both passes on a GPU
+    refines = False  # whether `refine` has to be called: one more collective
+
+    def measure(self, s: Tensor, t: Tensor, room: Tensor) -> tuple[Tensor, Any]:
+        """This shard's part [k, n], and whatever `refine` and `gradient` want of the chunk."""
+        raise NotImplementedError
+
+    def combine(self, parts: Tensor, rank: int) -> Tensor:
+        """The parts of all shards [tp, k, n] -> what holds for the whole vocabulary [m, n]."""
+        return parts.sum(0)
+
+    def refine(self, work: Any, part: Tensor, whole: Tensor) -> Tensor:
+        """A second sum [j, n], which needs the first; added over the shards and put behind `whole`. Leaves `work`."""
+        raise NotImplementedError
+
+    def loss(self, whole: Tensor) -> Tensor:
+        """[n], not yet times T^2."""
+        raise NotImplementedError
+
+    def gradient(self, work: Any, part: Tensor, whole: Tensor) -> Tensor:
+        """d loss / d s [n, W], fp32; may be written over `work`."""
+        raise NotImplementedError
+
+
+def per_token(
+    student: Tensor,
+    teacher: Tensor,
+    rule: Rule,
+    temperature: float,
+    group: Any,
+    vocab_size: int | None,
+    in_place: bool,
+) -> Tensor:
+    """The loss [...] of logits [..., W]: see the package's contract."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    same = student.shape if vocab_size is None else student.shape[:-1]
+    if same != (teacher.shape if vocab_size is None else teacher.shape[:-1]):
+        raise ValueError(f"student logits are {tuple(student.shape)}, teacher's {tuple(teacher.shape)}")
+    for logits in (student, teacher):
+        if vocab_size is not None and logits.shape[-1] * ranks(group)[1] < vocab_size:
+            raise ValueError(f"shards of {logits.shape[-1]} columns do not hold a vocabulary of {vocab_size}")
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    return _PerToken.apply(student, teacher.detach(), rule, temperature, group, vocab_size, in_place, wanted)
+
+
+class _PerToken(torch.autograd.Function):
+    """The gradient is computed in the forward pass, in the logits' own dtype, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        rule: Rule,
+        temperature: float,
+        group: Any,
+        vocab_size: int | None,
+        in_place: bool,
+        wanted: bool,
+    ) -> Tensor:
+        shape, width = student.shape[:-1], student.shape[-1]
+        rows = shape.numel()  # not -1: a rank may hold no column at all
+        s, t = student.detach().reshape(rows, width), teacher.reshape(rows, teacher.shape[-1])
+        gradient = (s if in_place else torch.empty_like(s)) if wanted else None
+        true = width if vocab_size is None else true_columns(vocab_size, width, group)
+        if vocab_size is not None:
+            t = reshard(t.t(), width, vocab_size, group).t() if t.shape[1] != width else t[:, :true]
+        inner = None if gradient is None else gradient[:, :true]
+        loss = solve(rule, s[:, :true], t, temperature, group, inner)
+        if gradient is not None:
+            gradient[:, true:].zero_()
+            ctx.save_for_backward(gradient)
+        ctx.shape = student.shape
+        return loss.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # In place: autograd's version check refuses a second backward rather than give a wrong one.
+        scale_rows(gradient, outputs[0].reshape(-1, 1))
+        return gradient.reshape(ctx.shape), *[None] * 7
+
+
+def scale_rows(gradient: Tensor, factors: Tensor) -> None:
+    """[rows, W] times [rows, 1] in place: the product in fp32 and rounded once, by chunks since torch copies there."""
+    for part, factor in zip(gradient.split(_step(gradient)), factors.split(_step(gradient)), strict=True):
+        part.mul_(factor)
+
+
+def _step(logits: Tensor) -> int:
+    """Rows of a chunk."""
+    return max(1, CHUNK[logits.device.type] // max(logits.shape[1], 1))
+
+
+def solve(
+    rule: Rule, student: Tensor, teacher: Tensor, temperature: float, group: Any, gradient: Tensor | None
+) -> Tensor:
+    """Logits [rows, W] -> loss [rows], fp32, T^2 included; writes d loss / d student into `gradient` [rows, W].
+
+    `gradient` may be `student` itself. One collective under TP, or two where the rule refines.
+    """
+    if rule.kernels is not None and rule.kernels.usable(student):
+        part = rule.kernels.statistics(student, teacher, temperature)
+        whole = rule.combine(gather(part, group), ranks(group)[0])
+        if gradient is not None:
+            rule.kernels.write_gradient(gradient, student, teacher, temperature, whole)
+        return rule.loss(whole) * temperature**2
+    step = _step(student)
+    chunks = [slice(start, start + step) for start in range(0, max(len(student), 1), step)]
+    run = _Run(rule, student, teacher, temperature, group, gradient)
+    if ranks(group)[1] > 1:  # all chunks share the collective, and are read again for the gradient
+        return run(chunks)
+    return torch.cat([run([at]) for at in chunks])
+
+
+class _Run:
+    """Some chunks from logits to loss and gradient, with the collectives once for all of them."""
+
+    def __init__(
+        self, rule: Rule, student: Tensor, teacher: Tensor, temperature: float, group: Any, gradient: Tensor | None
+    ) -> None:
+        self.rule, self.student, self.teacher = rule, student, teacher
+        self.temperature, self.group, self.gradient = temperature, group, gradient
+        rows, width = min(_step(student), len(student)), student.shape[1]
+        self.room = torch.empty(3, rows, width, dtype=torch.float32, device=student.device)
+
+    def measure(self, at: slice) -> tuple[Tensor, Any]:
+        s, t, room = self.room[:, : len(self.student[at])]
+        for chunk, logits in ((s, self.student), (t, self.teacher)):
+            chunk.copy_(logits[at])
+            if self.temperature != 1:
+                chunk.div_(self.temperature)
+        return self.rule.measure(s, t, room)
+
+    def __call__(self, chunks: list[slice]) -> Tensor:
+        rule, rank = self.rule, ranks(self.group)[0]
+        if len(chunks) == 1:
+            part, kept = self.measure(chunks[0])
+            parts = [part]
+        else:  # a chunk's fp32 copy is made again rather than kept
+            parts, kept = [self.measure(at)[0] for at in chunks], None
+
+        def work(at: slice) -> Any:
+            return self.measure(at)[1] if kept is None else kept
+
+        whole = rule.combine(gather(torch.cat(parts, 1), self.group), rank)
+        split = whole.split([part.shape[1] for part in parts], 1)
+        if rule.refines:
+            second = [rule.refine(work(at), *of) for at, *of in zip(chunks, parts, split, strict=True)]
+            whole = torch.cat([whole, gather(torch.cat(second, 1), self.group).sum(0)])
+            split = whole.split([part.shape[1] for part in parts], 1)
+        if self.gradient is not None:
+            for at, part, of in zip(chunks, parts, split, strict=True):
+                slope = rule.gradient(work(at), part, of)
+                self.gradient[at] = slope if self.temperature == 1 else slope.mul_(self.temperature)
+        return rule.loss(whole) * self.temperature**2

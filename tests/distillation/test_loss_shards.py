@@ -1,0 +1,70 @@
+"""Every loss in every sharding against the unsharded float64 reference: value, gradient, padding, collectives.
+
+Mutations tried by hand, each of which makes a case here fail: the teacher's padding left where it is; the maxima
+of one shard taken for all; the cross term not shifted to the common maximum; top-k of each shard rather than of the
+whole; ties of bf16 logits broken by torch's top-k; T in the place of T^2; the tail's pull left out of the gradient;
+the gradient multiplied by TP.
+"""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from losses_worker import CASES, COLLECTIVES, DTYPES, NAMES
+from test_fused_head import check_fused
+from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).parent / "losses_worker.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """world -> one list of ranks; each world size is started once, with all cases of losses and of the fused head."""
+
+    @cache
+    def run(world):
+        folder = tmp_path_factory.mktemp("losses")
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+        command = [sys.executable, *start, str(WORKER), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shards_equal_the_whole(world, name, dtype, results):
+    for rank in results(world):
+        assert len(rank["losses"]) == len(CASES)
+        for case in rank["losses"]:
+            if (case["loss"], case["dtype"]) == (name, dtype):
+                check(case, world)
+
+
+def check(case, world):
+    temperature, (_, extra_s, extra_t) = case["temperature"], case["layout"]
+    assert case["value"] < KL_FP32 * max(1, temperature**2), case
+    allowed = LOG_RATIO_GRADIENT_FP32 if case["loss"] == "reverse_kl" else KL_GRADIENT_FP32
+    # bf16: stored once, then scaled by the token's weight and stored again.
+    stored = 2 * GRADIENT_BF16 * case["largest"] if case["dtype"] == "bfloat16" else 0
+    assert case["gradient"] < allowed * max(1, temperature, case["largest"]) + stored, case
+    assert case["padding"] == 0, case
+    assert case["dtypes"] == ["torch.float32", f"torch.{case['dtype']}"], case
+    several = COLLECTIVES.get(case["loss"], 1) + (extra_s != extra_t)
+    assert case["collectives"] == (several if world > 1 else 0), case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_fused_head(world, dtype, results):
+    for rank in results(world):
+        for case in rank["fused"]:
+            if case["dtype"] == dtype:
+                check_fused(case, world)
