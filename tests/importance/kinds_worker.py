@@ -5,6 +5,7 @@ Arguments: a folder (masks and the kinds' checkpoints, which the run in one proc
 output folder. Rank 0 writes the scores of a case.
 """
 
+import itertools
 import json
 import sys
 import traceback
@@ -25,8 +26,10 @@ EXTRA = {  # axes beside the default ones
     "gpt": ["ffn_pre_activation"],
 }
 DEFAULT = ["heads", "norms", "layers"]
+DROPPING = [
+    ("moe_expert_capacity_factor", 1.0), ("moe_router_padding_for_fp8", True), ("moe_token_dispatcher_type", "flex"),
+]  # fmt: skip
 MIXTURE = ["ffn", "experts", "expert_ffn", "shared_expert_ffn"]
-FINE = {"expert_model_parallel_size": 1}
 
 
 def axes_of(kind):
@@ -71,24 +74,58 @@ def run_case(case, folder, out):
     import torch
 
     from nemo_minitron.importance import estimate
+    from nemo_minitron.importance.estimate import architecture_of
 
     chunks, found = load(case, folder), {}
+    true = architecture_of(chunks[0]).replace(vocab_size=509)  # what is behind it is padding
     if case.get("grouped"):
         group(chunks)
     for kind in case["batches"]:
         found[kind] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, axes=axes_of(case["kind"]))
     for kind in case.get("taylor", ()):
-        found[f"taylor-{kind}"] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, method="taylor")
+        found[f"taylor-{kind}"] = estimate(
+            chunks, batches_of(kind, folder), criterion=CRITERIA, method="taylor", architecture=true
+        )
     for mutation, kind in case["mutations"]:
         import mutations
 
         with mutations.MUTATIONS[mutation]():
             found[mutation] = estimate(chunks, batches_of(kind, folder), criterion=CRITERIA, axes=axes_of(case["kind"]))
+    if len(chunks) > 1:
+        told = refusal(chunks, batches_of("plain", folder), method="taylor")
+        if torch.distributed.get_rank() == 0:
+            (out / "virtual.json").write_text(json.dumps(told))
     if case["world"] == 1 and not case.get("grouped"):
         checks(case["kind"], chunks, folder, out)
+        by_the_book(case, chunks[0], folder, out)
     if torch.distributed.get_rank() == 0:
         for kind, scores in found.items():
             scores.save(out / f"{case['name']}-{kind}.safetensors")
+
+
+def by_the_book(case, model, folder, out):
+    """The float64 reference of each of the case's scores; the model is float64 from here on."""
+    from kinds64 import scores_by_the_book
+
+    model.double().eval()
+    for kind in case["batches"]:
+        np.savez(out / f"{case['name']}-{kind}.npz", **scores_by_the_book(model, samples_of(kind, folder), CRITERIA))
+    for kind in case.get("taylor", ()):
+        scores = scores_by_the_book(model, samples_of(kind, folder), CRITERIA, 509)
+        np.savez(out / f"{case['name']}-taylor-{kind}.npz", **scores)
+
+
+def samples_of(kind, folder):
+    """The samples that a kind of batches holds, each as tokens; padding never is one."""
+    import bare_models
+
+    tokens = bare_models.tokens(12).numpy()
+    if kind == "plain":
+        return list(tokens)
+    if kind == "masked":
+        mask = np.load(folder / "mask.npy")
+        return [row[: int(own.sum())] for row, own in zip(tokens, mask, strict=True) if own.any()]
+    return [tokens[k, a:b] for k, bounds in enumerate(BOUNDARIES) for a, b in itertools.pairwise(bounds)]
 
 
 def group(chunks):
@@ -154,8 +191,34 @@ def checks(kind, chunks, folder, out):
         "frozen": [name for name, p in chunks[0].named_parameters() if not p.requires_grad],
         "gradients": sum(p.grad is not None for p in chunks[0].parameters()),
         "architecture": architecture.as_dict(),
+        "refused": refused(chunks, batches_of("plain", folder), kind),
     }
     (out / f"{kind}.json").write_text(json.dumps(result))
+
+
+def refused(chunks, batches, kind):
+    """What a model, or a method, that cannot be scored is told."""
+    told = {"method": refusal(chunks, batches, method="tailor")}
+    if kind == "mla":
+        told["axis"] = refusal(chunks, batches, method="taylor", axes=["kv_latent"])
+    for option, value in DROPPING if kind == "moe" else ():
+        config = chunks[0].config
+        before = getattr(config, option)
+        setattr(config, option, value)
+        told[option] = refusal(chunks, batches)
+        setattr(config, option, before)
+    return told
+
+
+def refusal(chunks, batches, **options):
+    from nemo_minitron.errors import InputError
+    from nemo_minitron.importance import estimate
+
+    try:
+        estimate(chunks, batches, **options)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def fails(chunks, batches, method):

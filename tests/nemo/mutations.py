@@ -10,8 +10,9 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.artifacts.statistics import aggregation_of
-from nemo_minitron.importance import accumulator, batches, collector, samples
+from nemo_minitron.importance import accumulator, batches, collector, experts, samples
 from nemo_minitron.importance.accumulator import merge_over
+from nemo_minitron.importance.estimators import moe
 
 REDUCE = "nemo_minitron.importance.reduce"  # the package also has a function of this name
 
@@ -128,6 +129,39 @@ def tail_counted():
         yield
 
 
+@contextmanager
+def copies_of_experts_not_merged():
+    """EP, DP: a rank takes its own experts' tokens for all of them."""
+    copies, original = parallel_state.get_expert_data_parallel_group(), _reduce().merge_over
+
+    def wrong(groups, aggregation, state):
+        return original([group for group in groups if group is not copies], aggregation, state)
+
+    with patch.object(_reduce(), "merge_over", wrong):
+        yield
+
+
+@contextmanager
+def tokens_sent_twice_counted_twice():
+    """TP without SP: the copies of a token, one from each tensor-parallel rank, all count."""
+    with patch.object(experts, "sends_copies", lambda split: False):
+        yield
+
+
+@contextmanager
+def tokens_of_experts_in_rank_order():
+    """EP with expert-TP: masks are laid to tokens in the order of ranks, not of arrival."""
+    with patch.object(experts, "arrival", lambda tp, ep: range(tp * ep)):
+        yield
+
+
+@contextmanager
+def norms_of_an_experts_shards():
+    """Expert-TP: the norm of a part of an expert's output."""
+    with patch.object(moe, "over_shards", lambda part: part):
+        yield
+
+
 def _reduce():
     import sys
 
@@ -139,6 +173,7 @@ MUTATIONS = {
     for function in (
         finished_before_merged_over_the_sequence, roots_before_merged_over_data,
         channels_added_over_tensor_parallel_ranks, replicas_counted_on_every_rank, layers_placed_by_local_number,
-        mask_cut_in_one_piece, masks_ignored, boundaries_ignored, tail_counted,
+        mask_cut_in_one_piece, masks_ignored, boundaries_ignored, tail_counted, copies_of_experts_not_merged,
+        tokens_sent_twice_counted_twice, tokens_of_experts_in_rank_order, norms_of_an_experts_shards,
     )
 }  # fmt: skip

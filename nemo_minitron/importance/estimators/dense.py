@@ -174,6 +174,10 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Te
     return torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, config.layernorm_epsilon)
 
 
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
 # -- depth ---------------------------------------------------------------------------------------------
 @estimator(TransformerLayer)
 class BlockInfluence(Estimator):
@@ -189,8 +193,8 @@ class BlockInfluence(Estimator):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         def influence(_: nn.Module, given: Tensor, output: Any) -> Tensor:
             hidden = output[0] if isinstance(output, tuple) else output
-            before, after = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (given, hidden))
-            return (before - after).square().sum(-1) / 2  # 1 - cos of fp32 has no digits left where little changes
+            turned = _unit(given.float()).sub_(_unit(hidden.float()))
+            return torch.linalg.vector_norm(turned, dim=-1).square() / 2  # 1 - cos, with its digits where it is small
 
         def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             hidden = output[0] if isinstance(output, tuple) else output
