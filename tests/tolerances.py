@@ -52,11 +52,6 @@ SAMPLE_BORDER_FP32 = 2e-5
 # Relative to 1 + KL, per token.
 CACHED_KL_FP32 = 5e-6
 
-# Taylor scores: an activation times its gradient, which went through all layers behind it and back in fp32. Relative
-# to the row's largest; against another layout, and against float64.
-TAYLOR_FP32 = 2e-5
-TAYLOR_FLOAT64 = 5e-5
-
 # A least-squares solution kept in fp32, against float64's by another algorithm (lstsq): elements below 1. Absolute.
 SOLVED_FP32 = 1e-6
 
