@@ -21,10 +21,10 @@ def main() -> None:
     from nemo_minitron.errors import InputError
 
     try:
-        from nemo_minitron.nemo import compensate, estimate, prune, stages
+        from nemo_minitron.nemo import cache, compensate, estimate, prune, stages
 
         run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
-        (run | {"compensate": compensate.compensate})[stage](settings)
+        (run | {"compensate": compensate.compensate, "cache": cache.cache_logits})[stage](settings)
     except InputError as error:
         folder = os.environ.get("MINITRON_ERRORS")
         if folder:

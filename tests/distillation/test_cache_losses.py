@@ -41,7 +41,7 @@ def sampled_targets(seed, shape=SHAPE, vocab=V):
 
 def top_targets(seed, temperature, shape=SHAPE, vocab=V):
     teacher = torch.randn(*shape, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-    parts = top(teacher.reshape(-1, vocab), min(K, vocab), temperature)
+    parts = top(teacher.reshape(-1, vocab), min(K, vocab - 1), temperature)
     ids, p, tail = (part.unflatten(0, shape) for part in parts)
     return CachedTargets(ids, p, tail)
 

@@ -1,0 +1,136 @@
+"""Started by torchrun: losses on vocabulary shards, the teacher's cache in every layout of this number of processes.
+
+One process's model is kept as a torch_dist checkpoint, which each layout loads into its own shards, and its logits as
+the reference. Arguments: an output folder. Writes there `losses-RANK.json`, `KIND-logits.npy` [rows, S, V] and a
+cache `KIND-LAYOUT-MODE` of each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import nemo_minitron.backend as backend
+from nemo_minitron.artifacts.logit_records import CacheSettings
+
+ROWS, ROWS_PER_SHARD, MICRO = 7, 3, 2  # three shards, the last of one row: no layout divides them
+LAYOUTS = {
+    2: {
+        "dp2": ("llama", {}, {}),
+        "tp2_sp": ("llama", {"tp": 2}, {"sequence_parallel": True}),
+        "pp2": ("llama", {"pp": 2}, {}),
+        "pp2_vp2": ("llama", {"pp": 2, "vp": 2}, {}),
+        "cp2": ("llama", {"cp": 2}, {}),
+        "ep2": ("moe", {"ep": 2}, {}),  # over data parallelism, with an odd number of shards: in lockstep
+    },
+    4: {
+        "tp2_sp_pp2": ("llama", {"tp": 2, "pp": 2}, {"sequence_parallel": True}),
+        "tp2_cp2": ("llama", {"tp": 2, "cp": 2}, {"sequence_parallel": True}),
+        "tp4": ("llama", {"tp": 4}, {}),
+    },
+}
+SETTINGS = {
+    "sample": {"draws": 20},
+    "heat": {"draws": 12, "sets": 2, "temperature": 2.0, "proposal_temperature": 1.5, "independent": True},
+    "top-k": {"mode": "top-k", "k": 12, "temperature": 0.5},
+}
+SHARDED = [  # mode, vocabulary, temperature, dtype; with 5 tokens the last rank of four holds none
+    ("sample", 509, 1.0, "float32"), ("top-k", 509, 1.0, "float32"), ("sample", 512, 2.0, "float32"),
+    ("top-k", 509, 0.5, "float32"), ("sample", 5, 1.0, "float32"), ("top-k", 5, 1.0, "float32"),
+    ("sample", 509, 1.0, "bfloat16"), ("top-k", 509, 1.0, "bfloat16"),
+]  # fmt: skip
+
+
+def settings(mode):
+    import bare_models
+
+    return CacheSettings(sequence_length=bare_models.SEQUENCE, seed=3, precision="fp32", **SETTINGS[mode])
+
+
+# -- losses on shards --------------------------------------------------------------------------------------
+def sharded_loss(mode, vocab, temperature, dtype, rank, world):
+    """Differences from the unsharded float64 reference on this rank."""
+    from test_cache_losses import SHAPE, made, reference
+
+    loss, targets = made(mode, 1, temperature, vocab=vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    student = (torch.randn(*SHAPE, vocab, generator=generator) * 3).to(getattr(torch, dtype))
+    weights, width = torch.rand(SHAPE, generator=generator), -(-vocab // world)
+    mine = slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
+    local, whole = student[..., mine].clone().requires_grad_(), student.double().requires_grad_()
+    value = loss(local, targets, temperature, torch.distributed.group.WORLD, mine.start)
+    (value * weights).sum().backward()
+    expected = reference(whole, targets, temperature)
+    (expected * weights).sum().backward()
+    wrong = (local.grad.double() - whole.grad[..., mine]).abs()
+    return {
+        "value": ((value - expected).abs() / (1 + expected.abs())).max().item(),
+        "gradient": wrong.max().item() if wrong.numel() else 0.0,
+        "largest": whole.grad.abs().max().item(),
+    }
+
+
+# -- the cache in every layout -----------------------------------------------------------------------------
+def rows():
+    import bare_models
+
+    return bare_models.tokens(ROWS)
+
+
+@torch.no_grad()
+def one_process(kind, out):
+    """The reference: a model that is whole on every rank, its weights and its logits."""
+    import bare_models
+
+    bare_models.start()
+    chunks = bare_models.build(kind)
+    bare_models.save_bare(chunks, out / f"{kind}-weights")
+    bare_models.load_bare(chunks, out / f"{kind}-weights")  # rank 0's, on every rank
+    tokens = rows()
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits = chunks[0].eval()(tokens, places, None)[..., : bare_models.VOCAB]
+    if torch.distributed.get_rank() == 0:
+        np.save(out / f"{kind}-logits.npy", logits.float().numpy())
+
+
+def cache(name, kind, sizes, overrides, out):
+    import bare_models
+
+    from nemo_minitron.artifacts.logit_cache import CacheHeader, data_digest
+    from nemo_minitron.distillation.cache import make
+
+    bare_models.start(**sizes)
+    chunks = bare_models.build(kind, perform_initialization=False, **overrides)
+    bare_models.load_bare(chunks, out / f"{kind}-weights")
+    tokens = rows().numpy()
+    digest = data_digest(lambda i: tokens[i], ROWS, bare_models.SEQUENCE)
+    for mode in SETTINGS:
+        folder = out / f"{name}-{mode}"
+        header = CacheHeader(settings(mode), "model", digest, bare_models.VOCAB, ROWS, ROWS_PER_SHARD)
+        if torch.distributed.get_rank() == 0:
+            header.save(folder)
+        torch.distributed.barrier()
+        make(chunks, header, folder, lambda i: tokens[i], MICRO)
+
+
+def main():
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=90))
+    backend.setup()
+    rank, world, out = torch.distributed.get_rank(), torch.distributed.get_world_size(), Path(sys.argv[1])
+    results = [sharded_loss(*case, rank, world) for case in SHARDED]
+    (out / f"losses-{rank}.json").write_text(json.dumps(results))
+    for kind in {kind for kind, _, _ in LAYOUTS[world].values()}:
+        one_process(kind, out)
+    for name, (kind, sizes, overrides) in LAYOUTS[world].items():
+        cache(name, kind, sizes, overrides, out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
