@@ -87,6 +87,6 @@ def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_nemo(out))):
         raise InputError(f"'{out}' is there already; give a new folder, or --overwrite for a NeMo checkpoint")
     if "vocab" in plan.keep:
-        raise InputError("a vocabulary is cut in Hugging Face folders alone, not in NeMo checkpoints; leave 'vocab' out")
+        raise InputError("a vocabulary is cut in Hugging Face folders alone; leave 'vocab' out for a NeMo checkpoint")
     check_plan(plan, open_source(path))
     need_space(out, 4 * plan.target.parameters())

@@ -1,0 +1,153 @@
+"""`minitron compensate` and what `prune` puts in place of slices, at the command line, against numbers by hand."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from command_line import minitron
+from pico import raw_tensors
+from tolerances import GRAM_FP32
+
+from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.families import from_hf
+from nemo_minitron.job.models import convert
+from nemo_minitron.pruning import HFSource
+from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
+from nemo_minitron.search import random_plan
+
+pytestmark = pytest.mark.slow
+KEEP = {"ffn": 60, "hidden": 40, "layers": 4, "heads": 3}
+ROWS = ["--data", "corpus.jsonl", "--samples", 6, "--sequence-length", 36]
+
+
+@pytest.fixture(scope="module")
+def plan(world):
+    plan = random_plan(from_hf(world / "teacher"), keep=KEEP)
+    plan.save(world / "compensated.json")
+    return plan
+
+
+@pytest.fixture(scope="module")
+def solved(world, plan):
+    minitron(world, "compensate", "teacher", "compensated.json", *ROWS, "--out", "c.safetensors")
+    return Compensation.load(world / "c.safetensors")
+
+
+def grams(world):
+    """By the book, of the rows that the command drew."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.nemo.data import Tokens
+
+    model = AutoModelForCausalLM.from_pretrained(world / "teacher", torch_dtype=torch.float64)
+    found = {}
+
+    def keep(name):
+        def hook(module, args):
+            x = args[0].flatten(0, 1).numpy()
+            found[name] = x.T @ x
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(keep(f"layers.{i}.down.weight"))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep(f"layers.{i}.o.weight"))
+    with torch.no_grad():
+        model(Tokens(world / ".c.safetensors.work" / "calibration").windows(36, 6, 1234))
+    return found
+
+
+def test_matrices_by_hand(world, plan, solved):
+    by_the_book, source = grams(world), HFSource(world / "teacher")
+    assert set(solved.tensors) == dict(solvable(plan)).keys()
+    assert len(solved.tensors) == 8
+    for name, origin in solvable(plan):
+        expected = solve(source, plan, name, by_the_book[origin])
+        np.testing.assert_allclose(solved.tensors[name], expected, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
+    assert solved.notes["method"] == "least squares"
+
+
+def test_stages_and_layers_one_by_one(world, plan, solved):
+    """Two pipeline stages, and memory for the matrices of one layer: the same."""
+    minitron(
+        world, "compensate", "teacher", "compensated.json", *ROWS, "--batch-size", 2, "--pp", 2, "--memory", 1e-6,
+        "--out", "c2.safetensors",
+    )  # fmt: skip
+    other = Compensation.load(world / "c2.safetensors")
+    assert list(other.tensors) == list(solved.tensors)
+    for name, tensor in solved.tensors.items():
+        np.testing.assert_allclose(other.tensors[name], tensor, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
+
+
+def test_students(world, plan, solved):
+    """What is solved and what is folded lie in the student; all else is the plain cut's."""
+    minitron(world, "prune", "teacher", "compensated.json", "plain")
+    minitron(
+        world, "prune", "teacher", "compensated.json", "changed", "--compensation", "c.safetensors", "--fold-norms"
+    )
+    folded = fold_norms(HFSource(world / "teacher"), plan)
+    names = {part: name for name, (part,) in HFSource(world / "plain").family.hf_tensors(plan.target).items()}
+    expected = raw_tensors(world / "plain")
+    expected |= {names[n]: t.view(np.uint32) for n, t in (dict(solved.tensors) | folded).items()}
+    found = raw_tensors(world / "changed")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    note = json.loads((world / "changed" / "minitron_compensation.json").read_text())
+    assert note["folded norms"] is True
+    assert note["tensors"] == sorted([*solved.tensors, *folded])
+
+
+def test_a_nemo_checkpoint_takes_them_too(world):
+    """The live student is filled with the same bytes as the folder."""
+    training = world / "run" / "checkpoints" / "distilled"
+    checkpoint = training / json.loads((training / "last.json").read_text())["checkpoint"]
+    random_plan(from_hf(world / "run" / "student"), keep={"ffn": 48, "hidden": 40}).save(world / "folded.json")
+    for model, out in ((checkpoint, "folded-nemo"), ("run/student", "folded-folder")):
+        minitron(world, "prune", model, "folded.json", out, "--fold-norms")
+    ours = raw_tensors(convert(world / "folded-nemo", world / "folded-back"))
+    theirs = raw_tensors(world / "folded-folder")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+    assert (world / "folded-nemo" / "minitron_compensation.json").is_file()
+
+
+def test_vocabulary(world):
+    """Tokens ranked, fewest that stay, and the student's text is the teacher's."""
+    from transformers import AutoTokenizer
+
+    minitron(world, "rank-tokens", "teacher", "--data", "corpus.jsonl", "--out", "tokens.safetensors")
+    minitron(world, "plan", "tokens.safetensors", "--keep", "vocab=460", "--out", "vocab.json")
+    minitron(world, "prune", "teacher", "vocab.json", "fewer")
+    assert from_hf(world / "fewer").vocab_size == 460
+    old, new = (AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "fewer"))
+    for text in ("the model number 7 reads words", "zebras!"):
+        assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compensate", "teacher", "layers.json", *ROWS], "cuts neither ffn nor heads"),
+        (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", 0], "ridge is 0.0; it must be above 0"),
+        (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
+        (["prune", "teacher", "layers.json", "s", "--compensation", "c.safetensors"], "made for another plan"),
+        (["prune", "teacher", "layers.json", "s", "--fold-norms"], "cuts no hidden channels"),
+        (["prune", "teacher", "compensated.json", "s", "--head-residual", "paper"], "--head-residual needs --scores"),
+        (["rank-tokens", "teacher", "--data", "corpus.jsonl", "--out", "c.safetensors"], "is no file of scores"),
+    ],
+)
+def test_refusals(world, solved, arguments, message):
+    source = from_hf(world / "teacher")
+    plan = PrunePlan(source=source, target=source.replace(num_layers=2), keep={"layers": [0, 5]})
+    plan.save(world / "layers.json")
+    command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (world / "s").exists()
