@@ -11,6 +11,7 @@ resident peak above what the process held with the model loaded.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -166,14 +167,16 @@ def main() -> None:
 
 def everything(models: list[str], repetitions: int) -> dict[str, Any]:
     facts = common.machine(("torch", "megatron-core", "nvidia-modelopt"))
-    command = " ".join(["python benchmarks/importance.py", *sys.argv[1:]])
+    command = f"python benchmarks/importance.py --models {','.join(models)} --repetitions {repetitions}"
     print(f"{command}\n{facts}\n{repetitions} repetitions of {TIMED} batches: median (least-most); fp32, one thread")
     print("MiB: resident peak beyond the loaded model")
-    result: dict[str, Any] = {"command": command, "machine": facts, "models": {}}
+    today = datetime.date.today().isoformat()
+    result: dict[str, Any] = {"command": command, "date": today, "machine": facts, "models": {}}
     result |= {"batches": TIMED, "repetitions": repetitions, "columns": ["median", "least", "most"]}
     for model in models:
         result["models"][model] = benchmark(model, repetitions)
         show(model, result["models"][model])
+    facts["load when it ended"] = round(os.getloadavg()[0], 1)
     return result
 
 
