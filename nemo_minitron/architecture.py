@@ -12,6 +12,7 @@ from nemo_minitron.errors import InputError, nearest
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+MOST_LAYERS = 10_000  # of a mixture, which has a mark for each
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -81,6 +82,8 @@ class Architecture:
 
     def _mixture(self) -> dict[str, Any]:
         experts = self.num_moe_experts or 0
+        if self.num_layers > MOST_LAYERS:
+            raise InputError(f"num_layers is {self.num_layers} in a mixture of experts; legal are 1 to {MOST_LAYERS}")
         if self.moe_router_topk > experts:
             raise InputError(
                 f"moe_router_topk is {self.moe_router_topk} of {experts} experts; the nearest legal one is {experts}"

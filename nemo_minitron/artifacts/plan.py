@@ -14,6 +14,7 @@ from nemo_minitron.axes import AXES, Axis, axis
 from nemo_minitron.errors import InputError
 
 VERSION = 1
+MOST = 10_000  # layers and experts of a plan in a file: what is checked and built grows with them
 Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source layer: [index]}
 
 
@@ -51,7 +52,7 @@ class PrunePlan:
     @property
     def kept_layers(self) -> list[int]:
         """Source layers of the student, in order."""
-        return self.keep.get("layers", list(range(self.source.num_layers)))
+        return self.keep["layers"] if "layers" in self.keep else list(range(self.source.num_layers))
 
     def indices(self, name: str, layer: int | None = None, expert: int | None = None) -> list[int] | None:
         """Kept indices of an axis in a source layer (and source expert), or None where all stay."""
@@ -78,7 +79,8 @@ class PrunePlan:
         kept = self.keep[cut.name]
         if not cut.per_layer:
             return {cut.name: kept}
-        layers = [layer for layer in cut.layers_of(self.source) if layer in self.kept_layers]
+        stay = set(self.kept_layers)
+        layers = [layer for layer in cut.layers_of(self.source) if layer in stay]
         if not isinstance(kept, Mapping) or sorted(kept) != layers:
             raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer that has it: {layers}")
         if not cut.per_expert:
@@ -143,6 +145,7 @@ class PrunePlan:
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise InputError(f"'{path}' is no prune plan of version {VERSION}")
         try:
+            _check_plain(values)
             return cls(
                 source=Architecture.from_dict(values["source"]),
                 target=Architecture.from_dict(values["target"]),
@@ -154,6 +157,17 @@ class PrunePlan:
             if isinstance(error, InputError):
                 raise InputError(f"the plan '{path}' is not legal: {error}") from None
             raise InputError(f"the plan '{path}' is not legal: {type(error).__name__} {error}") from None
+
+
+def _check_plain(values: dict[str, Any]) -> None:
+    """What is no matter of the selection, and sizes that what is built from them would not fit into memory."""
+    for architecture in (values["source"], values["target"]):
+        for field in ("num_layers", "num_moe_experts"):
+            size = architecture.get(field)
+            if isinstance(size, int) and size > MOST:
+                raise InputError(f"{field} is {size}; legal are 1 to {MOST}")
+    if not isinstance(values.get("notes", {}), dict) or not isinstance(values.get("model_digest"), str | None):
+        raise InputError("notes must be a group of values, and model_digest a text or null")
 
 
 def _integer_keys(kept: Any) -> Any:

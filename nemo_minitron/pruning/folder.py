@@ -41,11 +41,12 @@ class HFSource:
         self.family = family_of(self.config)
         self.architecture = self.family.architecture(self.config)
         stored = _stored(self.folder)
-        if self.architecture.num_layers > len(stored):  # before anything as long as the model is built
-            raise InputError(
-                f"the config of '{self.folder}' speaks of {self.architecture.num_layers} layers, "
-                f"its files hold {len(stored)} tensors"
-            )
+        experts = (self.architecture.num_moe_experts or 0) * len(self.architecture.moe_layers)
+        for count, what in ((self.architecture.num_layers, "layers"), (experts, "experts")):
+            if count > len(stored):  # before anything as long as the model is built
+                raise InputError(
+                    f"the config of '{self.folder}' speaks of {count} {what}, its files hold {len(stored)} tensors"
+                )
         self._shapes = self.architecture.shapes()
         self._places = self._claim(stored)
 

@@ -117,12 +117,37 @@ def _damage(change):
         _damage(lambda v: v["keep"].update(hidden="012")),
         _damage(lambda v: v["source"].update(hidden_size=math.nan)),
         _damage(lambda v: v["source"].update(unknown=1)),
+        _damage(lambda v: v.update(notes="x")),
+        _damage(lambda v: v.update(model_digest=3)),
     ],
 )  # fmt: skip
 def test_illegal_files(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(InputError):
         PrunePlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("size", [10**6, 10**12, 10**30])
+@pytest.mark.parametrize("field", ["num_layers", "num_moe_experts"])
+def test_a_plan_of_a_million_layers_costs_nothing(tmp_path, field, size):
+    """A few hundred bytes that speak of a model which would not fit into memory."""
+    values = small().as_dict()
+    values |= {"keep": {}, "target": values["source"]}
+    for name in ("source", "target"):
+        values[name] = values[name] | {"num_moe_experts": 4, "mlp_bias": False, field: size}
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"{field} is {size}; legal are 1 to 10000"):
+        PrunePlan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_of_many_layers_is_checked_in_linear_time(tmp_path):
+    """Mutation: the kept layers listed anew for each layer take hours here."""
+    values = small().as_dict()
+    layers = values["source"] | {"num_layers": 10_000}
+    ffn = {str(n): [0, 1] for n in range(10_000)}
+    values |= {"source": layers, "target": layers | {"ffn_hidden_size": 2}, "keep": {"ffn": ffn}}
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    assert len(PrunePlan.load(tmp_path / "plan.json").keep["ffn"]) == 10_000
 
 
 def test_no_file(tmp_path):

@@ -1,5 +1,7 @@
 """Mixtures of experts, folder to folder: whole experts, the neurons of each, and what lies around them."""
 
+import json
+
 import numpy as np
 import pytest
 from pico import pico_mixtral, raw_tensors, save_tensors
@@ -9,7 +11,7 @@ from tolerances import LOGITS_PICO_FP32
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
-from nemo_minitron.pruning import prune, student_index
+from nemo_minitron.pruning import HFSource, prune, student_index
 
 EXPERTS = {0: [0, 2, 3], 2: [1, 2, 3], 5: [0, 1, 3]}
 NEURONS = {
@@ -132,6 +134,18 @@ def test_what_does_nothing_goes_without_changing_logits(tmp_path):
         before, after = (AutoModelForCausalLM.from_pretrained(f)(tokens).logits for f in (teacher, student))
     assert before.std() > 0.1
     torch.testing.assert_close(after, before, rtol=0, atol=LOGITS_PICO_FP32)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("num_hidden_layers", "num_layers is 1000000000000 in a mixture"), ("num_local_experts", "6000000000000 experts")],
+)
+def test_config_of_a_billion_parts_costs_nothing(tmp_path, field, message):
+    folder = pico_mixtral(tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: 10**12}))
+    with pytest.raises(InputError, match=message):
+        HFSource(folder)
 
 
 def mixed():
