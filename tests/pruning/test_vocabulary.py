@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from pico import pico_llama, raw_tensors
+from plans_by_hand import FFN, HIDDEN, LAYERS, slice_by_hand
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.errors import InputError
@@ -143,6 +144,25 @@ def test_logits_and_configs(tmp_path, kind):
     assert {kept[int(i)]: token["content"] for i, token in decoder.items()} == {
         made.token_to_id(name): name for name in SPECIAL
     }
+
+
+def test_every_axis_in_one_cut(tmp_path):
+    """Layers, hidden, ffn, query groups, heads within those that stay, and the vocabulary: slicing by hand."""
+    made = teacher_of(tmp_path / "t", "byte-level BPE")
+    plan = plan_of(tmp_path / "t", made, 300)
+    keep = {"heads": {0: [0, 5], 2: [3, 4], 5: [1, 2]}, "query_groups": {0: [0, 2], 2: [1, 2], 5: [0, 1]}}
+    keep |= {"layers": LAYERS, "hidden": HIDDEN, "ffn": {n: [int(i) for i in FFN[n]] for n in LAYERS}, **plan.keep}
+    sizes = {"hidden_size": 41, "ffn_hidden_size": 50, "num_attention_heads": 2, "num_query_groups": 2}
+    target = plan.source.replace(num_layers=3, vocab_size=300, **sizes)
+    both = PrunePlan(source=plan.source, target=target, keep=keep)
+    student = prune(tmp_path / "t", both, tmp_path / "s")
+    expected = slice_by_hand(raw_tensors(tmp_path / "t"), both)
+    expected["model.embed_tokens.weight"] = expected["model.embed_tokens.weight"][plan.keep["vocab"]]
+    found = raw_tensors(student)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
+    assert from_hf(student) == target
 
 
 def test_counts():
