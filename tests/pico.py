@@ -67,7 +67,8 @@ def pico_nemotron(folder: str | Path, *, dtype: str = "float32", seed: int = 0, 
     """Writes a random Nemotron that rotates three quarters of a head; `overrides` as in `pico_llama`."""
     from transformers import NemotronConfig, NemotronForCausalLM
 
-    config = NemotronConfig(**{**SIZES, "norm_eps": 3e-5, "partial_rotary_factor": 0.75, **overrides})
+    sizes = {"norm_eps" if name == "rms_norm_eps" else name: value for name, value in SIZES.items()}
+    config = NemotronConfig(**{**sizes, "partial_rotary_factor": 0.75, **overrides})
     return _write(NemotronForCausalLM, config, Path(folder), dtype, seed)
 
 

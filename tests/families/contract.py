@@ -12,17 +12,18 @@ from nemo_minitron.artifacts import PrunePlan
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-OTHER = {"hidden_act": "gelu", "tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+TIED = {"hidden_act": "gelu", "tie_word_embeddings": True}
+OTHER = TIED | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 MODELS = {
     "llama": {"own": {"rope_scaling": LLAMA3_ROPE}, "other": OTHER | BIASES},
     "mistral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None, "hidden_act": "relu"}},
     "mixtral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None}},
     "qwen2": {"own": {}, "other": OTHER},
     "qwen3": {"own": {}, "other": OTHER | {"hidden_act": "relu2"}},
-    "nemotron": {"own": {}, "other": OTHER | BIASES | {"rope_scaling": None, "partial_rotary_factor": 0.5}},
+    "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
-        "other": OTHER | {"sliding_window": None, "rope_scaling": None, "hidden_act": "relu"},
+        "other": TIED | {"sliding_window": None, "hidden_act": "relu"},
     },
 }
 NAMES = [f"{family}-{variant}" for family, variants in MODELS.items() for variant in variants]

@@ -1,9 +1,9 @@
 """One contract for every family, on random models made by transformers: folder to folder, exact axes, and (under
 one torchrun) NeMo's own class of the family, whole and split over two ranks, with a vocabulary that no rank divides.
 
-Mutations tried, each of which fails here: gate and up, or k and v, in the other order in Phi-3's fused tensors;
-Qwen2's k bias cut by heads; Nemotron's weights of norms taken as they are, without the 1; the window of Phi-3 left
-out; `layer_types` of a shorter Qwen3 left long.
+Mutations tried, each of which fails here: gate and up, or k and v, in the other order in Phi-3's fused tensors; its
+window left out; Nemotron's norms without the 1 that their weights lack, or with rotary positions on the whole head;
+NeMo's own activation for another; linear scaling of positions left out; `layer_types` of a shorter Qwen2 left long.
 """
 
 import json
@@ -123,6 +123,16 @@ def test_a_cut_is_slicing_by_hand(name, models):
     by_hand.load_state_dict(state, strict=not config.tie_word_embeddings)
     tokens = tokens_of(models)
     assert np.array_equal(logits(loaded(student), tokens), logits(by_hand, tokens))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_hold_the_same_bits(name, tmp_path):
+    """In bf16: a fused tensor's parts lie one after another, whole, in one of the shards."""
+    teacher = contract.make(tmp_path / "t", name, dtype="bfloat16")
+    plan = contract.plan_of(from_hf(teacher), contract.everything())
+    student = prune(teacher, plan, tmp_path / "s", shard_size=20_000)
+    assert len(list(student.glob("*.safetensors"))) > 1
+    assert_same_bits(raw_tensors(student), contract.slice_by_hand(raw_tensors(teacher), contract.everything()))
 
 
 # -- what is exact ---------------------------------------------------------------------------------------------
