@@ -1,0 +1,263 @@
+"""What a distillation loss costs, forward and backward: ours, the incumbents' and Liger's, in one run.
+
+    python benchmarks/distillation_loss.py [--quick] [--repetitions 5] [--dtypes float32,bfloat16] [--out FILE.json]
+
+1,024 tokens x 49,152 and x 128,256, at TP 1 and 2 (real processes over gloo), one thread a process, random logits.
+"from logits": the input is both models' logits. "from hidden states": the input is both models' last hidden states
+(576 and 448) and heads. Seconds: one process with all losses in turn, processor time, which other jobs disturb least;
+wall time beside it. Memory: a fresh process a loss, the resident peak above what it held with the inputs, less the
+head's gradient where there is one; the gradient of the logits counts. Collectives: calls in one rank, with backward.
+Liger's is left out where it does not import. Every loss's mean over tokens is kept beside: all say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS, TEACHER_HIDDEN, STUDENT_HIDDEN = 1024, 576, 448
+FROM_LOGITS = ("modelopt", "NeMo", "F.kl_div", "ours", "ours, in place")
+FROM_HIDDEN = ("head, modelopt", "head, ours", "fused head", "Liger")
+ONE_RANK = ("F.kl_div", "Liger")  # know no shards
+
+
+# -- in a process of its own, or one a rank --------------------------------------------------------------
+def worker(task: dict[str, Any]) -> Any:
+    """Times the losses named, or measures the memory of one."""
+    import torch
+
+    torch.set_num_threads(1)
+    group = _start(task["tp"])
+    calls = _count_collectives()
+    losses = {name: _loss(name, task["dtype"], group) for name in task["losses"]}
+    for run in losses.values():  # small, so that libraries are loaded and caches made
+        run(inputs(64, 640 // task["tp"], task["dtype"]))
+    given = inputs(TOKENS // task["shrink"], task["vocab"] // task["shrink"] // task["tp"], task["dtype"])
+    counts, values = {}, {}
+
+    def once(name: str) -> None:
+        calls.clear()
+        values[name] = losses[name](given)
+        counts[name] = len(calls)
+
+    runs = {name: lambda name=name: once(name) for name in losses}
+    if task["kind"] == "memory":
+        peaks = common.resident_peaks(runs)
+        head = given["weight"].numel() * given["weight"].element_size() / 2**20
+        return {name: round(mib - (head if name in FROM_HIDDEN else 0), 1) for name, mib in peaks.items()}
+    found = common.summary(common.interleaved(runs, task["repetitions"]), next(iter(losses)))
+    return {name: row | {"collectives": counts[name], "loss": values[name]} for name, row in found.items()}
+
+
+def _start(tp: int) -> Any:
+    """Megatron's groups: the incumbents look there for theirs. Returns the tensor-parallel group."""
+    import torch
+
+    import nemo_minitron.backend as backend
+
+    backend.setup()
+    from megatron.core import parallel_state
+
+    if tp > 1:
+        torch.distributed.init_process_group("gloo")
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _count_collectives() -> list[str]:
+    import torch
+
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
+        real = getattr(torch.distributed, name)
+
+        def count(*given: Any, _real: Any = real, _name: str = name, **more: Any) -> Any:
+            calls.append(_name)
+            return _real(*given, **more)
+
+        setattr(torch.distributed, name, count)
+    return calls
+
+
+def inputs(tokens: int, width: int, dtype: str) -> dict[str, Any]:
+    """Logits [tokens, 1, width] of both models, hidden states and heads of about the same logits."""
+    import torch
+
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())  # every rank its own columns
+    same = torch.Generator().manual_seed(7)
+
+    def random(*shape: int, scale: float = 1.0, of: Any = generator) -> Any:
+        return torch.randn(*shape, generator=of).mul_(scale).to(getattr(torch, dtype))
+
+    return {
+        "student": random(tokens, 1, width, scale=3),
+        "teacher": random(tokens, 1, width, scale=3),
+        "hidden": random(tokens, 1, STUDENT_HIDDEN, of=same),
+        "weight": random(width, STUDENT_HIDDEN, scale=3 * STUDENT_HIDDEN**-0.5),
+        "teacher_hidden": random(tokens, 1, TEACHER_HIDDEN, of=same),
+        "teacher_weight": random(width, TEACHER_HIDDEN, scale=3 * TEACHER_HIDDEN**-0.5),
+    }
+
+
+def _loss(name: str, dtype: str, group: Any) -> Callable[[dict[str, Any]], float]:
+    """inputs -> the mean loss, after forward and backward; gradients go where the function ends."""
+    if name in FROM_LOGITS:
+        of = _of_logits(name, group)
+
+        def run(given: dict[str, Any]) -> float:
+            leaf = given["student"].detach().requires_grad_()
+            # Only logits that are no leaf can be overwritten: a view of them. They are spent then.
+            logits = leaf.view_as(leaf) if name == "ours, in place" else leaf
+            loss = of(logits, given["teacher"]).mean()
+            loss.backward()
+            return float(loss)
+
+        return run
+    of = _of_hidden(name, group)
+
+    def run_hidden(given: dict[str, Any]) -> float:
+        hidden, weight = (given[key].detach().requires_grad_() for key in ("hidden", "weight"))
+        loss = of(hidden, weight, given["teacher_hidden"], given["teacher_weight"]).mean()
+        loss.backward()
+        return float(loss)
+
+    return run_hidden
+
+
+def _of_logits(name: str, group: Any) -> Callable[..., Any]:
+    import torch
+    from torch.nn.functional import kl_div, log_softmax
+
+    from nemo_minitron.distillation.losses import forward_kl
+
+    if name == "modelopt":
+        from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+        return lambda s, t: LogitsKLLoss(_config())(s, t)[0]
+    if name == "NeMo":
+        from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss as NeMoLoss
+
+        return lambda s, t: NeMoLoss(_config())(s, t)[0]
+    if name == "F.kl_div":
+        return lambda s, t: kl_div(
+            log_softmax(s, -1, torch.float32), log_softmax(t, -1, torch.float32), reduction="none", log_target=True
+        ).sum(-1)
+    return lambda s, t: forward_kl(s, t, group=group, in_place="in place" in name)
+
+
+def _config() -> Any:
+    """The two fields that the incumbents read."""
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return SimpleNamespace(tensor_model_parallel_size=size, sequence_parallel=False)
+
+
+def _of_hidden(name: str, group: Any) -> Callable[..., Any]:
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    from nemo_minitron.distillation import fused_head
+
+    if name == "fused head":
+        return lambda *given: fused_head.fused_forward_kl(*given, group=group)
+    if name == "Liger":
+        return _liger
+    loss = _of_logits(name.removeprefix("head, "), group)
+    return lambda h, w, th, tw: loss(copy_to_tensor_model_parallel_region(h) @ w.t(), th @ tw.t())
+
+
+def _liger(hidden: Any, weight: Any, teacher_hidden: Any, teacher_weight: Any) -> Any:
+    """beta 0 is the forward KL; chunks of as many tokens as the fused head's; no hard labels."""
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    from nemo_minitron.distillation import fused_head
+
+    tokens = max(1, fused_head.CHUNK["cpu"] // len(weight))
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False, chunk_size=tokens)
+    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    return loss(hidden.flatten(0, 1), weight, teacher_hidden.flatten(0, 1), teacher_weight, labels)
+
+
+# -- the parent ------------------------------------------------------------------------------------------
+def measure(dtype: str, vocab: int, tp: int, repetitions: int, shrink: int) -> dict[str, Any]:
+    names = [n for n in FROM_LOGITS + FROM_HIDDEN if (tp == 1 or n not in ONE_RANK) and (n != "Liger" or _has_liger())]
+    task = {"dtype": dtype, "vocab": vocab, "tp": tp, "repetitions": repetitions, "shrink": shrink}
+    timed = [n for n in names if n != "ours, in place"]  # a second run would see the gradient as logits
+    rows = _run(task | {"kind": "time", "losses": timed}, {})
+    rows["ours, in place"] = {}
+    for name in names:
+        found = _run(task | {"kind": "memory", "losses": [name]}, common.EXACT_HEAP)
+        rows[name]["MiB"] = found[name]
+    return rows
+
+
+def _has_liger() -> bool:
+    done = subprocess.run([sys.executable, "-c", "import liger_kernel.chunked_loss"], capture_output=True)
+    return done.returncode == 0
+
+
+def _run(task: dict[str, Any], heap: dict[str, str]) -> Any:
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={task['tp']}"] if task["tp"] > 1 else []
+    environment = os.environ | heap | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *start, __file__, "--worker", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{task}\n{done.stderr[-3000:]}")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+
+
+def table(rows: dict[str, Any], title: str) -> None:
+    heads = f"{'CPU s':>8}{'wall s':>8}{'MiB':>9}{'collectives':>13}{'time':>8}{'memory':>8}"
+    print(f"\n{title}\n{'':18}{heads} (both over modelopt's)")
+    base = rows["modelopt"]
+    for name, row in rows.items():
+        cpu = f"{row['cpu'][0]:8.3f}{row['wall'][0]:8.3f}" if "cpu" in row else f"{'':16}"
+        share = f"{row['cpu'][0] / base['cpu'][0]:8.3f}" if "cpu" in row else f"{'':8}"
+        count = row.get("collectives", "")
+        print(f"{name:18}{cpu}{row['MiB']:9.1f}{count:>13}{share}{row['MiB'] / base['MiB']:8.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="an eighth of tokens and vocabulary: does it run?")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}_distillation_loss.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        task = json.loads(given.worker)
+        found = worker(task)
+        if os.environ.get("RANK", "0") == "0":
+            print("RESULT " + json.dumps(found))
+        return
+    packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo_toolkit", *(["liger-kernel"] * _has_liger()))
+    machine, rows = common.machine(packages), {}
+    for dtype in given.dtypes.split(","):
+        for vocab in (49_152, 128_256):
+            for tp in (1, 2):
+                title = f"{dtype}, {TOKENS} x {vocab}, TP {tp}"
+                rows[title] = measure(dtype, vocab, tp, given.repetitions, 8 if given.quick else 1)
+                table(rows[title], title)
+    result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today()), "machine": machine}
+    if not given.quick:
+        given.out.write_text(json.dumps(result | {"tokens": TOKENS, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
