@@ -44,7 +44,7 @@ def run_prune(
         return from_hf(prune(path, made, out, overwrite=overwrite))
     if is_nemo(path):
         _check_checkpoint(path, made, out, overwrite)
-    compensation = _compensation(open_source(path), made, extras)
+    compensation = compensation_of(open_source(path), made, extras)
     if not is_nemo(path):
         return from_hf(prune(path, made, out, compensation=compensation, overwrite=overwrite))
     with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
@@ -56,7 +56,7 @@ def run_prune(
     return made.target
 
 
-def _compensation(source: Any, plan: PrunePlan, extras: Extras) -> Compensation | None:
+def compensation_of(source: Any, plan: PrunePlan, extras: Extras) -> Compensation | None:
     """All that `extras` ask for, together. Raises InputError."""
     if extras == Extras():
         return None
