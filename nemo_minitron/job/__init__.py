@@ -1,7 +1,8 @@
 """A recipe's value (Job), the order of the stages, and the processes that run them."""
 
+from nemo_minitron.job.cutting import Cutting
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Calibration, Data, Distillation, Evaluation, Job
 from nemo_minitron.job.search import Search
 
-__all__ = ["Calibration", "Data", "Distillation", "Evaluation", "Job", "Layout", "Search"]
+__all__ = ["Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Job", "Layout", "Search"]

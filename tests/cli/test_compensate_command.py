@@ -1,5 +1,6 @@
 """`minitron compensate` and what `prune` puts in place of slices, at the command line, against numbers by hand."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def test_a_nemo_checkpoint_takes_them_too(world):
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
     assert (world / "folded-nemo" / "minitron_compensation.json").is_file()
+
+
+def test_the_stage_of_a_job(world):
+    """A finished run, asked to compensate and to fold: its pruned student has the solved matrices."""
+    import shutil
+
+    from nemo_minitron.job import cut_stages, stages
+    from nemo_minitron.job.find import find
+    from nemo_minitron.job.run import open_run
+
+    shutil.copytree(world / "run", world / "run2")
+    job = find(str(world / "run2" / "recipe.json"))
+    names = [stage.name for stage in stages.stages(job)]
+    job = dataclasses.replace(job, teacher=str(world / "teacher")).override(["cutting.compensate=true"])
+    assert {stage.name for stage in stages.stages(job)} - set(names) == {"compensate"}
+    run = open_run(job, world / "run2")
+    cut_stages.compensate(run)
+    stages.prune(run)
+    solved = Compensation.load(world / "run2" / "compensation.safetensors")
+    assert set(solved.tensors) == {f"layers.{n}.down.weight" for n in range(5)}
+    found, plain = (raw_tensors(world / name / "checkpoints" / "pruned") for name in ("run2", "run"))
+    changed = {name for name in plain if not np.array_equal(found[name], plain[name])}
+    assert changed == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(5)}
 
 
 def test_vocabulary(world):
