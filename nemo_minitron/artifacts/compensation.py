@@ -47,7 +47,8 @@ class Compensation:
     def joined(self, tensors: Mapping[str, np.ndarray], notes: dict[str, Any]) -> Compensation:
         """With `tensors` too, which it must not have already."""
         assert not tensors.keys() & self.tensors.keys()
-        return dataclasses.replace(self, tensors=ChainMap(dict(tensors), self.tensors), notes=self.notes | notes)
+        both = ChainMap(dict(tensors), self.tensors)  # type: ignore[arg-type]  # that is only read
+        return dataclasses.replace(self, tensors=both, notes=self.notes | notes)
 
     def save(self, path: str | Path) -> None:
         """Raises InputError for a number that is not finite."""

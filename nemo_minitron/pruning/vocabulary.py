@@ -92,10 +92,7 @@ class Vocabulary:
     def _merges(self) -> list[tuple[str, str]]:
         """In the order of their ranks; older files write a pair as one text."""
         merges = self.model.get("merges", [])
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("a merge is not of two tokens")
-        return pairs
+        return [(a, b) for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
 
     # -- what hangs together -------------------------------------------------------------------------
     def parts(self, token: str) -> set[int]:
@@ -212,7 +209,7 @@ def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) 
         return [_renumbered(part, by_text, new) for part in value]
     if not isinstance(value, dict):
         return value
-    found = {}
+    found: dict[str, Any] = {}
     for key, part in value.items():
         if key == "ids" and isinstance(part, list):
             found[key] = [new[i] for i in part]
