@@ -6,8 +6,16 @@ import dataclasses
 
 from nemo_minitron.errors import InputError, nearest
 
-LEGAL = {"norms": ("all", "layers"), "loss": ("forward_kl",)}
-FROM_ZERO = ("seed", "warmup_steps", "remove")
+LEGAL = {
+    "norms": ("all", "layers"),
+    "loss": ("forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl", "cosine", "mse"),
+    "intermediate_loss": ("cosine", "mse"),
+    "start": ("pruned", "random"),
+    "teacher_precision": ("", "fp32", "bf16"),
+}
+FROM_ZERO = (
+    "seed", "warmup_steps", "warmup_tokens", "remove", "correction_tokens", "validate_every", "patience",
+)  # fmt: skip
 
 
 class Counted:
@@ -21,5 +29,5 @@ class Counted:
                 raise InputError(f"{field.name} is {value}; the nearest legal value is {least}")
             if field.name in LEGAL and value not in LEGAL[field.name]:
                 raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, LEGAL[field.name])}")
-            if field.name in ("learning_rate", "temperature") and not value > 0:
+            if field.name in ("learning_rate", "correction_learning_rate", "temperature") and not value > 0:
                 raise InputError(f"{field.name} is {value}; it must be above 0")

@@ -52,14 +52,7 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     layout, _ = job.layout.for_student(target, source)
     layout.check(target)
     layout.check_sequence(job.distillation.sequence_length)
-    batch, micro, stages = job.distillation.global_batch_size, job.distillation.micro_batch_size, job.layout.pp
-    step = micro * job.layout.dp * (stages if job.layout.vp > 1 else 1)
-    if batch % step:
-        raise InputError(
-            f"distillation.global_batch_size {batch} does not divide into micro-batches of {micro} on "
-            f"{job.layout.dp} data-parallel ranks{f', {stages} at a time' if job.layout.vp > 1 else ''}; "
-            f"the nearest legal size is {max(1, round(batch / step)) * step}"
-        )
+    job.distillation.check_batch(job.layout)
     return source, target
 
 

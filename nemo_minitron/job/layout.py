@@ -69,7 +69,7 @@ class Layout:
         """Megatron wants the other stages equal, and every stage divisible by its virtual stages."""
         ends = [n for n in (self.first_stage, self.last_stage) if n]
         rest, stages = layers - sum(ends), self.pp - len(ends)
-        if self.pp < 2 or stages < 0 or rest < 0 or (rest % stages if stages else rest):
+        if self.pp < 2 or stages < 0 or rest < stages or (rest % stages if stages else rest):
             raise InputError(
                 f"{layers} layers with first_stage={self.first_stage} and last_stage={self.last_stage} leave {rest} "
                 f"for {stages} stages of pp={self.pp}; those must share them evenly, or leave both 0"
@@ -108,13 +108,44 @@ class Layout:
     def for_student(self, student: Architecture, teacher: Architecture) -> tuple[Layout, str]:
         """The layout nearest to this one that runs both models, and a sentence where it is another.
 
-        A teacher's TP need not divide its student: 1024 of 1536 neurons do not divide by 3.
+        A teacher's TP need not divide its student: 1024 of 1536 neurons do not divide by 3. The pipeline's stages
+        are the student's; a teacher of another depth divides by its own (`for_depth`).
         """
+        own = self.for_depth(student.num_layers)
         if legal_tp(student, self.tp):
-            return self, ""
+            return own, ""
         tp = nearest_tp(self.tp, student, teacher)
         why = f"tp={self.tp} does not divide the student's {_sizes(student)}: it is distilled at tp={tp}"
-        return dataclasses.replace(self, tp=tp, sp=self.sp and tp > 1), why
+        return dataclasses.replace(own, tp=tp, sp=self.sp and tp > 1), why
+
+    def for_depth(self, layers: int) -> Layout:
+        """This layout with stages for so many layers: as they are where they fit, even where the layers divide,
+        else with a first and a last stage of another size, as even as Megatron can have them.
+
+        Where there is no such layout it is the even one, which `check` refuses.
+        """
+        even = dataclasses.replace(self, first_stage=0, last_stage=0)
+        for layout in (self, even):
+            if layout._has_stages_of(layers):
+                return layout
+        sizes = range(self.vp, layers, self.vp)
+        uneven = [dataclasses.replace(self, first_stage=f, last_stage=z) for f in sizes for z in (0, *sizes)]
+        legal = [layout for layout in uneven if layout._has_stages_of(layers)]
+        return min(legal, key=lambda layout: layout._spread(layers), default=even)
+
+    def _spread(self, layers: int) -> int:
+        """Layers of the largest stage above those of the smallest, where the ends are given."""
+        ends = [n for n in (self.first_stage, self.last_stage) if n]
+        others = self.pp - len(ends)
+        sizes = [*ends, (layers - sum(ends)) // others] if others else ends
+        return max(sizes) - min(sizes)
+
+    def _has_stages_of(self, layers: int) -> bool:
+        try:
+            self._check_stages(layers)
+        except InputError:
+            return False
+        return True
 
 
 LEAST = dict.fromkeys(("tp", "pp", "vp", "cp", "ep", "dp"), 1) | dict.fromkeys(("etp", "first_stage", "last_stage"), 0)

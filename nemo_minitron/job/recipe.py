@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.calibration import Calibration
 from nemo_minitron.job.counted import Counted
+from nemo_minitron.job.distillation import Distillation
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.search import Search
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
@@ -28,32 +29,6 @@ class Data:
     calibration: str | None = None
     name: str = "corpus"
     licence: str = "unknown"
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation(Counted):
-    """Retraining from the teacher's logits; `tokens` are those of all steps. `save_every` counts steps.
-
-    `precision`: fp32, bf16, or auto (bf16 where the machine is good at it).
-    """
-
-    tokens: int = 1_000_000
-    sequence_length: int = 4096
-    global_batch_size: int = 1
-    micro_batch_size: int = 1
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 1e-5
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    precision: str = "bf16"
-    save_every: int = 100
-    seed: int = 1234
-
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.sequence_length * self.global_batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +58,7 @@ class Job:
     data: Data
     keep: Mapping[str, int] = dataclasses.field(default_factory=dict)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
-    distillation: Distillation = Distillation()
+    distillation: Distillation = dataclasses.field(default_factory=Distillation)
     evaluation: Evaluation = Evaluation()
     layout: Layout = dataclasses.field(default_factory=Layout)
     licence: str = "unknown"

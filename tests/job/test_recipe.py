@@ -48,7 +48,7 @@ def test_overrides_reach_every_depth(job):
         ("layout.sp=1", "'layout.sp' is 1; it must be a bool"),
         ("distillation.tokens=0", "tokens is 0; the nearest legal value is 1"),
         ("calibration.norms=al", "norms 'al' is unknown; did you mean 'all'"),
-        ("distillation.loss=reverse_kl", "loss 'reverse_kl' is unknown; did you mean 'forward_kl'"),
+        ("distillation.loss=revers_kl", "loss 'revers_kl' is unknown; did you mean 'reverse_kl'"),
         ("calibration.batch_size=-4", "batch_size is -4; the nearest legal value is 1"),
         ("distillation.learning_rate=0", "learning_rate is 0.0; it must be above 0"),
         ("name=3", "'name' is 3; it must be a str"),
