@@ -61,13 +61,14 @@ def sharded_loss(mode, vocab, temperature, dtype, rank, world):
     generator = torch.Generator().manual_seed(vocab)
     student = (torch.randn(*SHAPE, vocab, generator=generator) * 3).to(getattr(torch, dtype))
     weights, width = torch.rand(SHAPE, generator=generator), -(-vocab // world)
-    mine = slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
-    local, whole = student[..., mine].clone().requires_grad_(), student.double().requires_grad_()
-    value = loss(local, targets, temperature, torch.distributed.group.WORLD, mine.start)
+    padded = torch.nn.functional.pad(student, (0, world * width - vocab), value=torch.nan)
+    local = padded[..., rank * width : (rank + 1) * width].clone().requires_grad_()
+    whole, true = student.double().requires_grad_(), max(0, min(width, vocab - rank * width))
+    value = loss(local, targets, temperature, torch.distributed.group.WORLD, vocab)
     (value * weights).sum().backward()
     expected = reference(whole, targets, temperature)
     (expected * weights).sum().backward()
-    wrong = (local.grad.double() - whole.grad[..., mine]).abs()
+    wrong = (local.grad[..., :true].double() - whole.grad[..., rank * width : rank * width + true]).abs()
     return {
         "value": ((value - expected).abs() / (1 + expected.abs())).max().item(),
         "gradient": wrong.max().item() if wrong.numel() else 0.0,

@@ -11,6 +11,7 @@ from test_cache_sampling import GRID, HEATS, MASSES, midpoints, target
 from tolerances import CACHED_KL_FP32, KL_FP32, KL_GRADIENT_FP32
 
 from nemo_minitron.distillation.cache import CachedTargets, cached_top_k_kl, draw, sampled_cross_entropy, top
+from nemo_minitron.distillation.losses._per_token import CHUNK
 
 SHAPE, V, K = torch.Size([3, 5]), 509, 12
 
@@ -56,7 +57,7 @@ def made(mode, seed, temperature, shape=SHAPE, vocab=V):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("mode", ["sample", "top-k"])
 def test_value_and_gradient(mode, temperature, chunk, monkeypatch):
-    monkeypatch.setattr("nemo_minitron.distillation.cache.losses.CHUNK", chunk)
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
     loss, targets = made(mode, 1, temperature)
     generator = torch.Generator().manual_seed(0)
     student, weights = torch.randn(*SHAPE, V, generator=generator) * 4, torch.rand(SHAPE, generator=generator)
@@ -117,6 +118,22 @@ def test_an_equal_student_has_no_top_k_loss_and_one_without_a_tail_stays_finite(
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(sure.grad).all()
+
+
+@pytest.mark.parametrize("mode", ["sample", "top-k"])
+def test_padding_takes_no_part_and_the_gradient_may_lie_in_the_logits(mode):
+    loss, targets = made(mode, 2, 2.0)
+    student = torch.randn(*SHAPE, V, generator=torch.Generator().manual_seed(8))
+    padded = torch.cat([student, torch.full((*SHAPE, 3), 1e3)], -1)
+    plain, kept, spent = student.clone().requires_grad_(), padded.clone().requires_grad_(), padded.clone()
+    values = [loss(plain, targets, 2.0), loss(kept, targets, 2.0, vocab_size=V)]
+    values.append(loss(spent.requires_grad_(), targets, 2.0, vocab_size=V, in_place=True))
+    for value in values:
+        value.sum().backward()
+        assert torch.equal(value, values[0])
+    assert torch.equal(kept.grad, torch.nn.functional.pad(plain.grad, (0, 3)))
+    assert torch.equal(spent.grad, kept.grad)
+    assert spent.grad.data_ptr() == spent.data_ptr()
 
 
 def test_inputs_are_not_changed_and_sampled_targets_have_no_tail():

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # logits that are held in fp32 at a time
+from nemo_minitron.distillation.losses._per_token import CHUNK, scale_rows
+from nemo_minitron.distillation.losses._vocabulary import gather, ranks, true_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,79 +37,101 @@ class CachedTargets:
 
 
 def sampled_cross_entropy(
-    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None, first: int = 0
-) -> Tensor:
+    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None,
+    vocab_size: int | None = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
     """- T^2 sum_v w(v) log softmax(student / T)(v) per token: unbiased for cross-entropy and gradient (RS-KD).
 
-    A cross-entropy, not a KL: its floor is the teacher's entropy, not 0. `student_logits`: [..., V/tp], this rank's
-    true columns, bf16 or fp32; `first`: the global id of the first of them; `group`: the tensor-parallel process
-    group (None: the vocabulary is whole). Returns [...], fp32, the same on every rank of the group. One collective
-    a call under TP.
+    A cross-entropy, not a KL: its floor is the teacher's entropy, not 0. [..., V/tp] shards -> [...], fp32, in the
+    contract of `distillation.losses`: rank r of `group` holds columns r * W to (r + 1) * W, those at and beyond
+    `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP.
     """
-    return _Sparse.apply(student_logits, targets.ids - first, targets.weights, None, temperature, group)
+    return _Sparse.apply(
+        student_logits, targets.ids, targets.weights, None, temperature, group, vocab_size, in_place
+    )
 
 
 def cached_top_k_kl(
-    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None, first: int = 0
-) -> Tensor:
+    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None,
+    vocab_size: int | None = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
     """T^2 KL between teacher and student over the kept tokens and one tail for the rest, per token; else as above.
 
     Raises ValueError for targets without a tail.
     """
     if targets.tail is None:
         raise ValueError("the targets have no tail: they were sampled; use sampled_cross_entropy")
-    return _Sparse.apply(student_logits, targets.ids - first, targets.weights, targets.tail, temperature, group)
+    return _Sparse.apply(
+        student_logits, targets.ids, targets.weights, targets.tail, temperature, group, vocab_size, in_place
+    )
 
 
 class _Sparse(torch.autograd.Function):
-    """Chunked over tokens; the gradient is computed in the forward pass, in the logits' own dtype."""
+    """The gradient is computed in the forward pass, in the logits' own dtype, and scaled in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, columns: Tensor, weights: Tensor, tail: Tensor | None, temperature: float, group: Any
-    ) -> Tensor:
-        shape, vocab = logits.shape[:-1], logits.shape[-1]
-        rows = shape.numel()  # not -1: a rank may hold no column at all
-        flat, tail = logits.reshape(rows, vocab), None if tail is None else tail.reshape(rows)
-        kept = _Kept(columns.reshape(rows, -1), weights.reshape(rows, -1), vocab)
-        gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        sharded = group is not None and torch.distributed.get_world_size(group) > 1
-        statistics = torch.empty(5, rows, dtype=torch.float32, device=flat.device)
-        step = max(1, CHUNK // max(vocab, 1))
-        chunks = [slice(start, start + step) for start in range(0, rows, step)]
-        for at in chunks:
-            part, exponentials, inside = _local(flat[at], kept[at], temperature)
-            statistics[:, at] = part
-            if gradient is not None and not sharded:
-                scales = _scales(part, kept.mass[at], None if tail is None else tail[at])
-                _write(gradient[at], exponentials, inside, kept[at], scales, temperature)
-        if sharded:
-            statistics = _over_vocabulary(statistics, group)
-            scales = _scales(statistics, kept.mass, tail)
-            for at in chunks if gradient is not None else []:
-                _, exponentials, inside = _local(flat[at], kept[at], temperature, statistics[0, at])
-                _write(gradient[at], exponentials, inside, kept[at], scales[:, at], temperature)  # type: ignore[index]
-        ctx.save_for_backward(gradient)
-        ctx.shape = (*shape, vocab)
-        return (_value(statistics, kept, tail) * temperature**2).reshape(shape)
+        ctx: Any, logits: Tensor, ids: Tensor, weights: Tensor, tail: Tensor | None, temperature: float, group: Any,
+        vocab_size: int | None, in_place: bool,
+    ) -> Tensor:  # fmt: skip
+        shape, width = logits.shape[:-1], logits.shape[-1]
+        true = width if vocab_size is None else true_columns(vocab_size, width, group)
+        flat = logits.detach().reshape(shape.numel(), width)
+        kept = _Kept(
+            ids.reshape(len(flat), -1) - ranks(group)[0] * width, weights.reshape(len(flat), -1),
+            None if tail is None else tail.reshape(-1), true,
+        )  # fmt: skip
+        gradient = (flat if in_place else torch.empty_like(flat)) if ctx.needs_input_grad[0] else None
+        inner = None if gradient is None else gradient[:, :true]
+        loss = _solve(flat[:, :true], kept, temperature, group, inner)
+        if gradient is not None:
+            gradient[:, true:].zero_()
+            ctx.save_for_backward(gradient)
+        ctx.shape = logits.shape
+        return loss.reshape(shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In place: autograd's version check refuses a second backward rather than give a wrong one.
-        scaled = gradient.mul_(outputs[0].reshape(-1, 1).to(gradient.dtype))
-        return scaled.reshape(ctx.shape), None, None, None, None, None
+        scale_rows(gradient, outputs[0].reshape(-1, 1))
+        return gradient.reshape(ctx.shape), *[None] * 7
+
+
+def _solve(logits: Tensor, kept: _Kept, temperature: float, group: Any, gradient: Tensor | None) -> Tensor:
+    """[n, V/tp] -> the loss [n], by chunks of tokens; its gradient into `gradient`, which may be the logits."""
+    rows, vocab = logits.shape
+    step = max(1, CHUNK[logits.device.type] // max(vocab, 1))
+    chunks = [slice(start, start + step) for start in range(0, rows, step)]
+    room = torch.empty(min(step, rows), vocab, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(5, rows, dtype=torch.float32, device=logits.device)
+    sharded = ranks(group)[1] > 1
+    for at in chunks:
+        part, outside, inside = _measure(logits[at], kept[at], temperature, room)
+        statistics[:, at] = part
+        if gradient is not None and not sharded:
+            _write(gradient[at], outside, inside, kept[at], part, temperature)
+    if sharded:
+        statistics = _combined(gather(statistics, group))
+        for at in chunks if gradient is not None else []:
+            whole = statistics[:, at]
+            _, outside, inside = _measure(logits[at], kept[at], temperature, room, whole[0])
+            _write(gradient[at], outside, inside, kept[at], whole, temperature)  # type: ignore[index]
+    return _value(statistics, kept) * temperature**2
 
 
 class _Kept:
     """The kept tokens of n positions: columns of this rank [n, K] (others' are out of range), weights [n, K]."""
 
-    def __init__(self, columns: Tensor, weights: Tensor, vocab: int) -> None:
-        self.columns, self.weights, self.vocab = columns, weights, vocab
-        self.mass = weights.sum(1)
+    def __init__(self, columns: Tensor, weights: Tensor, tail: Tensor | None, vocab: int) -> None:
+        self.columns, self.weights, self.tail, self.vocab = columns, weights, tail, vocab
 
     def __getitem__(self, at: slice) -> _Kept:
-        return _Kept(self.columns[at], self.weights[at], self.vocab)
+        return _Kept(self.columns[at], self.weights[at], None if self.tail is None else self.tail[at], self.vocab)
+
+    @property
+    def mass(self) -> Tensor:
+        return self.weights.sum(1)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row and column of each token that this rank has, and its weight: [m] each."""
@@ -116,12 +139,14 @@ class _Kept:
         return here.nonzero()[:, 0], self.columns[here], self.weights[here]
 
 
-def _local(
-    logits: Tensor, kept: _Kept, temperature: float, top: Tensor | None = None
+def _measure(
+    logits: Tensor, kept: _Kept, temperature: float, room: Tensor, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[n, V/tp] -> statistics [5, n] (max; sums of exp inside and outside of K; sum of w z; sum of w; exp and z
-    shifted by the max, or by `top`), the exponentials outside of K [n, V/tp] with 0 inside, those inside [m]."""
-    z = logits.float() / temperature
+    shifted by the max, or by `top`), the exponentials outside of K [n, V/tp], in `room`, 0 inside; those inside [m]."""
+    z = room[: len(logits)].copy_(logits)
+    if temperature != 1:
+        z.div_(temperature)
     if top is None:
         top = z.amax(1) if kept.vocab else z.new_full((len(z),), -torch.inf)  # a rank that holds padding alone
     z.sub_(top[:, None])
@@ -135,11 +160,8 @@ def _local(
     return torch.stack([top, *sums]), exponentials, inside
 
 
-def _over_vocabulary(local: Tensor, group: Any) -> Tensor:
-    """Statistics of all shards [5, n], shifted to the common max, then summed, in rank order."""
-    parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, local, group=group)
-    every = torch.stack(parts)  # [tp, 5, n]
+def _combined(every: Tensor) -> Tensor:
+    """Statistics of all shards [tp, 5, n], shifted to the common max, then summed, in rank order: [5, n]."""
     top = every[:, 0].amax(0)
     down = every[:, 0] - top  # [tp, n], at most 0; -inf on a rank without vocabulary
     inside, outside = (down.exp() * every[:, i] for i in (1, 2))
@@ -147,34 +169,29 @@ def _over_vocabulary(local: Tensor, group: Any) -> Tensor:
     return torch.stack([top, *(part.sum(0) for part in (inside, outside, weighted, every[:, 4]))])
 
 
-def _scales(statistics: Tensor, mass: Tensor, tail: Tensor | None) -> Tensor:
-    """[3, n]: 1 / Z, and what p_s is multiplied with inside and outside of K."""
-    _, inside, outside, _, _ = statistics
-    total = inside + outside
-    if tail is None:
-        return torch.stack([1 / total, mass, mass])
-    return torch.stack([1 / total, torch.ones_like(mass), 1 - tail * total / _positive(outside)])
-
-
 def _write(
-    out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, scales: Tensor, temperature: float
+    out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, statistics: Tensor, temperature: float
 ) -> None:
     """d loss / d student logits, in `out`; `outside` is overwritten."""
+    total = statistics[1] + statistics[2]
     rows, columns, weights = kept.entries()
-    values = inside * (scales[0] * scales[1])[rows] - weights
-    outside.mul_((scales[0] * scales[2] * temperature)[:, None])
-    outside[rows, columns] = values * temperature
+    if kept.tail is None:
+        scale_inside = scale_outside = kept.mass / total
+    else:
+        scale_inside, scale_outside = 1 / total, 1 / total - kept.tail / _positive(statistics[2])
+    outside.mul_((scale_outside * temperature)[:, None])
+    outside[rows, columns] = (inside * scale_inside[rows] - weights) * temperature
     out.copy_(outside)
 
 
-def _value(statistics: Tensor, kept: _Kept, tail: Tensor | None) -> Tensor:
+def _value(statistics: Tensor, kept: _Kept) -> Tensor:
     _, inside, outside, weighted, _ = statistics
     normalizer = (inside + outside).log()
     cross = kept.mass * normalizer - weighted
-    if tail is None:
+    if kept.tail is None:
         return cross
-    own = torch.special.xlogy(kept.weights, kept.weights).sum(1) + torch.special.xlogy(tail, tail)
-    return own + cross - tail * (_positive(outside).log() - normalizer)
+    own = torch.special.xlogy(kept.weights, kept.weights).sum(1) + torch.special.xlogy(kept.tail, kept.tail)
+    return own + cross - kept.tail * (_positive(outside).log() - normalizer)
 
 
 def _positive(mass: Tensor) -> Tensor:

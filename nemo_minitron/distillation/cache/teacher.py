@@ -38,10 +38,13 @@ class CachedTeacher:
         tail = torch.from_numpy(np.stack(tails)) if tails else None
         return CachedTargets(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(weights)), tail)
 
-    def loss(self, student_logits: Tensor, targets: CachedTargets, group: Any = None, first: int = 0) -> Tensor:
-        """The loss that belongs to the cache's mode, at the cache's temperature: [..., V/tp] -> [...] fp32."""
+    def loss(self, student_logits: Tensor, targets: CachedTargets, **options: Any) -> Tensor:
+        """The loss that belongs to the cache's mode, at the cache's temperature: [..., V/tp] -> [...] fp32.
+
+        `options`: `group`, `vocab_size` and `in_place`, as the losses have them.
+        """
         function = sampled_cross_entropy if self.settings.sampled else cached_top_k_kl
-        return function(student_logits, targets, self.settings.temperature, group, first)
+        return function(student_logits, targets, self.settings.temperature, **options)
 
     @property
     def loss_name(self) -> str:
