@@ -1,9 +1,10 @@
 """Every loss in every sharding against the unsharded float64 reference: value, gradient, padding, collectives.
 
-Mutations tried by hand, each of which makes a case here fail: the teacher's padding left where it is; the maxima
-of one shard taken for all; the cross term not shifted to the common maximum; top-k of each shard rather than of the
-whole; ties of bf16 logits broken by torch's top-k; T in the place of T^2; the tail's pull left out of the gradient;
-the gradient multiplied by TP.
+Mutations tried by hand, each of which makes cases here fail: a shard's exponentials scaled as if it were the whole; the
+cross term, or the log ratio, not shifted to the common maximum; the first shard's candidates taken for the top k; equal
+logits ordered by torch's top-k within a shard, or the last rank first among shards; T in the place of T^2; the tail's
+pull left out of the gradient; the gradient multiplied by TP; the padding's gradient left as it was; another V under the
+mean. Of the fused head: the mask left out, the gathered sequence reversed, the hidden state's gradient not reduced.
 """
 
 import json

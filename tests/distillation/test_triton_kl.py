@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors: the same cases and bounds as the PyTorch code's.
 
 A process of its own, for what Triton decorates at import is fixed then. Fails, tried by hand, where a block raises a
-maximum and the cross term is not shifted, and where the last block's columns are not masked.
+maximum and the cross term is not shifted, where the last block's columns are not masked, and where T is left out.
 """
 
 import json
