@@ -117,10 +117,10 @@ class Search(Counted):
     def words(self, source: Architecture, keep: Mapping[str, Any]) -> str:
         """What is searched and how, in a line."""
         found = self.run(source, keep)
-        asked = " and ".join(map(str, self.targets()))
+        asked, count = " and ".join(map(str, self.targets())), len(found.candidates)
         return (
-            f"{found.combinations:,} shapes, {found.fitting:,} with {asked}; {self.candidates} are cut and measured, "
-            f"{self.distil} distilled for {self.steps} steps in {self.rounds} rounds"
+            f"{found.combinations:,} shapes, {found.fitting:,} with {asked}; {count} are cut and measured, "
+            f"{min(self.distil, count)} distilled for {self.steps} steps in {self.rounds} rounds"
         )
 
 
