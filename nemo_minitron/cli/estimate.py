@@ -10,7 +10,8 @@ import typer
 from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Tp, Vp
 
 CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated"
-AXES = "Axes with commas: ffn, heads, query_groups, hidden, experts, layers ... [default: all that the model has]"
+AXES = "Axes with commas: ffn, heads, query_groups, hidden, experts, layers ...; all unless given."
+METHOD = "By what units are scored: activation, taylor (times gradients), magnitude (of weights) or random."
 DEPTH = "Criteria of depth with commas: loss, perplexity, accuracy (with --items), removal (with --remove)."
 SIZES = "Sizes of the contiguous blocks that are left out, with commas."
 MERGE = "Scores of another run over other rows of the same model, to merge in."
@@ -23,8 +24,9 @@ def estimate(
     samples: Annotated[int, typer.Option("--samples", help="Rows of the corpus.")] = 1024,
     sequence_length: Length = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a micro-batch.")] = 1,
-    criterion: Annotated[Optional[list[str]], typer.Option(help=f"{CRITERION} [default: l2,mean]")] = None,
+    criterion: Annotated[Optional[list[str]], typer.Option(help=f"{CRITERION}; l2,mean unless given.")] = None,
     axes: Annotated[str, typer.Option("--axes", help=AXES)] = "",
+    method: Annotated[str, typer.Option("--method", help=METHOD)] = "activation",
     norms: Annotated[str, typer.Option("--norms", help="all or layers: which norms `hidden` sums.")] = "all",
     depth: Annotated[str, typer.Option("--depth", help=DEPTH)] = "",
     depth_sizes: Annotated[str, typer.Option("--depth-sizes", help=SIZES)] = "1",
@@ -53,6 +55,7 @@ def estimate(
         samples, sequence_length, batch_size, ";".join(criterion or ["l2,mean"]), norms, settle(precision), seed,
         axes=tuple(_names(axes)), save_every=save_every, depth=tuple(_names(depth)), depth_sizes=_numbers(depth_sizes),
         depth_samples=depth_samples, items=items, remove=remove,
+        method=method,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
     scores = run_estimate(model, data, out, calibration, layout, merge)

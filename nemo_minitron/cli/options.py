@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME[:CONFIG][@SPLIT]"
+SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"
 Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.")]
 HeldOut = Annotated[Optional[str], typer.Option("--data", help=f"{SOURCES}; the test split unless given.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
@@ -14,7 +14,7 @@ Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]
 Cp = Annotated[int, typer.Option("--cp", help="Context-parallel size: ranks that share a sequence.")]
 Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size, of mixtures of experts.")]
-Etp = Annotated[int, typer.Option("--etp", help="Tensor-parallel size of experts [default: as --tp].")]
+Etp = Annotated[int, typer.Option("--etp", help="Tensor-parallel size of experts; 0: as --tp.")]
 Dp = Annotated[int, typer.Option("--dp", help="Data-parallel size.")]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tensor-parallel groups.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")]

@@ -11,6 +11,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.statistics import criterion
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.counted import Counted
+from nemo_minitron.job.layout import Layout
 from nemo_minitron.search.depth import BLOCK_INFLUENCE, REMOVAL
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ SCANS = ("loss", "perplexity", "accuracy")  # of the model without each block of
 DEPTH = (*SCANS, REMOVAL)
 DERIVED = {"hidden": "norms", "query_groups": "heads"}  # scores of one axis that another's statistics give
 STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # what a calibration keeps, to go on from
-WIDTH = ("samples", "sequence_length", "batch_size", "criterion", "norms", "precision", "seed", "axes", "save_every")
-ROWS = ("sequence_length", "batch_size", "precision", "seed", "depth_samples")
+TAYLOR = "taylor"
+RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights or nothing
+METHODS = (*RUNNING, "magnitude", "random")
+READ = ("sequence_length", "batch_size", "precision", "seed")
+WIDTH = (*READ, "samples", "method", "criterion", "norms", "axes", "save_every")
+ROWS = (*READ, "depth_samples")
 DECIDE = {
     STATISTICS: WIDTH, "loss": (*ROWS, "depth_sizes"), "perplexity": (*ROWS, "depth_sizes"), REMOVAL: (*ROWS, "remove"),
     "accuracy": ("batch_size", "precision", "depth_sizes"),
@@ -38,7 +43,9 @@ class Calibration(Counted):
     all that the model has, unless given; `save_every` rows what was gathered is saved, and a killed run goes on
     from there. `depth`: criteria beside block influence, over `depth_samples` rows of the same corpus and seed:
     loss, perplexity and accuracy (of the questions in the JSONL file `items`) without each block of `depth_sizes`
-    layers, and removal of `remove` layers one by one. Raises InputError for what is unknown.
+    layers, and removal of `remove` layers one by one. `method`: what the width axes are scored by, to compare:
+    activation, taylor (activation times gradient), magnitude (of weights) or random. Raises InputError for what
+    is unknown.
     """
 
     samples: int = 1024
@@ -55,6 +62,7 @@ class Calibration(Counted):
     depth_samples: int = 16
     items: str = ""
     remove: int = 0
+    method: str = "activation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +71,8 @@ class Calibration(Counted):
         for name in self.depth:
             if name not in DEPTH:
                 raise InputError(f"depth criterion '{name}' is unknown; {nearest(name, DEPTH)}")
+        if self.method not in METHODS:
+            raise InputError(f"method '{self.method}' is unknown; {nearest(self.method, METHODS)}")
         for size in self.depth_sizes:
             if size < 1:
                 raise InputError(f"depth_sizes names blocks of {size} layers; the nearest legal size is 1")
@@ -76,12 +86,19 @@ class Calibration(Counted):
         """The axes whose statistics are gathered for the axes asked for; None for all."""
         return [DERIVED.get(name, name) for name in self.axes] or None
 
-    def check(self, architecture: Architecture) -> None:
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs for the width axes."""
+        return self.method in RUNNING
+
+    def check(self, architecture: Architecture, layout: Layout) -> None:
         """Raises InputError for blocks that leave no layer, questions that cannot be read, and what would be unused."""
         for name, option, given in (("accuracy", "items", bool(self.items)), (REMOVAL, "remove", self.remove > 0)):
             if (name in self.depth) != given:
                 have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
                 raise InputError(f"{have} needs {lack}; set both or neither")
+        if self.method == TAYLOR and layout.vp > 1:
+            raise InputError(f"Taylor scores need one stage a rank, not vp={layout.vp}; the nearest legal vp is 1")
         most = architecture.num_layers - 1
         for option, value in (("depth_sizes", max(self.depth_sizes, default=1)), ("remove", self.remove)):
             if self.depth and value > most:
@@ -97,7 +114,7 @@ class Calibration(Counted):
     def words(self) -> str:
         """What is read and gathered, in a line."""
         text = f"{self.samples} rows of {self.sequence_length} tokens, {', '.join(self.axes) or 'all axes'} by "
-        text += "; ".join(self.criteria)
+        text += "; ".join(self.criteria) + (f" of {self.method}" if self.method != "activation" else "")
         sizes = ", ".join(map(str, self.depth_sizes))
         scans = [f"{name} without blocks of {sizes} layers" for name in self.depth if name in SCANS]
         scans += [f"removal of {self.remove} layers"] if REMOVAL in self.depth else []
@@ -136,7 +153,7 @@ def calibration_of(job: Job, source: Architecture) -> Calibration:
     calibration = job.calibration
     for dropped in _dropped(job, source):
         calibration = calibration.for_plan(job.depth, dropped)
-    calibration.check(source)
+    calibration.check(source, job.layout)
     return calibration
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.architecture import Architecture
@@ -54,7 +56,7 @@ class Importance(Callback):
         chunks = chunks_of(trainer)
         self.scores, self._batches = self.previous, 0
         self._digest = model_digest(chunks, architecture_of(chunks[0]))
-        self._seen = DataStep(pl_module, self._open(chunks))
+        self._seen = DataStep(trainer, self._open(chunks))
 
     def on_validation_batch_start(self, *_: Any) -> None:
         if self._seen is not None:
@@ -113,27 +115,39 @@ class Importance(Callback):
 
 
 class DataStep:
-    """Shows a Collector each batch before NeMo's data step cuts it: masks and boundaries on every stage."""
+    """Shows a Collector each batch before NeMo's data step cuts it: masks and boundaries on every stage.
 
-    def __init__(self, module: Any, collector: Collector) -> None:
-        name = "validation_data_step" if hasattr(module, "validation_data_step") else "data_step"
-        self.module, self.name, self.collector = module, name, collector
-        self._original, self._first = getattr(module, name), None
-        setattr(module, name, self._step)
+    Each virtual stage is a module of its own, with a data step of its own.
+    """
+
+    def __init__(self, trainer: Any, collector: Collector) -> None:
+        self.collector, self._first = collector, None
+        self._modules = [_lightning_module(chunk) for chunk in trainer.strategy.megatron_parallel]
+        first = self._modules[0]
+        self.name = "validation_data_step" if hasattr(first, "validation_data_step") else "data_step"
+        for module in self._modules:
+            setattr(module, self.name, partial(self._step, getattr(module, self.name)))
 
     def begin(self) -> None:
         """A new global batch: the first chunk's iterator comes first."""
         self._first = None
 
     def remove(self) -> None:
-        delattr(self.module, self.name)
+        for module in self._modules:
+            delattr(module, self.name)
 
-    def _step(self, iterator: Any) -> Any:
+    def _step(self, original: Any, iterator: Any) -> Any:
         self._first = self._first or iterator
         item = next(iterator)
         batch = item[0] if isinstance(item, tuple) else item
         self.collector.expect(batch, first=iterator is self._first)
-        return self._original(iter([item]))
+        return original(iter([item]))
+
+
+def _lightning_module(chunk: Any) -> LightningModule:
+    while not isinstance(chunk, LightningModule):
+        chunk = chunk.module
+    return chunk
 
 
 def model_digest(chunks: list[Any], architecture: Architecture) -> str:

@@ -7,7 +7,7 @@ import pytest
 from test_recipe import PICO, job  # noqa: F401
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.job import Calibration, Job
+from nemo_minitron.job import Calibration, Job, Layout
 from nemo_minitron.job.calibration import DECIDE, STATISTICS, calibration_of
 from nemo_minitron.job.dry_run import describe
 
@@ -42,7 +42,7 @@ def test_settings_refused(settings, words):
 )
 def test_refused_for_a_model(settings, words):
     with pytest.raises(InputError, match=words):
-        Calibration(**settings).check(PICO)
+        Calibration(**settings).check(PICO, Layout())
 
 
 def test_a_plan_adds_the_blocks_that_it_takes():

@@ -19,6 +19,7 @@ from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.lock import locked
+from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 
 
@@ -35,7 +36,7 @@ def run_estimate(
     source = open_source(model)
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
-    calibration.check(source.architecture)
+    calibration.check(source.architecture, layout)
     other, work = Scores.load(merge) if merge else None, cache_of(out)
     with locked(work):
         tokens = tokenise(data, source.folder, work / "calibration")
@@ -53,6 +54,8 @@ def calibrate(
     """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done."""
     digest = data_digest(tokens)
     _forget_others(work, calibration.marks(*teacher_identity(model), digest, digest_of(dataclasses.asdict(layout))))
+    if not calibration.runs:
+        _without_running(model, calibration).save(work / STATISTICS)
     if not _whole(work, calibration):
         settings = {
             "model": str(resolve(model)), "data": str(tokens.prefix), "work": str(work),
@@ -66,6 +69,20 @@ def calibrate(
     run = {"data": digest} | {name: getattr(calibration, name) for name in names}
     scores.notes = {"runs": [run]} | (scanned.notes if scanned else {})
     return _examined(scores)
+
+
+def _without_running(model: str, calibration: Calibration) -> Scores:
+    """Scores by the magnitude of the weights, or by chance."""
+    from nemo_minitron.importance.alternatives import magnitude, random_scores
+    from nemo_minitron.nemo.sources import open_source
+
+    source = open_source(model)
+    if calibration.method == "magnitude":
+        scores = magnitude(source)
+    else:
+        scores = random_scores(source.architecture, calibration.seed)
+    scores.model_digest = source_digest(source)
+    return scores
 
 
 def _forget_others(work: Path, marks: dict[str, str]) -> None:
@@ -90,7 +107,7 @@ def _whole(work: Path, calibration: Calibration) -> bool:
     scanned = _scanned(work)
     return (
         (work / STATISTICS).exists()
-        and Scores.load(work / STATISTICS).samples == calibration.samples
+        and (not calibration.runs or Scores.load(work / STATISTICS).samples == calibration.samples)
         and all(scanned is not None and name in scanned.depth for name in calibration.depth)
     )
 
