@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.calibration import Calibration
 from nemo_minitron.job.counted import Counted
+from nemo_minitron.job.cutting import Cutting
 from nemo_minitron.job.distillation import Distillation
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.search import Search
@@ -51,6 +52,7 @@ class Job:
 
     `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
     layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
+    `cutting`: what is solved or folded in place of the plan's slices.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Job:
     seed: int = 0
     depth: str = BLOCK_INFLUENCE
     search: Search = dataclasses.field(default_factory=Search)
+    cutting: Cutting = dataclasses.field(default_factory=Cutting)
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
