@@ -58,7 +58,8 @@ def test_the_dry_run_tells_the_search(job):
     assert target == found.candidates[0].architecture
     assert 142_500 <= target.parameters() <= 157_500
     text = describe(job)
-    assert f"{found.combinations:,} shapes, {found.fitting:,} with 142,500 to 157,500 parameters; {len(found.candidates)} are cut" in text
+    assert f"{found.combinations:,} shapes, {found.fitting:,} with 142,500 to 157,500 parameters;" in text
+    assert f"{len(found.candidates)} are cut and measured" in text
     assert "estimate, candidates, measure, rank, plan, prune" in text
 
 
