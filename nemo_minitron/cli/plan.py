@@ -57,8 +57,9 @@ def plan(
     from nemo_minitron.search import parse
 
     search = Search(
-        params, params_no_embeddings, active_params, memory, flops, batch, context, weights, kv_cache, tolerance,
-        bounds, space, divisors, maximal, candidates=top, distil=1,
+        params=params, params_no_embeddings=params_no_embeddings, active_params=active_params, memory=memory,
+        flops=flops, batch=batch, context=context, weights=weights, kv_cache=kv_cache, tolerance=tolerance,
+        bounds=bounds, space=space, divisors=divisors, maximal=maximal, candidates=top, distil=1,
     )  # fmt: skip
     outcome = run_plan(
         scores, parse.sizes(keep), search, architecture=architecture, depth=depth, contiguous=contiguous,

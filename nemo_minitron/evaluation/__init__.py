@@ -5,7 +5,8 @@ it. Importing this room loads neither torch nor transformers.
 """
 
 from nemo_minitron.evaluation.generation import generate
+from nemo_minitron.evaluation.latency import forward_seconds
 from nemo_minitron.evaluation.perplexity import Numbers, evaluate
 from nemo_minitron.evaluation.tasks import check_tasks, run_tasks
 
-__all__ = ["Numbers", "check_tasks", "evaluate", "generate", "run_tasks"]
+__all__ = ["Numbers", "check_tasks", "evaluate", "forward_seconds", "generate", "run_tasks"]

@@ -12,7 +12,7 @@ from nemo_minitron.job.counted import Counted
 if TYPE_CHECKING:
     from nemo_minitron.architecture import Architecture
     from nemo_minitron.artifacts import Scores
-    from nemo_minitron.search.candidates import Found
+    from nemo_minitron.search.candidates import Found, Measure
     from nemo_minitron.search.space import Space
     from nemo_minitron.search.targets import Target
 
@@ -25,8 +25,10 @@ class Search(Counted):
 
     `params`, `params_no_embeddings`, `active_params` ("84M"): bands of `tolerance`; `memory` ("8GiB") of weights
     and KV cache at `batch` and `context`, in the dtypes `weights` and `kv_cache`, and `flops` of a token at
-    `context`: at most. `bounds` ("ffn=512:1536,layers=20:30"), `space` ("layers=29,30;ffn=2.5x,3x") and `divisors`
-    ("64,tp=8" or "fp8") say which shapes are tried; `maximal` leaves out those that fit inside another.
+    `context`: at most; so is `latency` ("30ms") of a forward pass over `batch` sequences of `context` tokens, which
+    is measured on this machine for the best shapes that meet another target. `bounds` ("ffn=512:1536,layers=20:30"),
+    `space` ("layers=29,30;ffn=2.5x,3x") and `divisors` ("64,tp=8" or "fp8") say which shapes are tried; `maximal`
+    leaves out those that fit inside another.
 
     The best `candidates` by the proxy are cut and measured on `tokens` of the held-out corpus; the best `distil` of
     those are distilled, with the recipe's own settings, for `steps` steps at most and ranked after each of `rounds`
@@ -38,6 +40,7 @@ class Search(Counted):
     active_params: str = ""
     memory: str = ""
     flops: str = ""
+    latency: str = ""
     batch: int = 1
     context: int = 4096
     weights: str = "bf16"
@@ -57,6 +60,8 @@ class Search(Counted):
         super().__post_init__()
         if self.distil > self.candidates:
             raise InputError(f"search.distil is {self.distil} of {self.candidates} candidates; give at most as many")
+        if self.latency and not self.wanted:
+            raise InputError("search.latency needs another target, which says what is measured; set search.params")
         if self.steps % self.rounds:
             near = max(1, round(self.steps / self.rounds)) * self.rounds
             raise InputError(
@@ -106,18 +111,23 @@ class Search(Counted):
         )  # fmt: skip
 
     def run(
-        self, source: Architecture, keep: Mapping[str, Any], scores: Scores | None = None, **options: Any
-    ) -> Found:
-        """The candidates; `options` as of `search.search`. Raises InputError where nothing meets the targets."""
-        from nemo_minitron.search import search
+        self, source: Architecture, keep: Mapping[str, Any], scores: Scores | None = None,
+        measure: Measure | None = None, **options: Any,
+    ) -> Found:  # fmt: skip
+        """The candidates; `measure` gives a candidate's latency in seconds (None: it is not looked at), `options` are
+        those of `search.search`. Raises InputError where nothing meets the targets."""
+        from nemo_minitron.search import parse, search
 
         settings = {"top": self.candidates, "maximal": self.maximal} | options
+        if self.latency and measure:
+            settings["latency"] = (parse.seconds(self.latency, "--latency"), measure)
         return search(self.shapes(source, keep), self.targets(), scores, **settings)
 
     def words(self, source: Architecture, keep: Mapping[str, Any]) -> str:
         """What is searched and how, in a line."""
         found = self.run(source, keep)
-        asked, count = " and ".join(map(str, self.targets())), len(found.candidates)
+        late = [f"a latency of at most {self.latency}, yet to be measured"] if self.latency else []
+        asked, count = " and ".join([*map(str, self.targets()), *late]), len(found.candidates)
         return (
             f"{found.combinations:,} shapes, {found.fitting:,} with {asked}; {count} are cut and measured, "
             f"{min(self.distil, count)} distilled for {self.steps} steps in {self.rounds} rounds"

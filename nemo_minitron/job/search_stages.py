@@ -74,15 +74,27 @@ def candidates(run: Run) -> None:
     from nemo_minitron.search.table import rows_of
 
     job, scores = run.job, Scores.load(run.path("scores.safetensors"))
-    found = job.search.run(scores.architecture, job.keep, scores, depth=job.depth)
-    run.say(f"    {found.combinations:,} shapes, {found.fitting:,} within the budget, the best {len(found.candidates)}")
     config = config_of(job.teacher)
+    found = job.search.run(
+        scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
+        depth=job.depth,
+    )  # fmt: skip
+    run.say(f"    {found.combinations:,} shapes, {found.fitting:,} within the budget, the best {len(found.candidates)}")
     for candidate in found.candidates:
         to_hf(candidate.architecture, config)
         keep = {**cut_of(candidate, scores.architecture), **job.keep}
         plan(scores, keep, depth=job.depth).save(run.path("search", candidate.name, PLAN))
     rows = rows_of(found, scores.architecture, **job.search.serving)
     write_json(run.path(CANDIDATES), [row for row in rows if row["rank"] is not None])
+
+
+def _latency(run: Run, config: Mapping[str, Any]) -> float:
+    from nemo_minitron.evaluation import forward_seconds
+
+    search = run.job.search
+    took = forward_seconds(config, batch=search.batch, context=search.context, precision=run.job.evaluation.precision)
+    run.say(f"    {took * 1e3:8.1f} ms")
+    return took
 
 
 def measure_all(run: Run) -> None:

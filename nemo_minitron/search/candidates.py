@@ -19,7 +19,8 @@ from nemo_minitron.search.space import Space
 from nemo_minitron.search.targets import Target
 
 Measure = Callable[["Candidate"], float]
-MEASURED = 2048  # shapes that are ranked at most, of all that fit
+RANKED = 2048  # shapes at most, of all that fit
+TIMED = 64  # shapes at most whose latency is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ def search(
 
     Without scores the closest to the first target comes first. `maximal` leaves out shapes that fit inside
     another that meets the targets. `latency`: a limit and the function that measures a candidate (in the same
-    unit); candidates are then measured in the order of their rank until `top` of them are within it. Layers
-    go by the criterion `depth`, as in `plan`.
+    unit); candidates are then measured in the order of their rank, 64 at most, until `top` of them are within it.
+    Layers go by the criterion `depth`, as in `plan`.
 
     Raises InputError where there is no target, and where nothing meets them, naming the shape that comes nearest.
     """
@@ -115,7 +116,7 @@ def search(
         nearest = _nearer(nearest, columns, misses)
         rows = _Rows(np.stack([*columns.values()], axis=1), costs[0], rank).take(misses == 0)
         fitting += len(rows.cost)
-        best, front = best.join(rows).best(max(top, MEASURED)), front.join(rows).front()
+        best, front = best.join(rows).best(max(top, RANKED)), front.join(rows).front()
     if not fitting:
         raise InputError(_nothing(space, targets, nearest))
     ranked = _candidates(space, best.maximal() if maximal else best, proxy is not None)
@@ -136,14 +137,15 @@ def _shape(space: Space, sizes: Mapping[str, int]) -> Architecture:
 def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure) -> Iterator[Candidate]:
     """Measures only as many as are asked for. Raises InputError where none of them all is within the limit."""
     fastest: tuple[float, Candidate] | None = None
-    for candidate in candidates:
+    for candidate in itertools.islice(candidates, TIMED):
         took = measure(candidate)
         if fastest is None or took < fastest[0]:
             fastest = took, candidate
         if took <= limit:
             yield candidate
     if fastest and fastest[0] > limit:
-        raise InputError(f"no shape takes at most {limit:g}; the nearest is {fastest[1]} with {fastest[0]:g}")
+        nearest = f"the nearest is {fastest[1]} with {fastest[0]:.3g}"
+        raise InputError(f"none of the best {TIMED} shapes takes at most {limit:g}; {nearest}")
 
 
 def _nearer(

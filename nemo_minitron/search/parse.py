@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from nemo_minitron.errors import InputError
@@ -11,25 +11,31 @@ from nemo_minitron.search.space import Divisors
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 BYTES = {"": 1, **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}}
+SECONDS = {"": Fraction(1), "S": Fraction(1), "MS": Fraction(1, 1000), "US": Fraction(1, 10**6)}
 BYTES |= {f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
 FP8 = 16  # what a matrix's dimensions must be multiples of
 
 
 def count(text: str, what: str) -> int:
     """`84M`, `8.27B`, `84000000` -> a whole number. Raises InputError."""
-    return _quantity(text, COUNTS, what, "84M or 8.27B")
+    return int(_quantity(text, COUNTS, what, "84M or 8.27B"))
 
 
 def size_in_bytes(text: str, what: str) -> int:
     """`8GiB`, `8GB`, `512MiB` -> bytes. Raises InputError."""
-    return _quantity(text, BYTES, what, "8GiB or 500MB")
+    return int(_quantity(text, BYTES, what, "8GiB or 500MB"))
 
 
-def _quantity(text: str, units: dict[str, int], what: str, example: str) -> int:
+def seconds(text: str, what: str) -> float:
+    """`30ms`, `0.5s` -> seconds. Raises InputError."""
+    return float(_quantity(text, SECONDS, what, "30ms"))
+
+
+def _quantity(text: str, units: Mapping[str, int | Fraction], what: str, example: str) -> Fraction:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in units:
         raise InputError(f"{what}={text} is no size; write for example {example}")
-    return int(Fraction(found[1]) * units[found[2].upper()])
+    return Fraction(found[1]) * units[found[2].upper()]
 
 
 def tolerance(text: str) -> float:

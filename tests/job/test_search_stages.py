@@ -109,6 +109,16 @@ def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
     assert winner(run).target.num_layers == 4
 
 
+def test_latency_is_measured_where_it_is_asked_for(world, monkeypatch):
+    """The deepest two shapes are too slow."""
+    monkeypatch.setattr(
+        "nemo_minitron.evaluation.forward_seconds", lambda config, **how: config["num_hidden_layers"] / 100
+    )
+    run = world.search("search.latency=45ms", "search.distil=2")
+    listed = json.loads(run.path("search", "candidates.json").read_text())
+    assert sorted(row["layers"] for row in listed) == [3, 4]
+
+
 def test_another_evaluation_measures_anew(world):
     world.search()
     world.search("search.tokens=100")

@@ -174,6 +174,7 @@ def test_words():
     assert parse.count("8.27B", "") == 8_270_000_000
     assert parse.count("84m", "") == 84_000_000
     assert (parse.size_in_bytes("8GiB", ""), parse.size_in_bytes("1.5 kB", "")) == (8 * 2**30, 1500)
+    assert (parse.seconds("30ms", ""), parse.seconds("1.5", "")) == (0.03, 1.5)
     assert parse.tolerance("5%") == parse.tolerance("0.05") == 0.05
     assert parse.lists("layers=29, 30; ffn=2.5x") == {"layers": [29, 30], "ffn": [Fraction(5, 2)]}
     assert parse.divisors("fp8, tp=8,hidden=128") == Divisors(16, 8, {"hidden": 128})

@@ -1,0 +1,48 @@
+"""How long a shape takes on this machine: a forward pass of transformers' model of it, with random weights."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.evaluation.model import dtype_name
+
+
+def forward_seconds(
+    config: Mapping[str, Any], *, batch: int, context: int, precision: str = "bf16", repeat: int = 5
+) -> float:
+    """Seconds of one forward pass over `batch` sequences of `context` tokens (prefill), the median of `repeat`.
+
+    `config` is a Hugging Face config; on the GPU where there is one, in `precision`, one pass before to warm up.
+    It is transformers' time, not a serving engine's: good to compare shapes. Raises InputError for an unknown
+    precision.
+    """
+    dtype = dtype_name(precision)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = {name: value for name, value in config.items() if name != "model_type"}
+    with device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
+        tokens = torch.zeros((batch, context), dtype=torch.long)
+    model = model.to(getattr(torch, dtype)).eval()
+    took = []
+    for _ in range(repeat + 1):
+        _wait(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(tokens, use_cache=False)
+        _wait(device)
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[1:])
+
+
+def _wait(device: Any) -> None:
+    """The GPU works on while Python goes ahead."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
