@@ -12,7 +12,9 @@ def block(width: int) -> int:
 
 
 @triton.jit
-def kl_statistics(student, teacher, out, stride_s, stride_t, rows, width, temperature, BLOCK: tl.constexpr):
+def kl_statistics(  # type: ignore[no-untyped-def]
+    student, teacher, out, stride_s, stride_t, rows, width, temperature, BLOCK: tl.constexpr
+):
     """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), s and t over T, each shifted by its max: out [5, rows].
 
     Online: what has been summed is scaled down, and the cross term shifted, whenever a block raises a maximum.
@@ -45,7 +47,7 @@ def kl_statistics(student, teacher, out, stride_s, stride_t, rows, width, temper
 
 
 @triton.jit
-def kl_gradient(
+def kl_gradient(  # type: ignore[no-untyped-def]
     out, student, teacher, whole, stride_o, stride_s, stride_t, rows, width, temperature, BLOCK: tl.constexpr
 ):
     """T (p_s - p_t) of one row and block of columns; `whole` [5, rows] as `kl_statistics`, of all shards."""
