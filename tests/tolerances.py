@@ -77,3 +77,7 @@ LOG_RATIO_GRADIENT_FP32 = 2e-6
 # the gradients of logits and hidden states once more each.
 FUSED_FP32 = 2e-6
 FUSED_BF16 = 2**-5
+
+# Distillation losses against a teacher whose weights and activations are rounded to bf16 (8 bits) over six layers; the
+# KL of pico models is small, a difference of near distributions. Relative.
+LOSS_BF16_TEACHER = 0.1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.cli.options import Data, Dp, Length, Precision, Seed, Sp, Tp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Tp, Vp
 
 
 def distill(
@@ -20,9 +20,23 @@ def distill(
     global_batch_size: Annotated[int, typer.Option("--global-batch-size")] = 1,
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size")] = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate")] = 3e-4,
+    loss: Annotated[str, typer.Option("--loss", help="On logits: forward_kl, mse, ...")] = "forward_kl",
+    logits_weight: Annotated[float, typer.Option("--logits-weight", help="0: the LM loss alone.")] = 1.0,
+    lm_weight: Annotated[float, typer.Option("--lm-weight", help="Of the language-model loss.")] = 0.0,
+    intermediate: Annotated[str, typer.Option("--intermediate", help="auto, or pairs such as block:13:29.")] = "",
+    plan: Annotated[Optional[Path], typer.Option("--plan", help="The plan that the student comes from.")] = None,
+    start: Annotated[str, typer.Option("--start", help="pruned, or random: the baseline.")] = "pruned",
+    correction_tokens: Annotated[int, typer.Option("--correction-tokens", help="First learned by the teacher.")] = 0,
+    validation: Annotated[Optional[str], typer.Option("--validation", help="Held-out text.")] = None,
+    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between two validations.")] = 0,
+    patience: Annotated[int, typer.Option("--patience", help="Validations without a lower loss; then it ends.")] = 0,
     precision: Precision = "bf16",
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 100,
     tp: Tp = 1,
+    pp: Pp = 1,
+    vp: Vp = 1,
+    cp: Cp = 1,
+    ep: Ep = 1,
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
@@ -35,7 +49,10 @@ def distill(
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
-        warmup_steps=10, precision=settle(precision), save_every=save_every, seed=seed,
+        warmup_steps=10, loss=loss, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
+        start=start, correction_tokens=correction_tokens, validate_every=validate_every, patience=patience,
+        precision=settle(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
-    run_distill(student, teacher, data, out, settings, Layout(tp=tp, dp=dp, sp=sp))
+    layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
+    run_distill(student, teacher, data, out, settings, layout, validation=validation, plan=plan)
     print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")

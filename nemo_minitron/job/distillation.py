@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.counted import Counted
 from nemo_minitron.job.layout import Layout
@@ -90,6 +91,11 @@ class Distillation(Counted):
                 f"{self.micro_batch_size} on {layout.dp} data-parallel ranks{f', {at_once} at a time' * (at_once > 1)}"
                 f"; the nearest legal size is {max(1, round(self.global_batch_size / step)) * step}"
             )
+
+    def check_states(self, student_layers: int, teacher_layers: int) -> None:
+        """Raises InputError for intermediate states that are none of such models."""
+        if self.intermediate not in ("", AUTO):
+            layer_map(self.intermediate, student_layers, teacher_layers)
 
     def correction(self) -> Distillation:
         """The same settings for the teacher itself."""

@@ -53,6 +53,7 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     layout.check(target)
     layout.check_sequence(job.distillation.sequence_length)
     job.distillation.check_batch(job.layout)
+    job.distillation.check_states(target.num_layers, source.num_layers)
     return source, target
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
-from nemo_minitron.families import read_config
+from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Distillation
 from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
@@ -16,48 +15,67 @@ LAST = "last"
 
 
 def distill(settings: dict[str, Any]) -> None:
-    """`student` (HF folder), `teacher`, `train`, `validation` (prefixes), `out`, `distillation`, `layout`:
-    trains to `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped. `stop`, where
-    it is given, is the step after which it ends for now."""
+    """`student`, `teacher`, `train`, `validation` (prefixes), `out`, `distillation`, `layout`: trains to
+    `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped. `stop`, where it is
+    given, is the step after which it ends for now; `plan` the PrunePlan's file that the student comes from."""
     backend.setup()
     from nemo.collections import llm
 
     from nemo_minitron.nemo.data import data_module
-    from nemo_minitron.nemo.distill import Distillation as DistillationCallback
-    from nemo_minitron.nemo.distill import FillStudent, LossLog
     from nemo_minitron.nemo.models import nemo_model
-    from nemo_minitron.nemo.stop import StopAfter
+    from nemo_minitron.nemo.sources import open_source
 
     recipe, layout = Distillation(**settings["distillation"]), Layout(**settings["layout"])
+    student = open_source(settings["student"])
     data = data_module(
-        settings["train"], settings["validation"], tokenizer=settings["student"], seed=recipe.seed,
+        settings["train"], settings["validation"], tokenizer=str(student.folder), seed=recipe.seed,
         sequence_length=recipe.sequence_length, micro_batch_size=recipe.micro_batch_size,
         global_batch_size=recipe.global_batch_size, index_folder=settings["index"],
     )  # fmt: skip
     optim = optimizer(recipe)
+    validated = bool(recipe.validate_every)
     trainer = make_trainer(
-        layout, recipe.precision, max_steps=recipe.steps, limit_val_batches=0, val_check_interval=None,
-        check_val_every_n_epoch=None, log_every_n_steps=1, strategy=training_strategy(),
+        layout, recipe.precision, max_steps=recipe.steps, check_val_every_n_epoch=None, log_every_n_steps=1,
+        limit_val_batches=recipe.validation_batches if validated else 0,
+        val_check_interval=recipe.validate_every if validated else None, strategy=training_strategy(),
     )  # fmt: skip
     model = nemo_model(
-        read_config(settings["student"]), tokenizer=data.tokenizer, precision=recipe.precision, layout=layout,
-        optim=optim,
-    )  # fmt: skip
-    tokens = recipe.sequence_length * recipe.global_batch_size
-    trainer.callbacks[:0] = [  # before NeMo's checkpoint callback: a saved step is a logged step
-        FillStudent(settings["student"]),
-        DistillationCallback(settings["teacher"], recipe.loss, recipe.temperature, recipe.precision),
-        LossLog(str(Path(settings["out"]) / "loss.csv"), tokens),
-        *([StopAfter(settings["stop"])] if settings.get("stop") else []),
-    ]
+        student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, optim=optim
+    )
+    trainer.callbacks[:0] = _callbacks(settings, recipe)  # before NeMo's of checkpoints: a saved step is a logged step
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
-    _mark_last(trainer, Path(settings["out"]))
+    _mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
 
 
-def _mark_last(trainer: Any, out: Path) -> None:
-    """Writes down where the last checkpoint lies, for the stage that comes after."""
+def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    from nemo_minitron.nemo.distill import Distillation as DistillationCallback
+    from nemo_minitron.nemo.distill import FillStudent
+    from nemo_minitron.nemo.loss_log import LossLog
+    from nemo_minitron.nemo.stop import StopAfter
+
+    distillation = DistillationCallback(
+        settings["teacher"], recipe.loss, recipe.temperature, recipe.teacher_precision or recipe.precision,
+        recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
+        intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
+        intermediate_weight=recipe.intermediate_weight or None, plan=settings.get("plan"), seed=recipe.seed,
+    )  # fmt: skip
+    callbacks = [
+        FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),
+        distillation,
+        LossLog(str(Path(settings["out"]) / "loss.csv"), recipe.tokens_per_step, parts=distillation),
+    ]
+    if recipe.patience:
+        callbacks.append(EarlyStopping("val_loss", patience=recipe.patience))
+    return [*callbacks, *([StopAfter(settings["stop"])] if settings.get("stop") else [])]
+
+
+def _mark_last(trainer: Any, out: Path, steps: int) -> None:
+    """Writes down where the last checkpoint lies, for the stage that comes after, and whether training ended early."""
     if trainer.is_global_zero:
         from nemo.lightning.ckpt_utils import ckpt_to_dir
 
         path = Path(ckpt_to_dir(trainer.checkpoint_callback.last_model_path))
-        (out / f"{LAST}.json").write_text(json.dumps({"checkpoint": str(path.resolve().relative_to(out.resolve()))}))
+        early = {"stopped": trainer.global_step} if trainer.global_step < steps else {}
+        write_json(out / f"{LAST}.json", {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})

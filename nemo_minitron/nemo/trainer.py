@@ -68,7 +68,7 @@ def optimizer(recipe: Distillation) -> Any:
             use_distributed_optimizer=True,
         ),
         lr_scheduler=CosineAnnealingScheduler(
-            max_steps=recipe.steps, warmup_steps=min(recipe.warmup_steps, max(0, recipe.steps - 1)),
+            max_steps=recipe.steps, warmup_steps=min(recipe.warmup, max(0, recipe.steps - 1)),
             constant_steps=0, min_lr=recipe.min_learning_rate,
         ),
     )  # fmt: skip
@@ -110,6 +110,15 @@ def resume() -> Any:
 def chunks_of(trainer: Any) -> list[Any]:
     """This rank's Megatron models under NeMo's strategy."""
     return [unwrap(chunk) for chunk in trainer.strategy.megatron_parallel]
+
+
+def share_config(module: Any) -> None:
+    """Virtual stages after the first get the first one's config: what was set on it live holds for all of them.
+
+    NeMo would build them anew from what it recorded for the checkpoint's context, which has neither a padded
+    vocabulary nor this package's forward step.
+    """
+    module.reinit = lambda: type(module)(module.config, optim=module.optim, tokenizer=module.tokenizer)
 
 
 def leave_context(trainer: Any) -> None:

@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
+from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
@@ -20,14 +22,17 @@ from nemo_minitron.job.recipe import Distillation
 
 def run_training(
     student: Path, teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
-    log: Path | None = None, stop: int | None = None,
+    log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
     """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
 
-    `stop`: the step after which it ends for now, one that is saved; called again with a later one, it goes on.
+    `prefixes`: training and validation text. `stop`: the step after which it ends for now, one that is saved; called
+    again with a later one, it goes on. `plan`: where the student comes from.
     """
     models = [teacher_identity(str(student)), teacher_identity(teacher)]
-    identity = digest_of([dataclasses.asdict(recipe), models, corpus_identity(prefixes[0])])
+    texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
+    cut = json.loads(plan.read_text()) if plan and recipe.intermediate else None
+    identity = digest_of([dataclasses.asdict(recipe), models, texts, cut])
     mark = out / "settings.json"
     if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
         shutil.rmtree(out)
@@ -35,16 +40,36 @@ def run_training(
     write_json(mark, identity)
     if _finished(out, stop or recipe.steps):
         return
+    if recipe.correction_tokens:
+        teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
     settings = {
         "student": str(student), "teacher": str(teacher), "train": str(prefixes[0]), "validation": str(prefixes[1]),
         "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
-        "layout": dataclasses.asdict(layout), "stop": stop,
+        "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
     }  # fmt: skip
     launch("distill", settings, layout.processes, log)
 
 
+def _corrected(
+    teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
+) -> str:
+    """Teacher correction: the teacher, trained on the data with the LM loss, as a NeMo checkpoint."""
+    from nemo_minitron.nemo.checkpoint import last_checkpoint
+    from nemo_minitron.nemo.sources import open_source
+
+    even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # the layout's ends are the student's
+    own = even.for_depth(open_source(teacher).architecture.num_layers)
+    run_training(Path(teacher), teacher, prefixes, out, recipe, own, log)
+    return str(last_checkpoint(out))
+
+
 def _finished(out: Path, steps: int) -> bool:
-    """Whether a checkpoint of so many steps is whole; what a kill left half-saved is cleared for the next try."""
+    """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
+    half-saved is cleared for the next try."""
+    mark = out / "last.json"
+    noted = json.loads(mark.read_text()) if mark.is_file() else {}
+    if "stopped" in noted:
+        return True
     folder = out / "nemo" / "checkpoints"
     for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
         shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
@@ -53,26 +78,41 @@ def _finished(out: Path, steps: int) -> bool:
     last = max(saved, default=0)  # NeMo counts steps from 0
     if last < steps:
         return False
-    write_json(out / "last.json", {"checkpoint": str(saved[last].relative_to(out))})
+    if noted != (found := {"checkpoint": str(saved[last].relative_to(out))}):
+        write_json(mark, found)
     return True
 
 
-def run_distill(student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout) -> Path:
+def run_distill(
+    student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout, *,
+    validation: str | None = None, plan: Path | None = None,
+) -> Path:  # fmt: skip
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.pruning import HFSource
 
     source, teacher_folder = resolve(student), resolve(teacher)
     _check_out(out, (source, teacher_folder))
-    layout.check(HFSource(source).architecture)
-    layout.check(open_source(teacher_folder).architecture)
+    if recipe.validate_every and not validation:
+        raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
+    models = HFSource(source).architecture, open_source(teacher_folder).architecture
+    for architecture in models:
+        layout.for_depth(architecture.num_layers).check(architecture)
+    depth = models[0].num_layers
+    if recipe.intermediate:
+        kept = PrunePlan.load(plan).keep.get("layers") if plan else None
+        layer_map(recipe.intermediate, depth, models[1].num_layers, kept)
     layout.check_sequence(recipe.sequence_length)
+    recipe.check_batch(layout)
     work = cache_of(out)
     with locked(work):
-        tokens = tokenise(data, source, work / "train")
+        train = tokenise(data, source, work / "train").prefix
+        held_out = tokenise(validation, source, work / "validation").prefix if validation else train
         training = work / "training"
-        prefixes = (tokens.prefix, tokens.prefix)
-        run_training(source, str(teacher_folder), prefixes, training, recipe, layout, work / "log.txt")
+        run_training(
+            source, str(teacher_folder), (train, held_out), training, recipe, layout.for_depth(depth),
+            work / "log.txt", plan=plan,
+        )  # fmt: skip
         return export_student(training, source, out)
 
 

@@ -1,0 +1,155 @@
+"""Run under torchrun, once for a world size: distillation through NeMo's trainer in every layout of that size.
+
+Arguments: folder with models and a corpus, JSON list of cases, output folder, and perhaps the case whose last
+checkpoint a user's own script goes on from. Each case leaves what `minitron distill` leaves of a training: `loss.csv`
+and NeMo's checkpoints.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+
+def mask_some():
+    """Samples whose first tokens, up to all but one, do not count: data-parallel ranks have unequal numbers."""
+    import torch
+
+    from nemo_minitron.nemo.data.dataset import PackedDataset
+
+    whole = PackedDataset.__getitem__
+
+    def masked(self, index):
+        item = whole(self, index)
+        length = len(item["loss_mask"])
+        start = [0, length - 1, length // 2, 3][(index or 0) % 4]
+        return item | {"loss_mask": item["loss_mask"] * (torch.arange(length) >= start)}
+
+    PackedDataset.__getitem__ = masked
+
+
+def run_case(case, folder, out):
+    """`stops`: steps after which the training ends, to go on in a trainer of its own; else it ends after the last."""
+    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.recipe import Distillation
+    from nemo_minitron.nemo import stages
+    from nemo_minitron.pruning.folder import HFSource
+
+    student, corpus = folder / case["student"], str(folder / "corpus")
+    layout = Layout(**case["layout"]).for_depth(HFSource(student).architecture.num_layers)
+    recipe = Distillation(**case["recipe"])
+    made = out / case["name"]
+    made.mkdir(exist_ok=True)
+    settings = {
+        "student": str(student), "teacher": str(folder / case["teacher"]), "train": corpus, "validation": corpus,
+        "out": str(made), "index": str(folder / "index"), "distillation": dataclasses.asdict(recipe),
+        "layout": dataclasses.asdict(layout), "plan": str(folder / case["plan"]),
+    }  # fmt: skip
+    for stop in case.get("stops") or [None]:
+        stages.distill(settings | {"stop": stop})
+        forget()
+
+
+def user_script(folder, checkpoint, out):
+    """A NeMo user's own `llm.train`, with one callback of this package: the losses that it logs, and a refusal."""
+    from lightning.pytorch.callbacks import Callback
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo import lightning as nl
+    from nemo.collections import llm
+
+    from nemo_minitron.errors import InputError
+    from nemo_minitron.nemo import Distillation
+    from nemo_minitron.nemo.data import data_module
+
+    logged, refused = [], None
+
+    class Logged(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def fit(average):
+        corpus = folder / "corpus"
+        data = data_module(
+            corpus, corpus, tokenizer=str(folder / "student"), sequence_length=24, micro_batch_size=2,
+            global_batch_size=4, index_folder=str(folder / "index"),
+        )  # fmt: skip
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, average_in_collective=average)
+        distillation = Distillation(str(folder / "teacher"), lm_weight=1.0, precision="fp32")
+        trainer = nl.Trainer(
+            accelerator="cpu", devices=1, max_steps=2, limit_val_batches=0, logger=False, log_every_n_steps=1,
+            enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
+            strategy=nl.MegatronStrategy(ddp=ddp), plugins=nl.MegatronMixedPrecision(precision="32"),
+            callbacks=[distillation, Logged()],
+        )  # fmt: skip
+        llm.train(
+            nl.io.load_context(checkpoint / "context", subpath="model"), data, trainer,
+            log=nl.NeMoLogger(explicit_log_dir=str(out / "script")),
+            optim=nl.MegatronOptimizerModule(OptimizerConfig(lr=1e-3, use_distributed_optimizer=True)),
+            resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(checkpoint))),
+        )  # fmt: skip
+        forget()
+
+    fit(False)
+    try:
+        fit(True)
+    except InputError as error:
+        refused = str(error)
+    (out / "script.json").write_text(json.dumps({"logged": logged, "refused": refused}))
+
+
+def start_each_time():
+    """NeMo's strategy makes Megatron's groups along with the process group, which several trainings share here."""
+    from megatron.core import parallel_state
+    from nemo.lightning._strategy_lib import init_model_parallel
+    from nemo.lightning.pytorch.strategies import MegatronStrategy
+
+    first = MegatronStrategy.setup_distributed
+
+    def setup_distributed(self):
+        first(self)
+        if not parallel_state.model_parallel_is_initialized():
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(self.cluster_environment.global_rank())
+
+    MegatronStrategy.setup_distributed = setup_distributed
+
+
+def forget():
+    """What Megatron and NeMo keep of a layout between two trainings in one process."""
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from nemo.utils import AppState
+    from nemo.utils.metaclasses import Singleton
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    Singleton._Singleton__instances.pop(AppState, None)
+
+
+def main():
+    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    import torch
+
+    import nemo_minitron.backend as backend
+
+    backend.setup()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    mask_some()
+    start_each_time()
+    for case in cases:
+        run_case(case, folder, out)
+    torch.distributed.barrier()
+    if len(sys.argv) > 4:  # the last: Lightning takes a process group down with a trainer that failed
+        from nemo_minitron.nemo.checkpoint import last_checkpoint
+
+        user_script(folder, last_checkpoint(out / sys.argv[4]), out)
+    sys.stdout.flush()
+    os._exit(0)  # Lightning's and NeMo's own exits wait for process groups that are gone
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`minitron distill` with most of what it can be told, over two pipeline stages that divide the depths unevenly."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pico import pico_llama, raw_tensors
+from words import save_tokenizer
+
+from nemo_minitron.families import from_hf
+from nemo_minitron.pruning import prune
+from nemo_minitron.search import random_plan
+
+pytestmark = pytest.mark.slow
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
+BASE = {"tokens": 384, "sequence-length": 24, "global-batch-size": 4, "precision": "fp32", "data": "corpus.jsonl"}
+MORE = {
+    "pp": 2, "loss": "reverse_kl", "lm-weight": 0.5, "intermediate": "auto", "plan": "plan.json",
+    "correction-tokens": 192, "validation": "corpus.jsonl", "validate-every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    pico_llama(folder / "teacher", num_hidden_layers=7)
+    save_tokenizer(folder / "teacher", TEXTS, 509)
+    plan = random_plan(from_hf(folder / "teacher"), keep={"ffn": 64, "layers": 5})
+    plan.save(folder / "plan.json")
+    prune(folder / "teacher", plan, folder / "student")
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return folder, plan
+
+
+def distill(folder, out, options):
+    command = [sys.executable, "-m", "nemo_minitron.cli", "distill", "student", "--teacher", "teacher", "--out", out]
+    command += [str(word) for name, value in (BASE | options).items() for word in (f"--{name}", value)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_student_of_uneven_stages_with_all_losses_and_a_corrected_teacher(world):
+    folder, plan = world
+    done = distill(folder, "out", MORE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = list(csv.DictReader((folder / "out" / "loss.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    gaps = [name for name in rows[0] if name.startswith("block:")]
+    assert list(rows[0]) == ["step", "tokens", "loss", "seconds", "logits", "lm", "embedding", *gaps, "alpha"]
+    assert gaps  # in front of what the plan dropped
+    assert from_hf(folder / "out") == plan.target
+    before, after = raw_tensors(folder / "student"), raw_tensors(folder / "out")
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+    training = folder / ".out.work" / "training"
+    assert len((training / "teacher" / "loss.csv").read_text().splitlines()) == 1 + 2  # the correction's steps
+    assert [row["step"] for row in csv.DictReader((training / "validation.csv").open())] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pp": 2, "vp": 2}, "nearest legal"),  # 5 layers
+        ({"dp": 2, "global-batch-size": 3}, "the nearest legal size is 4"),
+        ({"intermediate": "auto"}, "no plan says which"),
+        ({"intermediate": "block:9:9"}, "layer 9 of the student, whose last is 4"),
+        ({"validate-every": 2}, "--validation"),
+    ],
+)
+def test_refusals(world, options, said):
+    done = distill(world[0], "no", options)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert said in " ".join((done.stdout + done.stderr).split())

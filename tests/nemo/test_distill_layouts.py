@@ -1,0 +1,155 @@
+"""Distillation through NeMo's trainer in every layout: the losses of one process, step by step, from one start.
+
+Samples have masks of unlike lengths (distill_worker.py), teacher and student have another depth, and each step has
+eight micro-batches. Mutations tried by hand, each of which makes tests here fail: the teacher's hidden states taken
+in the reverse order; `calculate_per_token_loss` off (DP=2); the intermediate states' mask not cut for sequence or
+context parallelism; the loss on an earlier stage not attached; a virtual stage with a config of its own.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pico import pico_llama, pico_mixtral
+from tolerances import LOSS_LAYOUT_FP32
+from words import save_tokenizer
+
+from nemo_minitron.families import from_hf
+from nemo_minitron.nemo.data import build, load_tokenizer
+from nemo_minitron.pruning import prune
+from nemo_minitron.search import random_plan
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).parent / "distill_worker.py"
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
+MODELS = {  # name -> its maker, what of it a student keeps
+    "three": (lambda f: pico_llama(f, vocab_size=509), {"ffn": 64, "layers": 4, "hidden": 40}),
+    "four": (
+        lambda f: pico_llama(f, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
+        {"ffn": 64, "layers": 5, "hidden": 40},
+    ),
+    "moe": (lambda f: pico_mixtral(f, num_hidden_layers=4), {"hidden": 40}),
+}
+BASE = {
+    "tokens": 24 * 8 * 4, "sequence_length": 24, "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3,
+    "warmup_steps": 1, "precision": "fp32",
+}  # fmt: skip
+RECIPES = {
+    "kl": BASE,
+    "all": BASE | {"lm_weight": 0.3, "intermediate": "embedding,attention:1:2,mlp:3:5,block:0:1,block:2:4"},
+}
+LAYOUTS = {  # world size -> model, recipe, layout; a new layout is one entry
+    1: [("three", "kl", {}), ("three", "all", {}), ("four", "all", {}), ("moe", "kl", {})],
+    2: [
+        ("three", "kl", {"pp": 2}),
+        ("four", "all", {"pp": 2}),
+        ("three", "all", {"pp": 2, "vp": 2}),
+        ("three", "all", {"dp": 2}),
+        ("three", "all", {"cp": 2}),
+        ("four", "all", {"tp": 2}),
+        ("four", "all", {"tp": 2, "sp": True}),
+        ("moe", "kl", {"ep": 2, "dp": 2}),
+    ],
+    4: [("four", "all", {"tp": 2, "pp": 2, "sp": True})],
+}
+
+
+def _name(model, recipe, layout):
+    return f"{model}-{recipe}" + "".join(f"-{k}{v}" for k, v in layout.items())
+
+
+CASES = [
+    {
+        "name": _name(model, recipe, layout), "teacher": model, "student": f"{model}-student", "layout": layout,
+        "recipe": RECIPES[recipe], "one": f"{model}-{recipe}", "world": world, "plan": f"{model}-plan.json",
+    }
+    for world, layouts in LAYOUTS.items()
+    for model, recipe, layout in layouts
+]  # fmt: skip
+SPREAD = [case for case in CASES if case["world"] > 1]
+each_layout = pytest.mark.parametrize("case", SPREAD, ids=lambda case: case["name"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, (make, keep) in MODELS.items():
+        make(folder / name)
+        save_tokenizer(folder / name, TEXTS, 509)
+        plan = random_plan(from_hf(folder / name), keep=keep)
+        plan.save(folder / f"{name}-plan.json")
+        prune(folder / name, plan, folder / f"{name}-student")
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    build(folder / "corpus.jsonl", load_tokenizer(folder / "three"), folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models, tmp_path_factory):
+    """Case -> its folder; one torchrun for all layouts of a world size."""
+    done = {}
+
+    def of(case):
+        world = case["world"]
+        if world not in done:
+            done[world] = tmp_path_factory.mktemp(f"world{world}")
+            cases = json.dumps([case for case in CASES if case["world"] == world])
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+            run = subprocess.run(
+                [*command, str(WORKER), str(models), cases, str(done[world])], capture_output=True, text=True,
+                timeout=600,
+            )  # fmt: skip
+            assert run.returncode == 0, run.stderr[-6000:]
+        return done[world] / case["name"]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def one(results):
+    """Case -> the folder of the same training in one process."""
+    return lambda case: results(next(c for c in CASES if c["world"] == 1 and c["name"] == case["one"]))
+
+
+def columns(folder):
+    rows = list(csv.DictReader((folder / "loss.csv").open()))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+@each_layout
+def test_losses_equal_one_process(case, results, one):
+    """Also each part apart, and alpha, which scales the gradients of the next step."""
+    found, expected = columns(results(case)), columns(one(case))
+    assert found.keys() == expected.keys()
+    assert len(found["loss"]) == 4
+    for name in found.keys() - {"seconds"}:
+        np.testing.assert_allclose(found[name], expected[name], rtol=LOSS_LAYOUT_FP32, err_msg=name)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "lm_weight" in case["recipe"]], ids=lambda c: c["name"])
+def test_parts_make_up_the_loss(case, results):
+    found = columns(results(case))
+    parts = ["logits", "lm", "embedding", "attention:1:2", "mlp:3:5", "block:0:1", "block:2:4"]
+    assert list(found) == ["step", "tokens", "loss", "seconds", *parts, "alpha"]
+    np.testing.assert_allclose(found["loss"], found["logits"] + 0.3 * found["lm"], rtol=1e-4)
+    alpha = found["logits"] / sum(found[name] for name in parts[2:])
+    np.testing.assert_allclose(found["alpha"], [1.0, *alpha[:-1]], rtol=1e-4)  # of the step before
+    assert all((values[0] != values).any() for name, values in found.items() if name in parts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_a_checkpoint_is_the_students_alone(case, results, models):
+    """A plain checkpoint of NeMo's class: neither the teacher nor this package in it, and total in both directions."""
+    from nemo_minitron.nemo.checkpoint import CheckpointSource, last_checkpoint
+    from nemo_minitron.pruning.tensors import whole
+
+    folder = last_checkpoint(results(case))
+    source = CheckpointSource(folder)
+    assert source.architecture == from_hf(models / case["student"])
+    for name, shape in source.architecture.shapes().items():
+        assert source.read(name, whole(shape)).shape == shape
+    assert "nemo_minitron" not in (folder / "context" / "io.json").read_text()
