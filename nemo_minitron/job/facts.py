@@ -20,7 +20,7 @@ def card_facts(run: Run) -> CardFacts:
         base_model=job.base_model or base.name,
         source=plan.source,
         target=plan.target,
-        criterion=scores.criterion,
+        criterion=scores.criterion + (f", layers by {plan.notes['depth']}" if "depth" in plan.notes else ""),
         samples=scores.samples,
         tokens=scores.tokens,
         plan_digest=plan.digest,

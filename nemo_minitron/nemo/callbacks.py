@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,31 +117,64 @@ class Importance(Callback):
 class DataStep:
     """Shows a Collector each batch before NeMo's data step cuts it: masks and boundaries on every stage.
 
-    Each virtual stage is a module of its own, with a data step of its own.
+    Each virtual stage is a module of its own, with a data step of its own. Several may look at one trainer's batches
+    and go in any order.
     """
 
     def __init__(self, trainer: Any, collector: Collector) -> None:
-        self.collector, self._first = collector, None
+        self.collector: Collector | None = collector
+        self._first: Any = None
         self._modules = [_lightning_module(chunk) for chunk in trainer.strategy.megatron_parallel]
         first = self._modules[0]
         self.name = "validation_data_step" if hasattr(first, "validation_data_step") else "data_step"
         for module in self._modules:
-            setattr(module, self.name, partial(self._step, getattr(module, self.name)))
+            setattr(module, self.name, _Seen(self, getattr(module, self.name), self.name in vars(module)))
 
     def begin(self) -> None:
         """A new global batch: the first chunk's iterator comes first."""
         self._first = None
 
-    def remove(self) -> None:
-        for module in self._modules:
-            delattr(module, self.name)
-
-    def _step(self, original: Any, iterator: Any) -> Any:
+    def see(self, batch: Any, iterator: Any) -> None:
         self._first = self._first or iterator
-        item = next(iterator)
-        batch = item[0] if isinstance(item, tuple) else item
-        self.collector.expect(batch, first=iterator is self._first)
-        return original(iter([item]))
+        if self.collector is not None:
+            self.collector.expect(batch, first=iterator is self._first)
+
+    def remove(self) -> None:
+        """Afterwards each module has the data step that it had; one that another still looks at, when that goes."""
+        self.collector = None
+        for module in self._modules:
+            step, last = vars(module).get(self.name), None
+            while isinstance(step, _Seen) and step.by.collector is None:
+                step, last = step.original, step
+            if last is not None and last.own:
+                setattr(module, self.name, step)
+            elif last is not None:
+                delattr(module, self.name)
+
+
+@dataclasses.dataclass
+class _Seen:
+    """NeMo's data step, looked at; `own`: the module had it as an attribute of its own, not of its class."""
+
+    by: DataStep
+    original: Any
+    own: bool
+
+    def __call__(self, iterator: Any) -> Any:
+        source, item = iterator.source if isinstance(iterator, _Again) else iterator, next(iterator)
+        self.by.see(item[0] if isinstance(item, tuple) else item, source)
+        return self.original(_Again(source, item))
+
+
+@dataclasses.dataclass
+class _Again:
+    """The batch once more, and the iterator that it came from."""
+
+    source: Any
+    item: Any
+
+    def __next__(self) -> Any:
+        return self.item
 
 
 def _lightning_module(chunk: Any) -> LightningModule:
