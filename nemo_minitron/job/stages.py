@@ -15,6 +15,7 @@ from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
 from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
+from nemo_minitron.job.cut_stages import SOLVE, compensation_of_run
 from nemo_minitron.job.models import TEACHER, convert, is_nemo, teacher_folder
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import Run, Stage
@@ -31,13 +32,16 @@ def stages(job: Job) -> list[Stage]:
     first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
     searching = search_stages() if job.search.wanted else []
+    solving = [SOLVE] if job.cutting.compensate else []
+    planned = "compensate" if solving else "plan"
     return [
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
         *searching,
         Stage("plan", plan, _plan_inputs, ("rank",) if searching else ("estimate",), ("plan.json",)),
-        Stage("prune", prune, _prune_inputs, ("plan",), (f"{PRUNED}/config.json", *random)),
+        *solving,
+        Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
         Stage("distill", distill, _distill_inputs, ("data", "prune"), (f"{DISTILLED}/last.json",)),
         Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
@@ -68,7 +72,7 @@ def _plan_inputs(run: Run) -> Any:
 
 
 def _prune_inputs(run: Run) -> Any:
-    return [run.job.seed, run.job.evaluation.random_baseline]
+    return [run.job.seed, run.job.evaluation.random_baseline, dataclasses.asdict(run.job.cutting)]
 
 
 def _evaluation_inputs(run: Run) -> Any:
@@ -117,11 +121,13 @@ def plan(run: Run) -> None:
 
 
 def prune(run: Run) -> None:
+    from nemo_minitron.pruning import HFSource
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
     teacher, made = teacher_folder(run), PrunePlan.load(run.path("plan.json"))
-    cut(teacher, made, run.path(PRUNED), overwrite=True)
+    compensation = compensation_of_run(run, HFSource(teacher), made)
+    cut(teacher, made, run.path(PRUNED), compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
         chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
         cut(teacher, chance, run.path(RANDOM), overwrite=True)
