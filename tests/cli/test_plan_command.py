@@ -110,7 +110,8 @@ def test_an_architecture_alone(run, tmp_path, kind):
 
 def test_a_dry_run_loads_nothing_heavy(tmp_path):
     (tmp_path / "n.json").write_text(json.dumps(NEMOTRON.as_dict()))
-    arguments = ["plan", "--architecture", str(tmp_path / "n.json"), "--params", "8.27B", "--dry-run", "--space", SPACE_8B]
+    arguments = ["plan", "--architecture", str(tmp_path / "n.json"), "--params", "8.27B", "--space", SPACE_8B]
+    arguments.append("--dry-run")
     script = (
         "import sys\nfrom nemo_minitron.cli import app\n"
         "try: app(sys.argv[1:])\n"

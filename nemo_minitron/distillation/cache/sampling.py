@@ -87,7 +87,7 @@ def top(
     return ids.gather(1, places), (exponentials / total[:, None]).float(), tail.float()
 
 
-def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[np.ndarray, ...]:
+def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[Any, ...]:
     """Draws [P, n] -> (lengths [P], ids [N], counts [N], factors [N] or None), each token of a position once."""
     order = np.argsort(tokens, axis=1, kind="stable")
     ordered = np.take_along_axis(tokens, order, axis=1)
