@@ -25,6 +25,9 @@ TAYLOR = "taylor"
 METHODS = (ACTIVATION, TAYLOR)
 
 
+Watches = dict[tuple[str, int, int | None], tuple[Estimator, Watch]]
+
+
 class Collector:
     """Watches the model chunks of this rank while it is open; leaves no hook behind, also after an error.
 
@@ -53,20 +56,20 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
-        watched, refusal = [], None
+        watched: list[Watches] = []
+        refusal: str | None = None
         try:
             watched = [self._watches(chunk) for chunk in self.chunks]
         except InputError as error:
             refusal = str(error)
         check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches}, refusal)
+        hook_of = self._hook if self.method == ACTIVATION else self._gradient_hook
         for chunk, watches in zip(self.chunks, watched, strict=True):
             accumulators: dict[str, Accumulator] = {}
             for estimator, watch in watches.values():
                 if estimator.axis not in accumulators:
                     accumulators[estimator.axis] = estimator.accumulator(self.pairs, chunk.config)
-                hook = (self._hook if self.method == ACTIVATION else self._gradient_hook)(
-                    accumulators[estimator.axis], watch
-                )
+                hook = hook_of(accumulators[estimator.axis], watch)
                 self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
             self.accumulators.append(accumulators)
             if self.method == ACTIVATION:
@@ -88,7 +91,7 @@ class Collector:
             self.samples += self._samples.present
             self.tokens += self._samples.tokens
 
-    def _watches(self, chunk: Any) -> dict[tuple[str, int, int | None], tuple[Estimator, Watch]]:
+    def _watches(self, chunk: Any) -> Watches:
         """(axis, row, expert) -> what to watch; of several estimators the one registered last."""
         found: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
         for module, layer in _with_layers(chunk.decoder):
