@@ -41,8 +41,9 @@ def worker(task: dict[str, Any]) -> Any:
     calls = _count_collectives()
     losses = {name: _loss(name, task["dtype"], group) for name in task["losses"]}
     for run in losses.values():  # small, so that libraries are loaded and caches made
-        run(inputs(64, 640 // task["tp"], task["dtype"]))
-    given = inputs(TOKENS // task["shrink"], task["vocab"] // task["shrink"] // task["tp"], task["dtype"])
+        run(inputs(64, 640 // task["tp"], task["dtype"], task["losses"]))
+    width = task["vocab"] // task["shrink"] // task["tp"]
+    given = inputs(TOKENS // task["shrink"], width, task["dtype"], task["losses"])
     counts, values = {}, {}
 
     def once(name: str) -> None:
@@ -53,8 +54,8 @@ def worker(task: dict[str, Any]) -> Any:
     runs = {name: lambda name=name: once(name) for name in losses}
     if task["kind"] == "memory":
         peaks = common.resident_peaks(runs)
-        head = given["weight"].numel() * given["weight"].element_size() / 2**20
-        return {name: round(mib - (head if name in FROM_HIDDEN else 0), 1) for name, mib in peaks.items()}
+        head = given["weight"].nbytes / 2**20 if "weight" in given else 0
+        return {name: round(mib - head, 1) for name, mib in peaks.items()}  # one loss a process
     found = common.summary(common.interleaved(runs, task["repetitions"]), next(iter(losses)))
     return {name: row | {"collectives": counts[name], "loss": values[name]} for name, row in found.items()}
 
@@ -91,8 +92,8 @@ def _count_collectives() -> list[str]:
     return calls
 
 
-def inputs(tokens: int, width: int, dtype: str) -> dict[str, Any]:
-    """Logits [tokens, 1, width] of both models, hidden states and heads of about the same logits."""
+def inputs(tokens: int, width: int, dtype: str, losses: list[str]) -> dict[str, Any]:
+    """What these losses read: logits [tokens, 1, width] of both models; hidden states, heads of about such logits."""
     import torch
 
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())  # every rank its own columns
@@ -101,14 +102,15 @@ def inputs(tokens: int, width: int, dtype: str) -> dict[str, Any]:
     def random(*shape: int, scale: float = 1.0, of: Any = generator) -> Any:
         return torch.randn(*shape, generator=of).mul_(scale).to(getattr(torch, dtype))
 
-    return {
-        "student": random(tokens, 1, width, scale=3),
-        "teacher": random(tokens, 1, width, scale=3),
-        "hidden": random(tokens, 1, STUDENT_HIDDEN, of=same),
-        "weight": random(width, STUDENT_HIDDEN, scale=3 * STUDENT_HIDDEN**-0.5),
-        "teacher_hidden": random(tokens, 1, TEACHER_HIDDEN, of=same),
-        "teacher_weight": random(width, TEACHER_HIDDEN, scale=3 * TEACHER_HIDDEN**-0.5),
-    }
+    found = {}
+    if set(losses) & set(FROM_LOGITS):  # 64 tokens again and again: quick to make, and no slower to read
+        for name in ("student", "teacher"):
+            found[name] = random(64, 1, width, scale=3).repeat(tokens // 64, 1, 1)
+    if set(losses) & set(FROM_HIDDEN):
+        for name, size in (("", STUDENT_HIDDEN), ("teacher_", TEACHER_HIDDEN)):
+            found[f"{name}hidden"] = random(tokens, 1, size, of=same)
+            found[f"{name}weight"] = random(width, size, scale=3 * size**-0.5)
+    return found
 
 
 def _loss(name: str, dtype: str, group: Any) -> Callable[[dict[str, Any]], float]:
@@ -247,16 +249,16 @@ def main() -> None:
             print("RESULT " + json.dumps(found))
         return
     packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo_toolkit", *(["liger-kernel"] * _has_liger()))
-    machine, rows = common.machine(packages), {}
+    result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today())}
+    result |= {"machine": common.machine(packages), "tokens": TOKENS, "rows": (rows := {})}
     for dtype in given.dtypes.split(","):
         for vocab in (49_152, 128_256):
             for tp in (1, 2):
                 title = f"{dtype}, {TOKENS} x {vocab}, TP {tp}"
                 rows[title] = measure(dtype, vocab, tp, given.repetitions, 8 if given.quick else 1)
                 table(rows[title], title)
-    result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today()), "machine": machine}
-    if not given.quick:
-        given.out.write_text(json.dumps(result | {"tokens": TOKENS, "rows": rows}, indent=1) + "\n")
+                if not given.quick:
+                    given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
