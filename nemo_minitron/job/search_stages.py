@@ -60,10 +60,12 @@ def _evaluation(run: Run) -> Any:
 
 
 def _brief(run: Run) -> Distillation:
-    """The job's distillation, so many steps long, saved where a round ends."""
+    """The job's distillation, so many steps long, saved where a round ends; from the teacher as it is, to the end."""
     settings, search = run.job.distillation, run.job.search
-    tokens = search.steps * settings.sequence_length * settings.global_batch_size
-    return dataclasses.replace(settings, tokens=tokens, save_every=search.steps // search.rounds)
+    return dataclasses.replace(
+        settings, tokens=search.steps * settings.tokens_per_step, save_every=search.steps // search.rounds,
+        correction_tokens=0, validate_every=0, patience=0,
+    )  # fmt: skip
 
 
 # -- the stages ----------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
         layout, _ = run.job.layout.for_student(from_hf(student), from_hf(teacher_folder(run)))
         run_training(
             student, str(resolve(run.job.teacher)), (train, train), folder / TRAINING, brief, layout,
-            run.path("log.txt"), stop=steps,
+            run.path("log.txt"), stop=steps, plan=folder / PLAN,
         )  # fmt: skip
         known = {"identity": identity, "losses": _losses(folder / TRAINING / "loss.csv")}
         write_json(folder / CURVE, known)

@@ -31,7 +31,9 @@ class World:
             search=Search(
                 params="130K", tolerance="50%", space="layers=3,4,5,6", maximal=False, candidates=4, distil=3, steps=6
             ),
-            distillation=Distillation(sequence_length=8, global_batch_size=2),
+            distillation=Distillation(
+                sequence_length=8, global_batch_size=2, correction_tokens=100, validate_every=2, patience=1
+            ),
         )  # fmt: skip
         self.run = open_run(self.job, folder / "run")
         Scores(self.source, tensors).save(folder / "run" / "scores.safetensors")
@@ -46,13 +48,15 @@ class World:
         self.done.append(("measured", layers))
         return {"loss": LOSS[layers]}
 
-    def train(self, student, teacher, prefixes, out, recipe, layout, log, stop):
+    def train(self, student, teacher, prefixes, out, recipe, layout, log, stop, plan):
         """Losses fall with layers: what was worst before training is best after it."""
         layers = from_hf(student).num_layers
         if self.fail == (layers, stop):
             raise RuntimeError("killed")
         self.done.append(("trained", layers, stop))
         assert recipe.save_every == recipe.steps // 3  # where a round ends
+        assert (recipe.correction_tokens, recipe.patience) == (0, 0)  # else each would train a teacher of its own
+        assert PrunePlan.load(plan).target == from_hf(student)
         out.mkdir(exist_ok=True)
         rows = [f"{step},0,{layers / step},0" for step in range(1, stop + 1)]
         (out / "loss.csv").write_text("step,tokens,loss,seconds\n" + "\n".join(rows) + "\n")
