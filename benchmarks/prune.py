@@ -3,10 +3,11 @@
 
 For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor: `cp` of as
 many bytes as the student has, and `dd` to /dev/null of as many more as the cut has to read (rows that stay are
-read whole). Both orders alternate. "warm": the teacher lies in the page cache, what is written may stay there;
-"cold": files are dropped from the page cache before, and both are timed until all is on the disk (`sync`). Wall and
-processor seconds of both; on a machine with other jobs run it under `chrt -r 1`, which both then have. The peak is
-the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the model.
+read whole); and with `cp` of the whole teacher. Every other round goes in the other order. "warm": the teacher lies
+in the page cache, what is written may stay there; "cold": files are dropped from the page cache before, and all are
+timed until everything is on the disk (`sync`). Wall and processor seconds; on a machine with other jobs run it
+under `chrt -r 1`, which all then have. The peak is the resident memory of the command's process. Writes
+`benchmarks/results/DATE_prune.json`, deletes the model.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ PLANS = {  # of the 8B: random units, the worst case for runs of neighbours
     "width, heads and depth": {"hidden": 0.75, "ffn": 9 / 14, "heads": 0.75, "layers": 0.8},
     "depth": {"layers": 0.6},
 }
+STATES = ("warm", "cold")
 ALLOWED = 300_000_000  # bytes beside three times the largest tensor
 
 
@@ -162,10 +164,11 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
     runs = {
         "prune": lambda out: cut(teacher, work / "plan.json", out),
         "cp": lambda out: copy(student, teacher, max(0, read - written), out),
+        "cp of the teacher": lambda out: copy(teacher, teacher, 0, out),
     }
     result: dict[str, Any] = {"gigabytes read": read / 1e9, "gigabytes written": written / 1e9}
     peaks = []
-    for state in ("warm", "cold"):
+    for state in STATES:
         seconds: dict[str, dict[str, list[float]]] = {c: {n: [] for n in runs} for c in ("wall", "processor")}
         for round_ in range(repeat):
             for name in list(runs)[:: 1 if round_ % 2 else -1]:
@@ -180,11 +183,14 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """The median of the rounds' ratios, the least and most of them, and the ratio of the least seconds."""
-    ratios = [a / b for a, b in zip(seconds["prune"], seconds["cp"], strict=True)]
-    found = {"ratio": statistics.median(ratios), "least ratio": min(ratios), "most": max(ratios)}
-    found["of the least seconds"] = min(seconds["prune"]) / min(seconds["cp"])
-    return {name: round(value, 3) for name, value in found.items()} | {"seconds": seconds}
+    """Of each `cp`: the median of the rounds' ratios, the least and most, and the ratio of the least seconds."""
+    found: dict[str, Any] = {}
+    for name in seconds.keys() - {"prune"}:
+        ratios = [a / b for a, b in zip(seconds["prune"], seconds[name], strict=True)]
+        least = min(seconds["prune"]) / min(seconds[name])
+        row = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "of least": least}
+        found[f"of {name}"] = {key: round(value, 3) for key, value in row.items()}
+    return found | {"seconds": seconds}
 
 
 # -- all of it -----------------------------------------------------------------------------------------
@@ -230,8 +236,8 @@ def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
         keep = kept_sizes(shares, architecture)
         found = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
         result["plans"][name] = {"keep": keep} | found
-        ratios = {state: {clock: row["ratio"] for clock, row in found[state].items()} for state in ("warm", "cold")}
-        print(name, ratios, found["peak megabytes"], file=sys.stderr, flush=True)
+        for state in STATES:
+            print(name, state, {k: v for k, v in found[state]["wall"].items() if k != "seconds"}, file=sys.stderr)
     result["machine"]["load after"] = round(os.getloadavg()[0], 1)
     return result
 
