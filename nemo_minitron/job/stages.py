@@ -148,10 +148,11 @@ def distill(run: Run) -> None:
     layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(teacher_folder(run)))
     if why:
         run.say(f"    {why}")
+    held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
     run_training(
-        run.path(PRUNED), str(resolve(job.teacher)), (train, train), run.path(DISTILLED), job.distillation, layout,
-        run.path("log.txt"),
-    )  # fmt: skip  # validation is off
+        run.path(PRUNED), str(resolve(job.teacher)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
+        run.path("log.txt"), plan=run.path("plan.json"),
+    )  # fmt: skip
 
 
 def export(run: Run) -> None:
