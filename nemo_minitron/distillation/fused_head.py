@@ -13,7 +13,8 @@ from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_c
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
 
 # Logits of a chunk, for each model, in the logits' dtype. On a CPU 61 tokens of a vocabulary of 49,152: the matrix
-# products then cost a tenth more than those of all tokens at once, in bf16 a quarter. On a GPU 1,024 tokens of 131,072, not measured.
+# products then cost a tenth more than those of all tokens at once, in bf16 a quarter. On a GPU 1,024 tokens of
+# 131,072, not measured.
 CHUNK = {"cpu": 3_000_000, "cuda": 1 << 27}
 
 
