@@ -12,10 +12,9 @@ from nemo_minitron.distillation.losses._per_token import Rule, solve
 from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_columns
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
 
-# Logits of a chunk, for each model, in the logits' dtype. On a CPU 61 tokens of a vocabulary of 49,152: the matrix
-# products then cost a tenth more than those of all tokens at once, in bf16 a quarter. On a GPU 1,024 tokens of
-# 131,072, not measured.
-CHUNK = {"cpu": 3_000_000, "cuda": 1 << 27}
+# Tokens of a chunk. Fewer make the matrix products slow, more take memory: at 64 they cost a tenth more on a CPU than
+# those of all tokens at once (in bf16 a quarter). A GPU's number has not been measured.
+CHUNK = {"cpu": 64, "cuda": 1024}
 
 
 def fused_forward_kl(
@@ -109,7 +108,7 @@ class _FusedHead(torch.autograd.Function):
         d_states = torch.zeros_like(states) if wants_states else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         loss = torch.zeros(len(states), dtype=torch.float32, device=states.device)
-        for rows in _chunks(len(states), len(weight), mask, states.device):
+        for rows in _chunks(len(states), mask, CHUNK[states.device.type]):
             h = states[rows]
             logits = h @ head.t()
             gradient = logits if wants_states or wants_weight else None  # over the logits themselves
@@ -136,9 +135,8 @@ class _FusedHead(torch.autograd.Function):
         return d_states, d_weight, None, None, None, None
 
 
-def _chunks(tokens: int, width: int, mask: Tensor | None, device: torch.device) -> list[Any]:
+def _chunks(tokens: int, mask: Tensor | None, step: int) -> list[Any]:
     """Slices of all tokens, or the indices of those whose weight is not 0; the same on every rank of the group."""
-    step = max(1, CHUNK[device.type] // max(width, 1))
     if mask is None:
         return [slice(start, start + step) for start in range(0, tokens, step)]
     counted = mask.nonzero()[:, 0]

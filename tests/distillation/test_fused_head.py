@@ -28,7 +28,7 @@ def inputs(dtype=torch.float32, tokens=(6, 2), vocab=131):
     return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("chunk", [1, 300, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 def test_equals_the_unfused_loss(chunk, monkeypatch):
     monkeypatch.setitem(fused_head.CHUNK, "cpu", chunk)
     hidden, weight, t_hidden, t_weight = inputs()
@@ -111,7 +111,7 @@ def test_no_tensor_as_large_as_all_logits(monkeypatch):
                     self.numbers = max(self.numbers, tensor.numel())
             return out
 
-    monkeypatch.setitem(fused_head.CHUNK, "cpu", 4096)
+    monkeypatch.setitem(fused_head.CHUNK, "cpu", 4)
     hidden, weight, t_hidden, t_weight = inputs(tokens=(64, 2), vocab=1024)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     with Largest() as largest:
