@@ -7,6 +7,7 @@ and NeMo's checkpoints.
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 from datetime import timedelta
@@ -147,6 +148,8 @@ def main():
         from nemo_minitron.nemo.checkpoint import last_checkpoint
 
         user_script(folder, last_checkpoint(out / sys.argv[4]), out)
+    for helper in multiprocessing.active_children():  # of the checkpoints' writer; it would hold our output open
+        helper.terminate()
     sys.stdout.flush()
     os._exit(0)  # Lightning's and NeMo's own exits wait for process groups that are gone
 
