@@ -21,7 +21,9 @@ from nemo_minitron.search.plans import scores_of
 
 # Exponents of the shares, measured once, on SmolLM2-135M without retraining: along each axis the rise of the loss was
 # in proportion to the logarithm of the share kept, by 3.6 to 4.3 for ffn (1280 to 768 of 1536), 12.8 to 14.4 for
-# hidden (512, 448 of 576), 12.9 to 14.9 for layers (24, 20 of 30) and 7.9 for heads (6 of 9).
+# hidden (512, 448 of 576), 12.9 to 14.9 for layers (24, 20 of 30) and 7.9 for heads (6 of 9). Of 17 combinations at
+# 80 to 85 million parameters the rise was guessed to 16% in 14; two at 18 layers were worse than guessed (8.1 for 2.6),
+# one with fewer heads better; Spearman 0.68 over all. So the best few are cut and measured before any is trained.
 WEIGHTS = {"hidden": 3.5, "layers": 3.5, "heads": 2.0}
 OTHERS = 1.0
 
