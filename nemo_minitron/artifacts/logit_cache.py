@@ -80,8 +80,8 @@ class CacheHeader:
         return header
 
     def check(self, folder: str | Path, **expected: Any) -> None:
-        """Raises InputError where `model`, `data`, `vocab_size` or a setting is another than expected."""
-        have = dataclasses.asdict(self.settings) | {"vocab_size": self.vocab_size}
+        """Raises InputError where `model`, `data`, `vocab_size`, `rows` or a setting is another than expected."""
+        have = dataclasses.asdict(self.settings) | {"vocab_size": self.vocab_size, "rows": self.rows}
         for name, value in expected.items():
             if name in ("model", "data"):
                 what = {"model": "another teacher (or its config)", "data": "other text"}[name]

@@ -15,7 +15,7 @@ def cache_logits(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="The cache's folder.")],
     sequence_length: Length = 512,
-    samples: Annotated[Optional[int], typer.Option("--samples", help="First rows of the text; all unless given.")] = None,
+    samples: Annotated[Optional[int], typer.Option("--samples", help="Rows of the text; all unless given.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="sample (unbiased), or top-k and the rest's mass.")] = "sample",
     draws: Annotated[int, typer.Option("--draws", help="Of --mode sample: tokens drawn at each position.")] = 50,
     independent: Annotated[

@@ -12,15 +12,21 @@ from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, S
 
 def distill(
     student: Annotated[str, typer.Argument(help="Hugging Face folder of the pruned student.")],
-    teacher: Annotated[str, typer.Option("--teacher", help="Hugging Face folder, hub id or NeMo checkpoint.")],
     data: Data,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of all steps together.")],
     out: Annotated[Path, typer.Option("--out", help="The distilled Hugging Face folder.")],
+    teacher: Annotated[
+        Optional[str], typer.Option("--teacher", help="Hugging Face folder, hub id or NeMo checkpoint.")
+    ] = None,
+    teacher_cache: Annotated[
+        str, typer.Option("--teacher-cache", help="Folder of minitron cache-logits, in the teacher's place.")
+    ] = "",
     sequence_length: Length = 512,
     global_batch_size: Annotated[int, typer.Option("--global-batch-size")] = 1,
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size")] = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate")] = 3e-4,
     loss: Annotated[str, typer.Option("--loss", help="On logits: forward_kl, mse, ...")] = "forward_kl",
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the loss; a cache's must agree.")] = 1.0,
     logits_weight: Annotated[float, typer.Option("--logits-weight", help="0: the LM loss alone.")] = 1.0,
     lm_weight: Annotated[float, typer.Option("--lm-weight", help="Of the language-model loss.")] = 0.0,
     intermediate: Annotated[str, typer.Option("--intermediate", help="auto, or pairs such as block:13:29.")] = "",
@@ -49,9 +55,9 @@ def distill(
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
-        warmup_steps=10, loss=loss, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
-        start=start, correction_tokens=correction_tokens, validate_every=validate_every, patience=patience,
-        precision=settle(precision), save_every=save_every, seed=seed,
+        warmup_steps=10, loss=loss, temperature=temperature, teacher_cache=teacher_cache, logits_weight=logits_weight,
+        lm_weight=lm_weight, intermediate=intermediate, start=start, correction_tokens=correction_tokens,
+        validate_every=validate_every, patience=patience, precision=settle(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
     run_distill(student, teacher, data, out, settings, layout, validation=validation, plan=plan)

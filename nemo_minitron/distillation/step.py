@@ -46,6 +46,7 @@ class Objective:
 
     def of_states(self, student: Tensor, batch: dict[str, Any], teacher: Tensor, heads: tuple[Head, Head]) -> Parts:
         """From last hidden states [S(/tp under sequence parallelism), B, H] and (student's, teacher's) heads."""
+        student = student.to(heads[0].weight.dtype)  # a mixed-precision wrapper gives its outputs in fp32
         loss = fused_forward_kl(
             student, heads[0].weight, teacher, heads[1].weight, temperature=self.temperature,
             loss_mask=batch["loss_mask"].t(), vocab_size=self.vocab_size, group=_group(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.counted import Counted
@@ -21,6 +22,9 @@ class Distillation(Counted):
     with logits_weight=0 the latter alone, the baseline. `intermediate`: "auto" or pairs of states
     (`distillation.layer_map`), compared by `intermediate_loss`; `intermediate_weight` 0 is the paper's dynamic alpha.
     `start`: pruned, or random, the baseline that learns from nothing.
+
+    `teacher_cache`: a folder of `minitron cache-logits`, learned from in the place of a teacher and of `loss`, which
+    is a cross-entropy against draws or the KL of the largest, as the cache was made; `temperature` must be its own.
 
     `correction_tokens`: teacher correction, so many tokens of the data are first learned by the teacher itself
     (LM loss, peak at `correction_learning_rate`); the corrected one is distilled. The learning rate rises over
@@ -52,6 +56,7 @@ class Distillation(Counted):
     precision: str = "bf16"
     teacher_precision: str = ""
     offload_teacher: bool = False
+    teacher_cache: str = ""
     validate_every: int = 0
     validation_batches: int = 4
     patience: int = 0
@@ -67,6 +72,11 @@ class Distillation(Counted):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
         if self.patience and not self.validate_every:
             raise InputError(f"patience={self.patience} needs validate_every, the steps between two validations")
+        for name in ("intermediate", "correction_tokens") if self.teacher_cache else ():
+            if getattr(self, name):
+                raise InputError(f"{name} needs a teacher that runs, not one from teacher_cache; leave out one of them")
+        if self.teacher_cache and not self.logits_weight:
+            raise InputError("logits_weight is 0: nothing would be learned from teacher_cache; leave out one of them")
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,6 +106,14 @@ class Distillation(Counted):
         """Raises InputError for intermediate states that are none of such models."""
         if self.intermediate not in ("", AUTO):
             layer_map(self.intermediate, student_layers, teacher_layers)
+
+    def check_cache(self, vocab_size: int) -> None:
+        """Raises InputError for a `teacher_cache` that is none, or has other rows, temperature or vocabulary."""
+        if self.teacher_cache:
+            CacheHeader.load(self.teacher_cache).check(
+                self.teacher_cache, vocab_size=vocab_size, sequence_length=self.sequence_length,
+                temperature=self.temperature,
+            )  # fmt: skip
 
     def correction(self) -> Distillation:
         """The same settings for the teacher itself."""

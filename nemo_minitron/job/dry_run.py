@@ -54,6 +54,7 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     layout.check_sequence(job.distillation.sequence_length)
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, source.num_layers)
+    job.distillation.check_cache(target.vocab_size)
     return source, target
 
 
@@ -77,7 +78,7 @@ def training_memory(
     """Bytes of a distillation step on the rank that needs most, by purpose (see `costs.training_memory`)."""
     return costs.training_memory(
         student, layout, batch=settings.micro_batch_size, context=settings.sequence_length,
-        precision=settings.precision, teacher=teacher,
+        precision=settings.precision, teacher=None if settings.teacher_cache else teacher,
         micro_batches=max(1, settings.global_batch_size // (settings.micro_batch_size * layout.dp)),
     )  # fmt: skip
 

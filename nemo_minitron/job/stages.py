@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job import corpora
@@ -80,7 +81,9 @@ def _evaluation_inputs(run: Run) -> Any:
 
 
 def _distill_inputs(run: Run) -> Any:
-    return dataclasses.asdict(run.job.distillation)
+    cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
+    held = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    return dataclasses.asdict(run.job.distillation) | held
 
 
 # -- the stages ----------------------------------------------------------------------------------------

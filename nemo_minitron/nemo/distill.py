@@ -66,7 +66,10 @@ class Distillation(Callback):
     (`distillation.layer_map`), compared by `intermediate_loss` after one learned linear where widths differ;
     `intermediate_weight` None is the paper's dynamic alpha (`distillation.intermediate`). `plan`: where the student
     comes from, a PrunePlan's file, which "auto" and the linear's start need.
-    `parts` are the parts of the last step's loss, by name, once there is more than one; NeMo's logger has them too.
+    `cache`: a folder of `minitron cache-logits`; then no teacher is loaded, and the loss is the cache's own, at its
+    temperature. Training's rows must be the cache's (`nemo.data.rows`), in any order.
+    `parts` are the parts of the last step's loss, by name, once there is more than one, or a cache; NeMo's logger
+    has them too.
 
     Raises InputError for names that are unknown, another vocabulary, a layout that the teacher cannot run in, or
     gradients that are averaged in the collective.
@@ -76,7 +79,7 @@ class Distillation(Callback):
         self, teacher: str, loss: str = "forward_kl", temperature: float = 1.0, precision: str = "bf16",
         offload: bool = False, *, top_k: int = 100, logits_weight: float = 1.0, lm_weight: float = 0.0,
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
-        plan: str | None = None, seed: int = 1234,
+        plan: str | None = None, seed: int = 1234, cache: str = "",
     ) -> None:  # fmt: skip
         for name, value, legal in (("loss", loss, losses.__all__), ("intermediate_loss", intermediate_loss, MEASURES)):
             if value not in legal:
@@ -86,6 +89,7 @@ class Distillation(Callback):
         self.source, self.precision, self.offload, self.seed = teacher, precision, offload, seed
         # The vocabulary is the student's own, and known once it is there.
         self.objective = Objective(0, loss, temperature, top_k, logits_weight, lm_weight)
+        self.cache = cache
         self.pairs, self.measure, self.weight = intermediate, intermediate_loss, intermediate_weight
         self.plan = PrunePlan.load(plan) if plan else None
         self.parts: dict[str, float] = {}
@@ -105,14 +109,26 @@ class Distillation(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         student = chunks_of(trainer)
         self.objective = dataclasses.replace(self.objective, vocab_size=architecture_of(student[0]).vocab_size)
-        if self.objective.logits_weight or self.pairs:
+        if self.cache:
+            self._learn_from_cache(pl_module.config)
+        elif self.objective.logits_weight or self.pairs:
             self.teacher = self._load(student[0].config.sequence_parallel)
-        if self.pairs or len(self.objective.parts) > 1:
+        if self.pairs or self.cache or len(self.objective.parts) > 1:
             self._watch(student)
         # Set on the live config, after NeMo recorded its arguments: a checkpoint's context has NeMo's own.
         pl_module.config.forward_step_fn = distillation_step(self.objective, model_inputs, self.teacher, self._meter)
         if self._intermediate is not None:
             pl_module.config.data_step_fn = shown(pl_module.config.data_step_fn, self._intermediate.expect)
+
+    def _learn_from_cache(self, config: Any) -> None:
+        from nemo_minitron.distillation.cache import CachedTeacher
+        from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
+
+        cached, given = CachedTeacher(self.cache), self.objective
+        cached.cache.header.check(self.cache, vocab_size=given.vocab_size)
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+        self.objective = CachedObjective(**fields, cached=cached)
+        config.data_step_fn = with_targets(config.data_step_fn, cached)
 
     def _load(self, sp: bool) -> Teacher:
         source = open_source(self.source)

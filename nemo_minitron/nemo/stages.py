@@ -32,6 +32,8 @@ def distill(settings: dict[str, Any]) -> None:
         sequence_length=recipe.sequence_length, micro_batch_size=recipe.micro_batch_size,
         global_batch_size=recipe.global_batch_size, index_folder=settings["index"],
     )  # fmt: skip
+    if recipe.teacher_cache:
+        data.dataset_cls = _rows_of(recipe.teacher_cache)
     optim = optimizer(recipe)
     validated = bool(recipe.validate_every)
     trainer = make_trainer(
@@ -47,6 +49,14 @@ def distill(settings: dict[str, Any]) -> None:
     _mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
 
 
+def _rows_of(cache: str) -> Any:
+    """The dataset whose rows a cache has."""
+    from nemo_minitron.artifacts.logit_cache import CacheHeader
+    from nemo_minitron.nemo.data.rows import stream_rows
+
+    return stream_rows(CacheHeader.load(cache).rows)
+
+
 def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     from lightning.pytorch.callbacks import EarlyStopping
 
@@ -60,6 +70,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
         recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
         intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
         intermediate_weight=recipe.intermediate_weight or None, plan=settings.get("plan"), seed=recipe.seed,
+        cache=recipe.teacher_cache,
     )  # fmt: skip
     callbacks = [
         FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),

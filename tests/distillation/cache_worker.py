@@ -18,7 +18,8 @@ import torch
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.logit_records import CacheSettings
 
-ROWS, ROWS_PER_SHARD, MICRO = 7, 3, 2  # three shards, the last of one row: no layout divides them
+# Shards of 3, 3 and 1 rows, one of two ranks has none at last; of 3, 3, 3 and 1: it has fewer than the other.
+ROWS, ROWS_PER_SHARD, MICRO = {"sample": 7, "heat": 10, "top-k": 10}, 3, 2
 LAYOUTS = {
     2: {
         "dp2": ("llama", {}, {}),
@@ -77,10 +78,10 @@ def sharded_loss(mode, vocab, temperature, dtype, rank, world):
 
 
 # -- the cache in every layout -----------------------------------------------------------------------------
-def rows():
+def rows(mode="heat"):
     import bare_models
 
-    return bare_models.tokens(ROWS)
+    return bare_models.tokens(max(ROWS.values()))[: ROWS[mode]]
 
 
 @torch.no_grad()
@@ -109,10 +110,9 @@ def cache(name, kind, sizes, overrides, out):
     chunks = bare_models.build(kind, perform_initialization=False, **overrides)
     bare_models.load_bare(chunks, out / f"{kind}-weights")
     tokens = rows().numpy()
-    digest = data_digest(lambda i: tokens[i], ROWS, bare_models.SEQUENCE)
-    for mode in SETTINGS:
-        folder = out / f"{name}-{mode}"
-        header = CacheHeader(settings(mode), "model", digest, bare_models.VOCAB, ROWS, ROWS_PER_SHARD)
+    for mode, count in ROWS.items():
+        folder, digest = out / f"{name}-{mode}", data_digest(lambda i: tokens[i], count, bare_models.SEQUENCE)
+        header = CacheHeader(settings(mode), "model", digest, bare_models.VOCAB, count, ROWS_PER_SHARD)
         if torch.distributed.get_rank() == 0:
             header.save(folder)
         torch.distributed.barrier()

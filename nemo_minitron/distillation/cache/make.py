@@ -40,17 +40,28 @@ def make(
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for start in range(0, len(shards), size):
         mine = shards[min(start + rank, len(shards) - 1)]
-        records = _run(chunks, header, [row(i) for i in header.rows_of(mine)], micro_batch_size)
+        most = max(len(header.rows_of(shard)) for shard in shards[start : start + size])
+        rows = [row(i) for i in header.rows_of(mine)]
+        records = _run(chunks, header, rows, _micro_batches(rows, most, micro_batch_size, len(chunks)))
         if records and start + rank < len(shards):
-            write_shard(shard_path(folder, mine), [row_key(row(i)) for i in header.rows_of(mine)], records)
+            write_shard(shard_path(folder, mine), [row_key(r) for r in rows], records)
         if torch.distributed.get_rank() == 0:
             say(of - len(shards) + min(start + size, len(shards)), of)
     torch.distributed.barrier()
 
 
-def _run(chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], micro: int) -> Records:
-    """The records of a shard's rows, on the rank that writes them; none on all others."""
-    batches = _micro_batches(rows, micro, parallel_state.get_pipeline_model_parallel_world_size(), len(chunks))
+def _micro_batches(rows: list[np.ndarray], most: int, micro: int, virtual: int) -> list[np.ndarray]:
+    """[micro, S] each, for `most` rows; filled up with the first row, whose surplus records nobody writes."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if virtual > 1 else 1
+    whole = micro * stages  # the interleaved schedule wants a multiple of the stages
+    filled = np.stack([*rows, *[rows[0]] * (-(-most // whole) * whole - len(rows))])
+    return [filled[i : i + micro] for i in range(0, len(filled), micro)]
+
+
+def _run(
+    chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], batches: list[np.ndarray]
+) -> Records:
+    """The records of these rows, the first ones of the batches, on the rank that writes them; none on all others."""
     virtual = len(chunks) > 1
     iterators = [iter(batches) for _ in chunks]
     found = get_forward_backward_func()(
@@ -59,18 +70,11 @@ def _run(chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], mic
         model=list(chunks) if virtual else chunks[0],
         num_microbatches=len(batches),
         seq_length=header.settings.sequence_length,
-        micro_batch_size=micro,
+        micro_batch_size=len(batches[0]),
         forward_only=True,
         collect_non_loss_data=True,
     )
     return [record for batch in found for record in batch][: len(rows)]
-
-
-def _micro_batches(rows: list[np.ndarray], micro: int, stages: int, virtual: int) -> list[np.ndarray]:
-    """[micro, S] each; filled up with the first row, whose surplus records nobody writes."""
-    whole = micro * (stages if virtual > 1 else 1)  # the interleaved schedule wants a multiple of the stages
-    filled = np.stack([*rows, *[rows[0]] * (-len(rows) % whole)])
-    return [filled[i : i + micro] for i in range(0, len(filled), micro)]
 
 
 def _step(header: CacheHeader, iterator: Iterator[np.ndarray], model: Any) -> tuple[Tensor, Callable[..., Records]]:

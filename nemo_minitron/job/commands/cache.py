@@ -76,11 +76,12 @@ def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
     return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
 
 
-def check_cache(cache: Path, tokens: Any, vocab_size: int, teacher: str | None = None, **settings: Any) -> CacheHeader:
-    """Whether training may learn from a cache: of this text and vocabulary, whole, with these settings, and, where
-    a teacher is named too, its. Raises InputError."""
-    header = LogitCache(cache).header
-    header.check(cache, vocab_size=vocab_size, **settings)
+def check_cache(cache: Path, train: Path, teacher: str | None = None) -> CacheHeader:
+    """Raises InputError for a cache that is not whole, or not of the text of this prefix, or, where a teacher is
+    named too, not its."""
+    from nemo_minitron.nemo.data import Tokens
+
+    header, tokens = LogitCache(cache).header, Tokens(train)
     length = header.settings.sequence_length
     long_enough = whole_rows(tokens, length) >= header.rows
     header.check(cache, data=corpus_digest(tokens, header.rows, length) if long_enough else "a shorter text")
@@ -100,6 +101,7 @@ def _opened(header: CacheHeader, out: Path) -> CacheHeader:
     begun.check(out, model=header.model)
     for name, value in header.settings.identity().items():
         begun.check(out, **{name: value})
+    begun.check(out, rows=header.rows)
     begun.check(out, data=header.data)
     return begun
 

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
+from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.job.launch import launch
 from nemo_minitron.job.layout import Layout
@@ -21,18 +23,19 @@ from nemo_minitron.job.recipe import Distillation
 
 
 def run_training(
-    student: Path, teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
+    student: Path, teacher: str | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
     log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
     """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
 
     `prefixes`: training and validation text. `stop`: the step after which it ends for now, one that is saved; called
-    again with a later one, it goes on. `plan`: where the student comes from.
+    again with a later one, it goes on. `plan`: where the student comes from. `teacher` may be None where the recipe
+    has a cache; else the cache must be its. Raises InputError for a cache of something else.
     """
-    models = [teacher_identity(str(student)), teacher_identity(teacher)]
+    models = [teacher_identity(str(student)), _learned(teacher, recipe, prefixes[0], student)]
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = json.loads(plan.read_text()) if plan and recipe.intermediate else None
-    identity = digest_of([dataclasses.asdict(recipe), models, texts, cut])
+    identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     mark = out / "settings.json"
     if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
         shutil.rmtree(out)
@@ -40,14 +43,26 @@ def run_training(
     write_json(mark, identity)
     if _finished(out, stop or recipe.steps):
         return
-    if recipe.correction_tokens:
+    if recipe.correction_tokens and teacher:
         teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
     settings = {
-        "student": str(student), "teacher": str(teacher), "train": str(prefixes[0]), "validation": str(prefixes[1]),
+        "student": str(student), "teacher": teacher or "", "train": str(prefixes[0]), "validation": str(prefixes[1]),
         "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
         "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
     }  # fmt: skip
     launch("distill", settings, layout.processes, log)
+
+
+def _learned(teacher: str | None, recipe: Distillation, train: Path, student: Path) -> Any:
+    """Identity of what is learned from: a teacher's, or a cache's, checked."""
+    if recipe.teacher_cache:
+        from nemo_minitron.nemo.sources import open_source
+
+        recipe.check_cache(open_source(student).architecture.vocab_size)
+        return check_cache(Path(recipe.teacher_cache), train, teacher).digest
+    if teacher is None:
+        raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
+    return teacher_identity(teacher)
 
 
 def _corrected(
@@ -84,21 +99,24 @@ def _finished(out: Path, steps: int) -> bool:
 
 
 def run_distill(
-    student: str, teacher: str, data: str, out: Path, recipe: Distillation, layout: Layout, *,
+    student: str, teacher: str | None, data: str, out: Path, recipe: Distillation, layout: Layout, *,
     validation: str | None = None, plan: Path | None = None,
 ) -> Path:  # fmt: skip
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.pruning import HFSource
 
-    source, teacher_folder = resolve(student), resolve(teacher)
-    _check_out(out, (source, teacher_folder))
+    if teacher is None and not recipe.teacher_cache:
+        raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
+    source, teacher_folder = resolve(student), resolve(teacher) if teacher else None
+    _check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
-    models = HFSource(source).architecture, open_source(teacher_folder).architecture
-    for architecture in models:
+    models = [HFSource(source).architecture, *([open_source(teacher_folder).architecture] if teacher_folder else [])]
+    for architecture in models if not recipe.teacher_cache else models[:1]:
         layout.for_depth(architecture.num_layers).check(architecture)
     depth = models[0].num_layers
+    recipe.check_cache(models[0].vocab_size)
     if recipe.intermediate:
         kept = PrunePlan.load(plan).keep.get("layers") if plan else None
         layer_map(recipe.intermediate, depth, models[1].num_layers, kept)
@@ -110,8 +128,8 @@ def run_distill(
         held_out = tokenise(validation, source, work / "validation").prefix if validation else train
         training = work / "training"
         run_training(
-            source, str(teacher_folder), (train, held_out), training, recipe, layout.for_depth(depth),
-            work / "log.txt", plan=plan,
+            source, str(teacher_folder) if teacher_folder else None, (train, held_out), training, recipe,
+            layout.for_depth(depth), work / "log.txt", plan=plan,
         )  # fmt: skip
         return export_student(training, source, out)
 

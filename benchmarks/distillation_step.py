@@ -1,0 +1,209 @@
+"""What a step costs: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
+
+    python benchmarks/distillation_step.py [--precision bf16] [--repetitions 5] [--out FILE.json]
+
+The teacher is demo/smollm2-135m-instruct, the student a random cut of it to 108M parameters, both on the reference
+layers, the student in Megatron's DDP with its distributed Adam; one micro-batch of 1 x 512 tokens of demo/wikipedia,
+two threads, one process, the steps in turn. A step is forward, backward, gradient's norm and optimizer; a cached one
+reads its targets from the files first. Ratios: of CPU seconds, which other jobs disturb least. The two that the design
+limits: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+ROOT = Path(__file__).parents[1]
+MODEL, TEXT = ROOT / "demo" / "smollm2-135m-instruct", ROOT / "demo" / "wikipedia" / "train.jsonl"
+ROWS = 4
+CACHES: dict[str, dict[str, Any]] = {
+    "cached, 50 draws": {"draws": 50},
+    "cached, 64 largest": {"mode": "top-k", "k": 64},
+}
+
+
+def rows(model: Path, length: int) -> Any:
+    """int64 [ROWS, length + 1]: the text from its start."""
+    import torch
+
+    from nemo_minitron.nemo.data import load_tokenizer
+
+    tokenizer, ids = load_tokenizer(model), []
+    for line in TEXT.open():
+        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
+        if len(ids) >= ROWS * (length + 1):
+            break
+    return torch.tensor(ids[: ROWS * (length + 1)]).view(ROWS, length + 1)
+
+
+class Steps:
+    """Each step as a function without arguments, over one student and one optimizer; batches take turns."""
+
+    def __init__(self, model: Path, keep: dict[str, int], precision: str, length: int, work: Path) -> None:
+        import torch
+
+        from nemo_minitron.distillation.step import Objective, distillation_step
+        from nemo_minitron.distillation.teacher import Teacher
+        from nemo_minitron.families import from_hf
+        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.nemo.models import load_model
+        from nemo_minitron.search import random_plan
+
+        architecture = from_hf(model)
+        self.rows, self.turn, vocab = rows(model, length), 0, architecture.vocab_size
+        chunks = load_model(model, precision=precision)
+        self.caches = {name: self._cache(chunks, work / name, given, precision) for name, given in CACHES.items()}
+        self.teacher = Teacher(chunks, model_inputs)
+        cut = load_model(model, random_plan(architecture, keep=keep), precision=precision)
+        self.student, self.optimizer = trained(cut[0], precision)
+        self.parameters = [sum(p.numel() for p in m.parameters()) for m in (chunks[0], self.student)]
+        online = distillation_step(Objective(vocab), model_inputs, self.teacher)
+        self.functions: dict[str, Callable[[], object]] = {
+            "LM step": lambda: self.step(lambda m, batch: m(**model_inputs(batch), labels=batch["labels"])),
+            "teacher's forward": torch.no_grad()(lambda: self.teacher.logits(self.teacher.hidden(self.batch()))),
+            "distillation": lambda: self.step(online),
+        }
+        for name, cached in self.caches.items():
+            self._add(name, cached, vocab)
+
+    def _cache(self, chunks: list[Any], folder: Path, given: dict[str, Any], precision: str) -> Any:
+        from nemo_minitron.artifacts.logit_cache import CacheHeader
+        from nemo_minitron.artifacts.logit_records import CacheSettings
+        from nemo_minitron.distillation.cache import CachedTeacher, make
+
+        tokens = self.rows[:, :-1].numpy()
+        settings = CacheSettings(sequence_length=tokens.shape[1], precision=precision, **given)
+        header = CacheHeader(settings, "model", "data", chunks[0].vocab_size, ROWS)
+        header.save(folder)
+        make(chunks, header, folder, lambda row: tokens[row])
+        return CachedTeacher(folder)
+
+    def _add(self, name: str, cached: Any, vocab: int) -> None:
+        from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
+        from nemo_minitron.distillation.step import distillation_step
+        from nemo_minitron.nemo.distill import model_inputs
+
+        forward = distillation_step(CachedObjective(vocab, cached=cached), model_inputs)
+        data_step = with_targets(next, cached)
+        self.functions[name] = lambda: self.step(forward, data_step)
+
+    def batch(self) -> dict[str, Any]:
+        """The next row: `tokens`, `labels`, `position_ids`, `loss_mask`, [1, length] each."""
+        import torch
+
+        self.turn += 1
+        row = self.rows[self.turn % ROWS][None]
+        places = torch.arange(row.shape[1] - 1)[None]
+        return {
+            "tokens": row[:, :-1].contiguous(), "labels": row[:, 1:].contiguous(), "position_ids": places,
+            "loss_mask": torch.ones(places.shape),
+        }  # fmt: skip
+
+    def step(self, forward: Callable[[Any, Any], Any], data_step: Callable[[Any], Any] = next) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def one(iterator: Any, model: Any) -> Any:
+            output = forward(model, data_step(iterator))
+            return output, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+
+        self.student.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=one, data_iterator=iter([self.batch()]), model=self.student, num_microbatches=1,
+            seq_length=self.rows.shape[1] - 1, micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+        self.optimizer.step()
+
+
+def trained(model: Any, precision: str) -> tuple[Any, Any]:
+    """A model in Megatron's DDP, and its optimizer, as NeMo's strategy and this project's recipes have them."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = DistributedDataParallel(model.config, ddp, model.train())
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-5, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
+        clip_grad=1.0, use_distributed_optimizer=True,
+    )  # fmt: skip
+    return wrapped, get_megatron_optimizer(config, [wrapped])
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    import nemo_minitron.backend as backend
+    from nemo_minitron.job.commands.plan import sizes
+
+    backend.setup()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as work:
+        keep = sizes(arguments.keep)
+        steps = Steps(arguments.model, keep, arguments.precision, arguments.sequence_length, Path(work))
+        found = common.interleaved(steps.functions, arguments.repetitions)
+        disk = {
+            name: round(sum(f.stat().st_size for f in Path(work, name).glob("*.logits")) / steps.rows[:, 1:].numel(), 1)
+            for name in CACHES
+        }
+    return {"seconds": common.summary(found, "LM step"), "limits": limits(found), "bytes a token": disk,
+            "parameters": steps.parameters}  # fmt: skip
+
+
+def limits(found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+    """[median, least, most] over the rounds of the ratios that the design limits; last, of the least seconds."""
+    import statistics
+
+    seconds = {name: [run["cpu"] for run in runs] for name, runs in found.items()}
+    both = [a + b for a, b in zip(seconds["LM step"], seconds["teacher's forward"], strict=True)]
+    bases = {"distillation": both} | dict.fromkeys(CACHES, seconds["LM step"])
+    ratios = {}
+    for name, base in bases.items():
+        each = [a / b for a, b in zip(seconds[name], base, strict=True)]
+        numbers = (statistics.median(each), min(each), max(each), min(seconds[name]) / min(base))
+        ratios[name] = [round(number, 3) for number in numbers]
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="the teacher's Hugging Face folder")
+    parser.add_argument("--keep", default="ffn=1024", help="what of it the student keeps")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    arguments = parser.parse_args()
+    facts = common.machine(("torch", "megatron-core"))
+    result = {"machine": facts, "date": datetime.date.today().isoformat(), "precision": arguments.precision}
+    result |= {"repetitions": arguments.repetitions, "columns": ["median", "least", "most"]} | measured(arguments)
+    facts["load when it ended"] = round(os.getloadavg()[0], 1)
+    show(result)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['machine']}\nparameters: {result['parameters']}, {result['precision']}")
+    print(f"{'':22}{'wall s':>24}{'CPU s':>24}{'over what it may cost':>28}{'by least':>10}{'bytes a token':>15}")
+    for name, row in result["seconds"].items():
+        spread = ["{:.3f} ({:.3f}-{:.3f})".format(*row[key]) for key in ("wall", "cpu")]
+        limit = result["limits"].get(name)
+        ratio = "{:.3f} ({:.3f}-{:.3f})".format(*limit[:3]) if limit else ""
+        least, disk = limit[3] if limit else "", result["bytes a token"].get(name, "")
+        print(f"{name:22}{spread[0]:>24}{spread[1]:>24}{ratio:>28}{least:>10}{disk:>15}")
+
+
+if __name__ == "__main__":
+    main()
