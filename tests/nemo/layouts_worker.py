@@ -53,7 +53,7 @@ def run_case(case, folder, out):
     import torch
     from megatron.core import parallel_state
 
-    from nemo_minitron.importance import estimate
+    from nemo_minitron.importance import estimate, magnitude
     from nemo_minitron.job.layout import Layout
     from nemo_minitron.nemo import load_model
     from nemo_minitron.nemo.live import LiveSource
@@ -71,6 +71,7 @@ def run_case(case, folder, out):
             if not np.array_equal(live.read(name, whole(shape)), source.read(name, whole(shape)))
         ],
         "digest": source_digest(live) == source_digest(source),
+        "magnitude": magnitude(live).digest == magnitude(source).digest,
     }
     tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
     logits = _logits(chunks, tokens[:2], source.architecture.vocab_size) if layout.pp * layout.cp == 1 else None

@@ -16,7 +16,7 @@ def main(folder: Path) -> None:
     from nemo import lightning as nl
     from nemo.collections import llm
 
-    from nemo_minitron.nemo import Importance, Pruning
+    from nemo_minitron.nemo import Importance, Pruning, register
     from nemo_minitron.nemo.data import build, data_module, load_tokenizer
 
     teacher = folder / "nemo-teacher"
@@ -40,7 +40,10 @@ def main(folder: Path) -> None:
         losses.append(trainer.validate(model, data, verbose=False)[0]["val_loss"])
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.module.modules())
     llm.export_ckpt(folder / "pruned" / "student", "hf", output_path=folder / "exported")
-    print("RESULT" + json.dumps({"losses": losses, "hooks": hooks, "threads": torch.get_num_threads()}))
+    register()
+    watched = {kind.__name__: [e.axis for e in found] for kind, found in llm.MixtralModel.minitron_estimators().items()}
+    result = {"losses": losses, "hooks": hooks, "threads": torch.get_num_threads(), "watched": watched}
+    print("RESULT" + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def test_weights_and_digest(case, results):
     result = json.loads((results(case["world"]) / f"{case['name']}.json").read_text())
     assert result["differing"] == []
     assert result["digest"]
+    assert result["magnitude"]  # scores of weights, read from the live model and from the folder
 
 
 def _scores(results, world, name, kind):

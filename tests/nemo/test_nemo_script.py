@@ -57,6 +57,14 @@ def test_hooks_change_nothing_and_go(run):
     assert result["hooks"] == 0
 
 
+def test_nemos_models_answer_which_estimator_watches_what(run):
+    _, result = run
+    assert {"ffn", "ffn_pre_activation"} <= set(result["watched"]["MLP"])
+    assert {"experts", "expert_ffn", "shared_expert_ffn"} <= set(result["watched"]["MoELayer"])
+    assert {"q_latent", "kv_latent"} <= set(result["watched"]["MLASelfAttention"])
+    assert "layers" in result["watched"]["TransformerLayer"]
+
+
 def test_pruning_callback_leaves_scores_plan_and_a_students_checkpoint(run):
     from nemo_minitron.nemo.checkpoint import CheckpointSource
 
