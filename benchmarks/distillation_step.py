@@ -144,7 +144,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import nemo_minitron.backend as backend
-    from nemo_minitron.job.commands.plan import sizes
+    from nemo_minitron.search.parse import sizes
 
     backend.setup()
     torch.set_num_threads(arguments.threads)

@@ -44,9 +44,10 @@ def results(tmp_path_factory):
             run = subprocess.run(
                 [*command, str(WORKER), str(out)], env=environment, capture_output=True, timeout=400
             )
-            assert run.returncode == 0, run.stderr.decode()[-6000:]
-            done[world] = out
-        return done[world]
+            done[world] = out, run
+        out, run = done[world]
+        assert run.returncode == 0, run.stderr.decode()[-6000:]
+        return out
 
     return of
 

@@ -2,7 +2,7 @@
 
 Samples have masks of unlike lengths (distill_worker.py), and 32 samples go more than twice through 13 rows, with
 another set of draws each time. Mutations tried by hand, each of which makes tests here fail: the set of epoch 0 for
-all; targets not cut for context parallelism; a row's targets one position late.
+all; targets not cut for context parallelism; targets one position late.
 """
 
 import csv
