@@ -3,7 +3,8 @@
 Samples have masks of unlike lengths (distill_worker.py), teacher and student have another depth, and each step has
 eight micro-batches. Mutations tried by hand, each of which makes tests here fail: the teacher's hidden states taken
 in the reverse order; `calculate_per_token_loss` off (DP=2); the intermediate states' mask not cut for sequence or
-context parallelism; the loss on an earlier stage not attached; a virtual stage with a config of its own.
+context parallelism; the loss on an earlier stage not attached; a virtual stage with a config of its own; the
+projection's gradient not summed over the pipeline, or under sequence parallelism over the tensor-parallel ranks.
 """
 
 import csv
