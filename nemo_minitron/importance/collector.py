@@ -62,7 +62,7 @@ class Collector:
             watched = [self._watches(chunk) for chunk in self.chunks]
         except InputError as error:
             refusal = str(error)
-        check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches}, refusal)
+        check_axes(self.axes, {axis for watches in watched for axis, _, _ in watches}, self._known(), refusal)
         hook_of = self._hook if self.method == ACTIVATION else self._gradient_hook
         for chunk, watches in zip(self.chunks, watched, strict=True):
             accumulators: dict[str, Accumulator] = {}
@@ -90,6 +90,11 @@ class Collector:
         if first:
             self.samples += self._samples.present
             self.tokens += self._samples.tokens
+
+    def _known(self) -> set[str]:
+        """The axes that estimators of this rank's modules have, asked for or not."""
+        modules = (module for chunk in self.chunks for module, _ in _with_layers(chunk.decoder))
+        return {cls.axis for module in modules for _, cls in estimators_of(module)}
 
     def _watches(self, chunk: Any) -> Watches:
         """(axis, row, expert) -> what to watch; of several estimators the one registered last."""
@@ -142,21 +147,21 @@ class Collector:
             self._flush(accumulators)()
 
 
-def check_axes(asked: Sequence[str] | None, here: set[str], refusal: str | None) -> None:
+def check_axes(asked: Sequence[str] | None, here: set[str], known: set[str], refusal: str | None) -> None:
     """Raises InputError, on every rank, for a stage's refusal and for an axis that no stage of the pipeline has.
 
-    Collective.
+    `here`: the axes watched on this rank; `known`: those that its modules' estimators have. Collective.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     everywhere: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(everywhere, (here, refusal), group=group)
-    for _, reason in everywhere:
+    torch.distributed.all_gather_object(everywhere, (here, known, refusal), group=group)
+    for _, _, reason in everywhere:
         if reason is not None:
             raise InputError(reason)
-    there = set().union(*(axes for axes, _ in everywhere))
+    there, legal = (set().union(*(stage[i] for stage in everywhere)) for i in (0, 1))
     for axis in asked or ():
         if axis not in there:
-            raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, sorted(there))}")
+            raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, legal - {axis})}")
 
 
 def unwrap(chunk: Any) -> Any:

@@ -92,7 +92,12 @@ class Calibration(Counted):
         return self.method in RUNNING
 
     def check(self, architecture: Architecture, layout: Layout) -> None:
-        """Raises InputError for blocks that leave no layer, questions that cannot be read, and what would be unused."""
+        """Raises InputError for axes that the model lacks, blocks that leave no layer, questions that cannot be read,
+        and what would be unused."""
+        legal = axes_of(architecture)
+        for axis in self.axes:
+            if axis not in legal:
+                raise InputError(f"the model has no scores of '{axis}'; {nearest(axis, legal)}")
         for name, option, given in (("accuracy", "items", bool(self.items)), (REMOVAL, "remove", self.remove > 0)):
             if (name in self.depth) != given:
                 have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
@@ -146,6 +151,15 @@ class Calibration(Counted):
         if depth == REMOVAL:
             return dataclasses.replace(self, depth=names, remove=max(self.remove, dropped))
         return dataclasses.replace(self, depth=names, depth_sizes=tuple(sorted({*self.depth_sizes, dropped})))
+
+
+def axes_of(architecture: Architecture) -> list[str]:
+    """What the built-in estimators score of a model of one of the families."""
+    found = ["heads", "head_channels", "norms", "layers", *DERIVED]
+    found += ["ffn", "ffn_pre_activation"] if architecture.dense_layers else []
+    found += ["q_norm", "k_norm"] if architecture.qk_norm else []
+    found += ["experts", "expert_ffn"] if architecture.moe_layers else []
+    return found + (["shared_expert_ffn"] if architecture.moe_shared_expert_intermediate_size else [])
 
 
 def calibration_of(job: Job, source: Architecture) -> Calibration:

@@ -50,7 +50,7 @@ def check(job: Job) -> tuple[Architecture, Architecture]:
     job.layout.check_sequence(job.calibration.sequence_length)
     calibration_of(job, source)
     layout, _ = job.layout.for_student(target, source)
-    layout.check(target)
+    layout.check(target, training=True)
     layout.check_sequence(job.distillation.sequence_length)
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, source.num_layers)

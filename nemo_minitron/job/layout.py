@@ -37,8 +37,8 @@ class Layout:
     def expert_tp(self) -> int:
         return self.etp or self.tp
 
-    def check(self, architecture: Architecture) -> None:
-        """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run it."""
+    def check(self, architecture: Architecture, training: bool = False) -> None:
+        """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run (or train) it."""
         for name, least in LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -52,6 +52,9 @@ class Layout:
             raise InputError(f"vp={self.vp} needs pp of at least 2; the nearest legal vp is 1")
         self._check_stages(architecture.num_layers)
         self._check_experts(architecture)
+        if architecture.num_moe_experts and self.tp > 1 and not self.sp and (training or self.ep > 1):
+            what = "training a mixture of experts" if training else f"ep={self.ep}"
+            raise InputError(f"{what} at tp={self.tp} needs sequence parallelism; set sp, or the nearest legal tp is 1")
 
     def _check_stages(self, layers: int) -> None:
         if self.first_stage or self.last_stage:

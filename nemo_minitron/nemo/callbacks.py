@@ -86,8 +86,9 @@ class Importance(Callback):
             self._close()
 
     def _open(self, chunks: list[Any]) -> Collector:
-        self._collector = Collector(chunks, architecture_of(chunks[0]), self.criteria, self.axes)
-        return self._collector.__enter__()
+        collector = Collector(chunks, architecture_of(chunks[0]), self.criteria, self.axes)
+        self._collector = collector.__enter__()  # a refusal leaves nothing open
+        return self._collector
 
     def _take(self) -> None:
         """Merges what the collector has gathered into `scores`. Collective."""

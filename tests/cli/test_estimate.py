@@ -190,6 +190,8 @@ def test_scores_that_need_no_run(folder, method):
     [
         (["--tp", 2], "3 query groups and an ffn of 96; the nearest legal tp is 1"),
         (["--cp", 2, "--sequence-length", 30], "do not divide by 2*cp=4; the nearest legal length is 32"),
+        (["--axes", "heads,fnn"], "the model has no scores of 'fnn'; did you mean 'ffn'"),
+        (["--axes", "experts"], "the model has no scores of 'experts'; legal are: ffn, "),
         (["--ep", 2], "ep=2 needs a mixture of experts; the nearest legal ep is 1"),
         (["--depth-sizes", "1,6"], "depth_sizes 6 is not legal in a model of 6 layers; legal are 1 to 5"),
         (["--depth-sizes", "a"], "'a' in --depth-sizes is no size"),

@@ -8,7 +8,7 @@ from test_recipe import PICO, job  # noqa: F401
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Calibration, Job, Layout
-from nemo_minitron.job.calibration import DECIDE, STATISTICS, calibration_of
+from nemo_minitron.job.calibration import DECIDE, DERIVED, STATISTICS, axes_of, calibration_of
 from nemo_minitron.job.dry_run import describe
 
 ITEM = {"context": "a", "choices": ["b", "c"], "answer": 1}
@@ -90,3 +90,18 @@ def test_what_makes_it_begin_anew(tmp_path):
 def test_every_setting_decides_something():
     fields = {field.name for field in dataclasses.fields(Calibration)}
     assert fields - {"depth", "items"} == {setting for settings in DECIDE.values() for setting in settings}
+
+
+def test_axes_are_those_of_the_built_in_estimators():
+    """But for the latents of multi-latent attention, which none of the families has."""
+    from nemo_minitron.importance.estimators import dense, latent, moe
+    from nemo_minitron.importance.registry import Estimator
+
+    classes = [value for module in (dense, moe) for value in vars(module).values() if isinstance(value, type)]
+    registered = {cls.axis for cls in classes if issubclass(cls, Estimator) and hasattr(cls, "axis")}
+    everything = PICO.replace(
+        qk_norm=True, num_moe_experts=4, moe_layer_freq=(0, 1, 1, 1, 1, 1), moe_shared_expert_intermediate_size=8
+    )
+    assert set(axes_of(everything)) == registered | set(DERIVED)
+    assert not registered & {latent.QueryLatentNorm.axis, latent.KeyValueLatentNorm.axis}
+    assert not {"experts", "q_norm", "shared_expert_ffn"} & set(axes_of(PICO))

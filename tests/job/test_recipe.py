@@ -153,6 +153,27 @@ def test_layouts_refused_with_the_nearest(layout, words):
 
 
 @pytest.mark.parametrize(
+    ("layout", "training", "words"),
+    [
+        ({"tp": 2, "dp": 2, "ep": 2, "etp": 1}, False, "ep=2 at tp=2 needs sequence parallelism; set sp, or"),
+        ({"tp": 2}, True, "training a mixture of experts at tp=2 needs sequence parallelism; set sp, or"),
+        ({"ep": 3, "dp": 3}, False, "4 experts do not divide over ep=3; the nearest legal ep is 2"),
+    ],
+)
+def test_layouts_of_mixtures_refused_with_the_nearest(layout, training, words):
+    mixture = PICO.replace(num_attention_heads=8, num_query_groups=4, num_moe_experts=4)
+    with pytest.raises(InputError, match=words):
+        Layout(**layout).check(mixture, training)
+
+
+def test_layouts_of_mixtures_that_run():
+    mixture = PICO.replace(num_attention_heads=8, num_query_groups=4, num_moe_experts=4)
+    Layout(tp=2, dp=2, ep=2, etp=1, sp=True).check(mixture, training=True)
+    Layout(tp=2).check(mixture)  # without a backward pass
+    Layout(ep=2, dp=2).check(mixture, training=True)
+
+
+@pytest.mark.parametrize(
     ("keep", "words"),
     [
         ({"ffn": 97}, "ffn=97 is not legal; legal are 1 to 96, the nearest is 96"),

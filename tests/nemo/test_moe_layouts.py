@@ -26,7 +26,7 @@ LAYOUTS = [
     {"tp": 2, "etp": 1},
     {"tp": 2, "etp": 2},
     {"tp": 2, "etp": 2, "sp": True},
-    {"tp": 2, "ep": 2, "etp": 1},
+    {"tp": 2, "ep": 2, "etp": 1, "sp": True},  # Megatron runs it with sequence parallelism alone
     {"dp": 2},
     {"pp": 2},
 ]

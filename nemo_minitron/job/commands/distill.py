@@ -114,7 +114,7 @@ def run_distill(
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
     models = [HFSource(source).architecture, *([open_source(teacher_folder).architecture] if teacher_folder else [])]
     for architecture in models if not recipe.teacher_cache else models[:1]:
-        layout.for_depth(architecture.num_layers).check(architecture)
+        layout.for_depth(architecture.num_layers).check(architecture, training=True)
     depth = models[0].num_layers
     recipe.check_cache(models[0].vocab_size)
     if recipe.intermediate:
