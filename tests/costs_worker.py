@@ -32,7 +32,7 @@ def run_case(case):
     from megatron.core import parallel_state
 
     from nemo_minitron.costs import activations, parameters_by_stage
-    from nemo_minitron.importance.estimate import architecture_of
+    from nemo_minitron.importance.forward import architecture_of
     from nemo_minitron.job import Layout
 
     layout = Layout(**case["layout"])

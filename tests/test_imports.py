@@ -1,6 +1,7 @@
 """The import law (DESIGN.md, section 1), read off the source; and what a light start may load."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_the_law_sees_imports():
     assert "nemo.collections" in set(_imports(tree))
     assert "nemo.collections" not in set(_imports(tree, inside_functions=False))
     assert "torch.nn" in set(_imports(tree))
+
+
+@pytest.mark.parametrize("package", ["importance", "importance.depth", "nemo"])
+def test_no_module_takes_the_place_of_a_name(package):
+    """A name that is looked up on first use must not be a submodule's: once that is imported, it would win."""
+    names = importlib.import_module(f"nemo_minitron.{package}").__all__
+    assert not {name for name in names if (PACKAGE / package.replace(".", "/") / f"{name}.py").exists()}
 
 
 @pytest.mark.parametrize(

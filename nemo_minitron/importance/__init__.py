@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_minitron.importance.alternatives import magnitude, random_scores
     from nemo_minitron.importance.collector import Collector
-    from nemo_minitron.importance.estimate import estimate
     from nemo_minitron.importance.estimators import Estimator, Watch, estimator
-    from nemo_minitron.importance.reduce import reduce
+    from nemo_minitron.importance.forward import estimate
+    from nemo_minitron.importance.reduction import reduce
 
 __all__ = ["Collector", "Estimator", "Watch", "estimate", "estimator", "magnitude", "random_scores", "reduce"]
 
 _WHERE = {
-    "Collector": "collector", "estimate": "estimate", "Estimator": "estimators", "Watch": "estimators",
-    "estimator": "estimators", "magnitude": "alternatives", "random_scores": "alternatives", "reduce": "reduce",
+    "Collector": "collector", "estimate": "forward", "Estimator": "estimators", "Watch": "estimators",
+    "estimator": "estimators", "magnitude": "alternatives", "random_scores": "alternatives", "reduce": "reduction",
 }  # fmt: skip
 
 
@@ -29,7 +29,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
-    # The import also sets the submodule `estimate` on this package; the function must win over it.
-    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

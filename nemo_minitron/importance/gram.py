@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import micro_batches
 from nemo_minitron.importance.collector import unwrap
-from nemo_minitron.importance.estimate import evaluating, run_forward
+from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
 
 POSITIONS = 4096  # that are multiplied at once: their fp32 copy is what a hook holds beside G

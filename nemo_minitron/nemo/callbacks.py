@@ -15,8 +15,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.importance.collector import Collector
-from nemo_minitron.importance.estimate import architecture_of
-from nemo_minitron.importance.reduce import reduce  # from the package it may be the module
+from nemo_minitron.importance.forward import architecture_of
+from nemo_minitron.importance.reduction import reduce
 from nemo_minitron.nemo.trainer import chunks_of, leave_context
 
 

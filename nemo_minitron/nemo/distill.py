@@ -16,7 +16,7 @@ from nemo_minitron.distillation.projection import Projection
 from nemo_minitron.distillation.step import Objective, distillation_step
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.importance.estimate import architecture_of
+from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.models import current_layout, load_model
 from nemo_minitron.nemo.random_start import RandomStart

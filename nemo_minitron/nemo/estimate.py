@@ -82,7 +82,7 @@ class Stage:
         """Taylor scores of the rows that are left, saved as often."""
         import torch
 
-        from nemo_minitron.importance.estimate import estimate as scores_of
+        from nemo_minitron.importance.forward import estimate as scores_of
         from nemo_minitron.nemo.callbacks import model_digest
         from nemo_minitron.nemo.progress import Rows
 

@@ -74,7 +74,7 @@ def run_case(case, folder, out):
     import torch
 
     from nemo_minitron.importance import estimate
-    from nemo_minitron.importance.estimate import architecture_of
+    from nemo_minitron.importance.forward import architecture_of
 
     chunks, found = load(case, folder), {}
     true = architecture_of(chunks[0]).replace(vocab_size=509)  # what is behind it is padding
@@ -167,7 +167,7 @@ def checks(kind, chunks, folder, out):
     import torch
 
     from nemo_minitron.importance import Collector
-    from nemo_minitron.importance.estimate import architecture_of, estimate, evaluating
+    from nemo_minitron.importance.forward import architecture_of, estimate, evaluating
 
     architecture, tokens = architecture_of(chunks[0]), bare_models.tokens(2)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

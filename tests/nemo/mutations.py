@@ -10,25 +10,23 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.artifacts.statistics import aggregation_of
-from nemo_minitron.importance import accumulator, batches, collector, experts, samples
+from nemo_minitron.importance import accumulator, batches, collector, experts, reduction, samples
 from nemo_minitron.importance.accumulator import merge_over
 from nemo_minitron.importance.estimators import moe
-
-REDUCE = "nemo_minitron.importance.reduce"  # the package also has a function of this name
 
 
 @contextmanager
 def finished_before_merged_over_the_sequence():
     """SP, CP: each rank squares the mean of its own part; the squares are added."""
     group = parallel_state.get_tensor_and_context_parallel_group()
-    original = _reduce()._whole
+    original = reduction._whole
 
     def whole(gathered, pair, state):
         if not gathered.estimator.sharded:
             state = merge_over([group], aggregation_of(pair), state)
         return original(gathered, pair, state)
 
-    with patch.object(accumulator, "_sequence_groups", lambda *_: []), patch.object(_reduce(), "_whole", whole):
+    with patch.object(accumulator, "_sequence_groups", lambda *_: []), patch.object(reduction, "_whole", whole):
         yield
 
 
@@ -45,7 +43,7 @@ def roots_before_merged_over_data():
             aggregation.name
         ]
 
-    with patch.object(_reduce(), "merge_over", wrong):
+    with patch.object(reduction, "merge_over", wrong):
         yield
 
 
@@ -60,21 +58,21 @@ def channels_added_over_tensor_parallel_ranks():
             torch.distributed.all_reduce(part, group=group)
         return tuple(torch.cat([part] * size, dim) for part in parts)
 
-    with patch.object(_reduce(), "_concatenate", wrong):
+    with patch.object(reduction, "_concatenate", wrong):
         yield
 
 
 @contextmanager
 def replicas_counted_on_every_rank():
     """TP: norms, which every rank holds whole, are merged as if each rank had seen other samples."""
-    original = _reduce()._whole
+    original = reduction._whole
 
     def whole(gathered, pair, state):
         if not gathered.estimator.sharded:
             state = merge_over([parallel_state.get_tensor_model_parallel_group()], aggregation_of(pair), state)
         return original(gathered, pair, state)
 
-    with patch.object(_reduce(), "_whole", whole):
+    with patch.object(reduction, "_whole", whole):
         yield
 
 
@@ -132,12 +130,12 @@ def tail_counted():
 @contextmanager
 def copies_of_experts_not_merged():
     """EP, DP: a rank takes its own experts' tokens for all of them."""
-    copies, original = parallel_state.get_expert_data_parallel_group(), _reduce().merge_over
+    copies, original = parallel_state.get_expert_data_parallel_group(), reduction.merge_over
 
     def wrong(groups, aggregation, state):
         return original([group for group in groups if group is not copies], aggregation, state)
 
-    with patch.object(_reduce(), "merge_over", wrong):
+    with patch.object(reduction, "merge_over", wrong):
         yield
 
 
@@ -160,12 +158,6 @@ def norms_of_an_experts_shards():
     """Expert-TP: the norm of a part of an expert's output."""
     with patch.object(moe, "over_shards", lambda part: part):
         yield
-
-
-def _reduce():
-    import sys
-
-    return sys.modules[REDUCE]
 
 
 MUTATIONS = {

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from nemo_minitron.importance.depth.stages import Stages
-from nemo_minitron.importance.estimate import architecture_of
+from nemo_minitron.importance.forward import architecture_of
 
 CHUNK = 1 << 22  # logits that are held in fp32 at a time
 
