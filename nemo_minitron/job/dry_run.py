@@ -19,21 +19,22 @@ from nemo_minitron.search.sizes import student_architecture
 
 SEARCHING = ("candidates", "measure", "rank")
 STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
+VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
 
 
 def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
-    """The student's Architecture. Raises InputError for an illegal size, or an axis that no stage cuts yet."""
+    """The student's Architecture. Raises InputError for an illegal size, or a cut of the vocabulary."""
     if not keep:
         raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
     if "vocab" in keep:
-        raise InputError("the vocabulary is not cut yet: the tokenizer would have to be cut with it")
+        raise InputError(VOCAB)
     return student_architecture(source, keep)
 
 
 def searched(job: Job, source: Architecture) -> Architecture:
     """Of a job that searches, the shape closest to its first target. Raises InputError where nothing meets them."""
     if "vocab" in job.keep:
-        raise InputError("the vocabulary is not cut yet: the tokenizer would have to be cut with it")
+        raise InputError(VOCAB)
     return job.search.run(source, job.keep).candidates[0].architecture
 
 

@@ -180,7 +180,7 @@ def test_layouts_of_mixtures_that_run():
         ({"ffn": 0}, "the nearest is 1"),
         ({"ffm": 3}, "did you mean 'ffn'"),
         ({"heads": 5}, "heads=5 is not legal with 3 query groups.*the nearest is 6"),
-        ({"vocab": 100}, "the vocabulary is not cut yet"),
+        ({"vocab": 100}, "a job keeps the vocabulary"),
         ({}, "cuts nothing"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_criterion_of_depth_is_gathered_for_every_depth(job):
         (["search.candidates=0"], "candidates is 0; the nearest legal value is 1"),
         (["search.weights=fp16"], "weights 'fp16' is unknown; did you mean"),
         (["search.bounds=ffn=10"], "has no two ends"),
-        (["keep.vocab=500"], "the vocabulary is not cut yet"),
+        (["keep.vocab=500"], "a job keeps the vocabulary"),
         (["search.params="], "the recipe cuts nothing"),
     ],
 )
