@@ -4,5 +4,6 @@ from nemo_minitron.job.cutting import Cutting
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Calibration, Data, Distillation, Evaluation, Job
 from nemo_minitron.job.search import Search
+from nemo_minitron.job.step import Step
 
-__all__ = ["Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Job", "Layout", "Search"]
+__all__ = ["Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Job", "Layout", "Search", "Step"]

@@ -14,6 +14,7 @@ from nemo_minitron.job.cutting import Cutting
 from nemo_minitron.job.distillation import Distillation
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.search import Search
+from nemo_minitron.job.step import OPEN, Step, check_chain
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
 
 
@@ -52,7 +53,13 @@ class Job:
 
     `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
     layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
-    `cutting`: what is solved or folded in place of the plan's slices.
+    `cutting`: what is solved or folded in place of the plan's slices. `rounds`: so many times it is scored and cut
+    in turn, in equal steps from the teacher's sizes to the student's, without retraining between (`job/rounds.py`).
+
+    `chain`: steps instead, each of which cuts the student of the one before it and leaves its own in a folder of its
+    name; every other setting holds for all of them, but for what a Step sets. `learns_from`: the model that the
+    student learns from, where it is not the one that is cut; `lineage`: files of the plans that made the one that is
+    cut of it, the first one first.
     """
 
     name: str
@@ -69,6 +76,17 @@ class Job:
     depth: str = BLOCK_INFLUENCE
     search: Search = dataclasses.field(default_factory=Search)
     cutting: Cutting = dataclasses.field(default_factory=Cutting)
+    rounds: int = 1
+    chain: tuple[Step, ...] = ()
+    learns_from: str = ""
+    lineage: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rounds, int) and self.rounds < 1:
+            raise InputError(f"rounds is {self.rounds}; the nearest legal value is 1")
+        alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
+        alone |= {"learns_from": bool(self.learns_from), "lineage": bool(self.lineage)}
+        check_chain([step for step in self.chain if isinstance(step, Step)], alone)  # `from_dict` makes them of others
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -79,7 +97,8 @@ class Job:
         return _build(cls, values, "")
 
     def override(self, settings: Iterable[str]) -> Job:
-        """`distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`; raises InputError as `from_dict`."""
+        """`distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`, and of a chain's steps, counted from 0,
+        `chain.0.keep.ffn=1280` and `chain.1.distillation.tokens=2000`; raises InputError as `from_dict`."""
         values = self.as_dict()
         for setting in settings:
             key, separator, text = setting.partition("=")
@@ -91,19 +110,28 @@ class Job:
 
 def _set(values: dict[str, Any], job: Job, key: str, text: str) -> None:
     *parents, last = key.split(".")
-    place = values
+    place: Any = values
     for parent in parents:
-        if not isinstance(place.get(parent), dict):
+        if isinstance(place, list) and parent.isdecimal() and int(parent) < len(place):
+            place = place[int(parent)]
+        elif isinstance(place, dict) and isinstance(place.get(parent), (dict, list)):
+            place = place[parent]
+        else:
             raise InputError(f"a recipe has no key '{key}'; {nearest(key, keys(job))}")
-        place = place[parent]
-    if last not in place and parents != ["keep"]:
+    if not isinstance(place, dict) or (last not in place and not _open(parents)):
         raise InputError(f"a recipe has no key '{key}'; {nearest(key, keys(job))}")
     if isinstance(place.get(last), dict):
-        raise InputError(f"'{key}' is a group of settings; set one of {', '.join(f'{key}.{k}' for k in place[last])}")
+        inside = ", ".join(f"{key}.{name}" for name in place[last] or ["NAME"])
+        raise InputError(f"'{key}' is a group of settings; set one of {inside}")
     try:
         place[last] = json.loads(text)
     except ValueError:
         place[last] = text
+
+
+def _open(parents: list[str]) -> bool:
+    """Whether this group takes names that are not in it yet."""
+    return parents[-1:] == ["keep"] or (parents[:1] == ["chain"] and parents[2:] in [[name] for name in OPEN])
 
 
 def keys(job: Job) -> list[str]:
@@ -114,6 +142,8 @@ def keys(job: Job) -> list[str]:
         if isinstance(value, dict):
             for name, inner in value.items():
                 walk(f"{prefix}.{name}" if prefix else name, inner)
+        elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+            walk(prefix, dict(enumerate(value)))
         else:
             found.append(prefix)
 
@@ -131,7 +161,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         if name not in hints:
             raise InputError(f"a recipe has no key '{key}'; {nearest(name, hints)}")
         kind = hints[name]
-        arguments[name] = _build(kind, value, key) if dataclasses.is_dataclass(kind) else _value(kind, value, key)
+        arguments[name] = _value(kind, value, key)
     missing = [
         field.name
         for field in dataclasses.fields(cls)
@@ -144,6 +174,8 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 def _value(kind: Any, value: Any, key: str) -> Any:
     """A plain value of the declared type; int serves as float, a list as a tuple, one value as a list of one."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key)
     plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
     if name in plain:
@@ -162,4 +194,5 @@ def _value(kind: Any, value: Any, key: str) -> Any:
 
 def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_value(kind, item, key) for item in values)
+    items = [f"{key}.{number}" if dataclasses.is_dataclass(kind) else key for number in range(len(values))]
+    return tuple(_value(kind, item, where) for item, where in zip(values, items, strict=True))
