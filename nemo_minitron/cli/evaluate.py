@@ -28,8 +28,9 @@ def evaluate(
     from nemo_minitron.job import Evaluation
     from nemo_minitron.job.commands.evaluate import run_evaluate
     from nemo_minitron.job.precision import settle
+    from nemo_minitron.precisions import WIDE
 
-    settings = Evaluation(tokens, sequence_length, batch_size, settle(precision))
+    settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     numbers = run_evaluate(model, data, settings, names, limit)
     if as_json:

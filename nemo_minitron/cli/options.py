@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.precisions import PRECISIONS
+
 SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"
 Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.")]
 HeldOut = Annotated[Optional[str], typer.Option("--data", help=f"{SOURCES}; the test split unless given.")]
@@ -17,6 +19,6 @@ Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size, of mixtures
 Etp = Annotated[int, typer.Option("--etp", help="Tensor-parallel size of experts; 0: as --tp.")]
 Dp = Annotated[int, typer.Option("--dp", help="Data-parallel size.")]
 Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tensor-parallel groups.")]
-Precision = Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")]
+Precision = Annotated[str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}, or auto.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")]
 Seed = Annotated[int, typer.Option("--seed")]

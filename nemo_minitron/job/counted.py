@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.precisions import PRECISIONS
 
 LEGAL = {
     "norms": ("all", "layers"),
     "loss": ("forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl", "cosine", "mse"),
     "intermediate_loss": ("cosine", "mse"),
     "start": ("pruned", "random"),
-    "teacher_precision": ("", "fp32", "bf16"),
+    "teacher_precision": ("", *PRECISIONS),
 }
 FROM_ZERO = (
-    "seed", "warmup_steps", "warmup_tokens", "remove", "correction_tokens", "validate_every", "patience",
+    "seed", "warmup_steps", "warmup_tokens", "remove", "correction_tokens", "correction_warmup_steps", "validate_every",
+    "patience",
 )  # fmt: skip
 
 

@@ -14,38 +14,42 @@ from megatron.core import parallel_state, tensor_parallel
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.backend.precision import apply
+from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.sources import open_source
+from nemo_minitron.precisions import weights_in
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.student import Student
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def nemo_config(config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None) -> Any:
+def nemo_config(
+    config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None, training: bool = False
+) -> Any:
     """NeMo's config object of the family of a Hugging Face config.
 
     NeMo serialises what the config was constructed with: the true vocabulary and Transformer Engine's
-    defaults. What this layout needs on top (a padded vocabulary, the sizes of the parallel groups) is set
-    afterwards and never saved. Raises InputError for models or precisions that NeMo's class cannot be.
+    defaults. What this layout needs on top (a padded vocabulary, the sizes of the parallel groups) and FP8 are set
+    afterwards and never saved. `training`: see `backend.precision.apply`. Raises InputError for models or precisions
+    that NeMo's class cannot be.
     """
     backend.setup()
     from nemo.collections import llm
 
-    if precision not in DTYPES:
-        raise InputError(f"precision '{precision}' is unknown; {nearest(precision, DTYPES)}")
+    weights = weights_in(precision)
     layout = layout or Layout()
     layout.check(family_of(config).architecture(config))
     name, fields = family_of(config).nemo_config(config)
-    bf16 = precision == "bf16"
     home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]  # llm itself lacks some config classes
     if "activation_func" in fields:
         fields["activation_func"] = pkgutil.resolve_name(fields["activation_func"])
-    result = getattr(home, name)(**fields, bf16=bf16, fp16=False, params_dtype=DTYPES[precision])
+    result = getattr(home, name)(**fields, bf16=weights == "bf16", fp16=False, params_dtype=DTYPES[weights])
+    apply(result, precision, training=training)
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result
 

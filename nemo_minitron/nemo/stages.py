@@ -37,12 +37,12 @@ def distill(settings: dict[str, Any]) -> None:
     optim = optimizer(recipe)
     validated = bool(recipe.validate_every)
     trainer = make_trainer(
-        layout, recipe.precision, max_steps=recipe.steps, check_val_every_n_epoch=None, log_every_n_steps=1,
-        limit_val_batches=recipe.validation_batches if validated else 0,
+        layout, recipe.precision, training=True, max_steps=recipe.steps, check_val_every_n_epoch=None,
+        log_every_n_steps=1, limit_val_batches=recipe.validation_batches if validated else 0,
         val_check_interval=recipe.validate_every if validated else None, strategy=training_strategy(),
     )  # fmt: skip
     model = nemo_model(
-        student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, optim=optim
+        student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
     trainer.callbacks[:0] = _callbacks(settings, recipe)  # before NeMo's of checkpoints: a saved step is a logged step
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)

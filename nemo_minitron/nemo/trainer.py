@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_minitron.backend.precision import forward_fields, trained_fields
 from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.recipe import Distillation
+from nemo_minitron.precisions import weights_in
 
 
-def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
-    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU."""
+def make_trainer(layout: Layout, precision: str, *, training: bool = False, **options: Any) -> Any:
+    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU.
+
+    `training`: whether steps are taken. Raises InputError for a precision that cannot run here.
+    """
     import torch
     from nemo import lightning as nl
+
+    from nemo_minitron.nemo.models import DTYPES
 
     gpu = torch.cuda.is_available()
     strategy = nl.MegatronStrategy(
@@ -25,7 +32,7 @@ def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
         num_layers_in_first_pipeline_stage=layout.first_stage or None,
         num_layers_in_last_pipeline_stage=layout.last_stage or None,
         sequence_parallel=layout.sp and layout.tp > 1,
-        pipeline_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+        pipeline_dtype=DTYPES[weights_in(precision)],
         ckpt_async_save=False,
         **options.pop("strategy", {}),
     )
@@ -34,7 +41,7 @@ def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
         num_nodes=1,
         accelerator="gpu" if gpu else "cpu",
         strategy=strategy,
-        plugins=_precision(precision),
+        plugins=_precision(precision, training),
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -42,16 +49,20 @@ def make_trainer(layout: Layout, precision: str, **options: Any) -> Any:
     )
 
 
-def _precision(precision: str) -> Any:
-    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says."""
+def _precision(precision: str, training: bool) -> Any:
+    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says.
+
+    NeMo's plugin has the last word on the config's FP8 fields, and sets those that it is not given to None.
+    """
     import torch
     from nemo import lightning as nl
 
+    fields = (trained_fields if training else forward_fields)(precision)
     if precision == "fp32":
         return nl.MegatronMixedPrecision(precision="32")
     return nl.MegatronMixedPrecision(
         precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, autocast_enabled=False,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=True, **fields,
     )  # fmt: skip
 
 
@@ -60,7 +71,7 @@ def optimizer(recipe: Distillation) -> Any:
     from megatron.core.optimizer import OptimizerConfig
     from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 
-    bf16 = recipe.precision == "bf16"
+    bf16 = weights_in(recipe.precision) == "bf16"
     return MegatronOptimizerModule(
         config=OptimizerConfig(
             optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate, bf16=bf16, fp16=False,
