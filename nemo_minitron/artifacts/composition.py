@@ -1,0 +1,69 @@
+"""Cuts made one after another as one plan, in the indices of the first model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_minitron.artifacts.plan import PrunePlan
+from nemo_minitron.axes import AXES, Axis
+from nemo_minitron.errors import InputError
+
+Indices = Sequence[int] | None  # None: all stay
+
+
+def compose(first: PrunePlan, *others: PrunePlan) -> PrunePlan:
+    """The plan that cuts `first.source` as all of them do in turn, each numbered as in the model before it.
+
+    Exact: a selection of a selection is a selection, so one cut by it gives the bytes of the successive cuts. Its
+    digest of a model is the first's; its notes are the last one's, and those of the others under `earlier`.
+
+    Raises InputError where a plan does not start from the sizes that the one before it leaves.
+    """
+    return functools.reduce(_two, others, first)
+
+
+def _two(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    if first.target != second.source:
+        raise InputError(
+            f"the plans do not follow each other: one leaves {first.target.parameters():,} parameters, the next starts "
+            f"from a model of other sizes with {second.source.parameters():,}; give plans in the order of the cuts"
+        )
+    keep: dict[str, Any] = {}
+    for name, cut in AXES.items():
+        if name in first.keep or name in second.keep:
+            each = cut.per_layer
+            keep[name] = _layers(first, second, cut) if each else _select(first.indices(name), second.indices(name))
+    keep = {name: kept for name, kept in keep.items() if kept}  # without axes whose layers all went
+    own = {name: note for name, note in first.notes.items() if name != "earlier"}
+    earlier = [*first.notes.get("earlier", []), own]
+    return PrunePlan(first.source, second.target, keep, first.model_digest, {**second.notes, "earlier": earlier})
+
+
+def _layers(first: PrunePlan, second: PrunePlan, cut: Axis) -> dict[int, Any]:
+    """Layer of the first source -> what stays of the axis in it; of an expert's neurons, source expert -> those."""
+    having, both = set(cut.layers_of(second.source)), _experts if cut.per_expert else _units
+    layers = [layer for layer in second.kept_layers if layer in having]
+    return {first.kept_layers[layer]: both(first, second, cut.name, layer) for layer in layers}
+
+
+def _units(first: PrunePlan, second: PrunePlan, name: str, layer: int) -> list[int] | None:
+    """`layer` is the second source's."""
+    return _select(first.indices(name, first.kept_layers[layer]), second.indices(name, layer))
+
+
+def _experts(first: PrunePlan, second: PrunePlan, name: str, layer: int) -> dict[int, list[int] | None]:
+    origin, count = first.kept_layers[layer], second.source.num_moe_experts or 0
+    origins = first.indices("experts", origin) or range(count)
+    stay = second.indices("experts", layer) or range(count)
+    return {
+        origins[e]: _select(first.indices(name, origin, origins[e]), second.indices(name, layer, e)) for e in stay
+    }
+
+
+def _select(kept: Indices, of_those: Indices) -> list[int] | None:
+    if kept is None or of_those is None:
+        chosen = of_those if kept is None else kept
+        return None if chosen is None else list(chosen)
+    return [kept[i] for i in of_those]
