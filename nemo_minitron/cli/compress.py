@@ -22,25 +22,16 @@ def compress(
     sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
 ) -> None:
     """The whole job, resumable, into one run folder."""
-    from nemo_minitron.job.dry_run import check, check_space, describe
+    from nemo_minitron.job.dry_run import describe
     from nemo_minitron.job.find import find
     from nemo_minitron.job.precision import settled
 
     layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
-    job = settled(find(recipe).override([*(overrides or []), *chosen]))
+    job = find(recipe).override([*(overrides or []), *chosen])
     if dry_run:
-        print(describe(job))
+        print(describe(settled(job)))
         return
-    folder = out or Path("runs") / job.name
-    check(job)
-    check_space(job, folder)
-    from nemo_minitron.job.lock import locked
-    from nemo_minitron.job.run import check_folder, execute, open_run
-    from nemo_minitron.job.stages import stages
+    from nemo_minitron.job.commands.compress import run_compress
 
-    check_folder(folder)
-    with locked(folder):
-        run = open_run(job, folder)
-        execute(run, stages(job))
-    run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
+    run_compress(job, out)

@@ -89,13 +89,25 @@ def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:
     run.manifest.save()
 
 
-def execute(run: Run, stages: Sequence[Stage]) -> None:
-    """Runs what is not done yet, in order; each stage is written down as it finishes."""
+def _needed(stages: Sequence[Stage], until: str) -> list[Stage]:
+    """A stage and those that it rests on, in order; all of them where it is not named."""
+    if not until:
+        return list(stages)
+    names = {until}
+    for stage in reversed(stages):
+        if stage.name in names:
+            names.update(stage.after)
+    return [stage for stage in stages if stage.name in names]
+
+
+def execute(run: Run, stages: Sequence[Stage], until: str = "") -> None:
+    """Runs what is not done yet, in order, as far as stage `until`; each is written down as it finishes."""
     digests: dict[str, str] = {}
-    for number, stage in enumerate(stages, 1):
+    wanted = _needed(stages, until)
+    for number, stage in enumerate(wanted, 1):
         upstream = [digests[name] for name in stage.after]
         digests[stage.name] = digest_of([stage.name, stage.inputs(run), upstream])
-        title = f"[{number}/{len(stages)}] {stage.name}"
+        title = f"[{number}/{len(wanted)}] {stage.name}"
         there = all(run.path(output).exists() for output in stage.outputs)
         if there and run.manifest.done(stage.name, digests[stage.name]):
             run.say(f"{title}: done before, skipped")

@@ -133,3 +133,15 @@ def test_progress_reaches_the_screen_and_everything_the_log(tmp_path, monkeypatc
     launch("work", {}, 2, tmp_path / "log.txt")
     assert sorted(capfd.readouterr().out.split("> step ")[1:]) == ["0\n", "1\n"]
     assert "step 0" in (tmp_path / "log.txt").read_text()
+
+
+def test_as_far_as_a_stage_and_on(tmp_path):
+    """What a stage does not rest on is left to a later call, which finds what is done."""
+    done = []
+    execute(open_run(JOB, tmp_path / "run"), stages(done), until="two")
+    assert done == ["one", "two"]
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three"]
+    execute(open_run(JOB.override(["calibration.samples=3"]), tmp_path / "run"), stages(done), until="one")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == ["three", "one"]
