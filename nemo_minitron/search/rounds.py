@@ -1,0 +1,66 @@
+"""Sizes on the way of a student that is scored and cut in several rounds (2407.14679, section 2.2, iterative importance)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import axis
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
+
+UNIT = 64  # of tensor cores; it also holds the usual parallel sizes
+COUNTED = ("layers", "heads", "query_groups")  # small numbers, each of which is legal
+
+
+def round_sizes(source: Architecture, keep: Keep, rounds: int) -> list[dict[str, Any]]:
+    """What stays after each of `rounds` rounds, axis -> size: equal steps from the source's sizes to `keep`'s.
+
+    Widths are rounded to multiples of the largest power of two up to 64 that divides both ends and is no larger than
+    a step, layers and query groups to whole ones, heads to as many in each group; halves are rounded up. It depends on
+    no layout. The last is `keep` itself.
+
+    Raises InputError as `student_architecture`, for a list of layers, and for more rounds than there are steps.
+    """
+    if rounds == 1:
+        return [dict(keep)]
+    if given_layers(source, keep) is not None:
+        raise InputError("the layers that stay are listed, so no round can choose them; give their number, or rounds=1")
+    target = student_architecture(source, keep)
+    ends = [_ends(name, source, target) for name in keep]
+    most = max([1, *(before - after for before, after in ends)])
+    if rounds > most:
+        raise InputError(f"rounds={rounds} leaves some round nothing to cut; the nearest legal number is {most}")
+    return [_between(source, target, keep, number, rounds) for number in range(1, rounds)] + [dict(keep)]
+
+
+def _ends(name: str, source: Architecture, target: Architecture) -> tuple[int, int]:
+    """The sizes of an axis before and after; heads are counted in a group."""
+    if name == "heads":
+        return source.heads_per_group, target.heads_per_group
+    return axis(name).length(source), axis(name).length(target)
+
+
+def _between(source: Architecture, target: Architecture, keep: Keep, number: int, rounds: int) -> dict[str, int]:
+    """The sizes after round `number`, of the axes of `keep`."""
+
+    def step(before: int, after: int, unit: int) -> int:
+        """The multiple of `unit` nearest to before + (after - before) number / rounds."""
+        return unit * ((2 * (before * rounds + (after - before) * number) + unit * rounds) // (2 * unit * rounds))
+
+    sizes = {}
+    for name in keep:
+        before, after = _ends(name, source, target)
+        sizes[name] = step(before, after, 1 if name in COUNTED else _unit(before, after, rounds))
+    if "heads" in sizes:
+        sizes["heads"] *= sizes.get("query_groups", source.num_query_groups)
+    return sizes
+
+
+def _unit(before: int, after: int, rounds: int) -> int:
+    """1 where less than a unit goes a round."""
+    unit = math.gcd(before, after, UNIT)
+    while unit > 1 and unit * rounds > before - after:
+        unit //= 2
+    return unit
