@@ -24,8 +24,8 @@ class Step(Counted):
 
     `name` is its folder in the run folder. `keep`, `search` and `rounds` are as in a Job. `teacher`, of the
     distillation: first, the job's own, the largest along the chain, which the paper found better (2407.14679), or
-    previous, the model that is cut. `calibration` and `distillation`: settings of those groups that this step has otherwise than the job, for
-    example {"tokens": 2_000_000}.
+    previous, the model that is cut. `calibration` and `distillation`: settings of those groups that this step has
+    otherwise than the job, for example {"tokens": 2_000_000}.
 
     Raises InputError for a name that is no folder's and an unknown teacher.
     """

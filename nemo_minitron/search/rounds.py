@@ -1,4 +1,4 @@
-"""Sizes on the way of a student that is scored and cut in several rounds (2407.14679, section 2.2, iterative importance)."""
+"""Sizes on the way of a student that is scored and cut in several rounds (2407.14679, iterative importance)."""
 
 from __future__ import annotations
 
