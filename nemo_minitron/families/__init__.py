@@ -94,5 +94,20 @@ def resolve(model: str | Path) -> Path:
         ) from None
 
 
+def on_disk(model: str | Path) -> Path | None:
+    """Where a model lies on this machine: its folder, or the hub's cache if its config is there; else None."""
+    path = Path(model)
+    if path.exists() or not _is_hub_id(str(model)):
+        return path if path.exists() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(str(model), "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _is_hub_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")

@@ -15,8 +15,9 @@ from nemo_minitron.job.layout import Layout
 class Distillation(Counted):
     """Retraining from the teacher's outputs; `tokens` are those of all steps. `save_every` counts steps.
 
-    `precision`: fp32, bf16, or auto (bf16 where the machine is good at it); `teacher_precision`: the teacher's, the
-    same where it is left empty. `offload_teacher`: its layers lie in the CPU's memory between steps.
+    `precision`: fp32, bf16, fp8-delayed, fp8-current, fp8-blockwise, or auto (bf16 where the machine is good at it);
+    `teacher_precision`: the teacher's, the same where it is left empty; not fp8-delayed under Transformer Engine,
+    whose scales move in training alone. `offload_teacher`: its layers lie in the CPU's memory between steps.
 
     The loss is `logits_weight` * `loss` (a name in `distillation.losses`) + `lm_weight` * the language-model loss;
     with logits_weight=0 the latter alone, the baseline. `intermediate`: "auto" or pairs of states
@@ -27,7 +28,8 @@ class Distillation(Counted):
     is a cross-entropy against draws or the KL of the largest, as the cache was made; `temperature` must be its own.
 
     `correction_tokens`: teacher correction, so many tokens of the data are first learned by the teacher itself
-    (LM loss, peak at `correction_learning_rate`); the corrected one is distilled. The learning rate rises over
+    (LM loss, peak at `correction_learning_rate`, reached over `correction_warmup_steps`, or as the student's where
+    those are 0); the corrected one is distilled. The learning rate rises over
     `warmup_tokens`, or over `warmup_steps` where those are 0, and falls as a cosine until the last token.
     `validate_every` steps the LM loss on `validation_batches` global batches of held-out text is taken; where it has
     not fallen for `patience` times in a row, training ends. 0 leaves either out.
@@ -53,6 +55,7 @@ class Distillation(Counted):
     start: str = "pruned"
     correction_tokens: int = 0
     correction_learning_rate: float = 2e-5
+    correction_warmup_steps: int = 0
     precision: str = "bf16"
     teacher_precision: str = ""
     offload_teacher: bool = False
@@ -91,6 +94,11 @@ class Distillation(Counted):
         """Steps until the peak of the learning rate."""
         return self.warmup_tokens // self.tokens_per_step if self.warmup_tokens else self.warmup_steps
 
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether a teacher runs beside the student."""
+        return not self.teacher_cache and bool(self.logits_weight or self.intermediate)
+
     def check_batch(self, layout: Layout) -> None:
         """Raises InputError for a global batch that the layout cannot deal out."""
         at_once = layout.pp if layout.vp > 1 else 1  # Megatron's interleaved schedule
@@ -117,8 +125,10 @@ class Distillation(Counted):
 
     def correction(self) -> Distillation:
         """The same settings for the teacher itself."""
+        warmup = {"warmup_steps": self.correction_warmup_steps, "warmup_tokens": 0}
         return dataclasses.replace(
             self, tokens=self.correction_tokens, correction_tokens=0, learning_rate=self.correction_learning_rate,
             min_learning_rate=min(self.min_learning_rate, self.correction_learning_rate), logits_weight=0.0,
             lm_weight=1.0, intermediate="", start="pruned", validate_every=0, patience=0,
+            **(warmup if self.correction_warmup_steps else {}),
         )  # fmt: skip

@@ -10,10 +10,12 @@ from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf, resolve, to_hf
+from nemo_minitron.families import from_hf, on_disk, to_hf
 from nemo_minitron.job.calibration import calibration_of
+from nemo_minitron.job.compute import compute
 from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.models import config_of, is_nemo
+from nemo_minitron.job.models import config_of, is_nemo, teacher_config
+from nemo_minitron.job.practices import facts_of, practices
 from nemo_minitron.job.recipe import Distillation, Job
 from nemo_minitron.search.sizes import student_architecture
 
@@ -38,12 +40,12 @@ def searched(job: Job, source: Architecture) -> Architecture:
     return job.search.run(source, job.keep).candidates[0].architecture
 
 
-def check(job: Job) -> tuple[Architecture, Architecture]:
+def check(job: Job, *, offline: bool = False) -> tuple[Architecture, Architecture]:
     """(teacher's, student's) Architecture; raises InputError for anything that could not run.
 
-    The student of a job that searches is the shape closest to its first target.
+    The student of a job that searches is the shape closest to its first target. `offline`: as `teacher_config`.
     """
-    config = config_of(job.teacher)
+    config = teacher_config(job, offline=offline)
     source = from_hf(config)
     target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
     to_hf(target, config)
@@ -79,14 +81,14 @@ def training_memory(
     """Bytes of a distillation step on the rank that needs most, by purpose (see `costs.training_memory`)."""
     return costs.training_memory(
         student, layout, batch=settings.micro_batch_size, context=settings.sequence_length,
-        precision=settings.precision, teacher=None if settings.teacher_cache else teacher,
+        precision=settings.precision, teacher=teacher if settings.learns_from_teacher else None,
         micro_batches=max(1, settings.global_batch_size // (settings.micro_batch_size * layout.dp)),
     )  # fmt: skip
 
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    source, target = check(job)
+    source, target = check(job, offline=True)
     layout, why = job.layout.for_student(target, source)
     memory = training_memory(target, source, job.distillation, layout)
     lines = [json.dumps(job.as_dict(), indent=1), "", f"{'':24}{'teacher':>16}{'student':>16}"]
@@ -105,12 +107,16 @@ def describe(job: Job) -> str:
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
+    lines += [compute(target, source, settings).words(layout.processes)]
     lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
     lines += [why] if why else []
-    names = [*(["convert"] if is_nemo(resolve(job.teacher)) else []), *STAGES]
+    folder = on_disk(job.teacher)
+    lines += ["the teacher is not on this machine: its sizes are the recipe's"] if folder is None else []
+    names = [*(["convert"] if folder and is_nemo(folder) else []), *STAGES]
     if job.search.wanted:
         lines += ["", f"search: {job.search.words(source, job.keep)}"]
         lines += ["the student above is the shape closest to the first target"]
         names[names.index("plan") : names.index("plan")] = SEARCHING
+    lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]
     return "\n".join(lines)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
-from nemo_minitron.families import read_config, resolve
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf, on_disk, read_config, resolve
 
 if TYPE_CHECKING:
+    from nemo_minitron.job.recipe import Job
     from nemo_minitron.job.run import Run
 
 TEACHER = "checkpoints/teacher"  # of a run: what its first stage made of a NeMo checkpoint
@@ -42,6 +44,25 @@ def config_of(model: str | Path) -> dict[str, Any]:
         from nemo_minitron.nemo.checkpoint import CheckpointSource
 
         return CheckpointSource(path).config
+    return config
+
+
+def teacher_config(job: Job, *, offline: bool = False) -> dict[str, Any]:
+    """The config of a job's teacher; `offline`: of one that is not on this machine, what the recipe states.
+
+    Raises InputError for what is no model, and for another architecture than the recipe states.
+    """
+    if offline and job.teacher_config and on_disk(job.teacher) is None:
+        return dict(job.teacher_config)
+    config = config_of((on_disk(job.teacher) if offline else None) or job.teacher)
+    if job.teacher_config:
+        found, stated = from_hf(config).as_dict(), from_hf(job.teacher_config).as_dict()
+        for name in stated:
+            if found.get(name) != stated[name]:
+                raise InputError(
+                    f"the teacher '{job.teacher}' has {name} {found.get(name)!r} and the recipe {job.name} is for one "
+                    f"with {stated[name]!r}; give such a teacher, or write another recipe"
+                )
     return config
 
 

@@ -24,6 +24,7 @@ class Data:
 
     A `datasets` source is NAME[:CONFIGURATION][@SPLIT], for example `Salesforce/wikitext:wikitext-2-raw-v1@validation`.
     Without @SPLIT `train` and `calibration` are its train split, `test` its test split, never silently another.
+    `teachers_own`: it is what the teacher was trained on, so that no teacher correction is called for.
     """
 
     train: str
@@ -31,6 +32,7 @@ class Data:
     calibration: str | None = None
     name: str = "corpus"
     licence: str = "unknown"
+    teachers_own: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Job:
     """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays; with a target in
     `search` the other sizes are searched for.
 
+    `teacher_config`: the Hugging Face config that the teacher is expected to have, which the dry run goes by where
+    the teacher is not on this machine; a teacher of another architecture is refused.
     `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
     layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
     `cutting`: what is solved or folded in place of the plan's slices. `rounds`: so many times it is scored and cut
@@ -76,6 +80,7 @@ class Job:
     depth: str = BLOCK_INFLUENCE
     search: Search = dataclasses.field(default_factory=Search)
     cutting: Cutting = dataclasses.field(default_factory=Cutting)
+    teacher_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rounds: int = 1
     chain: tuple[Step, ...] = ()
     learns_from: str = ""

@@ -1,0 +1,51 @@
+"""What a distillation costs in GPU-hours, from its FLOPs and two assumptions, which the line that tells it names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.job.distillation import Distillation
+
+GPU, PEAK = "H100", 989e12  # FLOPs a second in bf16, dense
+MFU = 0.4  # the share of them that training reaches
+BACKWARD = 2  # times the forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """FLOPs of all steps: of the student's training, the teacher's forward passes, and its correction before."""
+
+    student: int
+    teacher: int
+    correction: int
+
+    @property
+    def total(self) -> int:
+        return self.student + self.teacher + self.correction
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.total / (PEAK * MFU) / 3600
+
+    def words(self, processes: int) -> str:
+        """In a line, with what it assumes; a teacher in FP8 is counted at bf16's speed."""
+        share = {"student": self.student, "teacher": self.teacher, "correction": self.correction}
+        parts = ", ".join(f"{name} {flops:.2e}" for name, flops in share.items() if flops)
+        return (
+            f"GPU-hours: {self.gpu_hours:,.1f}, {self.gpu_hours / processes:,.1f} h on {processes} GPUs: "
+            f"{self.total:.2e} FLOPs ({parts}) at {PEAK / 1e12:.0f} TFLOPS ({GPU}, bf16) "
+            f"and an assumed MFU of {MFU:.0%}"
+        )
+
+
+def compute(student: Architecture, teacher: Architecture, settings: Distillation) -> Compute:
+    """Forward and backward of the student, forward of the teacher where it runs; attention at the mean position."""
+    position = settings.sequence_length // 2
+    ours, theirs = student.flops_per_token(position), teacher.flops_per_token(position)
+    tokens, runs = settings.steps * settings.tokens_per_step, settings.learns_from_teacher
+    corrected = 0
+    if settings.correction_tokens:
+        corrected = settings.correction().steps * settings.tokens_per_step
+    trained = 1 + BACKWARD
+    return Compute(trained * ours * tokens, theirs * tokens * runs, trained * theirs * corrected)

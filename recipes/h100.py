@@ -1,0 +1,39 @@
+"""What the recipes for H100s share: the settings of 2408.11796, on 256 GPUs as there.
+
+Fewer GPUs: layout.dp=N. A corpus of your own: data.train=PREFIX data.test=PREFIX, Megatron's indexed files.
+"""
+
+import dataclasses
+
+from nemo_minitron.job import Calibration, Data, Distillation, Evaluation, Layout
+
+DATA = Data(train="data/train", test="data/test", name="pretraining corpus")
+LAYOUT = Layout(tp=4, dp=64, sp=True)
+CALIBRATION = Calibration(samples=1024, sequence_length=8192, precision="bf16")
+EVALUATION = Evaluation(tokens=1_048_576, sequence_length=8192, batch_size=1, random_baseline=False)
+DISTILLATION_4B = Distillation(
+    tokens=94_000_000_000,
+    sequence_length=8192,
+    global_batch_size=1152,
+    learning_rate=1e-4,
+    min_learning_rate=1e-5,
+    warmup_steps=40,
+    teacher_precision="fp8-current",  # scales of the tensor at hand: a frozen teacher has no history of its largest
+    correction_tokens=100_000_000_000,
+    correction_warmup_steps=120,
+    save_every=500,
+)
+# A fifth of Llama-3.1-8B's own peak of 3e-4; the others' teachers do not publish theirs, and take the default.
+DISTILLATION_4B_LLAMA = dataclasses.replace(DISTILLATION_4B, correction_learning_rate=6e-5)
+DISTILLATION_8B = Distillation(
+    tokens=380_000_000_000,
+    sequence_length=8192,
+    global_batch_size=768,
+    learning_rate=1e-4,
+    min_learning_rate=4.5e-7,
+    warmup_steps=60,
+    teacher_precision="fp8-current",
+    correction_tokens=100_000_000_000,
+    correction_warmup_steps=120,
+    save_every=500,
+)

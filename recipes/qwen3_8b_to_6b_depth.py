@@ -1,0 +1,24 @@
+"""Qwen3-8B -> 6B by depth: 36 -> 24 layers, 5.88B. Settings are those of 2408.11796's 4B."""
+
+import dataclasses
+
+from nemo_minitron.recipes import h100
+from nemo_minitron.recipes.teachers import QWEN3_8B
+
+from nemo_minitron.job import Job
+
+
+def recipe() -> Job:
+    return Job(
+        name="qwen3_8b_to_6b_depth",
+        teacher="Qwen/Qwen3-8B",
+        teacher_config=QWEN3_8B,
+        data=h100.DATA,
+        keep={"layers": 24},
+        calibration=h100.CALIBRATION,
+        distillation=dataclasses.replace(h100.DISTILLATION_4B, intermediate="auto"),
+        evaluation=h100.EVALUATION,
+        layout=h100.LAYOUT,
+        licence="apache-2.0",
+        base_model="Qwen/Qwen3-8B",
+    )

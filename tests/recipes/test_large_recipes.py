@@ -1,0 +1,110 @@
+"""The large recipes at full size: as transformers and Megatron build them without memory, and what 80 GB hold."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pico import pico_llama
+from test_architecture import of_table
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import to_hf
+from nemo_minitron.job import Job
+from nemo_minitron.job.dry_run import check, training_memory
+from nemo_minitron.job.find import find, names
+from nemo_minitron.job.models import teacher_config
+
+WORKER = Path(__file__).parent / "recipes_worker.py"
+H100 = 80e9  # bytes
+RECIPES = {  # -> teacher and student in MINITRON.md's table, repeated in test_architecture
+    "llama31_8b_to_4b_width": ("llama-3.1-8b", "llama-3.1-minitron-4b-width"),
+    "llama31_8b_to_4b_depth": ("llama-3.1-8b", "llama-3.1-minitron-4b-depth"),
+    "mistral_nemo_12b_to_8b": ("mistral-nemo-12b", "mn-minitron-8b"),
+    "qwen3_8b_to_6b_width": ("qwen3-8b", "qwen3-6b-width"),
+    "qwen3_8b_to_6b_depth": ("qwen3-8b", "qwen3-6b-depth"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    """Nothing in the hub's cache, whoever runs the tests."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_student_is_the_published_one_and_fits(name):
+    job = find(name)
+    assert name in names()
+    assert Job.from_dict(json.loads(json.dumps(job.as_dict()))) == job
+    teacher, student = check(job, offline=True)
+    assert (teacher, student) == tuple(of_table(model) for model in RECIPES[name])
+    layout, why = job.layout.for_student(student, teacher)
+    assert (layout, why) == (job.layout, "")  # no retreat to another TP
+    for model, settings in ((student, job.distillation), (teacher, job.distillation.correction())):
+        assert sum(training_memory(model, teacher, settings, layout).values()) < H100
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_transformers_builds_as_many_parameters(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    job = find(name)
+    for architecture in check(job, offline=True):
+        config = to_hf(architecture, job.teacher_config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        assert model.num_parameters() == architecture.parameters()
+
+
+@pytest.mark.slow
+def test_megatron_builds_each_rank_as_counted():
+    """Both models of each recipe on one rank of its 256: tensor-parallel shards, of equal size on every rank."""
+    cases = {name: [find(name), check(find(name), offline=True)] for name in RECIPES}
+    given = {n: [[dataclasses.asdict(job.layout), a.as_dict()] for a in pair] for n, (job, pair) in cases.items()}
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
+    command = [sys.executable, str(WORKER), json.dumps(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == RECIPES.keys()
+    for name, models in found.items():
+        for (held, counted), architecture in zip(models, cases[name][1], strict=True):
+            assert held == counted
+            assert held > architecture.parameters() // cases[name][0].layout.tp  # norms are on every rank
+
+
+def test_the_dry_run_tells_tokens_steps_and_gpu_hours_and_loads_nothing(tmp_path):
+    code = (
+        "import sys, nemo_minitron.cli as cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert not {'torch', 'nemo', 'transformers', 'megatron'} & sys.modules.keys()"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code, "compress", "llama31_8b_to_4b_width", "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "distillation: 9960 steps, 93,994,352,640 tokens, forward_kl, bf16" in done.stdout
+    assert "GPU-hours: 6,802.4, 26.6 h on 256 GPUs" in done.stdout
+    assert "at 989 TFLOPS (H100, bf16) and an assumed MFU of 40%" in done.stdout
+    assert "the teacher is not on this machine" in done.stdout
+
+
+def test_a_teacher_of_another_architecture_is_refused(tmp_path):
+    job = dataclasses.replace(find("llama31_8b_to_4b_width"), teacher=str(pico_llama(tmp_path / "pico")))
+    words = "has num_layers 6 and the recipe llama31_8b_to_4b_width is for one with 32"
+    for offline in (True, False):
+        with pytest.raises(InputError, match=words):
+            teacher_config(job, offline=offline)
+
+
+def test_without_the_teacher_only_the_dry_run_goes_on(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    job = find("qwen3_8b_to_6b_depth")
+    with pytest.raises(InputError, match="'Qwen/Qwen3-8B' is neither a folder here nor a model that the hub"):
+        check(job)
