@@ -124,7 +124,7 @@ class Steps:
         self.optimizer.step()
 
 
-def trained(model: Any, precision: str) -> tuple[Any, Any]:
+def trained(model: Any, precision: str, peak: float = 1e-5, least: float = 0.0) -> tuple[Any, Any]:
     """A model in Megatron's DDP, and its optimizer, as NeMo's strategy and this project's recipes have them."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -134,8 +134,8 @@ def trained(model: Any, precision: str) -> tuple[Any, Any]:
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(model.config, ddp, model.train())
     config = OptimizerConfig(
-        optimizer="adam", lr=1e-5, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
-        clip_grad=1.0, use_distributed_optimizer=True,
+        optimizer="adam", lr=peak, min_lr=least, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9,
+        adam_beta2=0.95, clip_grad=1.0, use_distributed_optimizer=True,
     )  # fmt: skip
     return wrapped, get_megatron_optimizer(config, [wrapped])
 

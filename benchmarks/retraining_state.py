@@ -1,0 +1,77 @@
+"""What has been measured so far, line by line in a file, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from retraining_arms import ARMS, QUESTIONS, SEEDS, Arm
+
+
+class State:
+    """`work`/state.jsonl: the settings, then a line for each finished arm and seed."""
+
+    def __init__(self, work: Path, settings: dict[str, Any], old: Path | None) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.file = work / "state.jsonl"
+        if not self.file.exists():
+            given = json.loads(old.read_text()) if old else {"settings": settings, "rows": []}
+            lines = [given["settings"], *given["rows"]]
+            self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        first, *self.rows = map(json.loads, self.file.read_text().splitlines())
+        if first != settings:
+            raise SystemExit(f"{self.file} was begun with {first}, not {settings}; give another --work")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def left(self) -> list[tuple[Arm, int]]:
+        done = {(row["arm"], row["seed"]) for row in self.rows}
+        return [(arm, seed) for arm in ARMS for seed in SEEDS if (arm.name, seed) not in done]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each arm that has run: perplexities, mean and spread of the loss, and of its difference from the base's."""
+    found = []
+    after = {(row["arm"], row["seed"]): row["after"] for row in rows}
+    for arm in sorted(ARMS, key=lambda arm: QUESTIONS.index(arm.question)):
+        own = [row for row in rows if row["arm"] == arm.name]
+        if own:
+            pairs = [row["after"] - after[arm.base, row["seed"]] for row in own if (arm.base, row["seed"]) in after]
+            found.append({
+                "question": arm.question, "arm": arm.name, "seeds": len(own), "parameters": own[0]["parameters"],
+                "tokens": own[0]["tokens"], "CPU s a step": statistics.median(row["CPU s a step"] for row in own),
+                "perplexity before": round(math.exp(statistics.fmean(row["before"] for row in own)), 2),
+                "perplexity": round(math.exp(statistics.fmean(row["after"] for row in own)), 2),
+                "loss": spread([row["after"] for row in own]), "base": arm.base, "loss - base's": spread(pairs),
+            })  # fmt: skip
+    return found
+
+
+def spread(values: list[float]) -> list[float] | None:
+    """[mean, standard deviation over the seeds]; None of none."""
+    if not values:
+        return None
+    return [round(x, 4) for x in (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)]
+
+
+def show(rows: list[dict[str, Any]], left: list[tuple[Arm, int]]) -> None:
+    """A line an arm; spread: the standard deviation over seeds; the last column is of pairs with the same seed."""
+    print(f"{'arm':27}{'seeds':>6}{'parameters':>13}{'tokens':>8}{'s/step':>8}{'before':>9}{'after':>8}"
+          f"{'loss (spread)':>18}{'loss - base (spread)':>23}  base")  # fmt: skip
+    question = ""
+    for row in rows:
+        if row["question"] != question:
+            question = row["question"]
+            print(f"{question}:")
+        both = ["{:.4f} ({:.4f})".format(*row[key]) if row[key] else "" for key in ("loss", "loss - base's")]
+        print(f"  {row['arm']:25}{row['seeds']:>6}{row['parameters']:>13,}{row['tokens']:>8,}"
+              f"{row['CPU s a step']:>8.2f}{row['perplexity before']:>9.2f}{row['perplexity']:>8.2f}{both[0]:>18}"
+              f"{both[1]:>23}  {row['base']}")  # fmt: skip
+    if left:
+        print("not run: " + ", ".join(f"{arm.name} {seed}" for arm, seed in left))
