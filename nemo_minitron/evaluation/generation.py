@@ -1,8 +1,10 @@
-"""Greedy text of a Hugging Face folder: what a reader of the report sees of a model."""
+"""Text of a Hugging Face folder: greedy, what a reader of the report sees of a model; sampled, to train others on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,63 @@ def generate(
         if not ids.shape[-1]:
             raise InputError(f"the prompt {prompt!r} has no token; give at least one word")
     model = load(folder, precision)
-    _be_greedy(model, tokenizer, max_new_tokens)
+    _settle(model, tokenizer, max_new_tokens, do_sample=False)
     return [_continue(model, tokenizer, ids) for ids in encoded]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A prompt's text and the text that a model put behind it, perhaps none."""
+
+    prompt: str
+    continuation: str
+
+
+def sample(
+    folder: str | Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0,
+    top_p: float = 1.0, seed: int = 0, batch_size: int = 8, precision: str = "bf16",
+    skip: Callable[[int], bool] = lambda first: False,
+) -> Iterator[tuple[int, list[Written]]]:  # fmt: skip
+    """Of each batch, in order, its first prompt's place in `prompts` and what was written after each of its prompts.
+
+    `prompts`: token ids. A batch is up to `batch_size` neighbours of one length, so that nothing is padded. Tokens
+    are drawn at `temperature` from the likeliest ones that together have probability `top_p`, until the model ends
+    the text; the folder's own sampling settings are left aside. Each batch has a generator of its own, seeded by
+    `seed` and its place: those that `skip(first)` leaves out change nothing in the others. Raises InputError for a
+    folder without model or tokenizer, and for a prompt without a token.
+    """
+    tokenizer = _tokenizer(folder)
+    for place, ids in enumerate(prompts):
+        if not len(ids):
+            raise InputError(f"prompt {place + 1} of {len(prompts)} has no token; give at least one word")
+    left = [(first, rows) for first, rows in _batches(prompts, batch_size) if not skip(first)]
+    if not left:
+        return
+    model = load(folder, precision)
+    _settle(model, tokenizer, max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    for first, rows in left:
+        yield first, _draw(model, tokenizer, rows, [seed, first])
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[int, list[Sequence[int]]]]:
+    first = 0
+    for _, neighbours in itertools.groupby(prompts, key=len):
+        while rows := list(itertools.islice(neighbours, size)):
+            yield first, rows
+            first += len(rows)
+
+
+def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]) -> list[Written]:
+    import numpy as np
+    import torch
+
+    ids = torch.tensor([list(row) for row in rows], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        drawn = model.generate(ids, attention_mask=torch.ones_like(ids))
+    length = ids.shape[-1]
+    return [Written(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
 
 
 def _tokenizer(folder: str | Path) -> Any:
@@ -39,7 +96,7 @@ def _tokenizer(folder: str | Path) -> Any:
         raise InputError(f"'{folder}' has no tokenizer that transformers can load ({error})") from error
 
 
-def _be_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
+def _settle(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> None:
     from transformers import GenerationConfig
 
     eos = model.generation_config.eos_token_id
@@ -47,7 +104,7 @@ def _be_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     # Set, not handed over: transformers fills what is handed over at its default from the folder's settings.
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=pad
+        max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=eos, pad_token_id=pad, **how
     )
 
 
@@ -62,8 +119,9 @@ def _continue(model: Any, tokenizer: Any, ids: Any) -> str:
 
 def _after(tokenizer: Any, output: list[int], length: int) -> str:
     """Text of the new tokens. Decoded with the prompt where that works: alone they may lose a first space."""
-    whole, prompt, new = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (output, output[:length], output[length:])
-    )
+    whole, prompt, new = (_decoded(tokenizer, part) for part in (output, output[:length], output[length:]))
     return whole[len(prompt) :] if whole.startswith(prompt) else new
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -16,7 +16,7 @@ LEGAL = {
 }
 FROM_ZERO = (
     "seed", "warmup_steps", "warmup_tokens", "remove", "correction_tokens", "correction_warmup_steps", "validate_every",
-    "patience",
+    "patience", "documents",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation import Numbers, evaluate, generate, perplexity, run_tasks
+from nemo_minitron.evaluation.generation import sample
 from nemo_minitron.evaluation.tasks import task_name
 from nemo_minitron.families import from_hf
 
@@ -200,6 +201,29 @@ def test_generate_refuses_an_empty_prompt_and_a_folder_without_tokenizer(folder,
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(InputError, match="no tokenizer"):
         generate(tmp_path, ["w4"])
+
+
+def drawn(folder, prompts, **options):
+    batches = sample(folder, prompts, max_new_tokens=5, batch_size=2, precision="fp32", seed=7, **options)
+    return {first: [(row.prompt, row.continuation) for row in rows] for first, rows in batches}
+
+
+def test_sample_is_settled_by_its_seed_and_skips_without_a_trace(folder):
+    """Of six prompts the first three and the last three are of one length: batches begin at 0, 2, 3 and 5."""
+    prompts = [[5, 10], [8, 9], [5, 10], [4, 6, 7], [5, 5, 5], [9, 8, 7]]
+    whole = drawn(folder, prompts)
+    assert [(first, len(rows)) for first, rows in whole.items()] == [(0, 2), (2, 1), (3, 2), (5, 1)]
+    assert whole[0][0][0] == WORDS[5] + WORDS[10]
+    assert whole[0][0] != whole[2][0]  # one prompt, another draw
+    assert drawn(folder, prompts) == whole
+    assert drawn(folder, prompts, skip=lambda first: first in (0, 3)) == {2: whole[2], 5: whole[5]}
+    # So cold a distribution has its likeliest token alone, as greedy generation has it.
+    cold = drawn(folder, prompts[:1], temperature=1e-4)[0][0][1]
+    assert cold == "".join(WORDS[token] for token in greedy(folder, [5, 10], 5)[2:] if token)
+    assert drawn(folder, prompts[:1], temperature=50.0, top_p=1e-6)[0][0][1] == cold
+    assert drawn(folder, prompts[:1], temperature=50.0)[0][0][1] != cold
+    with pytest.raises(InputError, match="prompt 2 of 2 has no token"):
+        drawn(folder, [[5], []])
 
 
 def test_tasks_without_lm_eval_say_what_to_install(folder, monkeypatch):
