@@ -58,6 +58,7 @@ def check(job: Job, *, offline: bool = False) -> tuple[Architecture, Architectur
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, source.num_layers)
     job.distillation.check_cache(target.vocab_size)
+    job.generation.check(job.distillation)
     return source, target
 
 
@@ -108,6 +109,7 @@ def describe(job: Job) -> str:
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
     lines += [compute(target, source, settings).words(layout.processes)]
+    lines += [job.generation.words()] if job.generation.wanted else []
     lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
     lines += [why] if why else []
     folder = on_disk(job.teacher)
@@ -117,6 +119,8 @@ def describe(job: Job) -> str:
         lines += ["", f"search: {job.search.words(source, job.keep)}"]
         lines += ["the student above is the shape closest to the first target"]
         names[names.index("plan") : names.index("plan")] = SEARCHING
+    if job.generation.wanted:
+        names.insert(names.index("distill"), "generate")
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
     lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]
     return "\n".join(lines)

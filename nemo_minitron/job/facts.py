@@ -15,6 +15,7 @@ def card_facts(run: Run) -> CardFacts:
     plan, scores = PrunePlan.load(run.path("plan.json")), Scores.load(run.path("scores.safetensors"))
     base = resolve(job.teacher)
     data = {"name": job.data.name, "license": job.data.licence}
+    use = f"calibration and {'prompts, which the teacher continued' if job.generation.wanted else 'distillation'}"
     return CardFacts(
         name=job.name,
         base_model=job.base_model or base.name,
@@ -27,7 +28,7 @@ def card_facts(run: Run) -> CardFacts:
         command=f"minitron compress {job.name}",
         license=job.licence,
         base_folder=base,
-        data=[data | {"use": "calibration and distillation"}, data | {"use": "evaluation (held-out articles)"}],
+        data=[data | {"use": use}, data | {"use": "evaluation (held-out articles)"}],
         distillation={
             "loss": settings.loss,
             "tokens": settings.steps * settings.sequence_length * settings.global_batch_size,

@@ -12,6 +12,7 @@ from nemo_minitron.job.calibration import Calibration
 from nemo_minitron.job.counted import Counted
 from nemo_minitron.job.cutting import Cutting
 from nemo_minitron.job.distillation import Distillation
+from nemo_minitron.job.generation import Generation
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.search import Search
 from nemo_minitron.job.step import OPEN, Step, check_chain
@@ -57,8 +58,9 @@ class Job:
     the teacher is not on this machine; a teacher of another architecture is refused.
     `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
     layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
-    `cutting`: what is solved or folded in place of the plan's slices. `rounds`: so many times it is scored and cut
-    in turn, in equal steps from the teacher's sizes to the student's, without retraining between (`job/rounds.py`).
+    `cutting`: what is solved or folded in place of the plan's slices. `generation`: text that the teacher writes, for
+    the student to learn. `rounds`: so many times it is scored and cut in turn, in equal steps from the teacher's sizes
+    to the student's, without retraining between (`job/rounds.py`).
 
     `chain`: steps instead, each of which cuts the student of the one before it and leaves its own in a folder of its
     name; every other setting holds for all of them, but for what a Step sets. `learns_from`: the model that the
@@ -85,6 +87,7 @@ class Job:
     chain: tuple[Step, ...] = ()
     learns_from: str = ""
     lineage: tuple[str, ...] = ()
+    generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:

@@ -17,6 +17,7 @@ from nemo_minitron.job.commands.distill import export_student, run_training, tea
 from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.cut_stages import SOLVE, compensation_of_run
+from nemo_minitron.job.generation_stage import WRITE, trained_on
 from nemo_minitron.job.models import TEACHER, convert, is_nemo, teacher_folder
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import Run, Stage
@@ -35,6 +36,8 @@ def stages(job: Job) -> list[Stage]:
     searching = search_stages() if job.search.wanted else []
     solving = [SOLVE] if job.cutting.compensate else []
     planned = "compensate" if solving else "plan"
+    writing = [WRITE] if job.generation.wanted else []
+    learned = "generate" if writing else "data"
     return [
         *first,
         data,
@@ -44,7 +47,8 @@ def stages(job: Job) -> list[Stage]:
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
-        Stage("distill", distill, _distill_inputs, ("data", "prune"), (f"{DISTILLED}/last.json",)),
+        *writing,
+        Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",)),
         Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
         Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), ("numbers.json",)),
         Stage("report", report, lambda run: run.job.as_dict(), ("evaluate student",), ("report.html",)),
@@ -147,7 +151,7 @@ def evaluate(run: Run) -> None:
 
 
 def distill(run: Run) -> None:
-    job, train = run.job, corpora.prefix(run, "train")
+    job, train = run.job, trained_on(run)
     layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(teacher_folder(run)))
     if why:
         run.say(f"    {why}")
