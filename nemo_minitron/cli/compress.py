@@ -22,6 +22,7 @@ def compress(
     sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
 ) -> None:
     """The whole job, resumable, into one run folder."""
+    from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
     from nemo_minitron.job.find import find
     from nemo_minitron.job.precision import settled
@@ -30,7 +31,7 @@ def compress(
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
     job = find(recipe).override([*(overrides or []), *chosen])
     if dry_run:
-        print(describe(settled(job)))
+        print(describe_chain(settled(job), out or Path("runs") / job.name) if job.chain else describe(settled(job)))
         return
     from nemo_minitron.job.commands.compress import run_compress
 

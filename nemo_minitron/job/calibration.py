@@ -172,10 +172,15 @@ def calibration_of(job: Job, source: Architecture) -> Calibration:
 
 
 def _dropped(job: Job, source: Architecture) -> list[int]:
-    """How many layers the plan drops; of a search, what it may be."""
+    """How many layers the plan drops; of a search, what it may be; in rounds the first one's plan, if it drops any."""
+    from nemo_minitron.search.rounds import round_sizes
     from nemo_minitron.search.sizes import student_architecture
 
     kept: Sequence[int] = [student_architecture(source, job.keep).num_layers]
     if job.search.wanted:
         kept = job.search.shapes(source, job.keep).sizes.get("layers", kept)
-    return [source.num_layers - count for count in kept if count < source.num_layers] or [0]
+    whole = [source.num_layers - count for count in kept if count < source.num_layers] or [0]
+    if job.rounds == 1 or whole == [0]:
+        return whole
+    first = student_architecture(source, round_sizes(source, job.keep, job.rounds)[0]).num_layers
+    return [source.num_layers - first] if first < source.num_layers else []

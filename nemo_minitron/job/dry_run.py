@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
@@ -14,13 +15,16 @@ from nemo_minitron.families import from_hf, on_disk, to_hf
 from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.models import config_of, is_nemo, teacher_config
 from nemo_minitron.job.practices import facts_of, practices
 from nemo_minitron.job.recipe import Distillation, Job
+from nemo_minitron.job.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.search.sizes import student_architecture
 
 SEARCHING = ("candidates", "measure", "rank")
 STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
+Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
 VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
 
 
@@ -40,23 +44,35 @@ def searched(job: Job, source: Architecture) -> Architecture:
     return job.search.run(source, job.keep).candidates[0].architecture
 
 
-def check(job: Job, *, offline: bool = False) -> tuple[Architecture, Architecture]:
+def learned(job: Job, source: Architecture, known: Known) -> Architecture:
+    """Of the model that the student learns from; `source` is the teacher's."""
+    if not job.learns_from:
+        return source
+    return from_hf(known.get(job.learns_from) or config_of(job.learns_from))
+
+
+def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Architecture, Architecture]:
     """(teacher's, student's) Architecture; raises InputError for anything that could not run.
 
     The student of a job that searches is the shape closest to its first target. `offline`: as `teacher_config`.
+    `known`: configs of models that a chain has yet to make.
     """
-    config = teacher_config(job, offline=offline)
+    known = known or {}
+    config = known.get(job.teacher) or teacher_config(job, offline=offline)
     source = from_hf(config)
+    ancestor = learned(job, source, known)
     target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
     to_hf(target, config)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
     calibration_of(job, source)
-    layout, _ = job.layout.for_student(target, source)
+    check_rounds(job, source, config)
+    check_lineage(job, target, source, ancestor)
+    layout, _ = job.layout.for_student(target, ancestor)
     layout.check(target, training=True)
     layout.check_sequence(job.distillation.sequence_length)
     job.distillation.check_batch(job.layout)
-    job.distillation.check_states(target.num_layers, source.num_layers)
+    job.distillation.check_states(target.num_layers, ancestor.num_layers)
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation)
     return source, target
@@ -68,12 +84,15 @@ def check_space(job: Job, folder: str | Path) -> None:
 
     A checkpoint holds bf16 weights, their fp32 master copies and two moments.
     """
-    source = from_hf(config_of(job.teacher))
+    need_space(folder, space(job, from_hf(config_of(job.teacher))))
+
+
+def space(job: Job, source: Architecture) -> int:
+    """Bytes of a run of a teacher of these sizes; between rounds the model that is scored takes them for a while."""
     if not job.search.wanted:
-        need_space(folder, target_of(source, job.keep).parameters() * (3 * 2 + 2 * 14))
-        return
+        return target_of(source, job.keep).parameters() * (3 * 2 + 2 * 14)
     trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
-    need_space(folder, searched(job, source).parameters() * (3 * 2 + 2 * 14 + trained * job.search.distil))
+    return searched(job, source).parameters() * (3 * 2 + 2 * 14 + trained * job.search.distil)
 
 
 def training_memory(
@@ -89,10 +108,17 @@ def training_memory(
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    source, target = check(job, offline=True)
-    layout, why = job.layout.for_student(target, source)
-    memory = training_memory(target, source, job.distillation, layout)
-    lines = [json.dumps(job.as_dict(), indent=1), "", f"{'':24}{'teacher':>16}{'student':>16}"]
+    lines = [json.dumps(job.as_dict(), indent=1), "", *lines_of(job, {}), "nothing was loaded or written"]
+    return "\n".join(lines)
+
+
+def lines_of(job: Job, known: Known) -> list[str]:
+    """Sizes, memory, tokens and stages of a job; `known` and refusals as in `check`."""
+    source, target = check(job, offline=True, known=known)
+    ancestor = learned(job, source, known)
+    layout, why = job.layout.for_student(target, ancestor)
+    memory = training_memory(target, ancestor, job.distillation, layout)
+    lines = [f"{'':24}{'teacher':>16}{'student':>16}"]
     for field, before in source.as_dict().items():
         if isinstance(before, int) and not isinstance(before, bool):
             lines.append(f"{field:24}{before:>16,}{getattr(target, field):>16,}")
@@ -108,11 +134,12 @@ def describe(job: Job) -> str:
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
-    lines += [compute(target, source, settings).words(layout.processes)]
+    lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
+    lines += [compute(target, ancestor, settings).words(layout.processes)]
     lines += [job.generation.words()] if job.generation.wanted else []
     lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
-    lines += [why] if why else []
-    folder = on_disk(job.teacher)
+    lines += [*words_of_rounds(job, source), *([why] if why else [])]
+    folder = on_disk(job.teacher) if job.teacher not in known else Path(job.teacher)
     lines += ["the teacher is not on this machine: its sizes are the recipe's"] if folder is None else []
     names = [*(["convert"] if folder and is_nemo(folder) else []), *STAGES]
     if job.search.wanted:
@@ -121,6 +148,6 @@ def describe(job: Job) -> str:
         names[names.index("plan") : names.index("plan")] = SEARCHING
     if job.generation.wanted:
         names.insert(names.index("distill"), "generate")
+    names[names.index("plan") : names.index("plan")] = map(round_name, range(2, job.rounds + 1))
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
-    lines += [f"processes: {job.layout.processes}", "stages: " + ", ".join(names), "nothing was loaded or written"]
-    return "\n".join(lines)
+    return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]

@@ -92,6 +92,8 @@ class Job:
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; the nearest legal value is 1")
+        if self.search.wanted and self.rounds != 1:
+            raise InputError(f"rounds={self.rounds} needs sizes in keep, and a search finds those of one cut")
         alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
         alone |= {"learns_from": bool(self.learns_from), "lineage": bool(self.lineage)}
         check_chain([step for step in self.chain if isinstance(step, Step)], alone)  # `from_dict` makes them of others

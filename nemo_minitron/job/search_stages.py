@@ -19,11 +19,13 @@ from nemo_minitron.axes import AXES
 from nemo_minitron.families import from_hf, resolve, to_hf
 from nemo_minitron.job import corpora
 from nemo_minitron.job.commands.corpus import corpus_identity
-from nemo_minitron.job.commands.distill import run_training
+from nemo_minitron.job.commands.distill import run_training, teacher_identity
 from nemo_minitron.job.commands.evaluate import measure
+from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.models import config_of, teacher_folder
 from nemo_minitron.job.recipe import Distillation
 from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.nemo.sources import open_source
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -172,19 +174,26 @@ def rank_all(run: Run) -> None:
 def _curve(run: Run, name: str, steps: int) -> Curve:
     """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
     folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
-    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(brief), corpus_identity(train)])
+    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(brief), _texts(run, train)])
     known = _known(folder / CURVE, identity)
     if known is None or len(known["losses"]) < steps:
         run.say(f"    {name}: to step {steps}")
         student = _student(run, name)
-        layout, _ = run.job.layout.for_student(from_hf(student), from_hf(teacher_folder(run)))
+        learned = learned_from(run.job)
+        layout, _ = run.job.layout.for_student(from_hf(student), open_source(learned).architecture)
         run_training(
-            student, str(resolve(run.job.teacher)), (train, train), folder / TRAINING, brief, layout,
-            run.path("log.txt"), stop=steps, plan=folder / PLAN,
+            student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
+            run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),
         )  # fmt: skip
         known = {"identity": identity, "losses": _losses(folder / TRAINING / "loss.csv")}
         write_json(folder / CURVE, known)
     return list(enumerate(known["losses"][:steps], 1))
+
+
+def _texts(run: Run, train: Path) -> Any:
+    """Identity of the text; and of the model that is learned from, where it is not the teacher."""
+    text = corpus_identity(train)
+    return [text, teacher_identity(run.job.learns_from)] if run.job.learns_from else text
 
 
 def _losses(path: Path) -> list[float]:

@@ -18,8 +18,10 @@ from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.cut_stages import SOLVE, compensation_of_run
 from nemo_minitron.job.generation_stage import WRITE, trained_on
+from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.models import TEACHER, convert, is_nemo, teacher_folder
 from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.rounds import cut_of, round_stages
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.search_stages import search_stages, sizes_of, winner
 from nemo_minitron.nemo.sources import open_source
@@ -38,12 +40,15 @@ def stages(job: Job) -> list[Stage]:
     planned = "compensate" if solving else "plan"
     writing = [WRITE] if job.generation.wanted else []
     learned = "generate" if writing else "data"
+    rounds = round_stages(job)
+    scored = rounds[-1].name if rounds else "rank" if searching else "estimate"
     return [
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
         *searching,
-        Stage("plan", plan, _plan_inputs, ("rank",) if searching else ("estimate",), ("plan.json",)),
+        *rounds,
+        Stage("plan", plan, _plan_inputs, (scored,), ("plan.json",)),
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
@@ -86,7 +91,9 @@ def _evaluation_inputs(run: Run) -> Any:
 
 def _distill_inputs(run: Run) -> Any:
     cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
-    held = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    if run.job.learns_from:
+        held["learned"] = [teacher_identity(run.job.learns_from), *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | held
 
 
@@ -112,18 +119,18 @@ def estimate(run: Run) -> None:
 
 
 def plan(run: Run) -> None:
-    from nemo_minitron.search import plan as make_plan
     from nemo_minitron.search import threshold_band
 
-    scores = Scores.load(run.path("scores.safetensors"))
+    first = Scores.load(run.path("scores.safetensors"))
     if run.job.search.wanted:
-        made = winner(run)
+        made = last = winner(run)
+        scores = first
     else:
-        made = make_plan(scores, keep=dict(run.job.keep), depth=run.job.depth)
+        made, last, scores = cut_of(run, run.job.rounds)
     made.save(run.path("plan.json"))
-    run.manifest.digests |= {"scores": scores.digest, "plan": made.digest, "model": scores.model_digest or ""}
+    run.manifest.digests |= {"scores": first.digest, "plan": made.digest, "model": first.model_digest or ""}
     run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
-    close = threshold_band(scores, made, 1e-5)
+    close = threshold_band(scores, last, 1e-5)
     run.say("    units within 1e-5 of their threshold: " + ", ".join(f"{n} of {a}" for a, n in close.items()))
 
 
@@ -152,13 +159,14 @@ def evaluate(run: Run) -> None:
 
 def distill(run: Run) -> None:
     job, train = run.job, trained_on(run)
-    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(teacher_folder(run)))
+    learned = learned_from(job)
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), open_source(learned).architecture)
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
     run_training(
-        run.path(PRUNED), str(resolve(job.teacher)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
-        run.path("log.txt"), plan=run.path("plan.json"),
+        run.path(PRUNED), str(resolve(learned)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
+        run.path("log.txt"), plan=plan_of_learned(job, run.path("plan.json")),
     )  # fmt: skip
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
 from nemo_minitron.job.dry_run import check, check_space
 from nemo_minitron.job.lock import locked
 from nemo_minitron.job.precision import settled
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.run import check_folder, execute, open_run
 from nemo_minitron.job.stages import stages
+from nemo_minitron.job.step import SUMMARY
 
 
 def run_compress(job: Job, out: str | Path | None = None, until: str = "") -> Path:
     """`minitron compress`: the run folder, `runs/NAME` unless given; what is done there already is not done again.
 
-    `until`: a stage's name; it and all that it rests on are done, the others left to a later call.
+    Of a chain, a folder with one for each step. `until`: a stage's name; it and all that it rests on are done, the
+    others left to a later call.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
     job = settled(job)
     folder = Path(out or Path("runs") / job.name)
+    if job.chain:
+        return _run_chain(job, folder, until)
     check(job)
     check_space(job, folder)
     check_folder(folder)
@@ -28,4 +35,21 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "") -> Pa
         execute(run, stages(job), until)
     if not until:
         run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
+    return folder
+
+
+def _run_chain(job: Job, folder: Path, until: str) -> Path:
+    """Every step in turn; nothing is written before all of them are checked."""
+    if until:
+        raise InputError(f"a chain has a stage '{until}' in each step; run the recipe.json of one, or the whole chain")
+    check_chain_space(job, folder)
+    check_folder(folder)
+    with locked(folder):
+        write_json(folder / "recipe.json", job.as_dict())
+        for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
+            print(f"== step {step.name}", flush=True)
+            run_compress(made, folder / step.name)
+        rows = summary(job, folder)
+        write_json(folder / SUMMARY, rows)
+    print(table(rows), flush=True)
     return folder

@@ -1,0 +1,121 @@
+"""A chain: teacher -> student -> smaller student, an ordinary job a step, each in a folder of its own.
+
+Each step's teacher is the student of the one before it; what it learns from is the first teacher, unless it says
+otherwise. In a step's own numbers and report "teacher" is the model that it cuts; `chain.json` has them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import need_space, read_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import to_hf
+from nemo_minitron.job.dry_run import Known, check, lines_of, space
+from nemo_minitron.job.models import teacher_config
+from nemo_minitron.job.precision import settled
+from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.step import FIRST, OPEN, Step
+
+STUDENT, PLAN, NUMBERS = "student", "plan.json", "numbers.json"  # of a step
+
+
+def jobs_of(job: Job, folder: Path) -> list[Job]:
+    """The job of each step, with every precision decided. Raises InputError for a setting that there is not."""
+    jobs: list[Job] = []
+    for number, step in enumerate(job.chain):
+        with _named(step):
+            jobs.append(settled(_job_of(job, folder, number)))
+    return jobs
+
+
+def _job_of(job: Job, folder: Path, number: int) -> Job:
+    step, before = job.chain[number], job.chain[:number]
+    values = job.as_dict() | {"name": f"{job.name}-{step.name}", "chain": []}
+    values |= {"keep": step.keep, "rounds": step.rounds, "search": dataclasses.asdict(step.search)}
+    for group in OPEN:
+        values[group] |= getattr(step, group)
+    if before:
+        values |= {"teacher": str(folder / before[-1].name / STUDENT), "teacher_config": {}}
+        if step.teacher == FIRST:
+            plans = [str(folder / other.name / PLAN) for other in before]
+            values |= {"learns_from": job.teacher, "lineage": plans}
+        else:
+            values["base_model"] = f"{job.name}-{before[-1].name}"
+    return Job.from_dict(values)
+
+
+@contextlib.contextmanager
+def _named(step: Step) -> Iterator[None]:
+    """Refusals say which step they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"step '{step.name}': {error}") from None
+
+
+def checked(job: Job, folder: Path, *, offline: bool = False) -> list[tuple[Job, Architecture, Architecture, Known]]:
+    """(job, its teacher, its student, configs of the models before it) of each step.
+
+    A step that searches is followed by the shape closest to its target. Raises InputError for what could not run.
+    """
+    found, known = [], {}
+    for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
+        with _named(step):
+            source, target = check(made, offline=offline, known=known)
+            config = known.get(made.teacher) or teacher_config(made, offline=offline)
+            known = known | {made.teacher: config}
+            found.append((made, source, target, known))
+            known = known | {str(folder / step.name / STUDENT): to_hf(target, config)}
+    return found
+
+
+def check_chain_space(job: Job, folder: Path) -> None:
+    """Raises InputError where the disk cannot hold all steps."""
+    need_space(folder, sum(space(made, source) for made, source, *_ in checked(job, folder)))
+
+
+def describe_chain(job: Job, folder: Path) -> str:
+    """The text of `--dry-run`. Raises InputError as `checked`."""
+    steps = checked(job, folder, offline=True)
+    lines = [json.dumps(job.as_dict(), indent=1)]
+    for number, (step, (made, _, _, known)) in enumerate(zip(job.chain, steps, strict=True), 1):
+        lines += ["", f"step {number} of {len(steps)}: {step.name}, in {folder / step.name}", *lines_of(made, known)]
+    lines += ["", f"{'':20}{'parameters':>16}{'tokens':>16}"]
+    lines += [f"{'teacher':20}{steps[0][1].parameters():>16,}"]
+    for step, (made, _, target, _) in zip(job.chain, steps, strict=True):
+        tokens = made.distillation.steps * made.distillation.tokens_per_step
+        lines += [f"{step.name:20}{target.parameters():>16,}{tokens:>16,}"]
+    return "\n".join([*lines, "nothing was loaded or written"])
+
+
+def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
+    """A row for the teacher and for each student: the numbers of the held-out text, before and after training."""
+    rows: list[dict[str, Any]] = []
+    for step in job.chain:
+        numbers = read_json(folder / step.name / NUMBERS, "the numbers")
+        found = {row["stage"]: row for row in numbers}
+        if not rows:
+            rows.append({"name": "teacher", **_row(found["teacher"])})
+        own = {"name": step.name, **_row(found["distilled"]), "pruned": found["pruned"]["perplexity"]}
+        rows.append(own | {"learned_from": step.teacher})
+    return rows
+
+
+def _row(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {name: numbers[name] for name in ("parameters", "loss", "perplexity", "corpus")}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The summary as text."""
+    lines = [f"{'':20}{'parameters':>16}{'cut':>14}{'perplexity':>14}"]
+    for row in rows:
+        cut = f"{row['pruned']:,.2f}" if "pruned" in row else ""
+        lines.append(f"{row['name']:20}{row['parameters']:>16,}{cut:>14}{row['perplexity']:>14,.2f}")
+    return "\n".join(lines)

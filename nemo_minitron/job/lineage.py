@@ -1,0 +1,66 @@
+"""A student that learns from another model than the one that it is cut from: an ancestor of that, along a chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import PrunePlan, compose
+from nemo_minitron.distillation.layer_map import AUTO
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from nemo_minitron.job.recipe import Job
+
+COMPOSED = "lineage.json"  # beside a plan of the model that is cut: the same student's plan of what it learns from
+
+
+def learned_from(job: Job) -> str:
+    """The model whose outputs the student learns."""
+    return job.learns_from or job.teacher
+
+
+def plan_of_learned(job: Job, plan: Path) -> Path | None:
+    """The file of the plan that makes the student of `plan` from what it learns from; None where nothing says it.
+
+    Raises InputError for a lineage whose plans do not follow each other.
+    """
+    if not job.learns_from:
+        return plan
+    if not job.lineage:
+        return None
+    made = compose(*map(PrunePlan.load, job.lineage), PrunePlan.load(plan))
+    made.save(plan.with_name(COMPOSED))
+    return plan.with_name(COMPOSED)
+
+
+def check_lineage(job: Job, student: Architecture, source: Architecture, learned: Architecture) -> None:
+    """`source`: the model that is cut; `learned`: what the student learns from. Raises InputError for another
+    vocabulary, plans that do not lead from it to the source, and intermediate states that need plans."""
+    if not job.learns_from:
+        if job.lineage:
+            raise InputError("lineage leads from the model in learns_from to the teacher; set both or neither")
+        return
+    if learned.vocab_size != source.vocab_size:
+        raise InputError(
+            f"'{job.learns_from}' has {learned.vocab_size:,} tokens in its vocabulary and the student has "
+            f"{source.vocab_size:,}; it must learn from a model with the same tokens"
+        )
+    if job.distillation.intermediate == AUTO and not job.lineage and student.num_layers != learned.num_layers:
+        raise InputError(
+            "intermediate=auto needs to know which layers of learns_from the student keeps; give lineage, the plans "
+            "that made the model that is cut, or pairs of layers"
+        )
+    if job.lineage and all(Path(file).is_file() for file in job.lineage):
+        _check_plans(job, source, learned)
+
+
+def _check_plans(job: Job, source: Architecture, learned: Architecture) -> None:
+    made = compose(*map(PrunePlan.load, job.lineage))
+    for model, sizes, expected in ((job.learns_from, made.source, learned), (job.teacher, made.target, source)):
+        if sizes != expected:
+            raise InputError(
+                f"the plans of lineage do not lead from '{job.learns_from}' to '{job.teacher}': '{model}' has "
+                f"{expected.parameters():,} parameters, the plans say {sizes.parameters():,}"
+            )
