@@ -5,8 +5,6 @@ Job and `out`, the run folder: `nemo minitron compress --factory NAME distillati
 for any executor: `run.run(task(compress, job), executor=...)`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib
@@ -35,7 +33,7 @@ OUT = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, ann
 
 
 def command(stage: Callable[[Job, Optional[str]], None]) -> Any:
-    """A function of a Job and its run folder as a command of NeMo-Run, with a factory for each recipe shipped."""
+    """A function of a Job and its run folder as a command of NeMo-Run."""
 
     @functools.wraps(stage)
     def entry(*, out: Optional[str] = None, **settings: Any) -> None:
@@ -46,8 +44,6 @@ def command(stage: Callable[[Job, Optional[str]], None]) -> Any:
     parameters = [p.replace(kind=OUT.kind) for p in signature(Job).parameters.values() if p.name != "name"]
     entry.__signature__ = inspect.Signature([NAME, *parameters, OUT])  # type: ignore[attr-defined]
     run.cli.entrypoint(entry, namespace=NAMESPACE)
-    for name in names():
-        run.cli.factory(_factory(entry, name), target=entry, name=name)
     return entry
 
 
@@ -59,8 +55,18 @@ def task(entry: Any, job: Job, out: str | None = None) -> Any:
         if dataclasses.is_dataclass(group):
             settings[name] = run.Config(type(group), **_written(group))
         elif isinstance(value, Mapping):
-            settings[name] = run.Config(dict, **value)
+            settings[name] = _open(value)
     return run.Partial(entry, **settings)
+
+
+def mapping(**values: Any) -> dict[str, Any]:
+    """A group of settings whose names are free, as `keep.ffn=1024`. Of a dict itself NeMo-Run loses the type."""
+    return values
+
+
+def _open(values: Mapping[str, Any]) -> Any:
+    found = {name: _open(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return run.Config(mapping, **found)
 
 
 def _written(values: Any) -> dict[str, Any]:
@@ -70,14 +76,18 @@ def _written(values: Any) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value != "" or defaults[name] != ""}
 
 
-def _factory(entry: Any, name: str) -> Callable[[], Any]:
-    recipe = importlib.import_module(f"nemo_minitron.recipes.{name}")
+def add_recipe(name: str, recipe: Callable[[], Job]) -> None:
+    """A recipe as `--factory NAME` of all commands: those that are shipped, and your own (in a `workspace.py`)."""
+    for entry in (compress, estimate, plan, prune, distill):
+        run.cli.factory(_factory(entry, recipe), target=entry, name=name)
 
-    @functools.wraps(recipe.recipe)
+
+def _factory(entry: Any, recipe: Callable[[], Job]) -> Callable[[], Any]:
+    @functools.wraps(recipe)
     def make() -> Any:
-        return task(entry, recipe.recipe())
+        return task(entry, recipe())
 
-    make.__name__, make.__doc__ = name, recipe.__doc__
+    make.__doc__ = recipe.__doc__ or getattr(inspect.getmodule(recipe), "__doc__", None)
     return make
 
 
@@ -153,3 +163,13 @@ def prune(job: Job, out: Optional[str]) -> None:
 def distill(job: Job, out: Optional[str]) -> None:
     """A run as far as its student, retrained from the teacher's logits: student."""
     run_compress(job, out, "export")
+
+
+def local() -> Any:
+    """This machine: one process, which starts those of each stage, as many as the layout has."""
+    return run.Config(run.LocalExecutor)
+
+
+run.cli.factory(local, target=run.LocalExecutor)
+for _name in names():
+    add_recipe(_name, importlib.import_module(f"nemo_minitron.recipes.{_name}").recipe)
