@@ -15,6 +15,7 @@ from words import save_tokenizer
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.export import write_report
+from nemo_minitron.families import from_hf
 from nemo_minitron.job import Calibration, Data, Job
 from nemo_minitron.job.run import execute, open_run
 from nemo_minitron.job.stages import stages
@@ -65,6 +66,7 @@ def test_all_of_one_command(folder, whole):
     for block, loss in scores.depth["loss"].items():
         assert scores.depth["perplexity"][block] == pytest.approx(np.exp(loss))
     assert scores.notes["accuracy"]["items"] == 8
+    assert from_hf(scores.notes["config"]) == scores.architecture
     assert scores.notes["split_half"].keys() == {"ffn", "heads", "query_groups", "hidden", "layers"}
     for remark in scores.notes["remarks"]:
         assert remark in output

@@ -51,7 +51,12 @@ def run_estimate(
 def calibrate(
     model: str, tokens: Any, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
-    """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done."""
+    """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
+
+    The model's Hugging Face config is a note in them: plans are checked against it.
+    """
+    from nemo_minitron.nemo.sources import open_source
+
     digest = data_digest(tokens)
     _forget_others(work, calibration.marks(*teacher_identity(model), digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
@@ -67,7 +72,7 @@ def calibrate(
     scores.depth = {name: scanned.depth[name] for name in calibration.depth if scanned}
     names = ("samples", "sequence_length", "seed", "precision")
     run = {"data": digest} | {name: getattr(calibration, name) for name in names}
-    scores.notes = {"runs": [run]} | (scanned.notes if scanned else {})
+    scores.notes = {"runs": [run], "config": dict(open_source(model).config)} | (scanned.notes if scanned else {})
     return _examined(scores)
 
 

@@ -41,8 +41,10 @@ def run_plan(
 ) -> Outcome:
     """Where `search` has a target, the best shape that meets it and the runners-up; else the sizes of `keep`.
 
-    `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError.
+    `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError, also for sizes
+    that the model's Hugging Face class cannot have, where the scores know its config.
     """
+    from nemo_minitron.families import to_hf
     from nemo_minitron.search import plan, random_plan
 
     if (scores is None) == (architecture is None):
@@ -62,6 +64,8 @@ def run_plan(
         made = random_plan(source, keep=keep, seed=seed)
     else:
         made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
+    if "config" in known.notes:
+        to_hf(made.target, known.notes["config"])
     if search.wanted:
         made.notes["budget"] = [str(target) for target in search.targets()]
     return dataclasses.replace(outcome, plan=made)
