@@ -51,9 +51,11 @@ def read_run(folder: str | Path) -> Run:
             f"'{folder}' is no run folder: it has neither recipe.json nor manifest.json; "
             "give the folder that `minitron compress` wrote"
         )
+    recipe = _json(folder / "recipe.json", "the recipe")
+    _check_chain(folder, recipe)
     run = Run(
         folder,
-        recipe=_json(folder / "recipe.json", "the recipe"),
+        recipe=recipe,
         manifest=_manifest(folder / "manifest.json"),
         scores=Scores.load(folder / "scores.safetensors") if (folder / "scores.safetensors").exists() else None,
         plan=PrunePlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
@@ -64,6 +66,14 @@ def read_run(folder: str | Path) -> Run:
     if run.plan and run.scores and run.plan.source != run.scores.architecture:
         raise InputError(f"'{folder}': plan.json and scores.safetensors are of different models")
     return run
+
+
+def _check_chain(folder: Path, recipe: Any) -> None:
+    """Raises InputError for the folder of a chain, whose steps have the reports."""
+    steps = recipe.get("chain") if isinstance(recipe, dict) else None
+    if steps and not (folder / "manifest.json").exists():
+        names = ", ".join(f"{folder}/{step['name']}" for step in steps)
+        raise InputError(f"'{folder}' is the folder of a chain, whose steps have a report each; give one of {names}")
 
 
 def _json(path: Path, what: str) -> Any:

@@ -6,14 +6,17 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import resolve
+from nemo_minitron.job.lineage import COMPOSED, learned_from
 from nemo_minitron.job.run import Run
 
 
 def card_facts(run: Run) -> CardFacts:
-    """Everything is read from the run folder."""
+    """Everything is read from the run folder. The base of a chain's student is the model that it learns from."""
     job, settings = run.job, run.job.distillation
-    plan, scores = PrunePlan.load(run.path("plan.json")), Scores.load(run.path("scores.safetensors"))
-    base = resolve(job.teacher)
+    own, scores = PrunePlan.load(run.path("plan.json")), Scores.load(run.path("scores.safetensors"))
+    plan = PrunePlan.load(run.path(COMPOSED)) if job.lineage else own
+    base = resolve(learned_from(job))
+    between = f"It was cut from a student of {own.source.parameters():,} parameters, the teacher in the numbers above."
     data = {"name": job.data.name, "license": job.data.licence}
     use = f"calibration and {'prompts, which the teacher continued' if job.generation.wanted else 'distillation'}"
     return CardFacts(
@@ -25,7 +28,7 @@ def card_facts(run: Run) -> CardFacts:
         samples=scores.samples,
         tokens=scores.tokens,
         plan_digest=plan.digest,
-        command=f"minitron compress {job.name}",
+        command=f"minitron compress {_recipe(run)}",
         license=job.licence,
         base_folder=base,
         data=[data | {"use": use}, data | {"use": "evaluation (held-out articles)"}],
@@ -38,4 +41,13 @@ def card_facts(run: Run) -> CardFacts:
         },
         numbers=read_json(run.path("numbers.json"), "the numbers"),
         versions=run.manifest.versions,
+        limits=[between] if job.learns_from else [],
     )
+
+
+def _recipe(run: Run) -> str:
+    """The name of what was run: of a chain's step the chain, in whose folder it lies."""
+    above = run.folder.parent / "recipe.json"
+    chain = read_json(above, "the recipe") if above.is_file() else {}
+    steps = [step["name"] for step in chain.get("chain", [])]
+    return chain["name"] if run.folder.name in steps else run.job.name
