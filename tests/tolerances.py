@@ -81,3 +81,11 @@ FUSED_BF16 = 2**-5
 # Distillation losses against a teacher whose weights and activations are rounded to bf16 (8 bits) over six layers; the
 # KL of pico models is small, a difference of near distributions. Relative.
 LOSS_BF16_TEACHER = 0.1
+
+# The FP8 emulation's products in fp32 against float64 ones of the same rounded operands: sums of 160 terms. Relative to
+# the largest element.
+FP8_PRODUCT = 1e-6
+
+# A mean of sums of min(p, q) against float64: softmaxes of fp32 logits of pico models (LOGITS_PICO_FP32, times the 3
+# by which the test enlarges the head). Relative.
+ACCEPTANCE_FP32 = 1e-4

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -26,6 +30,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from nemo_minitron.backend import fp8
 from nemo_minitron.backend.attention import Attention
 from nemo_minitron.backend.norms import Norm, device_of, ignore_extra_state, norm_parameters, normalize
 from nemo_minitron.backend.versions import replace
@@ -49,7 +54,26 @@ def _mark_expert(linear: nn.Module) -> None:
             parameter.allreduce = False
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Emulating:
+    """The product in FP8 where the config asks for it (`fp8.py`), in the place of Megatron's.
+
+    Megatron's own does the collectives too; here they are its differentiable ones, around the product.
+    """
+
+    fp8: fp8.Scaling | None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        if self.fp8 is None:
+            return super()._forward_impl(input=input, weight=weight, bias=bias, **options)  # type: ignore[misc]
+        if options["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=options["tp_group"])
+        elif options["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=options["tp_group"])
+        y = fp8.linear(input, weight, self.fp8)
+        return y if bias is None else y + bias
+
+
+class ColumnLinear(_Emulating, ColumnParallelLinear):
     """y [S, B, out/tp] = x [S or S/tp, B, in] W^T: `weight` [out/tp, in] and `bias` [out/tp], local shards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,15 +81,17 @@ class ColumnLinear(ColumnParallelLinear):
         _mark(self.weight, 0)
         _mark(self.bias, 0)
         _mark_expert(self)
+        self.fp8 = fp8.scaling_for(self.config)
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(_Emulating, RowParallelLinear):
     """y [S or S/tp, B, out] = sum over ranks of x [S, B, in/tp] W^T: `weight` [out, in/tp]; `bias` [out] whole."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _mark(self.weight, 1)
         _mark_expert(self)
+        self.fp8 = fp8.scaling_for(self.config)
 
 
 class NormColumnLinear(ColumnLinear):
@@ -116,7 +142,7 @@ class Linear(nn.Module):
         super().__init__()
         if parallel_mode != "duplicated":
             raise InputError(f"a linear layer of parallel mode '{parallel_mode}' is unknown; legal is 'duplicated'")
-        self.config, self.skip_bias_add = config, skip_bias_add
+        self.config, self.skip_bias_add, self.fp8 = config, skip_bias_add, fp8.scaling_for(config)
         options = {"dtype": config.params_dtype, "device": device_of(config)}
         self.weight = nn.Parameter(torch.empty(output_size, input_size, **options))
         self.register_parameter("bias", nn.Parameter(torch.zeros(output_size, **options)) if bias else None)
@@ -131,7 +157,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Without sequence parallelism each rank has the gradient of the rotary key from its own heads only;
         Megatron's layer does not sum them, so this one does."""
-        y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)
+        bias = None if self.skip_bias_add else self.bias
+        y = F.linear(x, self.weight, bias) if self.fp8 is None else fp8.linear(x, self.weight, self.fp8)
+        if self.fp8 is not None and bias is not None:
+            y = y + bias
         if self._shared and y.requires_grad and not self.config.sequence_parallel:
             latent, rotary = y.split([y.shape[-1] - self._shared, self._shared], dim=-1)
             rotary.register_hook(_summed_over_ranks)
