@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -20,9 +21,15 @@ def evaluate(
     sequence_length: Length = 512,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 4,
     precision: Precision = "bf16",
+    draft_of: Annotated[
+        Optional[str], typer.Option("--draft-of", help="Its teacher: MODEL as its draft, the tokens that are accepted.")
+    ] = None,
+    draft_out: Annotated[
+        Optional[Path], typer.Option("--draft-out", help="Folder for the pair's vLLM and TensorRT-LLM configuration.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte; lm-eval tasks."""
+    """Loss, perplexity and bits per byte; lm-eval tasks; what a larger model accepts of its tokens."""
     import json
 
     from nemo_minitron.job import Evaluation
@@ -32,11 +39,13 @@ def evaluate(
 
     settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    numbers = run_evaluate(model, data, settings, names, limit)
+    numbers = run_evaluate(model, data, settings, names, limit, draft_of, draft_out)
     if as_json:
         print(json.dumps(numbers))
         return
-    results = numbers.pop("tasks", {})
+    results, draft = numbers.pop("tasks", {}), numbers.pop("draft", {})
+    commands = draft.pop("commands", [])
     lines = [f"{name:14}{value}" for name, value in numbers.items()]
     lines += [f"{task}  {metric:24}{value}" for task, row in results.items() for metric, value in row.items()]
+    lines += [*(f"draft  {name:12}{value}" for name, value in draft.items()), *commands]
     print("\n".join(lines))

@@ -4,7 +4,8 @@ Nothing here needs torch; matplotlib, jinja2 and huggingface_hub are imported wh
 """
 
 from nemo_minitron.export.card import CardFacts, write_card
+from nemo_minitron.export.draft import write_draft
 from nemo_minitron.export.folder import finish_folder
 from nemo_minitron.export.report import write_report
 
-__all__ = ["CardFacts", "finish_folder", "write_card", "write_report"]
+__all__ = ["CardFacts", "finish_folder", "write_card", "write_draft", "write_report"]

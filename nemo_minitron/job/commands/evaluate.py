@@ -8,34 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.commands.corpus import tokenise
 from nemo_minitron.job.models import as_folder
 from nemo_minitron.job.recipe import Evaluation
 
 
 def run_evaluate(
-    model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None
-) -> dict[str, Any]:
+    model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None,
+    draft_of: str | None = None, draft_out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """`minitron evaluate`: numbers on held-out text, and lm-eval's under `tasks`; either may be left out.
 
+    `draft_of`: a larger model of the same vocabulary; under `draft` is then what of `model`'s tokens it would accept.
+    `draft_out`: a folder for the configuration of the pair, both of them Hugging Face folders, as servers take it.
     A NeMo checkpoint becomes a Hugging Face folder for as long as it takes. Raises InputError.
     """
     from nemo_minitron.evaluation import check_tasks, run_tasks
+    from nemo_minitron.export import write_draft
     from nemo_minitron.nemo.data import held_out
 
     if data is None and not tasks:
         raise InputError("there is nothing to measure; give --data, --tasks or both")
+    if draft_of is not None and data is None:
+        raise InputError("--draft-of needs text on which the two models are compared; give --data")
+    if draft_out is not None and draft_of is None:
+        raise InputError("--draft-out needs the model whose draft this one is; give --draft-of")
     check_tasks(tasks)
     numbers: dict[str, Any] = {}
     with as_folder(model) as folder, tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
         if data is not None:
             tokens = tokenise(held_out(data), folder, Path(scratch) / "corpus")
             numbers = measure(folder, tokens, settings) | {"corpus": held_out(data)}
+            if draft_of is not None:
+                numbers["draft"] = accepted(draft_of, folder, tokens, settings)
         if tasks:
             numbers["tasks"] = run_tasks(
                 folder, tasks, precision=settings.precision, batch_size=settings.batch_size, limit=limit
             )
+    if draft_of is not None and draft_out is not None:
+        length = max(1, numbers["draft"]["length"])  # a server drafts at least one
+        numbers["draft"]["commands"] = write_draft(draft_out, resolve(draft_of), resolve(model), length)
     return numbers
 
 
@@ -45,9 +58,24 @@ def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
     from nemo_minitron.nemo.data import load_tokenizer, token_bytes
 
     from_hf(folder)
-    count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
-    windows = tokens.windows(settings.sequence_length, count)
+    windows = _windows(tokens, settings)
     lengths = token_bytes(load_tokenizer(folder))
     return evaluate(
         folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size
     ).as_dict()
+
+
+def accepted(target: str, draft: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+    """What speculative decoding of `target` accepts of `draft`'s tokens, on the same windows as `measure`."""
+    from nemo_minitron.evaluation import draft_acceptance
+
+    with as_folder(target) as folder:
+        return draft_acceptance(
+            folder, draft, _windows(tokens, settings), precision=settings.precision, batch_size=settings.batch_size
+        ).as_dict()
+
+
+def _windows(tokens: Any, settings: Evaluation) -> Any:
+    """The first windows of a corpus: at most so many tokens, at least one window."""
+    count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
+    return tokens.windows(settings.sequence_length, count)
