@@ -25,7 +25,6 @@ from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.models import config_of, teacher_folder
 from nemo_minitron.job.recipe import Distillation
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.nemo.sources import open_source
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -180,7 +179,7 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
         run.say(f"    {name}: to step {steps}")
         student = _student(run, name)
         learned = learned_from(run.job)
-        layout, _ = run.job.layout.for_student(from_hf(student), open_source(learned).architecture)
+        layout, _ = run.job.layout.for_student(from_hf(student), from_hf(config_of(learned)))
         run_training(
             student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
             run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),

@@ -19,7 +19,7 @@ from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.cut_stages import SOLVE, compensation_of_run
 from nemo_minitron.job.generation_stage import WRITE, trained_on
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
-from nemo_minitron.job.models import TEACHER, convert, is_nemo, teacher_folder
+from nemo_minitron.job.models import TEACHER, config_of, convert, is_nemo, teacher_folder
 from nemo_minitron.job.recipe import Job
 from nemo_minitron.job.rounds import cut_of, round_stages
 from nemo_minitron.job.run import Run, Stage
@@ -160,7 +160,7 @@ def evaluate(run: Run) -> None:
 def distill(run: Run) -> None:
     job, train = run.job, trained_on(run)
     learned = learned_from(job)
-    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), open_source(learned).architecture)
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(config_of(learned)))
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
