@@ -10,7 +10,9 @@ from nemo_minitron.job import Calibration, Data, Distillation, Evaluation, Layou
 DATA = Data(train="data/train", test="data/test", name="pretraining corpus")
 LAYOUT = Layout(tp=4, dp=64, sp=True)
 CALIBRATION = Calibration(samples=1024, sequence_length=8192, precision="bf16")
-EVALUATION = Evaluation(tokens=1_048_576, sequence_length=8192, batch_size=1, random_baseline=False)
+EVALUATION = Evaluation(
+    tokens=1_048_576, sequence_length=8192, batch_size=1, random_baseline=False, benchmarks=("base",)
+)  # fmt: skip
 DISTILLATION_4B = Distillation(
     tokens=94_000_000_000,
     sequence_length=8192,
@@ -35,5 +37,19 @@ DISTILLATION_8B = Distillation(
     teacher_precision="fp8-current",
     correction_tokens=100_000_000_000,
     correction_warmup_steps=120,
+    save_every=500,
+)
+# Nemotron-4: the settings of 2407.14679.
+NEMOTRON = "checkpoints/nemotron4-15b"
+NEMOTRON_DATA = dataclasses.replace(DATA, teachers_own=True)
+CALIBRATION_4K = dataclasses.replace(CALIBRATION, sequence_length=4096)
+DISTILLATION_NEMOTRON = Distillation(
+    tokens=94_000_000_000,
+    sequence_length=4096,
+    global_batch_size=1152,
+    learning_rate=2e-4,
+    min_learning_rate=4.5e-7,
+    warmup_steps=60,
+    teacher_precision="fp8-current",
     save_every=500,
 )

@@ -1,13 +1,15 @@
-"""Benchmarks by lm-eval, an optional package: tasks by name, or by the path of a task's YAML file."""
+"""Benchmarks by lm-eval, an optional package: tasks by name, by the path of a task's YAML file, or the papers' sets."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import BENCHMARKS, CODE, SETS, benchmarks
 from nemo_minitron.evaluation.model import dtype_name
 from nemo_minitron.families import from_hf
 
@@ -24,26 +26,31 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> number, as lm-eval names them; `limit`: documents of each task.
 
-    Raises InputError where lm-eval is not installed, the folder is no model, or a name is unknown.
+    `tasks` may also be `base`, `instruct` or a benchmark's name (`evaluation.benchmarks`), with its shots; of a set,
+    what lm-eval does not have is left out. Raises InputError where lm-eval is not installed, the folder is no model,
+    a name is unknown, or programs of the model would be run without leave.
     """
     from_hf(folder)
     dtype = dtype_name(precision)
-    lm_eval, manager, names = _find(tasks)
+    lm_eval, manager, by_shots = _find(tasks)
     import torch
 
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False},
-        tasks=names,
-        task_manager=manager,
-        batch_size=batch_size,
-        limit=limit,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    return {
-        task: {name: value for name, value in row.items() if isinstance(value, (int, float))}
-        for task, row in results["results"].items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for shots, names in by_shots.items():
+        results = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False},
+            tasks=names,
+            num_fewshot=shots,
+            task_manager=manager,
+            batch_size=batch_size,
+            limit=limit,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            **({"confirm_run_unsafe_code": True} if _may_run_programs() else {}),
+        )["results"]
+        for task, row in results.items():
+            found[task] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    return found
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -52,8 +59,9 @@ def check_tasks(tasks: Sequence[str]) -> None:
         _find(tasks)
 
 
-def _find(tasks: Sequence[str]) -> tuple[Any, Any, list[str]]:
-    """lm-eval, its task manager and the tasks' names."""
+def _find(tasks: Sequence[str]) -> tuple[Any, Any, dict[int | None, list[str]]]:
+    """lm-eval, its task manager and the tasks' names by their shots (None: each task's own)."""
+    by_shots = with_shots(tasks)
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -61,11 +69,30 @@ def _find(tasks: Sequence[str]) -> tuple[Any, Any, list[str]]:
         raise InputError("tasks need lm-eval; install it with: pip install 'lm_eval[hf]'") from None
     folders = sorted({str(Path(task).parent) for task in tasks if task.endswith(YAML)})
     manager = TaskManager(include_path=folders or None)
-    names = [task_name(task) for task in tasks]
-    for name in names:
+    for name in (name for names in by_shots.values() for name in names):
         if name not in manager.all_tasks:
             raise InputError(f"lm-eval has no task '{name}'; `lm_eval --tasks list` lists them")
-    return lm_eval, manager, names
+    return lm_eval, manager, by_shots
+
+
+def with_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
+    """Shots -> lm-eval's names. Raises InputError for a benchmark that lm-eval lacks, or that needs leave."""
+    found: dict[int | None, list[str]] = {}
+    for task in tasks:
+        if task not in SETS and task not in BENCHMARKS:
+            found.setdefault(None, []).append(task_name(task))
+            continue
+        for benchmark in benchmarks([task]):
+            if not benchmark.task and task not in SETS:
+                raise InputError(f"{task} is not run by lm-eval; {benchmark.note}")
+            if benchmark.note == CODE and not _may_run_programs():
+                raise InputError(f"{benchmark.name} {CODE}; or name the other benchmarks one by one")
+            found.setdefault(benchmark.shots, []).extend([benchmark.task] * bool(benchmark.task))
+    return {shots: names for shots, names in found.items() if names}
+
+
+def _may_run_programs() -> bool:
+    return os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
 
 def task_name(task: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.job.distillation import Distillation
+from nemo_minitron.job.search import Search
 
 GPU, PEAK = "H100", 989e12  # FLOPs a second in bf16, dense
 MFU = 0.4  # the share of them that training reaches
@@ -14,15 +15,17 @@ BACKWARD = 2  # times the forward pass
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """FLOPs of all steps: of the student's training, the teacher's forward passes, and its correction before."""
+    """FLOPs of all steps: of the student's training, the teacher's forward passes, its correction before, and both of
+    all candidates that a search distils."""
 
     student: int
     teacher: int
     correction: int
+    search: int = 0
 
     @property
     def total(self) -> int:
-        return self.student + self.teacher + self.correction
+        return self.student + self.teacher + self.correction + self.search
 
     @property
     def gpu_hours(self) -> float:
@@ -30,8 +33,7 @@ class Compute:
 
     def words(self, processes: int) -> str:
         """In a line, with what it assumes; a teacher in FP8 is counted at bf16's speed."""
-        share = {"student": self.student, "teacher": self.teacher, "correction": self.correction}
-        parts = ", ".join(f"{name} {flops:.2e}" for name, flops in share.items() if flops)
+        parts = ", ".join(f"{name} {flops:.2e}" for name, flops in dataclasses.asdict(self).items() if flops)
         return (
             f"GPU-hours: {self.gpu_hours:,.1f}, {self.gpu_hours / processes:,.1f} h on {processes} GPUs: "
             f"{self.total:.2e} FLOPs ({parts}) at {PEAK / 1e12:.0f} TFLOPS ({GPU}, bf16) "
@@ -39,8 +41,13 @@ class Compute:
         )
 
 
-def compute(student: Architecture, teacher: Architecture, settings: Distillation) -> Compute:
-    """Forward and backward of the student, forward of the teacher where it runs; attention at the mean position."""
+def compute(
+    student: Architecture, teacher: Architecture, settings: Distillation, search: Search | None = None
+) -> Compute:
+    """Forward and backward of the student, forward of the teacher where it runs; attention at the mean position.
+
+    Candidates of a search count as if they had the student's sizes.
+    """
     position = settings.sequence_length // 2
     ours, theirs = student.flops_per_token(position), teacher.flops_per_token(position)
     tokens, runs = settings.steps * settings.tokens_per_step, settings.learns_from_teacher
@@ -48,4 +55,17 @@ def compute(student: Architecture, teacher: Architecture, settings: Distillation
     if settings.correction_tokens:
         corrected = settings.correction().steps * settings.tokens_per_step
     trained = 1 + BACKWARD
-    return Compute(trained * ours * tokens, theirs * tokens * runs, trained * theirs * corrected)
+    found = Compute(trained * ours * tokens, theirs * tokens * runs, trained * theirs * corrected)
+    if search is None or not search.wanted:
+        return found
+    steps = candidate_steps(search) * settings.tokens_per_step
+    return dataclasses.replace(found, search=(trained * ours + theirs * runs) * steps)
+
+
+def candidate_steps(search: Search) -> int:
+    """Steps of all candidates: after each round the worse half of them stops (`search.rank`)."""
+    running, steps = search.distil, 0
+    for _ in range(search.rounds):
+        steps += running * search.steps // search.rounds
+        running = min(running, max(2, -(-running // 2)))
+    return steps

@@ -11,6 +11,8 @@ from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import benchmarks, words
+from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import from_hf, on_disk, to_hf
 from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.compute import compute
@@ -75,6 +77,9 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation)
+    benchmarks(job.evaluation.benchmarks)
+    if not offline:
+        check_tasks(job.evaluation.benchmarks)
     return source, target
 
 
@@ -135,7 +140,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
     lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
-    lines += [compute(target, ancestor, settings).words(layout.processes)]
+    lines += [compute(target, ancestor, settings, job.search).words(layout.processes)]
     lines += [job.generation.words()] if job.generation.wanted else []
     lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
     lines += [*words_of_rounds(job, source), *([why] if why else [])]
@@ -148,6 +153,9 @@ def lines_of(job: Job, known: Known) -> list[str]:
         names[names.index("plan") : names.index("plan")] = SEARCHING
     if job.generation.wanted:
         names.insert(names.index("distill"), "generate")
+    if measured := benchmarks(job.evaluation.benchmarks):
+        lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in words(measured))]
+        names.insert(names.index("report"), "benchmarks")
     names[names.index("plan") : names.index("plan")] = map(round_name, range(2, job.rounds + 1))
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]

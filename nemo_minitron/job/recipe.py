@@ -38,7 +38,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Counted):
-    """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`."""
+    """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`.
+
+    `benchmarks` of teacher and student: base, instruct or names of `evaluation.benchmarks`, those that lm-eval has.
+    """
 
     tokens: int = 16_384
     sequence_length: int = 512
@@ -47,6 +50,7 @@ class Evaluation(Counted):
     random_baseline: bool = True
     prompts: tuple[str, ...] = ()
     new_tokens: int = 48
+    benchmarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

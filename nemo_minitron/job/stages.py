@@ -12,6 +12,7 @@ from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job import corpora
+from nemo_minitron.job.benchmark_stage import MEASURE
 from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
 from nemo_minitron.job.commands.estimate import calibrate, lines
@@ -56,6 +57,7 @@ def stages(job: Job) -> list[Stage]:
         Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",)),
         Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
         Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), ("numbers.json",)),
+        *([MEASURE] if job.evaluation.benchmarks else []),
         Stage("report", report, lambda run: run.job.as_dict(), ("evaluate student",), ("report.html",)),
     ]
 

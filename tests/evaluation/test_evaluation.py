@@ -289,6 +289,9 @@ def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
     assert results == {"my_task": {"acc,none": 0.5}}
     assert called["tasks"] == ["hellaswag", "my_task"]
     assert (called["limit"], called["model_args"]["dtype"]) == (3, "float32")
+    assert called["num_fewshot"] is None
+    run_tasks(folder, ["HellaSwag"])
+    assert (called["tasks"], called["num_fewshot"]) == (["hellaswag"], 10)
     with pytest.raises(InputError, match="no task 'hellaswig'"):
         run_tasks(folder, ["hellaswig"])
     with pytest.raises(InputError, match="bf16"):

@@ -7,8 +7,8 @@ import pytest
 from pico import SIZES
 from test_architecture import of_table
 
-from nemo_minitron.job import Data, Distillation, Job
-from nemo_minitron.job.compute import compute
+from nemo_minitron.job import Data, Distillation, Job, Search
+from nemo_minitron.job.compute import candidate_steps, compute
 from nemo_minitron.job.dry_run import describe
 from nemo_minitron.job.practices import Facts, facts_of, practices
 
@@ -72,6 +72,10 @@ def test_gpu_hours_by_hand():
     assert corrected.correction == 3 * theirs * 8000  # whole steps
     lm_alone = dataclasses.replace(settings, logits_weight=0.0, lm_weight=1.0)
     assert compute(WIDTH.target, LLAMA, lm_alone).teacher == 0
+    search = Search(params="4.5B", candidates=9, distil=5, steps=60, rounds=3)
+    assert candidate_steps(search) == 20 * (5 + 3 + 2)
+    assert compute(WIDTH.target, LLAMA, settings, search).search == (3 * ours + theirs) * 200 * 4000
+    assert compute(WIDTH.target, LLAMA, settings, Search()).total == cost.total
 
 
 def test_the_correction_has_its_own_warm_up():

@@ -1,0 +1,66 @@
+"""The benchmarks of the papers by name: lm-eval's task where it has one, else where it is run. Plain data.
+
+Shots are those of 2407.14679 and 2408.11796 for base models; lm-eval's own for instruct models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from nemo_minitron.errors import InputError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """`task`: lm-eval's name, empty where it has none; `shots`: examples before the question, None for the task's own.
+
+    `note`: where it is run instead, or what the task needs.
+    """
+
+    name: str
+    task: str = ""
+    shots: int | None = None
+    note: str = ""
+
+
+CODE = "runs the model's programs: HF_ALLOW_CODE_EVAL=1, in a sandbox"
+BASE = (
+    Benchmark("MMLU", "mmlu", 5),
+    Benchmark("ARC-Challenge", "arc_challenge", 25),
+    Benchmark("HellaSwag", "hellaswag", 10),
+    Benchmark("Winogrande", "winogrande", 5),
+    Benchmark("GSM8K", "gsm8k", 5),
+    Benchmark("TruthfulQA", "truthfulqa_mc2", 0),
+    Benchmark("XL-Sum", note="lm-eval has it in Spanish (xlsum_es), not in English: a task file of your own, 3 shots"),
+    Benchmark("MBPP", "mbpp", 0, CODE),
+    Benchmark("HumanEval", "humaneval", 0, CODE),
+)
+INSTRUCT = (
+    Benchmark("IFEval", "ifeval"),
+    Benchmark("MT-Bench", note="lm-eval has none: FastChat's llm_judge, with a judge model"),
+    Benchmark("ChatRAG-Bench", note="lm-eval has none: the scripts beside nvidia/ChatRAG-Bench on the hub"),
+    Benchmark("BFCL", note="lm-eval has none: bfcl-eval, of the Berkeley Function Calling Leaderboard"),
+)
+SETS = {"base": BASE, "instruct": INSTRUCT}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (*BASE, *INSTRUCT)}
+
+
+def benchmarks(names: Iterable[str]) -> list[Benchmark]:
+    """Of sets (base, instruct) and single names, each once. Raises InputError for an unknown one."""
+    chosen: list[Benchmark] = []
+    for name in names:
+        if name not in SETS and name not in BENCHMARKS:
+            raise InputError(f"benchmark '{name}' is unknown; {nearest(name, [*SETS, *BENCHMARKS])}")
+        chosen += SETS[name] if name in SETS else [BENCHMARKS[name]]
+    return list(dict.fromkeys(chosen))
+
+
+def words(found: Iterable[Benchmark]) -> list[str]:
+    """A line each: how it is run, or why not by lm-eval."""
+    lines = []
+    for benchmark in found:
+        shots = "" if benchmark.shots is None else f", {benchmark.shots} shots"
+        how = f"lm-eval's {benchmark.task}{shots}" if benchmark.task else ""
+        lines.append(f"{benchmark.name}: " + "; ".join(part for part in (how, benchmark.note) if part))
+    return lines

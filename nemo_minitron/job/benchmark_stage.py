@@ -1,0 +1,33 @@
+"""The stage that measures teacher and student by the papers' benchmarks, where the recipe names some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.job.models import teacher_folder
+from nemo_minitron.job.run import Run, Stage
+
+RESULTS = "benchmarks.json"
+
+
+def measure(run: Run) -> None:
+    """Writes stage -> task -> metric -> number, of teacher and student."""
+    from nemo_minitron.evaluation import run_tasks
+
+    settings = run.job.evaluation
+    options: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
+    models = {"teacher": teacher_folder(run), "distilled": run.path("student")}
+    found = {stage: run_tasks(folder, settings.benchmarks, **options) for stage, folder in models.items()}
+    write_json(run.path(RESULTS), found)
+    for task, row in found["distilled"].items():
+        for metric, value in row.items():
+            run.say(f"    {task:24} {metric:24} {found['teacher'].get(task, {}).get(metric, '')!s:>8} {value:>8}")
+
+
+def _inputs(run: Run) -> Any:
+    settings = run.job.evaluation
+    return [list(settings.benchmarks), settings.precision]
+
+
+MEASURE = Stage("benchmarks", measure, _inputs, ("export",), (RESULTS,))
