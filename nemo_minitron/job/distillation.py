@@ -125,10 +125,12 @@ class Distillation(Counted):
 
     def correction(self) -> Distillation:
         """The same settings for the teacher itself."""
-        warmup = {"warmup_steps": self.correction_warmup_steps, "warmup_tokens": 0}
+        steps, tokens = self.warmup_steps, self.warmup_tokens
+        if self.correction_warmup_steps:
+            steps, tokens = self.correction_warmup_steps, 0
         return dataclasses.replace(
             self, tokens=self.correction_tokens, correction_tokens=0, learning_rate=self.correction_learning_rate,
             min_learning_rate=min(self.min_learning_rate, self.correction_learning_rate), logits_weight=0.0,
             lm_weight=1.0, intermediate="", start="pruned", validate_every=0, patience=0,
-            **(warmup if self.correction_warmup_steps else {}),
+            warmup_steps=steps, warmup_tokens=tokens,
         )  # fmt: skip
