@@ -32,11 +32,8 @@ def prune(settings: dict[str, Any]) -> None:
 
     teacher, plan = Path(settings["model"]), PrunePlan.load(settings["plan"])
     source = CheckpointSource(teacher)
-    stored = source.dtype(next(iter(source.architecture.shapes())))
-    if stored not in PRECISIONS:
-        raise InputError(f"'{teacher}' stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")
     solved = Compensation.load(settings["compensation"]) if settings["compensation"] else None
-    student = load_model(teacher, plan, compensation=solved, precision=PRECISIONS[stored])
+    student = load_model(teacher, plan, compensation=solved, precision=precision_of(source))
     sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
     with atomic_folder(settings["out"]) as folder:
         (folder / "weights").mkdir()
@@ -44,3 +41,11 @@ def prune(settings: dict[str, Any]) -> None:
         dist_checkpointing.save(state, str(folder / "weights"))
         resize_context(teacher / "context", folder / "context", sizes)
         save_record(folder, plan, solved)
+
+
+def precision_of(source: Any) -> str:
+    """That of a source's weights. Raises InputError for one that NeMo's checkpoints are not written in."""
+    stored = source.dtype(next(iter(source.architecture.shapes())))
+    if stored not in PRECISIONS:
+        raise InputError(f"the teacher stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")
+    return PRECISIONS[stored]
