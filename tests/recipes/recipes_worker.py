@@ -22,10 +22,11 @@ def parameters_of_rank(architecture, layout):
     sizes = nemo_sizes(architecture)
     del sizes["make_vocab_size_divisible_by"]
     vocabulary, tied = sizes.pop("vocab_size"), sizes.pop("share_embeddings_and_output_weights")
+    kind = KINDS["llama" if architecture.gated_mlp else "nemotron"]
     config = TransformerConfig(
-        **sizes, **KINDS["llama" if architecture.gated_mlp else "nemotron"] | {"add_bias_linear": False},
-        add_qkv_bias=False, qk_layernorm=architecture.qk_norm, tensor_model_parallel_size=layout.tp,
-        sequence_parallel=layout.sp, perform_initialization=False, params_dtype=torch.bfloat16, bf16=True,
+        **sizes, **kind | {"add_bias_linear": False, "add_qkv_bias": False}, qk_layernorm=architecture.qk_norm,
+        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp, perform_initialization=False,
+        params_dtype=torch.bfloat16, bf16=True,
     )  # fmt: skip
     with FakeTensorMode():
         model = GPTModel(

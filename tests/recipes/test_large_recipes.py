@@ -14,6 +14,7 @@ from test_architecture import of_table
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job import Job
+from nemo_minitron.job.chain import checked
 from nemo_minitron.job.dry_run import check, training_memory
 from nemo_minitron.job.find import find, names
 from nemo_minitron.job.models import teacher_config
@@ -26,7 +27,9 @@ RECIPES = {  # -> teacher and student in MINITRON.md's table, repeated in test_a
     "mistral_nemo_12b_to_8b": ("mistral-nemo-12b", "mn-minitron-8b"),
     "qwen3_8b_to_6b_width": ("qwen3-8b", "qwen3-6b-width"),
     "qwen3_8b_to_6b_depth": ("qwen3-8b", "qwen3-6b-depth"),
+    "nemotron4_15b_to_8b_search": ("nemotron-4-15b", "minitron-8b"),  # the shape closest to the target
 }
+CHAIN = "nemotron4_15b_to_8b_to_4b"
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +47,30 @@ def test_the_student_is_the_published_one_and_fits(name):
     assert (teacher, student) == tuple(of_table(model) for model in RECIPES[name])
     layout, why = job.layout.for_student(student, teacher)
     assert (layout, why) == (job.layout, "")  # no retreat to another TP
-    for model, settings in ((student, job.distillation), (teacher, job.distillation.correction())):
-        assert sum(training_memory(model, teacher, settings, layout).values()) < H100
+    assert fits(student, teacher, job.distillation, layout)
+    corrected = dataclasses.replace(job.distillation, correction_tokens=1)  # where none is meant, it may yet be set
+    assert fits(teacher, teacher, corrected.correction(), layout)
+
+
+def test_the_chain_ends_at_the_published_student_and_keeps_its_teacher(tmp_path):
+    job = find(CHAIN)
+    first, second = checked(job, tmp_path, offline=True)
+    models = [of_table(name) for name in ("nemotron-4-15b", "minitron-8b", "minitron-4b")]
+    assert [first[1], first[2], second[2]] == models
+    assert second[1] == models[1]
+    assert second[0].learns_from == job.teacher
+    for student, step in ((models[1], first[0]), (models[2], second[0])):
+        assert step.layout.for_student(student, models[0]) == (job.layout, "")
+        assert fits(student, models[0], step.distillation, step.layout)
+
+
+def fits(student, teacher, settings, layout):
+    return sum(training_memory(student, teacher, settings, layout).values()) < H100
+
+
+def test_the_search_goes_through_the_papers_space():
+    job = find("nemotron4_15b_to_8b_search")
+    assert job.search.words(of_table("nemotron-4-15b"), {}).startswith("160 shapes, 20 with")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -65,13 +90,14 @@ def test_transformers_builds_as_many_parameters(name):
 def test_megatron_builds_each_rank_as_counted():
     """Both models of each recipe on one rank of its 256: tensor-parallel shards, of equal size on every rank."""
     cases = {name: [find(name), check(find(name), offline=True)] for name in RECIPES}
+    cases[CHAIN] = [find(CHAIN), [of_table("minitron-8b"), of_table("minitron-4b")]]
     given = {n: [[dataclasses.asdict(job.layout), a.as_dict()] for a in pair] for n, (job, pair) in cases.items()}
     environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
     command = [sys.executable, str(WORKER), json.dumps(given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.keys() == RECIPES.keys()
+    assert found.keys() == {*RECIPES, CHAIN}
     for name, models in found.items():
         for (held, counted), architecture in zip(models, cases[name][1], strict=True):
             assert held == counted
