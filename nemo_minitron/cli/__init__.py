@@ -18,6 +18,7 @@ from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.report import doctor, report
+from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import InputError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
 )
 COMMANDS = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, evaluate, report, doctor,
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, evaluate, serving, report, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -1,0 +1,22 @@
+"""`minitron serving`: how a student is served."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.options import Tp
+
+
+def serving(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, such as a run's student, or hub id.")],
+    precision: Annotated[str, typer.Option("--precision", help="bf16 or fp8.")] = "bf16",
+    tp: Tp = 1,
+) -> None:
+    """The commands that serve a model in vLLM and in TensorRT-LLM; nothing is started."""
+    from nemo_minitron.export import serving_commands
+    from nemo_minitron.families import resolve
+
+    for engine, commands in serving_commands(resolve(model), precision=precision, tp=tp).items():
+        print("\n".join([f"# {engine}", *commands]))
