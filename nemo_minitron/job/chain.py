@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space, read_json
@@ -60,38 +60,47 @@ def _named(step: Step) -> Iterator[None]:
         raise InputError(f"step '{step.name}': {error}") from None
 
 
-def checked(job: Job, folder: Path, *, offline: bool = False) -> list[tuple[Job, Architecture, Architecture, Known]]:
-    """(job, its teacher, its student, configs of the models before it) of each step.
+class Checked(NamedTuple):
+    """A step's job, the sizes of what it cuts and of its student, and the configs of the models before it."""
+
+    job: Job
+    source: Architecture
+    target: Architecture
+    known: Known
+
+
+def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
+    """Each step, checked as a job of its own.
 
     A step that searches is followed by the shape closest to its target. Raises InputError for what could not run.
     """
-    found, known = [], {}
+    found: list[Checked] = []
+    known: dict[str, Any] = {}
     for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
         with _named(step):
             source, target = check(made, offline=offline, known=known)
             config = known.get(made.teacher) or teacher_config(made, offline=offline)
             known = known | {made.teacher: config}
-            found.append((made, source, target, known))
+            found.append(Checked(made, source, target, known))
             known = known | {str(folder / step.name / STUDENT): to_hf(target, config)}
     return found
 
 
 def check_chain_space(job: Job, folder: Path) -> None:
     """Raises InputError where the disk cannot hold all steps."""
-    need_space(folder, sum(space(made, source) for made, source, *_ in checked(job, folder)))
+    need_space(folder, sum(space(step.job, step.source) for step in checked(job, folder)))
 
 
 def describe_chain(job: Job, folder: Path) -> str:
     """The text of `--dry-run`. Raises InputError as `checked`."""
     steps = checked(job, folder, offline=True)
     lines = [json.dumps(job.as_dict(), indent=1)]
-    for number, (step, (made, _, _, known)) in enumerate(zip(job.chain, steps, strict=True), 1):
-        lines += ["", f"step {number} of {len(steps)}: {step.name}, in {folder / step.name}", *lines_of(made, known)]
-    lines += ["", f"{'':20}{'parameters':>16}{'tokens':>16}"]
-    lines += [f"{'teacher':20}{steps[0][1].parameters():>16,}"]
-    for step, (made, _, target, _) in zip(job.chain, steps, strict=True):
-        tokens = made.distillation.steps * made.distillation.tokens_per_step
-        lines += [f"{step.name:20}{target.parameters():>16,}{tokens:>16,}"]
+    totals = ["", f"{'':20}{'parameters':>16}{'tokens':>16}", f"{'teacher':20}{steps[0].source.parameters():>16,}"]
+    for number, (name, step) in enumerate(zip([step.name for step in job.chain], steps, strict=True), 1):
+        lines += ["", f"step {number} of {len(steps)}: {name}, in {folder / name}", *lines_of(step.job, step.known)]
+        tokens = step.job.distillation.steps * step.job.distillation.tokens_per_step
+        totals += [f"{name:20}{step.target.parameters():>16,}{tokens:>16,}"]
+    lines += totals
     return "\n".join([*lines, "nothing was loaded or written"])
 
 
