@@ -12,6 +12,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Distillation, Job, Step, stages
 from nemo_minitron.job.chain import describe_chain, jobs_of, summary, table
 from nemo_minitron.job.commands.compress import run_compress
+from nemo_minitron.job.find import find
 from nemo_minitron.job.lineage import check_lineage, plan_of_learned
 from nemo_minitron.job.run import open_run
 from nemo_minitron.search import random_plan
@@ -213,3 +214,15 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     PrunePlan.load(plans[1]).save(run.path("plan.json"))
     stages.distill(run)
     assert asked == {"teacher": str(tmp_path / "teacher"), "plan": run.path("lineage.json")}
+
+
+def test_the_shipped_chain(tmp_path):
+    """Its dry run, with a teacher of SmolLM2-135M's sizes."""
+    sizes = {
+        "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    recipe = find("smollm2_135m_to_108m_to_84m_chain").override([f"teacher={tmp_path}"])
+    rows = [line.split() for line in describe_chain(recipe, tmp_path / "run").splitlines()[-4:-1]]
+    assert rows == [["teacher", "134,515,008"], ["108m", "107,972,928", "30,208"], ["84m", "83,978,944", "60,416"]]

@@ -20,6 +20,7 @@ def test_the_papers_steps():
 @pytest.mark.parametrize(
     ("keep", "rounds", "first"),
     [
+        ({"ffn": 24576 - 384}, 2, {"ffn": 24384}),  # 192 a round, a multiple of 64
         ({"ffn": 24576 - 192}, 2, {"ffn": 24512}),  # 96 a round: 24480 to a multiple of 64, half up
         ({"ffn": 24576 - 6}, 2, {"ffn": 24574}),  # 3 a round: 24573 to a multiple of 2
         ({"ffn": 24576 - 2}, 2, {"ffn": 24575}),
