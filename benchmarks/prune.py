@@ -1,13 +1,18 @@
 """Folder to folder against `cp`, on a synthetic Llama of several GB, in one run:
 `python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--quick] [--folder /tmp]`.
 
-For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor: `cp` of as
-many bytes as the student has, and `dd` to /dev/null of as many more as the cut has to read (rows that stay are
-read whole); and with `cp` of the whole teacher. Every other round goes in the other order. "warm": the teacher lies
-in the page cache, what is written may stay there; "cold": files are dropped from the page cache before, and all are
-timed until everything is on the disk (`sync`). Wall and processor seconds; on a machine with other jobs run it
-under `chrt -r 1`, which all then have. The peak is the resident memory of the command's process. Writes
-`benchmarks/results/DATE_prune.json`, deletes the model.
+For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor, a copy of the
+bytes that it reads and writes: `cp` of a file as long as the student, which reads and writes as much, and `dd` to
+/dev/null of what the cut reads beyond that (rows that stay are read whole, columns are picked from them in memory).
+Every other round goes in the other order. Where files are copied by reference (reflinks), `cp` is free and says
+nothing: choose a `--folder` on a file system without them, as ext4.
+
+"warm": teacher and student lie in the page cache, what is written may stay there; before each run as many bytes are
+written and deleted, for a virtual machine's host takes free memory back, and its return costs up to three times
+the copy itself. "cold": the files are dropped from the page cache before, and all are timed until everything is on the
+disk (`sync`). Wall and processor seconds; on a machine with other jobs run it under `chrt -r 1`, which all then have.
+The peak is the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the
+model.
 """
 
 from __future__ import annotations
@@ -137,12 +142,21 @@ def forget(*folders: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(run: Any, out: Path, cold: tuple[Path, ...]) -> tuple[dict[str, float], int]:
+def remember(teacher: Path, student: Path, out: Path) -> None:
+    """Both folders into the page cache, and as many pages as a student takes into the machine's free memory."""
+    for file in (*teacher.iterdir(), *student.iterdir()):
+        subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=1M", "status=none"], check=True)
+    shutil.copytree(student, out)
+    shutil.rmtree(out)
+
+
+def timed(run: Any, out: Path, teacher: Path, student: Path, cold: bool) -> tuple[dict[str, float], int]:
     """Seconds by the wall and of the processor, user and system; peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
-    os.sync()
     if cold:
-        forget(*cold)
+        forget(teacher, student)
+    else:
+        remember(teacher, student, out)
     start, before = time.perf_counter(), _processor()
     peak = run(out)
     if cold:
@@ -164,7 +178,6 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
     runs = {
         "prune": lambda out: cut(teacher, work / "plan.json", out),
         "cp": lambda out: copy(student, teacher, max(0, read - written), out),
-        "cp of the teacher": lambda out: copy(teacher, teacher, 0, out),
     }
     result: dict[str, Any] = {"gigabytes read": read / 1e9, "gigabytes written": written / 1e9}
     peaks = []
@@ -172,7 +185,7 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
         seconds: dict[str, dict[str, list[float]]] = {c: {n: [] for n in runs} for c in ("wall", "processor")}
         for round_ in range(repeat):
             for name in list(runs)[:: 1 if round_ % 2 else -1]:
-                took, peak = timed(runs[name], work / "out", (teacher, student) if state == "cold" else ())
+                took, peak = timed(runs[name], work / "out", teacher, student, state == "cold")
                 peaks.append(peak)
                 for clock, value in took.items():
                     seconds[clock][name].append(value)
@@ -183,14 +196,11 @@ def measure(teacher: Path, plan: PrunePlan, work: Path, repeat: int) -> dict[str
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Of each `cp`: the median of the rounds' ratios, the least and most, and the ratio of the least seconds."""
-    found: dict[str, Any] = {}
-    for name in seconds.keys() - {"prune"}:
-        ratios = [a / b for a, b in zip(seconds["prune"], seconds[name], strict=True)]
-        least = min(seconds["prune"]) / min(seconds[name])
-        row = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "of least": least}
-        found[f"of {name}"] = {key: round(value, 3) for key, value in row.items()}
-    return found | {"seconds": seconds}
+    """`prune` over `cp`: the median of the rounds' ratios, the least and most, and the ratio of the least seconds."""
+    ratios = [a / b for a, b in zip(seconds["prune"], seconds["cp"], strict=True)]
+    least = min(seconds["prune"]) / min(seconds["cp"])
+    row = {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "of the least seconds": least}
+    return {key: round(value, 3) for key, value in row.items()} | {"seconds": seconds}
 
 
 # -- all of it -----------------------------------------------------------------------------------------

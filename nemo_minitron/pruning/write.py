@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.artifacts.files import need_space, write_json
+from nemo_minitron.artifacts.files import need_space, reserve, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.pruning.headers import SIZES
@@ -67,12 +67,13 @@ def write_weights(
     total = sum(tensor.size for tensor in tensors)
     need_space(folder, total)
     shards = _shards(tensors, shard_size)
-    tasks: list[Callable[[], None]] = []
+    tasks: dict[_Tensor, Callable[[], None]] = {}
     for file, members in shards.items():
-        tasks += _open_shard(folder / file, members, student)
+        tasks |= _open_shard(folder / file, members, student)
+    longest_first = sorted(tasks, key=lambda t: -t.size)  # so that the threads end together
     # map cancels what has not begun when one task fails
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda task: task(), tasks):
+        for _ in pool.map(lambda tensor: tasks[tensor](), longest_first):
             pass
     if len(shards) > 1:
         places = {tensor.name: file for file, members in shards.items() for tensor in members}
@@ -105,8 +106,8 @@ def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
     return {f"model-{k:05d}-of-{count:05d}.safetensors": group for k, group in enumerate(groups, start=1)}
 
 
-def _open_shard(file: Path, members: list[_Tensor], student: Student) -> list[Callable[[], None]]:
-    """Writes the header, sets the file's length, and returns what fills it, one task a tensor."""
+def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_Tensor, Callable[[], None]]:
+    """Writes the header, reserves the file's length, and returns what fills it, one task a tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, {}
     # Wide dtypes first, so that each element lies at a multiple of its own size
@@ -118,9 +119,10 @@ def _open_shard(file: Path, members: list[_Tensor], student: Student) -> list[Ca
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + position)
+        stream.flush()
+        reserve(stream.fileno(), 8 + len(text) + position)
     data = 8 + len(text)
-    return [functools.partial(_fill, file, data + starts[t], t, student) for t in members]
+    return {t: functools.partial(_fill, file, data + starts[t], t, student) for t in members}
 
 
 def _fill(file: Path, position: int, tensor: _Tensor, student: Student) -> None:

@@ -1,8 +1,13 @@
 """Whole or not at all; the manifest; the model digest's rounding."""
 
+import ctypes
+import errno
 import math
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from nemo_minitron.artifacts.files import (
     digest_of,
     need_space,
     read_json,
+    reserve,
     write_json,
 )
 from nemo_minitron.errors import InputError
@@ -83,6 +89,25 @@ def test_disk_too_small(tmp_path):
     need_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(InputError, match="GB free"):
         need_space(tmp_path / "not" / "yet", 1 << 60)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, None])
+def test_reserved(tmp_path, monkeypatch, number):
+    """As long as asked for; a full disk tells, a file system that cannot reserve does not. None: the real one."""
+
+    def fallocate(*_):
+        ctypes.set_errno(number)
+        return -1
+
+    if number is not None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate))
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    with open(tmp_path / "file", "wb") as stream:
+        stream.write(b"header")
+        stream.flush()
+        with pytest.raises(OSError, match=os.strerror(number)) if full else nullcontext():
+            reserve(stream.fileno(), 100_000)
+    assert full or (tmp_path / "file").read_bytes() == b"header" + bytes(100_000 - 6)
 
 
 def test_digest_of_is_canonical():
