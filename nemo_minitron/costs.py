@@ -8,6 +8,7 @@ from typing import Protocol
 
 from nemo_minitron.architecture import BYTES, Architecture
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.precisions import FP8, weights_in
 
 RECOMPUTE = ("none", "selective", "full")
 _ROW_PARALLEL, _REPLICATED = ("o.bias", "down.bias"), ("norm.weight", "norm.bias", "router.weight")
@@ -46,6 +47,7 @@ def training_memory(
     context: int,
     precision: str = "bf16",
     teacher: Architecture | None = None,
+    teacher_precision: str = "",
     distributed_optimizer: bool = True,
     recompute: str = "none",
     micro_batches: int | None = None,
@@ -54,34 +56,47 @@ def training_memory(
 
     Megatron's mixed precision: weights in `precision`, gradients summed in fp32, Adam's two moments in fp32 and,
     beside bf16 weights, an fp32 master copy; the distributed optimizer spreads these over the data- and
-    context-parallel ranks. The teacher is frozen weights alone, in the same layout and precision. `recompute` as
+    context-parallel ranks. Under FP8 weights are bf16, and matrices of the layers have FP8 copies beside them: one,
+    and one transposed for the backward pass; activations are counted in bf16, at most. The teacher is frozen weights
+    alone, in the same layout and in `teacher_precision` (the same where it is left empty). `recompute` as
     in Megatron (see `activations`). `micro_batches`: of a step (None: enough to fill the pipeline). Buffers of
     communication, one operation's temporaries and the allocator's slack are not in it.
 
     Raises InputError for an unknown precision or recomputation.
     """
-    if precision not in ("fp32", "bf16"):
-        raise InputError(f"precision '{precision}' is unknown; {nearest(precision, ('fp32', 'bf16'))}")
-    size, state = BYTES[precision], {"fp32": 8, "bf16": 12}[precision]
+    wide, frozen_in = weights_in(precision), teacher_precision or precision
+    size, state = BYTES[wide], {"fp32": 8, "bf16": 12}[wide]
+    copies = _fp8_copies(student, layout, precision, 2)
+    frozen_copies = _fp8_copies(teacher, layout, frozen_in, 1) if teacher else [0] * layout.pp
     held = activations(
-        student, layout, batch=batch, context=context, precision=precision, recompute=recompute,
+        student, layout, batch=batch, context=context, precision=wide, recompute=recompute,
         micro_batches=micro_batches, logits=2 if teacher is None else 3,
     )  # fmt: skip
     frozen = parameters_by_stage(teacher, layout) if teacher else [(0, 0)] * layout.pp
     spread, expert_spread = (_replicas(layout) if distributed_optimizer else (1, 1))
     stages = [
         {
-            "weights": (dense + expert) * size,
+            "weights": (dense + expert) * size + copied,
             "gradients": (dense + expert) * BYTES["fp32"],
             "optimizer": math.ceil(dense * state / spread) + math.ceil(expert * state / expert_spread),
-            "teacher": sum(teachers) * size,
+            "teacher": sum(teachers) * BYTES[weights_in(frozen_in)] + frozen_copied,
             "activations": activation,
         }
-        for (dense, expert), teachers, activation in zip(
-            parameters_by_stage(student, layout), frozen, held, strict=True
+        for (dense, expert), copied, teachers, frozen_copied, activation in zip(
+            parameters_by_stage(student, layout), copies, frozen, frozen_copies, held, strict=True
         )
     ]
     return max(stages, key=lambda stage: sum(stage.values()))
+
+
+def _fp8_copies(architecture: Architecture, layout: Layout, precision: str, copies: int) -> list[int]:
+    """Bytes of FP8 copies of the layers' matrices on one rank, for each pipeline stage."""
+    counts = [0] * layout.pp
+    stage_of = {layer: s for s, layers in enumerate(stage_layers(architecture.num_layers, layout)) for layer in layers}
+    for name, shape in architecture.shapes().items() if precision in FP8 else ():
+        if name.startswith("layers.") and len(shape) == 2 and not name.endswith("router.weight"):
+            counts[stage_of[int(name.split(".")[1])]] += copies * _on_rank(name, shape, architecture, layout)
+    return counts
 
 
 def _replicas(layout: Layout) -> tuple[int, int]:

@@ -11,9 +11,15 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_minitron.backend.precision import unsupported
 from nemo_minitron.backend.versions import SUPPORTED, fits, installed
+from nemo_minitron.precisions import FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Report:
     devices: tuple[str, ...]
     layers: str
     adam: str
+    precisions: tuple[tuple[str, str], ...]  # of FP8: name -> how it runs, or why it cannot
     notes: tuple[str, ...]
 
     @property
@@ -86,6 +93,7 @@ class Report:
         lines = [_line(finding) for finding in self.findings]
         lines += ["", f"devices: {', '.join(self.devices) or 'none with CUDA; the CPU and gloo are used'}"]
         lines += [f"layers:  {self.layers}", f"adam:    {self.adam}"]
+        lines += [f"{name + ':':15}{how}" for name, how in self.precisions]
         lines += [f"note:    {note}" for note in self.notes]
         if mends := [finding.mend for finding in self.findings if finding.mend]:
             lines += ["", "to mend it, run:", *(f"  {mend}" for mend in mends)]
@@ -117,6 +125,7 @@ def examine() -> Report:
         devices=devices,
         layers=_layers(devices, engine, found["torch"] or ""),
         adam=_adam(found["transformer-engine"] is not None),
+        precisions=tuple(_precisions(_layers(devices, engine, found["torch"] or ""), found)),
         notes=tuple(_notes(found, devices)),
     )
 
@@ -157,6 +166,19 @@ def _adam(engine: bool) -> str:
     return "apex's FusedAdam" if nvidia_apex() else "torch's AdamW"
 
 
+def _precisions(layers: str, found: dict[str, str | None]) -> Iterator[tuple[str, str]]:
+    """What becomes of each FP8 precision here; fp32 and bf16 run everywhere."""
+    capability = compute_capability() if layers == "Transformer Engine" else None
+    for name in FP8:
+        if layers != "Transformer Engine":
+            yield name, "emulated in the reference layers"
+        elif capability is None:
+            yield name, "unknown: nvidia-smi does not say the device's compute capability"
+        else:
+            why = unsupported(name, capability, cuda_of(found["torch"] or ""), found["transformer-engine"] or "0")
+            yield name, f"no: {why}" if why else "Transformer Engine"
+
+
 def _notes(found: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
     notes = []
     megatron, torch = found["megatron-core"], found["torch"] or ""
@@ -194,3 +216,23 @@ def cuda_devices(driver: Path = Path("/proc/driver/nvidia/gpus")) -> tuple[str, 
         lines = file.read_text().splitlines()
         names += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
     return tuple(names)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """The least of all devices, as the driver's tool says it; None where it does not."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    told = re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.MULTILINE)
+    return min(((int(major), int(minor)) for major, minor in told), default=None)
+
+
+def cuda_of(torch: str) -> tuple[int, int]:
+    """Of torch's local version, `2.9.0+cu129`; else of the runtime's own package; (0, 0) where neither says it."""
+    told = re.search(r"\+cu(\d+)(\d)$", torch)
+    packages = (installed(f"nvidia-cuda-runtime{end}") for end in ("", "-cu13", "-cu12"))
+    version = ".".join(told.groups()) if told else next(filter(None, packages), "0.0")
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

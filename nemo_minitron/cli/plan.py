@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 KEEP = "Sizes to keep, e.g. ffn=1024,hidden=448,layers=24; beside a target: axes to hold fixed."
 BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536,layers=20:30 [default: half to all]."
 SPACE = "Sizes to try, e.g. 'layers=29,30;heads=32,48;ffn=2.5x,3x' (multiples of hidden)."
-DIVISORS = "What sizes must be multiples of: 64, fp8 (16), tp=8, hidden=128, or several with commas."
+DIVISORS = "What sizes must be multiples of: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128, or several with commas."
 DEPTH = "Criterion by which layers go: block_influence, or one of the scores' depth criteria."
 BAND = "%s within --tolerance, e.g. 84M or 8.27B."
 WIDE = 140

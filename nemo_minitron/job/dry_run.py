@@ -16,6 +16,7 @@ from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import from_hf, on_disk, to_hf
 from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.compute import compute
+from nemo_minitron.job.fp8 import check_fp8
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.models import config_of, is_nemo, teacher_config
@@ -72,6 +73,10 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     check_lineage(job, target, source, ancestor)
     layout, _ = job.layout.for_student(target, ancestor)
     layout.check(target, training=True)
+    check_fp8(source, job.layout, job.calibration.precision)
+    check_fp8(target, layout, job.distillation.precision)
+    if job.distillation.learns_from_teacher:
+        check_fp8(ancestor, layout, job.distillation.teacher_precision or job.distillation.precision)
     layout.check_sequence(job.distillation.sequence_length)
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
@@ -106,7 +111,8 @@ def training_memory(
     """Bytes of a distillation step on the rank that needs most, by purpose (see `costs.training_memory`)."""
     return costs.training_memory(
         student, layout, batch=settings.micro_batch_size, context=settings.sequence_length,
-        precision=settings.precision, teacher=teacher if settings.learns_from_teacher else None,
+        precision=settings.precision, teacher_precision=settings.teacher_precision,
+        teacher=teacher if settings.learns_from_teacher else None,
         micro_batches=max(1, settings.global_batch_size // (settings.micro_batch_size * layout.dp)),
     )  # fmt: skip
 

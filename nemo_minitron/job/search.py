@@ -27,8 +27,8 @@ class Search(Counted):
     and KV cache at `batch` and `context`, in the dtypes `weights` and `kv_cache`, and `flops` of a token at
     `context`: at most; so is `latency` ("30ms") of a forward pass over `batch` sequences of `context` tokens, which
     is measured on this machine for the best shapes that meet another target. `bounds` ("ffn=512:1536,layers=20:30"),
-    `space` ("layers=29,30;ffn=2.5x,3x") and `divisors` ("64,tp=8" or "fp8") say which shapes are tried; `maximal`
-    leaves out those that fit inside another.
+    `space` ("layers=29,30;ffn=2.5x,3x") and `divisors` ("64,tp=8", "fp8,tp=4" or "fp8=128") say which shapes are tried;
+    `maximal` leaves out those that fit inside another.
 
     The best `candidates` by the proxy are cut and measured on `tokens` of the held-out corpus; the best `distil` of
     those are distilled, with the recipe's own settings, for `steps` steps at most and ranked after each of `rounds`

@@ -17,6 +17,7 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
+from nemo_minitron.job.fp8 import check_fp8
 from nemo_minitron.job.layout import Layout
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
@@ -43,7 +44,9 @@ def nemo_config(
 
     weights = weights_in(precision)
     layout = layout or Layout()
-    layout.check(family_of(config).architecture(config))
+    architecture = family_of(config).architecture(config)
+    layout.check(architecture)
+    check_fp8(architecture, layout, precision)
     name, fields = family_of(config).nemo_config(config)
     home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]  # llm itself lacks some config classes
     if "activation_func" in fields:

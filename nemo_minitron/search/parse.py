@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.precisions import ALIGN
 from nemo_minitron.search.space import Divisors
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 BYTES = {"": 1, **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}}
 SECONDS = {"": Fraction(1), "S": Fraction(1), "MS": Fraction(1, 1000), "US": Fraction(1, 10**6)}
 BYTES |= {f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
-FP8 = 16  # what a matrix's dimensions must be multiples of
 
 
 def count(text: str, what: str) -> int:
@@ -79,17 +79,22 @@ def _listed(item: str, part: str) -> int | Fraction:
 
 
 def divisors(text: str) -> Divisors:
-    """`64`, `fp8`, `tp=8`, `hidden=128`, or several with commas. Raises InputError."""
-    every, tp, of = 0, 1, {}
+    """`64`, `fp8`, `fp8=128`, `tp=8`, `hidden=128`, or several with commas. Raises InputError."""
+    every, tp, of, local = 0, 1, {}, False
     for part in filter(None, map(str.strip, text.split(","))):
         name, separator, value = part.partition("=")
-        if not separator:
-            every = FP8 if part == "fp8" else _whole(part, part, "--divisors", "64,tp=8 or fp8")
+        if name.strip() == "fp8":
+            every, local = _whole(value or str(ALIGN), part, "--divisors", "fp8 or fp8=128"), True
+            if every % ALIGN or not every:
+                near = max(1, round(every / ALIGN)) * ALIGN
+                raise InputError(f"fp8={every} in --divisors is no multiple of {ALIGN}; the nearest is {near}")
+        elif not separator:
+            every = _whole(part, part, "--divisors", "64,tp=8 or fp8")
         elif name.strip() == "tp":
             tp = _whole(value, part, "--divisors", "64,tp=8 or fp8")
         else:
             of[name.strip()] = _whole(value, part, "--divisors", "hidden=128,ffn=64")
-    return Divisors(every, tp, of)
+    return Divisors(every, tp, of, local)
 
 
 def _pairs(text: str, between: str, option: str) -> Iterator[tuple[str, str, str]]:

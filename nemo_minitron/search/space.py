@@ -29,13 +29,14 @@ class Divisors:
     """What sizes must be multiples of; the least common multiple where several meet.
 
     `every`: of each dimension of a matrix that is cut, heads counted with their dimension (0: nothing is
-    forbidden, see `step`); 16 makes all matrices legal in FP8, tensor cores want 64 or 128. `tp`: of what
-    tensor parallelism divides. `of`: of single axes.
+    forbidden, see `step`); tensor cores want 64 or 128. `tp`: of what tensor parallelism divides. `local`: `every` is
+    wanted of each tensor-parallel rank's share; 16 then makes all matrices legal in FP8. `of`: of single axes.
     """
 
     every: int = 0
     tp: int = 1
     of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    local: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("every", self.every or 1), ("tp", self.tp), *self.of.items()):
@@ -50,7 +51,9 @@ class Divisors:
         elif name not in WIDTHS:
             every = 1
         sharded = name in ("heads", "query_groups", *WIDTHS[1:])
-        return math.lcm(every, self.tp if sharded else 1, self.of.get(name, 1))
+        if sharded:
+            every = every * self.tp if self.local else math.lcm(every, self.tp)
+        return math.lcm(every, self.of.get(name, 1))
 
     def step(self, source: Architecture, name: str) -> int:
         """From one size to the next between bounds: unless divisors say, 64, or less or more, so that an axis of

@@ -29,10 +29,11 @@ GOOD = {
 def machine(monkeypatch):
     """A function that examines a made-up machine."""
 
-    def examine(changes=None, devices=("NVIDIA H100",), apex=None):
+    def examine(changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0)):
         table = {**GOOD, **(changes or {})}
         monkeypatch.setattr(doctor, "installed", lambda name: table.get(name))
         monkeypatch.setattr(doctor, "cuda_devices", lambda: devices)
+        monkeypatch.setattr(doctor, "compute_capability", lambda: capability)
         monkeypatch.setattr(doctor, "nvidia_apex", lambda: apex == "nvidia")
         monkeypatch.setattr(doctor, "module_found", lambda name: apex is not None)
         monkeypatch.setattr(doctor.platform, "python_version", lambda: table.get("python", "3.11.7"))
@@ -94,6 +95,22 @@ def test_which_adam(machine):
     assert machine(without).adam == "torch's AdamW"
 
 
+def test_which_precisions(machine):
+    new = {"torch": "2.9.0+cu130"}
+    assert set(dict(machine(new).precisions).values()) == {"Transformer Engine"}
+    assert dict(machine(new, capability=(8, 0)).precisions)["fp8-current"] == (
+        "no: FP8 needs compute capability 8.9, the device has 8.0"
+    )
+    old = dict(machine({"torch": "2.9.0+cu128"}).precisions)
+    assert old["fp8-blockwise"] == "no: blocks need CUDA 12.9, torch was built with 12.8"
+    assert old["fp8-delayed"] == old["fp8-current"] == "Transformer Engine"
+    assert dict(machine({"nvidia-cuda-runtime-cu12": "12.9.79"}).precisions)["fp8-blockwise"] == "Transformer Engine"
+    assert "blocks need compute" in dict(machine(new, capability=(12, 0)).precisions)["fp8-blockwise"]
+    assert set(dict(machine(devices=()).precisions).values()) == {"emulated in the reference layers"}
+    assert "unknown" in dict(machine(new, capability=None).precisions)["fp8-current"]
+    assert "fp8-blockwise: emulated in the reference layers" in machine(devices=()).text()
+
+
 def test_the_adam_is_megatrons_choice():
     """On this machine, by Megatron's own word."""
     from megatron.core.optimizer import Adam
@@ -126,7 +143,7 @@ def test_megatron_016_is_noted(machine):
 def test_json(machine):
     told = json.loads(machine({"pyarrow": "22.0.0"}).json())
     assert told["ok"] is False
-    assert {"findings", "devices", "layers", "adam", "notes"} <= told.keys()
+    assert {"findings", "devices", "layers", "adam", "precisions", "notes"} <= told.keys()
     assert [f["mend"] for f in told["findings"] if f["name"] == "pyarrow"] == ["pip install 'pyarrow<22'"]
 
 

@@ -127,6 +127,10 @@ def test_divisors_of_heads():
     assert Divisors(every=64).hard(llama, "heads") == 1  # their dimension, 128, is one already
     assert Divisors(every=256, tp=3).hard(llama, "heads") == 6
     assert Divisors(every=16).hard(smollm2(head_dim=24), "query_groups") == 2
+    assert Divisors(every=16, tp=4).hard(llama, "ffn") == 16
+    assert Divisors(every=16, tp=4, local=True).hard(llama, "ffn") == 64  # 16 on each rank
+    assert Divisors(every=16, tp=4, local=True).hard(llama, "hidden") == 16  # whole on each
+    assert Divisors(every=16, tp=3, local=True).hard(smollm2(head_dim=24), "heads") == 6
 
 
 @pytest.mark.parametrize(
@@ -177,4 +181,7 @@ def test_words():
     assert (parse.seconds("30ms", ""), parse.seconds("1.5", "")) == (0.03, 1.5)
     assert parse.tolerance("5%") == parse.tolerance("0.05") == 0.05
     assert parse.lists("layers=29, 30; ffn=2.5x") == {"layers": [29, 30], "ffn": [Fraction(5, 2)]}
-    assert parse.divisors("fp8, tp=8,hidden=128") == Divisors(16, 8, {"hidden": 128})
+    assert parse.divisors("fp8, tp=8,hidden=128") == Divisors(16, 8, {"hidden": 128}, local=True)
+    assert parse.divisors("fp8=128") == Divisors(128, local=True)
+    with pytest.raises(InputError, match="fp8=100 in --divisors is no multiple of 16; the nearest is 96"):
+        parse.divisors("fp8=100")
