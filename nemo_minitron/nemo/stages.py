@@ -63,7 +63,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     from nemo_minitron.nemo.distill import Distillation as DistillationCallback
     from nemo_minitron.nemo.distill import FillStudent
     from nemo_minitron.nemo.loss_log import LossLog
-    from nemo_minitron.nemo.stop import StopAfter
+    from nemo_minitron.nemo.stop import SaveWhenAsked, StopAfter
 
     distillation = DistillationCallback(
         settings["teacher"], recipe.loss, recipe.temperature, recipe.teacher_precision or recipe.precision,
@@ -79,7 +79,8 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     ]
     if recipe.patience:
         callbacks.append(EarlyStopping("val_loss", patience=recipe.patience))
-    return [*callbacks, *([StopAfter(settings["stop"])] if settings.get("stop") else [])]
+    callbacks += [StopAfter(settings["stop"])] if settings.get("stop") else []
+    return [*callbacks, SaveWhenAsked()]
 
 
 def _mark_last(trainer: Any, out: Path, steps: int) -> None:

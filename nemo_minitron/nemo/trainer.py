@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from nemo_minitron.backend.precision import forward_fields, trained_fields
@@ -22,6 +23,7 @@ def make_trainer(layout: Layout, precision: str, *, training: bool = False, **op
     from nemo_minitron.nemo.models import DTYPES
 
     gpu = torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes))  # torchrun's, of this host
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -37,8 +39,8 @@ def make_trainer(layout: Layout, precision: str, *, training: bool = False, **op
         **options.pop("strategy", {}),
     )
     return nl.Trainer(
-        devices=layout.processes,
-        num_nodes=1,
+        devices=here,
+        num_nodes=layout.processes // here,
         accelerator="gpu" if gpu else "cpu",
         strategy=strategy,
         plugins=_precision(precision, training),

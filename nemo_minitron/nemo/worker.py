@@ -6,7 +6,9 @@ Nothing heavy is imported at module level: saving a checkpoint starts a helper t
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,8 +17,9 @@ from pathlib import Path
 def main() -> None:
     """Runs one stage; a refusal is left as a file for the process that launched this one, exit code 2."""
     stage, file = sys.argv[1:3]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, which ignores it, sends it to end this process
     if "MINITRON_LIFELINE" in os.environ:
-        threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
+        threading.Thread(target=_hold_the_lifeline, daemon=True).start()
     settings = json.loads(Path(file).read_text())
     from nemo_minitron.errors import InputError
 
@@ -30,14 +33,24 @@ def main() -> None:
         if folder:
             Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
         print(f"minitron: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # no clean-up that could wait for other ranks: torchrun ends them
+        _leave(2)
 
 
-def _leave_with_the_launcher() -> None:
-    """Standard input is a pipe that closes when the process that launched this one ends, however it ends."""
+def _hold_the_lifeline() -> None:
+    """Standard input is a pipe of the process that launched this one: a byte asks to save and to end, and it closes
+    when that process ends, however it ends."""
+    from nemo_minitron.nemo.asked import ASKED
+
     while os.read(0, 1):
-        continue
-    os._exit(1)
+        ASKED.set()
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """At once: no clean-up that could wait for other ranks; the helper of saved checkpoints would stay for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 if __name__ == "__main__":

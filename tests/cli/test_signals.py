@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGKILL to `minitron`: its exit code, and no process of it goes on."""
+"""Ctrl-C, SIGTERM and SIGKILL to `minitron`: its exit code, and no process of it goes on; preempted, it saves."""
 
 import json
 import os
@@ -9,12 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import TEXTS
+from command_line import TEXTS, minitron
 from pico import pico_llama
 from words import save_tokenizer
 
+from nemo_minitron.families import from_hf
+from nemo_minitron.pruning import prune
+from nemo_minitron.search import random_plan
+
 pytestmark = pytest.mark.slow
-RANKS = 2
+RANKS, STEPS = 2, 400
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,15 @@ def teacher(tmp_path_factory):
     save_tokenizer(folder / "teacher", TEXTS, 509)
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     return folder
+
+
+def started(folder, scratch, command):
+    """`minitron`, whose workers' settings lie in the scratch folder."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron.cli", *map(str, command)], cwd=folder, text=True,
+        env=os.environ | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def workers(scratch):
@@ -52,22 +65,9 @@ def until(condition, seconds):
 def test_no_worker_outlives_the_command(teacher, tmp_path, number, code):
     """The signal goes to `minitron` alone. Without the lifeline in worker.py SIGKILL leaves torchrun and both
     ranks at work, and the wait for them runs out."""
-    command = [
-        sys.executable,
-        "-m",
-        "nemo_minitron.cli",
-        "estimate",
-        "teacher",
-        "--data",
-        "corpus.jsonl",
-        "--tp",
-        RANKS,
-    ]
-    command += ["--samples", 64, "--sequence-length", 32, "--out", tmp_path / "scores.safetensors"]
-    process = subprocess.Popen(
-        [str(word) for word in command], cwd=teacher, env=os.environ | {"TMPDIR": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    command = ["estimate", "teacher", "--data", "corpus.jsonl", "--tp", RANKS, "--samples", 64]
+    command += ["--sequence-length", 32, "--out", tmp_path / "scores.safetensors"]
+    process = started(teacher, tmp_path, command)
     until(lambda: len(workers(tmp_path)) > RANKS or process.poll() is not None, 300)
     assert process.poll() is None, process.communicate()
     process.send_signal(number)
@@ -77,3 +77,28 @@ def test_no_worker_outlives_the_command(teacher, tmp_path, number, code):
     assert ("interrupted" in error) == (number != signal.SIGKILL)
     until(lambda: not workers(tmp_path), 120)
     assert not (tmp_path / "scores.safetensors").exists()
+
+
+def rows(file):
+    return file.read_text().splitlines()[1:] if file.exists() else []
+
+
+def test_a_preempted_training_saves_and_goes_on(teacher, tmp_path):
+    """SIGTERM reaches `minitron` and its worker, as Slurm sends it. No step but the last would be saved without it:
+    then the second run would begin at step 1 and write all rows anew."""
+    prune(teacher / "teacher", random_plan(from_hf(teacher / "teacher"), keep={"ffn": 64}), tmp_path / "pruned")
+    command = ["distill", tmp_path / "pruned", "--teacher", "teacher", "--data", "corpus.jsonl", "--precision", "fp32"]
+    command += ["--tokens", 32 * STEPS, "--sequence-length", 32, "--save-every", STEPS, "--out", tmp_path / "student"]
+    process = started(teacher, tmp_path, command)
+    losses = tmp_path / ".student.work" / "training" / "loss.csv"
+    until(lambda: len(rows(losses)) > 4 or process.poll() is not None, 300)
+    for victim in (process.pid, *workers(tmp_path)):
+        os.kill(victim, signal.SIGTERM)
+    output = "".join(process.communicate(timeout=120))
+    assert process.returncode == 143, output
+    assert "told to stop, saved" in output
+    first = rows(losses)
+    assert 4 < len(first) < STEPS
+    minitron(teacher, *command)
+    assert rows(losses)[: len(first)] == first
+    assert [int(row.split(",")[0]) for row in rows(losses)] == list(range(1, STEPS + 1))

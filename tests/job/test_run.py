@@ -84,8 +84,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 WORKER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the package's worker: torchrun ignores it
 rank = int(os.environ["RANK"])
 if sys.argv[1] == "all refuse":
     Path(os.environ["MINITRON_ERRORS"], f"refused-{rank}").write_text(f"rank {rank} has no data")
