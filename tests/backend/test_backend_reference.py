@@ -1,5 +1,10 @@
 """The twin's layers against torch's and Megatron's own, and its module tree against Transformer Engine's."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import bare_models
@@ -228,3 +233,16 @@ def test_the_model_is_causal_and_differentiable(kind):
     assert not torch.allclose(first[:, 6:], changed[:, 6:], atol=1e-2)
     made(tokens, positions, None, labels=tokens).mean().backward()
     assert [n for n, p in made.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_a_checkpoint_with_fp8_state_loads_on_a_cpu(tmp_path):
+    """As Megatron writes it on a GPU: an object for each linear of each layer, in torch_dist's files."""
+    script = Path(__file__).with_name("te_state_script.py")
+    command = [sys.executable, str(script), str(tmp_path / "checkpoint"), str(tmp_path / "out.json")]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["same"]
+    assert all(found["same"].values())
+    assert sum("linear_qkv._extra_state/shard_" in key for key in found["objects"]) == 4  # of each layer

@@ -9,6 +9,7 @@ import torch
 from pico import pico_llama, raw_tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -43,8 +44,18 @@ def parameter(source, name):
     return as_tensor(whole, "F32")
 
 
+WITH_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def fp8_state(layer):
+    """What Transformer Engine 2 keeps of a linear in `_extra_state`: a pickle of its scales and histories, as bytes."""
+    state = {"recipe": None, "scale_fwd": torch.full((3,), 2.0), "amax_history_fwd": torch.ones(1024, 3) * layer}
+    return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+
 def write_checkpoint(source, weights):
-    """Layers stacked, each layer's chunks apart, one after another in one file."""
+    """Layers stacked, each layer's chunks apart, one after another in one file; and Transformer Engine's FP8 state,
+    an object a layer, as Megatron writes it: `KEY/shard_OFFSETS_SHAPE`, bytes of torch.save."""
     entries, places, data = {}, {}, io.BytesIO()
 
     def add(key, offset, chunk, size):
@@ -71,6 +82,12 @@ def write_checkpoint(source, weights):
         for layer in range(layers):
             tensor = parameter(source, f"decoder.layers.{layer}.{name}")
             split(f"module.decoder.layers.{name}", tensor, (layer,), (layers, *tensor.shape))
+    for name in WITH_STATE:
+        for layer in range(layers):
+            key, start = f"module.decoder.layers.{name}._extra_state/shard_{layer}_{layers}", data.tell()
+            torch.save(fp8_state(layer), data)
+            entries[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo("__0_0.distcp", start, data.tell() - start)
     weights.mkdir(parents=True)
     (weights / "__0_0.distcp").write_bytes(data.getvalue())
     (weights / ".metadata").write_bytes(pickle.dumps(Metadata(entries, None, places)))
@@ -122,6 +139,19 @@ def test_chunks_that_are_read(tmp_path, teacher):
     assert {at[1:] for key, at in read if "fc2" in key} == {(0, 0)}
     outside = [(key, at) for key, at, _ in found if ".layers." not in key]
     assert len(outside) == len(set(outside)) == 3 + len(wanted)  # the embedding's three chunks, each once
+
+
+def test_fp8_state_is_left_behind(tmp_path, teacher):
+    """A cut matrix has other largest magnitudes: scales and histories are neither read (a pickle, in torch's own
+    loader too) nor written, and Transformer Engine starts its history anew."""
+    _, checkpoint, found = teacher
+    state = [key for key in checkpoint._metadata.state_dict_metadata if "_extra_state" in key]
+    assert len(state) == len(WITH_STATE) * checkpoint.architecture.num_layers
+    plan = PrunePlan(source=checkpoint.architecture, target=checkpoint.architecture, keep={})
+    (tmp_path / "s").mkdir()
+    write_weights(checkpoint, plan, tmp_path / "s", checkpoint.config)
+    assert not [key for key, _, _ in found if "_extra_state" in key]
+    assert not [name for name in raw_tensors(tmp_path / "s") if "extra" in name]
 
 
 def test_how_often_a_chunk_is_read(tmp_path, teacher):
