@@ -1,0 +1,117 @@
+"""What can rot in docker/ without a Docker engine: sources of COPY, shell of RUN, versions, the smoke test itself."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from nemo_minitron.backend.doctor import CONTAINERS, WANTED
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+FILES = sorted(DOCKER.glob("Dockerfile*"))
+LEGAL = {"ARG", "FROM", "RUN", "ENV", "COPY", "WORKDIR", "USER", "CMD"}
+
+
+def steps(file: Path) -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile; comments and continued lines as Docker reads them."""
+    lines = [line for line in file.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    whole = re.sub(r"\\\n", "", "\n".join(lines)).splitlines()
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in whole]
+
+
+def lacking():
+    spec = importlib.util.spec_from_file_location("lacking", DOCKER / "lacking.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_instructions_shell_and_sources(file):
+    found = steps(file)
+    assert {name for name, _ in found} <= LEGAL, "an instruction of no Dockerfile: a line that lost its backslash?"
+    assert [name for name, _ in found][:2] == ["ARG", "FROM"]
+    for name, text in found:
+        if name == "RUN":
+            checked = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True)
+            assert checked.returncode == 0, f"{text}\n{checked.stderr}"
+            for script in re.findall(r"docker/[\w.]+", text):
+                assert (ROOT / script).is_file(), script
+        if name == "COPY":
+            *sources, target = text.split()
+            assert all((ROOT / source).exists() for source in sources), text
+            assert target.startswith("/"), text
+
+
+def test_what_docker_does_not_copy_is_made_anew_and_nothing_needed_is_left_out():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs"} <= set(ignored)
+    made = re.findall(r"rm -rf (.*)", (ROOT / "Makefile").read_text())[0].replace("$(VENV)", ".venv").split()
+    assert set(made) <= set(ignored), "what `make clean` removes, the image makes for itself"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    plain = [name for name in ignored if "*" not in name and name != ".git"]
+    lost = [file for file in tracked if any(file == name or file.startswith(f"{name}/") for name in plain)]
+    assert not lost, f"tracked, but not copied into the images: {lost}"
+
+
+def test_the_bases_fit_the_constraints_and_the_doctor():
+    constraints = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    cpu, gpu = ((DOCKER / name).read_text() for name in ("Dockerfile.cpu", "Dockerfile"))
+    python = re.search(r"^ARG BASE=python:(\d+\.\d+)-slim", cpu, re.MULTILINE)[1]
+    assert f"(Python {python})" in (ROOT / "constraints.txt").read_text().splitlines()[0]
+    base = re.search(r"^ARG BASE=(\S+)", gpu, re.MULTILINE)[1]
+    rows = {f"{CONTAINERS[0][0]}:{tag.split()[0]}": versions for tag, *versions in CONTAINERS[1:]}
+    assert base in rows
+    ranges = {wanted.name: Requirement(f"{wanted.name}{wanted.range}").specifier for wanted in WANTED}
+    for image, (nemo, megatron, engine) in rows.items():
+        assert image in gpu, f"{image} of `minitron doctor` is not named in the Dockerfile"
+        found = {"nemo_toolkit": nemo, "megatron-core": megatron, "transformer-engine": engine}
+        assert all(version in ranges[name] for name, version in found.items()), image
+    assert all(text in gpu for text in (f"NeMo {rows[base][0]}", f"Megatron-core {rows[base][1]}"))
+    ours = Version(constraints["megatron-core"]).release[:2]
+    assert Version(rows[base][1]).release[:2] == ours, "the base is another Megatron-core than the tests'"
+
+
+def test_pip_adds_what_is_lacking_and_changes_nothing(tmp_path, capsys):
+    module = lacking()
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert module.lacking(ROOT / "pyproject.toml", {}) == wanted
+    installed = module.versions()
+    assert not module.lacking(ROOT / "pyproject.toml", installed), "this environment lacks nothing"
+    assert module.lacking(ROOT / "pyproject.toml", {k: v for k, v in installed.items() if k != "scipy"}) == ["scipy"]
+    held = tmp_path / "held.txt"
+    assert module.main(["--save", str(held)]) is None
+    assert capsys.readouterr().out == ""
+    assert f"torch=={installed['torch']}\n" in held.read_text()
+    assert module.main(["--compare", str(held)]) is None
+    held.write_text("numpy==1.0\nnothing-of-the-kind==2\n")
+    message = module.main(["--compare", str(held)])
+    assert f"numpy was 1.0 and is {installed['numpy']}; nothing-of-the-kind was 2 and is gone" in message
+
+
+def test_a_base_without_megatron_is_refused(tmp_path, monkeypatch):
+    module = lacking()
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "2.9", "nemo-toolkit": "2.6.0"})
+    assert "has no megatron-core" in module.main(["--save", str(tmp_path / "held.txt")])
+
+
+@pytest.mark.slow
+def test_the_smoke_test_passes_here():
+    assert subprocess.run(["sh", "-n", str(DOCKER / "smoke_test.sh")]).returncode == 0
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    assert shutil.which("minitron", path=environment["PATH"]), "the package is not installed"
+    run = subprocess.run(
+        ["sh", str(DOCKER / "smoke_test.sh")], capture_output=True, text=True, env=environment, cwd="/"
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "all is well" in run.stdout
+    assert "scored and cut to 15,968 parameters" in run.stdout  # of 26,784: one of two layers, 48 of 64 neurons
