@@ -14,6 +14,7 @@ from nemo_minitron.cli.compress import compress
 from nemo_minitron.cli.distill import distill
 from nemo_minitron.cli.estimate import estimate
 from nemo_minitron.cli.evaluate import evaluate
+from nemo_minitron.cli.finetune import finetune
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
@@ -28,7 +29,8 @@ app = typer.Typer(
     add_completion=False,
 )
 COMMANDS = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, evaluate, serving, report, doctor,
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
+    report, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

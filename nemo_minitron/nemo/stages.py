@@ -46,7 +46,7 @@ def distill(settings: dict[str, Any]) -> None:
     )
     trainer.callbacks[:0] = _callbacks(settings, recipe)  # before NeMo's of checkpoints: a saved step is a logged step
     llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
-    _mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
+    mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
 
 
 def _rows_of(cache: str) -> Any:
@@ -83,7 +83,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     return [*callbacks, SaveWhenAsked()]
 
 
-def _mark_last(trainer: Any, out: Path, steps: int) -> None:
+def mark_last(trainer: Any, out: Path, steps: int) -> None:
     """Writes down where the last checkpoint lies, for the stage that comes after, and whether training ended early."""
     if trainer.is_global_zero:
         from nemo.lightning.ckpt_utils import ckpt_to_dir

@@ -24,10 +24,11 @@ def main() -> None:
     from nemo_minitron.errors import InputError
 
     try:
-        from nemo_minitron.nemo import cache, compensate, estimate, prune, stages
+        from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
 
         run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
-        (run | {"compensate": compensate.compensate, "cache": cache.cache_logits})[stage](settings)
+        run |= {"compensate": compensate.compensate, "cache": cache.cache_logits, "finetune": finetune.finetune}
+        run[stage](settings)
     except InputError as error:
         folder = os.environ.get("MINITRON_ERRORS")
         if folder:

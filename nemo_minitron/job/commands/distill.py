@@ -41,7 +41,7 @@ def run_training(
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
-    if _finished(out, stop or recipe.steps):
+    if finished(out, stop or recipe.steps):
         return
     if recipe.correction_tokens and teacher:
         teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
@@ -78,7 +78,7 @@ def _corrected(
     return str(last_checkpoint(out))
 
 
-def _finished(out: Path, steps: int) -> bool:
+def finished(out: Path, steps: int) -> bool:
     """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
     half-saved is cleared for the next try."""
     mark = out / "last.json"
@@ -109,7 +109,7 @@ def run_distill(
     if teacher is None and not recipe.teacher_cache:
         raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
     source, teacher_folder = resolve(student), resolve(teacher) if teacher else None
-    _check_out(out, (source, teacher_folder) if teacher_folder else (source,))
+    check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
     models = [HFSource(source).architecture, *([open_source(teacher_folder).architecture] if teacher_folder else [])]
@@ -134,7 +134,7 @@ def run_distill(
         return export_student(training, source, out)
 
 
-def _check_out(out: Path, inputs: tuple[Path, ...]) -> None:
+def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
     """A folder that somebody else made is never replaced. Raises InputError."""
     if any(out.resolve() == path.resolve() for path in inputs):
         raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")

@@ -1,0 +1,81 @@
+"""A distilled student -> an aligned one: instruction tuning on prompts and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import digest_of, file_digest, write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import resolve
+from nemo_minitron.job.commands.corpus import cache_of
+from nemo_minitron.job.commands.distill import check_out, export_student, finished, teacher_identity
+from nemo_minitron.job.finetuning import Finetuning
+from nemo_minitron.job.launch import launch
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.lock import locked
+
+FIELDS = ("input", "output")
+
+
+def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Path:
+    """`minitron finetune`: a Hugging Face folder in, an aligned one out, `loss.csv` beside its files; called again
+    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`. Raises InputError."""
+    from nemo_minitron.pruning import HFSource
+
+    source = resolve(student)
+    check_out(out, (source,))
+    architecture = HFSource(source).architecture
+    layout = layout.for_depth(architecture.num_layers)
+    layout.check(architecture, training=True)
+    layout.check_sequence(recipe.sequence_length)
+    recipe.training().check_batch(layout)
+    check_rows(data)
+    work = cache_of(out)
+    with locked(work):
+        training = work / "training"
+        _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
+        if not finished(training, recipe.steps):
+            settings = {
+                "student": str(source), "data": str(training / "data"), "out": str(training),
+                "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
+            }  # fmt: skip
+            launch("finetune", settings, layout.processes, work / "log.txt")
+        finished(training, recipe.steps)
+        return export_student(training, source, out)
+
+
+def _begin(training: Path, made_of: list[Any], data: Path) -> None:
+    """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
+    identity, mark = digest_of(made_of), training / "settings.json"
+    if training.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+        shutil.rmtree(training)
+    if not mark.is_file():
+        (training / "data").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data, training / "data" / "training.jsonl")
+        write_json(mark, identity)
+
+
+def check_rows(data: Path) -> int:
+    """The number of rows. Raises InputError, with the line's number, for one that is no prompt with an answer."""
+    try:
+        lines = data.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the prompts '{data}' cannot be read ({error})") from None
+    rows = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"'{data}', line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
+            raise InputError(f"'{data}', line {number} lacks a text 'input' or 'output'; each row has both")
+        rows += 1
+    if not rows:
+        raise InputError(f"'{data}' holds no prompt; it needs lines with input and output")
+    return rows
