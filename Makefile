@@ -1,4 +1,4 @@
-# make venv | demo | test | lint: each sets up what it needs, says what it does and how long it took.
+# make venv | demo | test | test-gpu | lint: each sets up what it needs, says what it does and how long it took.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-gpu lint clean
 
 venv: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ test: venv lint
 	@echo "make test: every test on this machine, real processes over gloo (under 20 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$code
+
+test-gpu:
+	@echo "make test-gpu: what only a GPU shows, with the Python on the path (a container's), or .venv's"
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v python3); $$python -m pytest tests/gpu -q -rs
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/mypy nemo_minitron

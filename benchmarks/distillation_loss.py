@@ -189,8 +189,8 @@ def _liger(hidden: Any, weight: Any, teacher_hidden: Any, teacher_weight: Any) -
 
     from nemo_minitron.distillation import fused_head
 
-    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False, chunk_size=fused_head.CHUNK["cpu"])
-    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False, chunk_size=fused_head.CHUNK[hidden.device.type])
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     return loss(hidden.flatten(0, 1), weight, teacher_hidden.flatten(0, 1), teacher_weight, labels)
 
 
