@@ -3,6 +3,7 @@
 What the arms are: `retraining_arms.py`. Each is a cut of the teacher, trained on `--tokens` tokens of demo/wikipedia
 (or of Python's own manual, the shifted domain) and measured on held-out text of the same corpus, with the package's
 step and Megatron's optimizer, but in one process and without a trainer. A seed draws the rows, the same for every arm.
+"Equal time" is of CPU seconds a step, the teacher's forward and the optimizer with them, as the first seed has them.
 Each finished arm and seed is a line of `--work`/state.jsonl: run again, the script goes on; `--resume RESULT.json`
 begins a state with an older result's rows. `--report` runs nothing. Prints a table, and writes `--out`.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -237,7 +239,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     settings = {
-        "tokens": arguments.tokens, "sequence length": arguments.sequence_length,
+        "model": Path(arguments.model).name, "tokens": arguments.tokens, "sequence length": arguments.sequence_length,
         "held-out tokens": arguments.held_out, "schedule": dataclasses.asdict(Schedule()), "precision": "bf16",
         "threads": 1,
     }  # fmt: skip
@@ -262,6 +264,7 @@ def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:
     bench = Bench(model, work, settings, state.rows)
     for arm, seed in state.left():
         state.add(bench.run(arm, seed))
+        gc.collect()  # Megatron's DDP and its optimizer hold each other: 0.7 GB an arm
         last = state.rows[-1]
         print(f"{arm.name}, seed {seed}: {last['before']} -> {last['after']}, {last['CPU s a step']} s", flush=True)
 
