@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from nemo_minitron.job import Job
+
+EXECUTOR = "local, docker, slurm, skypilot, or a name in NeMo-Run's executors.py; its settings are executor.key=value."
 
 
 def compress(
@@ -20,6 +28,10 @@ def compress(
     ep: Annotated[Optional[int], typer.Option("--ep", help="Expert-parallel size; layout.ep.")] = None,
     dp: Annotated[Optional[int], typer.Option("--dp", help="Data-parallel size; layout.dp.")] = None,
     sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
+    nodes: Count = None,
+    node_rank: Rank = None,
+    rendezvous: Meeting = None,
+    executor: Annotated[Optional[str], typer.Option("--executor", help=EXECUTOR)] = None,
 ) -> None:
     """The whole job, resumable, into one run folder."""
     from nemo_minitron.job.chain import describe_chain
@@ -29,10 +41,35 @@ def compress(
 
     layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
-    job = find(recipe).override([*(overrides or []), *chosen])
-    if dry_run:
-        print(describe_chain(settled(job), out or Path("runs") / job.name) if job.chain else describe(settled(job)))
+    settings = [*(overrides or []), *chosen]
+    own = [setting for setting in settings if not setting.startswith("executor.")]
+    if len(own) < len(settings) and not executor:
+        raise InputError("settings of an executor need one; give --executor, or leave executor.key=value out")
+    job = find(recipe).override(own)
+    folder = out or Path("runs") / job.name
+    if dry_run or executor:  # what would be refused there is refused here
+        text = describe_chain(settled(job), folder) if job.chain else describe(settled(job))
+        if dry_run:
+            print(text)
+        if executor:
+            command = ["compress", recipe, *own, "--out", str(folder.absolute())]
+            _hand_over(executor, [word for word in settings if word not in own], job, command, folder, dry_run)
         return
     from nemo_minitron.job.commands.compress import run_compress
 
-    run_compress(job, out)
+    place = (nodes, node_rank, rendezvous)
+    on_nodes(place, job.layout, ["compress", job.as_dict()], folder, lambda: run_compress(job, folder))
+
+
+def _hand_over(
+    name: str, settings: list[str], job: Job, command: list[str], folder: Path, dry_run: bool
+) -> None:  # fmt: skip
+    """The same command as a task of NeMo-Run, in this folder."""
+    from nemo_minitron.nemo import executors
+
+    here, there = Path.cwd(), folder.absolute().parent
+    made = executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
+    if dry_run:
+        print(f"\n{executors.dry_run(made, job.name, command)}")
+    else:
+        executors.submit(made, job.name, command)

@@ -1,0 +1,190 @@
+"""`--executor`: a `minitron` command as one task of NeMo-Run, on this machine, in a container, on Slurm or SkyPilot.
+
+One task goes through all stages: they find each other's results in the run folder, and a retry goes on from what is
+there. `minitron` starts the processes of a node itself, so a node has one task, whatever its number of GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.config import RUNDIR_NAME, get_nemorun_home
+from nemo_run.core.execution.base import import_executor
+from nemo_run.core.execution.skypilot import _SKYPILOT_AVAILABLE
+
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.nodes import Nodes
+
+GPUS = 8  # of a node
+# No plain values, but of an executor in executors.py.
+OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "job_dir", "dependencies")
+SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
+
+
+def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Any:
+    """NeMo-Run's executor of that kind, or of that name in its `executors.py`, with `executor.key=value` settings.
+
+    Nodes and GPUs are the layout's unless given. A container sees `folders` under their own names. Raises InputError
+    for an executor, a key or a value that does not exist, and for SkyPilot where it is not installed.
+    """
+    given = [_split(setting) for setting in settings]
+    if name not in KINDS:
+        return _changed(_named(name), given)
+    if name == "skypilot" and not _SKYPILOT_AVAILABLE:
+        raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
+    kind, complete = KINDS[name]
+    values: dict[str, Any] = {}
+    for key, text in given:
+        _put(values, kind, key, text)
+    values = complete(values, layout, [f"{folder}:{folder}" for folder in folders])
+    for field in _fields(kind):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+            raise InputError(f"--executor {name} needs executor.{field.name}; give executor.{field.name}=VALUE")
+    return kind(**values)
+
+
+def _named(name: str) -> Any:
+    file = Path(get_nemorun_home(), "executors.py")
+    if file.is_file():
+        try:
+            return import_executor(name)
+        except AttributeError:
+            pass
+    raise InputError(f"there is no executor '{name}', nor one in {file}; {nearest(name, KINDS)}")
+
+
+def _changed(executor: Any, given: Iterable[tuple[str, str]]) -> Any:
+    values: dict[str, Any] = {}
+    for key, text in given:
+        _put(values, type(executor), key, text)
+    for key, value in values.items():
+        setattr(executor, key, {**getattr(executor, key), **value} if isinstance(value, dict) else value)
+    return executor
+
+
+# -- settings ------------------------------------------------------------------------------------------
+def _split(setting: str) -> tuple[str, str]:
+    key, separator, text = setting.removeprefix("executor.").partition("=")
+    if not separator:
+        raise InputError(f"'{setting}' is no setting; write executor.key=value, for example executor.account=NAME")
+    return key, text
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.init and field.name not in OBJECTS]
+
+
+def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
+    """`account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`."""
+    fields, (name, _, inner) = {field.name: str(field.type) for field in _fields(kind)}, key.partition(".")
+    if name not in fields or (inner and "dict" not in fields[name]):
+        raise InputError(f"the executor has no key '{key}'; {nearest(name, fields)}")
+    if inner:
+        values.setdefault(name, {})[inner] = text
+    elif "list" in fields[name] and not text.startswith("["):
+        values[name] = text.split(",")
+    else:
+        try:
+            values[name] = text if fields[name] in ("str", "Optional[str]") else json.loads(text)
+        except ValueError:
+            values[name] = text
+
+
+# -- what is not given ---------------------------------------------------------------------------------
+def _local(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    return given
+
+
+def _docker(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    shared = {"ipc_mode": "host", "ulimits": ["memlock:-1", "stack:67108864"]}  # as NVIDIA's containers ask for
+    values = {"num_gpus": layout.processes, "packager": run.Packager(), **shared, **given}
+    return values | {"volumes": [*mounts, *given.get("volumes", [])]}
+
+
+def _slurm(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    nodes, each = _spread(given, layout, "nodes")
+    values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), **SLURM, **given}
+    values |= {"ntasks_per_node": 1, "gpus_per_node": values["gpus_per_node"] or None}  # 0: a cluster without
+    if "container_image" in given:
+        values["container_mounts"] = [*mounts, *given.get("container_mounts", [])]
+    return values
+
+
+def _skypilot(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    nodes, each = _spread(given, layout, "num_nodes")
+    return {"num_nodes": nodes, "gpus_per_node": each, **given}
+
+
+def _spread(given: Mapping[str, Any], layout: Layout, key: str) -> tuple[int, int]:
+    """(nodes, processes a node) of a layout. Raises InputError where they do not divide."""
+    nodes = given.get(key) or -(-layout.processes // (given.get("gpus_per_node") or GPUS))
+    Nodes(nodes).check(layout)
+    return nodes, layout.processes // nodes
+
+
+KINDS = {  # name -> NeMo-Run's class, and what it is given
+    "local": (run.LocalExecutor, _local), "docker": (run.DockerExecutor, _docker),
+    "slurm": (run.SlurmExecutor, _slurm), "skypilot": (run.SkypilotExecutor, _skypilot),
+}  # fmt: skip
+
+
+# -- the task ------------------------------------------------------------------------------------------
+def script(executor: Any, arguments: Sequence[str]) -> Any:
+    """A `minitron` command as NeMo-Run's script, in this folder; on SkyPilot in the repository's copy."""
+    contained = getattr(executor, "container_image", None) or isinstance(executor, run.SkypilotExecutor)
+    minitron = "minitron" if contained else f"{shlex.quote(sys.executable)} -m nemo_minitron.cli"
+    here = "" if isinstance(executor, run.SkypilotExecutor) else f"cd {shlex.quote(os.getcwd())}\n"
+    return run.Script(inline=f"{here}exec {minitron} {shlex.join(arguments)}\n")
+
+
+def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
+    """Starts the task and waits for its end; one on Slurm or SkyPilot goes on alone. Raises RuntimeError."""
+    with run.Experiment(name, executor=executor, log_level="WARN", enable_goodbye_message=False) as experiment:
+        experiment.add(script(executor, arguments), name=name)
+        alone = isinstance(executor, (run.SlurmExecutor, run.SkypilotExecutor))
+        experiment.run(detach=alone, tail_logs=not alone)
+    state = experiment.jobs[0].state
+    if not alone and state.name != "SUCCEEDED":
+        raise RuntimeError(f"the task ended as {state.name}; its logs are in {experiment._exp_dir}")
+
+
+def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
+    """What `submit` would hand over: the batch script, which is written, a container's command, or the command."""
+    with run.Experiment(name, executor=executor, log_level="ERROR", clean_mode=True) as experiment:
+        task = script(executor, arguments)
+        experiment.add(task, name=name)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        job, folder = experiment.jobs[0], Path(experiment._exp_dir)
+    lines = [task.inline.rstrip()]
+    for file in sorted(folder.glob("*_sbatch.sh")):
+        lines += [f"\n{file}:", file.read_text().rstrip(), "", f"sbatch --requeue --parsable {file}"]
+    if isinstance(executor, run.DockerExecutor):
+        lines += ["", docker_command(job._dryrun_info.request.containers[0], job.executor.job_dir)]
+    return "\n".join(lines)
+
+
+def docker_command(container: Any, job_folder: str) -> str:
+    """The `docker run` that does what NeMo-Run asks of Docker's engine."""
+    executor, words = container.executor, ["docker", "run", "--rm", "--name", container.name]
+    plain = {"--runtime": executor.runtime, "--shm-size": executor.shm_size, "--ipc": executor.ipc_mode}
+    count = executor.num_gpus
+    plain |= {"--network": executor.network, "--gpus": ("all" if count == -1 else count) or None}
+    words += [word for flag, value in plain.items() if value for word in (flag, str(value))]
+    for kind in executor.ulimits:
+        name, _, limits = kind.partition(":")
+        words += ["--ulimit", f"{name}={limits}"]
+    for volume in [*executor.volumes, f"{job_folder}:/{RUNDIR_NAME}"]:
+        words += ["-v", volume]
+    for key, value in (executor.env_vars | container.extra_env).items():
+        words += ["-e", f"{key}={value}"]
+    words += ["-w", f"/{RUNDIR_NAME}/code", executor.container_image, *container.command]
+    return shlex.join(words)

@@ -1,0 +1,94 @@
+"""`--executor`: what NeMo-Run would be handed, read back; no cluster and no container is there to run it."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.job.layout import Layout
+
+pytestmark = pytest.mark.slow  # NeMo-Run's import
+COMMAND = ["compress", "recipe.py", "keep.ffn=66", "--out", "/shared/runs/pico"]
+LAYOUT = Layout(tp=4, dp=4)
+SLURM = ["account=lab", "partition=gpu", "container_image=image", "container_mounts=/data:/data,/hub:/hub"]
+
+
+@pytest.fixture
+def executors(tmp_path, monkeypatch):
+    from nemo_run import config
+
+    from nemo_minitron.nemo import executors
+
+    monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's shell reads it
+    return executors
+
+
+def flags(script):
+    return dict(line[len("#SBATCH --") :].partition("=")[::2] for line in script.splitlines() if "#SBATCH" in line)
+
+
+def test_the_batch_script(executors, tmp_path):
+    settings = [f"executor.{setting}" for setting in (*SLURM, "retries=3", "time=08:00:00", "env_vars.A=b c")]
+    executor = executors.executor_of("slurm", settings, LAYOUT, [tmp_path])
+    text = executors.dry_run(executor, "pico", COMMAND)
+    (file,) = (tmp_path / "home").rglob("pico_sbatch.sh")
+    assert file.read_text().rstrip() in text
+    assert f"sbatch --requeue --parsable {file}" in text
+    found = flags(file.read_text())
+    wanted = {"account": "lab", "partition": "gpu", "nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "8"}
+    assert {name: found[name] for name in wanted} == wanted
+    assert (found["time"], found["signal"]) == ("08:00:00", "TERM@120")
+    assert "export TORCHX_MAX_RETRIES=3" in text
+    mounts = f"--container-mounts {tmp_path}:{tmp_path},/data:/data,/hub:/hub,"
+    assert f"--container-image image {mounts}" in text
+    (inside,) = (tmp_path / "home").rglob("scripts/pico.sh")
+    assert inside.read_text().splitlines()[1:] == [f"cd {tmp_path}", "exec minitron " + " ".join(COMMAND)]
+    assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+
+
+def test_a_cluster_without_gpus_and_containers(executors, tmp_path):
+    executor = executors.executor_of("slurm", ["account=lab", "nodes=4", "gpus_per_node=0"], LAYOUT, [tmp_path])
+    text = executors.dry_run(executor, "pico", COMMAND)
+    assert "--gpus" not in text
+    assert flags(text)["nodes"] == "4"
+    assert f"exec {sys.executable} -m nemo_minitron.cli compress" in text
+
+
+def test_the_container_command(executors, tmp_path):
+    settings = ["container_image=nvcr.io/nvidia/nemo:25.11", "volumes=/data:/data", "shm_size=16g"]
+    executor = executors.executor_of("docker", settings, LAYOUT, [tmp_path])
+    line = executors.dry_run(executor, "pico", COMMAND).splitlines()[-1]
+    assert line.startswith("docker run --rm ")
+    for words in ("--gpus 16", "--ipc host", "--shm-size 16g", f"-v {tmp_path}:{tmp_path} -v /data:/data"):
+        assert words in line
+    assert line.endswith("nvcr.io/nvidia/nemo:25.11 bash /nemo_run/scripts/pico.sh")
+
+
+def test_an_executor_of_ones_own(executors, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "executors.py").write_text(
+        "import nemo_run as run\ndef lab():\n    return run.SlurmExecutor(account='lab', env_vars={'A': '1'})\n"
+    )
+    executor = executors.executor_of("lab", ["nodes=4", "env_vars.B=2"], LAYOUT, [])
+    assert (executor.account, executor.nodes, executor.env_vars) == ("lab", 4, {"A": "1", "B": "2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("slurm", [], r"needs executor\.account"),
+        ("slurm", ["account=lab", "partitoin=gpu"], "did you mean 'partition'"),
+        ("slurm", ["account=lab", "nodes=3"], "16 processes do not divide over 3 nodes"),
+        ("slurm", ["account"], "executor.key=value"),
+        ("slrum", [], "did you mean 'slurm'"),
+        ("docker", [], r"needs executor\.container_image"),
+        ("skypilot", [], r"pip install 'nemo_run\[skypilot\]'"),
+    ],
+)
+def test_refusals(executors, name, settings, words):
+    with pytest.raises(InputError, match=words):
+        executors.executor_of(name, settings, LAYOUT, [])
