@@ -15,7 +15,7 @@ def evaluate(
         str, typer.Argument(help="Hugging Face folder, hub id, or NeMo checkpoint (converted for the time it takes).")
     ],
     data: HeldOut = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, NAME or FILE.yaml, with commas.")] = "",
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks: NAME, FILE.yaml, base, instruct.")] = "",
     limit: Annotated[Optional[int], typer.Option("--limit", help="Documents of each task.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="At most so many tokens.")] = 16_384,
     sequence_length: Length = 512,

@@ -144,7 +144,9 @@ def lines_of(job: Job, known: Known) -> list[str]:
     lines += [f"  {name:22}{size / 1e9:>12.3f} GB" for name, size in {**memory, "sum": sum(memory.values())}.items()]
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
-    lines += ["", f"distillation: {settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}"]
+    taught = f", the teacher in {settings.teacher_precision}" if settings.teacher_precision else ""
+    trained = f"{settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}{taught}"
+    lines += ["", f"distillation: {trained}"]
     lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
     lines += [compute(target, ancestor, settings, job.search).words(layout.processes)]
     lines += [job.generation.words()] if job.generation.wanted else []

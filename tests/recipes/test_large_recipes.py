@@ -115,7 +115,7 @@ def test_the_dry_run_tells_tokens_steps_and_gpu_hours_and_loads_nothing(tmp_path
     command = [sys.executable, "-c", code, "compress", "llama31_8b_to_4b_width", "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "distillation: 9960 steps, 93,994,352,640 tokens, forward_kl, bf16" in done.stdout
+    assert "9960 steps, 93,994,352,640 tokens, forward_kl, bf16, the teacher in fp8-current" in done.stdout
     assert "GPU-hours: 6,802.4, 26.6 h on 256 GPUs" in done.stdout
     assert "at 989 TFLOPS (H100, bf16) and an assumed MFU of 40%" in done.stdout
     assert "the teacher is not on this machine" in done.stdout
