@@ -1,15 +1,16 @@
-"""Model -> numbers: loss, perplexity and bits per byte of packed windows, greedy text, lm-eval tasks, acceptance.
+"""Model -> numbers: loss, perplexity and bits per byte of packed windows, text, lm-eval tasks, acceptance.
 
 Models are Hugging Face folders, read by transformers, so a student is measured by code that did not make
 it. Importing this room loads neither torch nor transformers.
 """
 
 from nemo_minitron.evaluation.acceptance import Acceptance, draft_acceptance
-from nemo_minitron.evaluation.generation import generate
+from nemo_minitron.evaluation.generation import generate, sample
 from nemo_minitron.evaluation.latency import forward_seconds
 from nemo_minitron.evaluation.perplexity import Numbers, evaluate
 from nemo_minitron.evaluation.tasks import check_tasks, run_tasks
 
 __all__ = [
     "Acceptance", "Numbers", "check_tasks", "draft_acceptance", "evaluate", "forward_seconds", "generate", "run_tasks",
+    "sample",
 ]  # fmt: skip

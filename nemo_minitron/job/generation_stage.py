@@ -76,7 +76,7 @@ def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[i
 
 def write_parts(run: Run, folder: Path, prompts: list[list[int]], parts: Path) -> None:
     """A file a batch in `parts`, each whole or not there."""
-    from nemo_minitron.evaluation.generation import sample
+    from nemo_minitron.evaluation import sample
 
     settings = run.job.generation
     parts.mkdir(parents=True, exist_ok=True)

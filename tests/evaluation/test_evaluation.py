@@ -209,14 +209,14 @@ def drawn(folder, prompts, **options):
 
 
 def test_sample_is_settled_by_its_seed_and_skips_without_a_trace(folder):
-    """Of six prompts the first three and the last three are of one length: batches begin at 0, 2, 3 and 5."""
-    prompts = [[5, 10], [8, 9], [5, 10], [4, 6, 7], [5, 5, 5], [9, 8, 7]]
+    """Of seven prompts the first four and the last three are of one length: batches begin at 0, 2, 4 and 6."""
+    prompts = [[5, 10], [8, 9], [5, 10], [8, 9], [4, 6, 7], [5, 5, 5], [9, 8, 7]]
     whole = drawn(folder, prompts)
-    assert [(first, len(rows)) for first, rows in whole.items()] == [(0, 2), (2, 1), (3, 2), (5, 1)]
+    assert [(first, len(rows)) for first, rows in whole.items()] == [(0, 2), (2, 2), (4, 2), (6, 1)]
     assert whole[0][0][0] == WORDS[5] + WORDS[10]
-    assert whole[0][0] != whole[2][0]  # one prompt, another draw
+    assert whole[0] != whole[2]  # the same prompts, drawn anew
     assert drawn(folder, prompts) == whole
-    assert drawn(folder, prompts, skip=lambda first: first in (0, 3)) == {2: whole[2], 5: whole[5]}
+    assert drawn(folder, prompts, skip=lambda first: first in (0, 4)) == {2: whole[2], 6: whole[6]}
     # So cold a distribution has its likeliest token alone, as greedy generation has it.
     cold = drawn(folder, prompts[:1], temperature=1e-4)[0][0][1]
     assert cold == "".join(WORDS[token] for token in greedy(folder, [5, 10], 5)[2:] if token)
