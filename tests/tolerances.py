@@ -98,3 +98,6 @@ FP8_SCORES = 0.3
 FP8_OVERLAP = 0.06
 FP8_KL = 0.005
 FP8_GRADIENT = 0.4
+
+# Two FP8 linears in two ranks under delayed scaling: the same FP8 values, products summed in another order (96 terms).
+FP8_LAYOUT = 1e-5
