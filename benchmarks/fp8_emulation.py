@@ -1,6 +1,6 @@
 """What FP8 does to numbers: scores, kept sets, a teacher's logits, a student's loss, in the emulation.
 
-    python benchmarks/fp8_emulation.py [--samples 16] [--steps 12] [--threads 1] [--out FILE.json]
+    python benchmarks/fp8_emulation.py [--samples 16] [--rows 8] [--steps 12] [--threads 1] [--out FILE.json]
 
 The model is demo/smollm2-135m-instruct on the reference layers, the text demo/wikipedia: calibration and training from
 its train split, the KL on its test split. Each FP8 precision (`backend/fp8.py`) against bf16, and fp32 against bf16
