@@ -130,7 +130,8 @@ def scaling_for(config: Any) -> Scaling | None:
     recipe = getattr(config, EMULATED, None)
     if recipe == "delayed":
         return Delayed(group=_group(config))
-    return None if recipe is None else {"tensorwise": Current, "blockwise": Blocks}[recipe]()
+    kinds: dict[str, type[Scaling]] = {"tensorwise": Current, "blockwise": Blocks}
+    return None if recipe is None else kinds[recipe]()
 
 
 def _group(config: Any) -> Any:
