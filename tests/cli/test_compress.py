@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,23 @@ def test_nemo_alone_trains_the_student_on(world, rooms):
 def test_a_rerun_does_nothing(world):
     output = minitron(world, "compress", "recipe.py", "--out", "run")
     assert output.count("done before, skipped") == 9
+
+
+def test_the_student_learns_what_the_teacher_wrote(world):
+    """The finished run once more, with a text to be written: what comes before it stays, what comes after is anew."""
+    shutil.copytree(world / "run", world / "written")
+    asked = ["generation.documents=24", "generation.prompt_tokens=8", "generation.new_tokens=40"]
+    loss = ["distillation.logits_weight=0", "distillation.lm_weight=1"]
+    output = minitron(world, "compress", "recipe.py", "--out", "written", *asked, *loss)
+    assert output.count("done before, skipped") == 5
+    assert "[6/10] generate ..." in output
+    data, training = world / "written" / "data", world / "written" / "checkpoints" / "distilled"
+    record = json.loads((data / "generation.json").read_text())
+    assert record["documents"] + record["empty"] == 24
+    assert len((data / "generated.jsonl").read_text().splitlines()) == record["documents"]
+    read = {json.loads(file.read_text())["dataset_path"] for file in (training / "index").rglob("*description.txt")}
+    assert read == {"written/data/generated"}
+    assert len(losses(training / "loss.csv")) == 6
 
 
 def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
