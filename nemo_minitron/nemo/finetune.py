@@ -8,6 +8,7 @@ from typing import Any
 import nemo_minitron.backend as backend
 from nemo_minitron.job.finetuning import Finetuning
 from nemo_minitron.job.layout import Layout
+from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
 
 def finetune(settings: dict[str, Any]) -> None:
@@ -18,12 +19,12 @@ def finetune(settings: dict[str, Any]) -> None:
 
     from nemo_minitron.nemo.data.module import nemo_tokenizer
     from nemo_minitron.nemo.distill import FillStudent
+    from nemo_minitron.nemo.epoch import TwiceTheSamples
     from nemo_minitron.nemo.loss_log import LossLog
     from nemo_minitron.nemo.models import nemo_model
     from nemo_minitron.nemo.sources import open_source
     from nemo_minitron.nemo.stages import mark_last
     from nemo_minitron.nemo.stop import SaveWhenAsked
-    from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
     recipe, layout = Finetuning(**settings["finetuning"]), Layout(**settings["layout"])
     out, student, optim = settings["out"], open_source(settings["student"]), optimizer(recipe.training())
@@ -36,7 +37,7 @@ def finetune(settings: dict[str, Any]) -> None:
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
     log = LossLog(str(Path(out) / "loss.csv"), recipe.tokens_per_step)
-    trainer.callbacks[:0] = [FillStudent(settings["student"]), log, SaveWhenAsked()]
+    trainer.callbacks[:0] = [FillStudent(settings["student"]), log, TwiceTheSamples(), SaveWhenAsked()]
     llm.finetune(
         model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()), resume=resume(),
         optim=optim,
