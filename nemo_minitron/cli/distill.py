@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
 from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Tp, Vp
 
 
@@ -46,6 +47,9 @@ def distill(
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
+    nodes: Count = None,
+    node_rank: Rank = None,
+    rendezvous: Meeting = None,
 ) -> None:
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
     from nemo_minitron.job import Distillation, Layout
@@ -60,5 +64,10 @@ def distill(
         validate_every=validate_every, patience=patience, precision=settle(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
-    run_distill(student, teacher, data, out, settings, layout, validation=validation, plan=plan)
-    print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")
+
+    def command() -> None:
+        run_distill(student, teacher, data, out, settings, layout, validation=validation, plan=plan)
+        print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")
+
+    job = ["distill", student, teacher, data, vars(settings), vars(layout), validation, str(plan)]
+    on_nodes((nodes, node_rank, rendezvous), layout, job, out, command)

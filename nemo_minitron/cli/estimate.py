@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
 from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Tp, Vp
 
 CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated"
@@ -45,6 +46,9 @@ def estimate(
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
+    nodes: Count = None,
+    node_rank: Rank = None,
+    rendezvous: Meeting = None,
 ) -> None:
     """Score what matters, with forward passes only; run again after a kill, it goes on."""
     from nemo_minitron.job import Calibration, Layout
@@ -58,10 +62,15 @@ def estimate(
         method=method,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
-    scores = run_estimate(model, data, out, calibration, layout, merge)
-    print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
-    for line in lines(scores):
-        print(f"  {line}")
+
+    def command() -> None:
+        scores = run_estimate(model, data, out, calibration, layout, merge)
+        print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
+        for line in lines(scores):
+            print(f"  {line}")
+
+    job = ["estimate", model, data, vars(calibration), vars(layout), str(merge)]
+    on_nodes((nodes, node_rank, rendezvous), layout, job, out, command)
 
 
 def _names(text: str) -> list[str]:
