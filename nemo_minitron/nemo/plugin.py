@@ -12,10 +12,12 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Optional, get_args, get_origin, get_type_hints
 
 import nemo_run as run
 
+from nemo_minitron.cli.nodes import on_nodes
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.commands.compress import run_compress
 from nemo_minitron.job.find import names
@@ -121,48 +123,57 @@ def _leads(job: Job) -> bool:
     Takes torchrun's variables away, which are not those workers'. Raises InputError for processes on several
     machines, or of another number than the layout's.
     """
-    started = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        raise InputError(f"NeMo-Run started {started} processes on several machines; it must be one, with nodes=1")
-    if int(started) not in (1, job.layout.processes):
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    started = int(os.environ["WORLD_SIZE"])
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        raise InputError("torchrun was started on several nodes; leave the launcher out, with one task a node")
+    if started not in (1, job.layout.processes):
         raise InputError(
             f"NeMo-Run started {started} processes; the layout has {job.layout.processes}, so ntasks_per_node must be "
             f"{job.layout.processes}, or 1"
         )
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ["RANK"] == "0"
     for name in [name for name in os.environ if name in TORCHRUN or name.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     return first
 
 
+def _do(job: Job, out: Optional[str], until: str = "") -> None:
+    """As `minitron compress`, also where an executor starts it once on each of several nodes."""
+    folder = Path(out or Path("runs") / job.name)
+    same = ["compress", until, job.as_dict()]
+    on_nodes((None, None, None), job.layout, same, folder, lambda: run_compress(job, folder, until))
+
+
 @command
 def compress(job: Job, out: Optional[str]) -> None:
     """The whole job, resumable, into one run folder: `out`, or runs/NAME."""
-    run_compress(job, out)
+    _do(job, out)
 
 
 @command
 def estimate(job: Job, out: Optional[str]) -> None:
     """A run as far as its scores: what matters, with forward passes only."""
-    run_compress(job, out, "estimate")
+    _do(job, out, "estimate")
 
 
 @command
 def plan(job: Job, out: Optional[str]) -> None:
     """A run as far as its plan: what stays."""
-    run_compress(job, out, "plan")
+    _do(job, out, "plan")
 
 
 @command
 def prune(job: Job, out: Optional[str]) -> None:
     """A run as far as its student, cut and not yet trained: checkpoints/pruned."""
-    run_compress(job, out, "prune")
+    _do(job, out, "prune")
 
 
 @command
 def distill(job: Job, out: Optional[str]) -> None:
     """A run as far as its student, retrained from the teacher's logits: student."""
-    run_compress(job, out, "export")
+    _do(job, out, "export")
 
 
 def local() -> Any:

@@ -3,6 +3,7 @@ as its users type it, several times in one process, since NeMo-Run imports all o
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def main() -> None:
     job = Path("job.yaml")
     job.write_text(job.read_text().replace("_partial_: true\n", ""))  # which NeMo-Run writes and cannot read
     found["again"] = nemo("compress", "--yaml", "job.yaml", "seed=3", "--to-yaml", "again.yaml")
+    os.environ |= {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "1", "RANK": "1"}
+    found["three for one"] = nemo("plan", "--factory", "pico", "out=none", "--yes")
+    found["not the first"] = nemo("plan", "--factory", "pico", "layout.tp=3", "out=none", "--yes")
     print("RESULT" + json.dumps(found))
 
 

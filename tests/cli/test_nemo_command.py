@@ -93,3 +93,12 @@ def test_a_run_through_the_local_executor_is_the_same_run(said, world):
     ours, theirs = raw_tensors(world / "run" / "student"), raw_tensors(world / "by-nemo" / "student")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
+
+
+def test_under_torchrun_the_first_process_alone_does_the_job(said, world):
+    """The others leave at once, having made nothing; a number that is not the layout's is refused in a sentence."""
+    code, text = said["three for one"]
+    assert code == 1
+    assert "NeMo-Run started 3 processes; the layout has 1" in text
+    assert said["not the first"][0] == 0, said["not the first"][1]
+    assert not (world / "none").exists()
