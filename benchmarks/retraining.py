@@ -27,6 +27,7 @@ from retraining_state import State, show, summary
 from short_training import Schedule, Training, held_out_loss
 
 HOME = Path(__file__).parents[1]
+KNOWN = "known.json"
 CALIBRATION, HELD_OUT = 32, 512  # rows that are scored; the length of a held-out row
 EVERY = 12  # of the manual's topics, each twelfth is held out
 
@@ -46,18 +47,19 @@ class Bench:
             for split, text in texts.items():
                 self.tokens[corpus, split] = build(str(text), tokenizer, work / f"{corpus} {split}")
         self.plans: dict[tuple[str, str], Any] = {}
-        self.teacher, self.losses = self.load_teacher()
+        self.teacher = self.load_teacher()
 
-    def load_teacher(self) -> tuple[Any, dict[str, float]]:
-        """The teacher, and its own held-out losses by corpus."""
+    def load_teacher(self) -> Any:
+        """The teacher, measured and scored before it loses its head to the step."""
         from nemo_minitron.distillation.teacher import Teacher
         from nemo_minitron.nemo.distill import model_inputs
 
         chunk = self.load()
         self.vocab_size = chunk.vocab_size
-        losses = {name: self.known(f"teacher, {name}", partial(self.loss, chunk, name)) for name in (WIKIPEDIA, MANUAL)}
+        for corpus in (WIKIPEDIA, MANUAL):
+            self.known(f"teacher, {corpus}", partial(self.loss, chunk, corpus))
         self.scores = self.score(chunk)
-        return Teacher([chunk], model_inputs), losses
+        return Teacher([chunk], model_inputs)
 
     def load(self, plan: Any = None) -> Any:
         from nemo_minitron.nemo.models import load_model
@@ -71,9 +73,8 @@ class Bench:
         return estimate(chunk, rows.split(4))
 
     def known(self, name: str, make: Callable[[], float]) -> float:
-        """A number of `work`/known.json, made where it is not there."""
-        file = self.work / "known.json"
-        held = json.loads(file.read_text()) if file.exists() else {}
+        """A held-out loss of `work`/known.json, made where it is not there."""
+        file, held = self.work / KNOWN, known_in(self.work)
         if name not in held:
             held[name] = make()
             file.write_text(json.dumps(held, indent=1))
@@ -212,6 +213,11 @@ class Bench:
         return lambda model, batch: forward(model, data_step(iter([batch])))
 
 
+def known_in(work: Path) -> dict[str, float]:
+    file = work / KNOWN
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def demo() -> dict[str, Path]:
     return {split: HOME / f"demo/wikipedia/{split}.jsonl" for split in ("train", "test")}
 
@@ -249,7 +255,7 @@ def main() -> None:
     show(summary(state.rows), state.left())
     result = {
         "command": " ".join(["python benchmarks/retraining.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings,
+        "date": datetime.date.today().isoformat(), "settings": settings, "losses untrained": known_in(arguments.work),
         "summary": summary(state.rows), "not run": [f"{arm.name}, seed {seed}" for arm, seed in state.left()],
         "rows": state.rows,
     }  # fmt: skip
