@@ -94,7 +94,6 @@ class Bench:
         return 2 * x.numel() / self.seconds(lambda: y.copy_(x))
 
 
-# -- losses ----------------------------------------------------------------------------------------------
 def losses(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     def of(name: str) -> dict[str, Any]:
         import torch
@@ -122,7 +121,6 @@ def losses(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield f"loss: {name}", lambda name=name: of(name)
 
 
-# -- models ----------------------------------------------------------------------------------------------
 def config_of(shape: tuple[int, ...], extra: dict[str, Any], vocab: int, layers: int | None = None) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     found = {**LLAMA, **dict(zip(names, shape, strict=True)), "vocab_size": vocab, **extra}
@@ -245,7 +243,6 @@ def fp8_kernels(run: Callable[[], object]) -> list[str]:
     return sorted({e.key[:160] for e in found.key_averages() if any(mark in e.key.lower() for mark in marks)})
 
 
-# -- the call --------------------------------------------------------------------------------------------
 def measured(bench: Bench) -> dict[str, Any]:
     """Part -> its numbers, or the error that ended it."""
     import torch
