@@ -43,7 +43,7 @@ def cache_logits(
     from nemo_minitron.artifacts.logit_records import CacheSettings
     from nemo_minitron.job import Layout
     from nemo_minitron.job.commands.cache import run_cache
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.precision import settle
 
     settings = CacheSettings(
         sequence_length=sequence_length, mode=mode, draws=draws, independent=independent, k=k, sets=sets, seed=seed,

@@ -32,7 +32,7 @@ def compensate(
     """Solve anew what follows a cut of neurons or heads, by least squares on activations: forward passes only."""
     from nemo_minitron.job import Calibration, Layout
     from nemo_minitron.job.commands.compensate import run_compensate
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.precision import settle
 
     calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, sp=sp)

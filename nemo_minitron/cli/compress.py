@@ -37,7 +37,7 @@ def compress(
     from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
     from nemo_minitron.job.find import find
-    from nemo_minitron.job.precision import settled
+    from nemo_minitron.job.settings.precision import settled
 
     layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]

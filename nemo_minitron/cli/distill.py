@@ -54,7 +54,7 @@ def distill(
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
     from nemo_minitron.job import Distillation, Layout
     from nemo_minitron.job.commands.distill import run_distill
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.precision import settle
 
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,

@@ -53,7 +53,7 @@ def estimate(
     """Score what matters, with forward passes only; run again after a kill, it goes on."""
     from nemo_minitron.job import Calibration, Layout
     from nemo_minitron.job.commands.estimate import lines, run_estimate
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.precision import settle
 
     calibration = Calibration(
         samples, sequence_length, batch_size, ";".join(criterion or ["l2,mean"]), norms, settle(precision), seed,

@@ -34,7 +34,7 @@ def evaluate(
 
     from nemo_minitron.job import Evaluation
     from nemo_minitron.job.commands.evaluate import run_evaluate
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.precision import settle
     from nemo_minitron.precisions import WIDE
 
     settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))

@@ -34,8 +34,8 @@ def finetune(
     """Instruction tuning by NeMo's llm.finetune; run again after a kill, it goes on."""
     from nemo_minitron.job import Layout
     from nemo_minitron.job.commands.finetune import run_finetune
-    from nemo_minitron.job.finetuning import Finetuning
-    from nemo_minitron.job.precision import settle
+    from nemo_minitron.job.settings.finetuning import Finetuning
+    from nemo_minitron.job.settings.precision import settle
 
     settings = Finetuning(
         steps=steps, sequence_length=sequence_length, global_batch_size=global_batch_size,

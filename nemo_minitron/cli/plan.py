@@ -53,7 +53,7 @@ def plan(
 ) -> None:
     """Choose what stays: the best shape within a budget, or given sizes."""
     from nemo_minitron.job.commands.plan import run_plan, write_candidates
-    from nemo_minitron.job.search import Search
+    from nemo_minitron.job.settings.search import Search
     from nemo_minitron.search import parse
 
     search = Search(

@@ -1,25 +1,24 @@
-"""A recipe's value (Job), the order of the stages, and the processes that run them."""
+"""The whole job: a recipe's value (settings), its stages in order (stages), the processes that run them (processes)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_minitron.job.cutting import Cutting
-    from nemo_minitron.job.generation import Generation
-    from nemo_minitron.job.layout import Layout
-    from nemo_minitron.job.recipe import Calibration, Data, Distillation, Evaluation, Job
-    from nemo_minitron.job.search import Search
-    from nemo_minitron.job.step import Step
+    from nemo_minitron.job.settings.calibration import Calibration
+    from nemo_minitron.job.settings.cutting import Cutting
+    from nemo_minitron.job.settings.distillation import Distillation
+    from nemo_minitron.job.settings.generation import Generation
+    from nemo_minitron.job.settings.layout import Layout
+    from nemo_minitron.job.settings.recipe import Data, Evaluation, Job
+    from nemo_minitron.job.settings.search import Search
+    from nemo_minitron.job.settings.step import Step
 
 __all__ = [
     "Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Generation", "Job", "Layout", "Search", "Step",
 ]  # fmt: skip
 
-_WHERE = {
-    "Calibration": "recipe", "Cutting": "cutting", "Data": "recipe", "Distillation": "recipe", "Evaluation": "recipe",
-    "Generation": "generation", "Job": "recipe", "Layout": "layout", "Search": "search", "Step": "step",
-}  # fmt: skip
+_WHERE = {name: name.lower() for name in __all__} | {"Data": "recipe", "Evaluation": "recipe", "Job": "recipe"}
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +27,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.settings.{_WHERE[name]}"), name)

@@ -19,9 +19,9 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.dry_run import Known, check, lines_of, space
 from nemo_minitron.job.models import teacher_config
-from nemo_minitron.job.precision import settled
-from nemo_minitron.job.recipe import Job
-from nemo_minitron.job.step import FIRST, OPEN, Step
+from nemo_minitron.job.settings.precision import settled
+from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.job.settings.step import FIRST, OPEN, Step
 
 STUDENT, PLAN, NUMBERS = "student", "plan.json", "numbers.json"  # of a step
 

@@ -14,15 +14,15 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, words
 from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import from_hf, on_disk, to_hf
-from nemo_minitron.job.calibration import calibration_of
 from nemo_minitron.job.compute import compute
-from nemo_minitron.job.fp8 import check_fp8
-from nemo_minitron.job.layout import Layout
 from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.models import config_of, is_nemo, teacher_config
 from nemo_minitron.job.practices import facts_of, practices
-from nemo_minitron.job.recipe import Distillation, Job
-from nemo_minitron.job.rounds import check_rounds, round_name, words_of_rounds
+from nemo_minitron.job.settings.calibration import calibration_of
+from nemo_minitron.job.settings.fp8 import check_fp8
+from nemo_minitron.job.settings.layout import Layout
+from nemo_minitron.job.settings.recipe import Distillation, Job
+from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.search.sizes import student_architecture
 
 SEARCHING = ("candidates", "measure", "rank")

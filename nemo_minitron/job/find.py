@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError, first_line, nearest
-from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.settings.recipe import Job
 
 
 def names() -> list[str]:

@@ -15,8 +15,8 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, on_disk, read_config, resolve
 
 if TYPE_CHECKING:
-    from nemo_minitron.job.recipe import Job
     from nemo_minitron.job.run import Run
+    from nemo_minitron.job.settings.recipe import Job
 
 TEACHER = "checkpoints/teacher"  # of a run: what its first stage made of a NeMo checkpoint
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names

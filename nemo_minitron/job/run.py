@@ -12,8 +12,8 @@ from typing import Any
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.job.lock import LOCK
-from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.processes.lock import LOCK
+from nemo_minitron.job.settings.recipe import Job
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.logit_cache import CacheHeader
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.layout import Layout
 
 
 def cache_logits(settings: dict[str, Any]) -> None:

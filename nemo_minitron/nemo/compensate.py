@@ -14,7 +14,7 @@ import nemo_minitron.backend as backend
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.importance.gram import gram, whole
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.artifacts.files import file_digest
-from nemo_minitron.job.calibration import Calibration
+from nemo_minitron.job.settings.calibration import Calibration
 from nemo_minitron.nemo.progress import say
 from nemo_minitron.nemo.trainer import chunks_of, leave_context
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import Scores
-from nemo_minitron.job.calibration import SCANNED, STATISTICS, TAYLOR, Calibration
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.calibration import SCANNED, STATISTICS, TAYLOR, Calibration
+from nemo_minitron.job.settings.layout import Layout
 
 
 def estimate(settings: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from nemo_run.core.execution.base import import_executor
 from nemo_run.core.execution.skypilot import _SKYPILOT_AVAILABLE
 
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.nodes import Nodes
+from nemo_minitron.job.processes.nodes import Nodes
+from nemo_minitron.job.settings.layout import Layout
 
 GPUS = 8  # of a node
 # No plain values, but of an executor in executors.py.

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
-from nemo_minitron.job.finetuning import Finetuning
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.finetuning import Finetuning
+from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
 

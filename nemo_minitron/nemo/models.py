@@ -17,8 +17,8 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
-from nemo_minitron.job.fp8 import check_fp8
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.fp8 import check_fp8
+from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.mapping import padded_vocab
 from nemo_minitron.nemo.sources import open_source

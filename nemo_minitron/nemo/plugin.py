@@ -21,7 +21,7 @@ from nemo_minitron.cli.nodes import on_nodes
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.commands.compress import run_compress
 from nemo_minitron.job.find import names
-from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.settings.recipe import Job
 
 NAMESPACE = "minitron"
 PLAIN = (int, float, str, bool)

@@ -7,8 +7,8 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.files import write_json
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.recipe import Distillation
+from nemo_minitron.job.settings.layout import Layout
+from nemo_minitron.job.settings.recipe import Distillation
 from nemo_minitron.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 
 LAST = "last"

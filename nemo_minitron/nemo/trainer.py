@@ -7,8 +7,8 @@ from typing import Any
 
 from nemo_minitron.backend.precision import forward_fields, trained_fields
 from nemo_minitron.importance.collector import unwrap
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.recipe import Distillation
+from nemo_minitron.job.settings.layout import Layout
+from nemo_minitron.job.settings.recipe import Distillation
 from nemo_minitron.precisions import weights_in
 
 

@@ -121,9 +121,10 @@ def test_the_stage_of_a_job(world):
     """A finished run, asked to compensate and to fold: its pruned student has the solved matrices."""
     import shutil
 
-    from nemo_minitron.job import cut_stages, stages
     from nemo_minitron.job.find import find
     from nemo_minitron.job.run import open_run
+    from nemo_minitron.job.stages import compensate as cut_stages
+    from nemo_minitron.job.stages import compress as stages
 
     shutil.copytree(world / "run", world / "run2")
     job = find(str(world / "run2" / "recipe.json"))

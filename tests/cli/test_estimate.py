@@ -18,7 +18,7 @@ from nemo_minitron.export import write_report
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Calibration, Data, Job
 from nemo_minitron.job.run import execute, open_run
-from nemo_minitron.job.stages import stages
+from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.nemo.data import Tokens
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.tensors import source_digest

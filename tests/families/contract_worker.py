@@ -33,7 +33,7 @@ def run_case(name, kind, folder, out):
     from checkpoints import save_checkpoint
 
     from nemo_minitron.artifacts import PrunePlan
-    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import load_model
     from nemo_minitron.nemo.live import LiveSource
     from nemo_minitron.pruning.folder import HFSource
@@ -57,7 +57,7 @@ def run_importer(family, folder, out):
     from transformers import AutoModelForCausalLM
 
     from nemo_minitron.families import family_of
-    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo.live import LiveSource
     from nemo_minitron.nemo.models import build, nemo_config, start
     from nemo_minitron.pruning.folder import HFSource

@@ -7,7 +7,7 @@ import pytest
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job
-from nemo_minitron.job.launch import launch
+from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.run import Stage, execute, open_run
 
 JOB = Job(name="pico", teacher="t", data=Data("a", "b"), keep={"ffn": 64})

@@ -18,7 +18,7 @@ def make_caches(folder, caches, samples):
     """As `minitron cache-logits` does, but in this process."""
     from nemo_minitron.artifacts.logit_records import CacheSettings
     from nemo_minitron.job.commands import cache as command
-    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import cache as stage
 
     command.launch = lambda name, settings, *_: stage.cache_logits(settings)

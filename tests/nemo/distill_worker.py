@@ -33,8 +33,8 @@ def mask_some():
 
 def run_case(case, folder, out):
     """`stops`: steps after which the training ends, to go on in a trainer of its own; else it ends after the last."""
-    from nemo_minitron.job.layout import Layout
-    from nemo_minitron.job.recipe import Distillation
+    from nemo_minitron.job.settings.layout import Layout
+    from nemo_minitron.job.settings.recipe import Distillation
     from nemo_minitron.nemo import stages
     from nemo_minitron.pruning.folder import HFSource
 

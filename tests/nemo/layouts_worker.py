@@ -54,7 +54,7 @@ def run_case(case, folder, out):
     from megatron.core import parallel_state
 
     from nemo_minitron.importance import estimate, magnitude
-    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import load_model
     from nemo_minitron.nemo.live import LiveSource
     from nemo_minitron.pruning.folder import HFSource

@@ -32,7 +32,7 @@ def run_case(case, folder, out):
     from megatron.core import parallel_state
 
     from nemo_minitron.artifacts import PrunePlan
-    from nemo_minitron.job.layout import Layout
+    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import load_model
     from nemo_minitron.nemo.checkpoint import CheckpointSource
     from nemo_minitron.nemo.live import LiveSource, fill

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.job.layout import Layout
+from nemo_minitron.job.settings.layout import Layout
 
 pytestmark = pytest.mark.slow  # NeMo-Run's import
 COMMAND = ["compress", "recipe.py", "keep.ffn=66", "--out", "/shared/runs/pico"]

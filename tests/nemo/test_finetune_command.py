@@ -14,7 +14,7 @@ from words import save_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Layout
 from nemo_minitron.job.commands.finetune import check_rows
-from nemo_minitron.job.finetuning import Finetuning
+from nemo_minitron.job.settings.finetuning import Finetuning
 
 PROMPT, ANSWER = "the model number 7 reads 49 words", "and the next word word word ends."
 TEXTS = [f"{PROMPT} {ANSWER}", *(f"the model reads {i} words {'word ' * (i % 9)}ends." for i in range(60))]

@@ -12,9 +12,9 @@ from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
-from nemo_minitron.job.launch import launch
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.lock import locked
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.layout import Layout
 
 
 def run_cache(

@@ -8,11 +8,11 @@ from pathlib import Path
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
-from nemo_minitron.job.calibration import Calibration
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
-from nemo_minitron.job.launch import launch
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.lock import locked
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.calibration import Calibration
+from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.compensation import RIDGE, solvable
 from nemo_minitron.pruning.cut import check_plan
 

@@ -8,12 +8,12 @@ from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
 from nemo_minitron.job.dry_run import check, check_space
-from nemo_minitron.job.lock import locked
-from nemo_minitron.job.precision import settled
-from nemo_minitron.job.recipe import Job
+from nemo_minitron.job.processes.lock import locked
 from nemo_minitron.job.run import check_folder, execute, open_run
-from nemo_minitron.job.stages import stages
-from nemo_minitron.job.step import SUMMARY
+from nemo_minitron.job.settings.precision import settled
+from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.job.settings.step import SUMMARY
+from nemo_minitron.job.stages.compress import stages
 
 
 def run_compress(job: Job, out: str | Path | None = None, until: str = "") -> Path:

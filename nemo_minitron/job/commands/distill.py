@@ -15,11 +15,11 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
-from nemo_minitron.job.launch import launch
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.lock import locked
 from nemo_minitron.job.models import identity
-from nemo_minitron.job.recipe import Distillation
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.layout import Layout
+from nemo_minitron.job.settings.recipe import Distillation
 
 
 def run_training(

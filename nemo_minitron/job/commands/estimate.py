@@ -13,12 +13,12 @@ from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
-from nemo_minitron.job.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.commands.distill import teacher_identity
-from nemo_minitron.job.launch import launch
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.lock import locked
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
+from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 

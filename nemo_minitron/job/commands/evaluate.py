@@ -11,7 +11,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.commands.corpus import tokenise
 from nemo_minitron.job.models import as_folder
-from nemo_minitron.job.recipe import Evaluation
+from nemo_minitron.job.settings.recipe import Evaluation
 
 
 def run_evaluate(

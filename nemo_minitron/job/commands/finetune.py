@@ -13,10 +13,10 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.job.commands.corpus import cache_of
 from nemo_minitron.job.commands.distill import check_out, export_student, finished, teacher_identity
-from nemo_minitron.job.finetuning import Finetuning
-from nemo_minitron.job.launch import launch
-from nemo_minitron.job.layout import Layout
-from nemo_minitron.job.lock import locked
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.finetuning import Finetuning
+from nemo_minitron.job.settings.layout import Layout
 
 FIELDS = ("input", "output")
 

@@ -11,7 +11,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.job.search import Search
+from nemo_minitron.job.settings.search import Search
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
 
 BASELINES = ("", "random", "least")

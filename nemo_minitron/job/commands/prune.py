@@ -12,8 +12,8 @@ from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
-from nemo_minitron.job.launch import launch
 from nemo_minitron.job.models import is_nemo
+from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
 

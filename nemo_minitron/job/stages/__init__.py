@@ -1,0 +1,1 @@
+"""The stages of a job: what each reads, calls and leaves in the run folder."""

@@ -1,0 +1,211 @@
+"""The stages of `minitron compress`: what each reads, calls and leaves in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.artifacts.logit_cache import CacheHeader
+from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
+from nemo_minitron.job.commands.estimate import calibrate, lines
+from nemo_minitron.job.commands.evaluate import measure
+from nemo_minitron.job.lineage import learned_from, plan_of_learned
+from nemo_minitron.job.models import TEACHER, config_of, convert, is_nemo, teacher_folder
+from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.settings.calibration import calibration_of
+from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.job.stages import corpora
+from nemo_minitron.job.stages.benchmark import MEASURE
+from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run
+from nemo_minitron.job.stages.generate import WRITE, trained_on
+from nemo_minitron.job.stages.rounds import cut_of, round_stages
+from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
+from nemo_minitron.nemo.sources import open_source
+
+PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
+
+
+def stages(job: Job) -> list[Stage]:
+    """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
+    random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
+    nemo = is_nemo(resolve(job.teacher))
+    first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
+    data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
+    searching = search_stages() if job.search.wanted else []
+    solving = [SOLVE] if job.cutting.compensate else []
+    planned = "compensate" if solving else "plan"
+    writing = [WRITE] if job.generation.wanted else []
+    learned = "generate" if writing else "data"
+    rounds = round_stages(job)
+    scored = rounds[-1].name if rounds else "rank" if searching else "estimate"
+    return [
+        *first,
+        data,
+        Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
+        *searching,
+        *rounds,
+        Stage("plan", plan, _plan_inputs, (scored,), ("plan.json",)),
+        *solving,
+        Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
+        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
+        *writing,
+        Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",)),
+        Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
+        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), ("numbers.json",)),
+        *([MEASURE] if job.evaluation.benchmarks else []),
+        Stage("report", report, lambda run: run.job.as_dict(), ("evaluate student",), ("report.html",)),
+    ]
+
+
+# -- inputs: what decides a stage's result, besides the stages before it --------------------------------
+def _convert_inputs(run: Run) -> Any:
+    return teacher_identity(run.job.teacher)
+
+
+def _data_inputs(run: Run) -> Any:
+    held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
+    tokenizer = [file_digest(file) for file in tokenizer_files(open_source(run.job.teacher).folder)]
+    return [dataclasses.asdict(run.job.data), held, tokenizer]
+
+
+def _estimate_inputs(run: Run) -> Any:
+    calibration = calibration_of(run.job, open_source(run.job.teacher).architecture)
+    items = [file_digest(calibration.items)] if calibration.items else []
+    return [dataclasses.asdict(calibration), teacher_identity(run.job.teacher), *items]
+
+
+def _plan_inputs(run: Run) -> Any:
+    return [dict(run.job.keep), run.job.depth]
+
+
+def _prune_inputs(run: Run) -> Any:
+    return [run.job.seed, run.job.evaluation.random_baseline, dataclasses.asdict(run.job.cutting)]
+
+
+def _evaluation_inputs(run: Run) -> Any:
+    return dataclasses.asdict(run.job.evaluation)
+
+
+def _distill_inputs(run: Run) -> Any:
+    cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
+    held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    if run.job.learns_from:
+        held["learned"] = [teacher_identity(run.job.learns_from), *map(file_digest, run.job.lineage)]
+    return dataclasses.asdict(run.job.distillation) | held
+
+
+# -- the stages ----------------------------------------------------------------------------------------
+def convert_teacher(run: Run) -> None:
+    convert(resolve(run.job.teacher), run.path(TEACHER))
+
+
+def tokenise(run: Run) -> None:
+    corpora.tokenise(run, teacher_folder(run))
+
+
+def estimate(run: Run) -> None:
+    from nemo_minitron.nemo.data import Tokens
+
+    job, tokens = run.job, Tokens(corpora.prefix(run, "calibration"))
+    calibration = calibration_of(job, open_source(job.teacher).architecture)
+    scores = calibrate(job.teacher, tokens, run.path("calibration"), calibration, job.layout, run.path("log.txt"))
+    scores.save(run.path("scores.safetensors"))
+    run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
+    for line in lines(scores):
+        run.say(f"    {line}")
+
+
+def plan(run: Run) -> None:
+    from nemo_minitron.search import threshold_band
+
+    first = Scores.load(run.path("scores.safetensors"))
+    if run.job.search.wanted:
+        made = last = winner(run)
+        scores = first
+    else:
+        made, last, scores = cut_of(run, run.job.rounds)
+    made.save(run.path("plan.json"))
+    run.manifest.digests |= {"scores": first.digest, "plan": made.digest, "model": first.model_digest or ""}
+    run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+    close = threshold_band(scores, last, 1e-5)
+    run.say("    units within 1e-5 of their threshold: " + ", ".join(f"{n} of {a}" for a, n in close.items()))
+
+
+def prune(run: Run) -> None:
+    from nemo_minitron.pruning import HFSource
+    from nemo_minitron.pruning import prune as cut
+    from nemo_minitron.search import random_plan
+
+    teacher, made = teacher_folder(run), PrunePlan.load(run.path("plan.json"))
+    compensation = compensation_of_run(run, HFSource(teacher), made)
+    cut(teacher, made, run.path(PRUNED), compensation=compensation, overwrite=True)
+    if run.job.evaluation.random_baseline:
+        chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
+        cut(teacher, chance, run.path(RANDOM), overwrite=True)
+
+
+def evaluate(run: Run) -> None:
+    models = {"teacher": teacher_folder(run), "random": run.path(RANDOM), "pruned": run.path(PRUNED)}
+    if not run.job.evaluation.random_baseline:
+        del models["random"]
+    numbers = [_measure(run, stage, folder) for stage, folder in models.items()]
+    write_json(run.path("numbers.json"), numbers)
+    samples = [text for stage in ("teacher", "pruned") for text in _continue(run, stage, models[stage])]
+    write_json(run.path("samples.json"), samples)
+
+
+def distill(run: Run) -> None:
+    job, train = run.job, trained_on(run)
+    learned = learned_from(job)
+    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(config_of(learned)))
+    if why:
+        run.say(f"    {why}")
+    held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
+    run_training(
+        run.path(PRUNED), str(resolve(learned)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
+        run.path("log.txt"), plan=plan_of_learned(job, run.path("plan.json")),
+    )  # fmt: skip
+
+
+def export(run: Run) -> None:
+    export_student(run.path(DISTILLED), run.path(PRUNED), run.path("student"))
+
+
+def evaluate_student(run: Run) -> None:
+    student = run.path("student")
+    numbers = [row for row in read_json(run.path("numbers.json"), "the numbers") if row["stage"] != "distilled"]
+    write_json(run.path("numbers.json"), [*numbers, _measure(run, "distilled", student)])
+    samples = [row for row in read_json(run.path("samples.json"), "the samples") if row["stage"] != "distilled"]
+    write_json(run.path("samples.json"), [*samples, *_continue(run, "distilled", student)])
+
+
+def report(run: Run) -> None:
+    from nemo_minitron.export import write_card, write_report
+    from nemo_minitron.job.stages.facts import card_facts
+
+    write_card(run.path("student"), card_facts(run))
+    run.say(f"    {write_report(run.folder)}")
+
+
+def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
+    from nemo_minitron.nemo.data import Tokens
+
+    row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
+    run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
+    return row | {"stage": stage, "corpus": run.job.data.name}
+
+
+def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
+    from nemo_minitron.evaluation import generate
+
+    settings = run.job.evaluation
+    prompts = list(settings.prompts)
+    if not prompts:
+        return []
+    texts = generate(folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision)
+    return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

@@ -1,0 +1,113 @@
+"""The stage in which the teacher writes what its student is trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
+from nemo_minitron.errors import InputError
+from nemo_minitron.job.commands.distill import teacher_identity
+from nemo_minitron.job.models import as_folder, teacher_folder
+from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.settings.generation import Generation
+from nemo_minitron.job.stages import corpora
+
+GENERATED = "data/generated"  # of a run: .jsonl the text, .bin and .idx its tokens
+RECORD = "data/generation"  # .json: what made the text; a folder of batches until there is all of it
+
+
+def inputs(run: Run) -> list[Any]:
+    settings = run.job.generation
+    prompts = file_digest(settings.prompts) if settings.prompts else ""
+    values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
+    return [values, teacher_identity(run.job.learns_from or run.job.teacher)]
+
+
+def generate(run: Run) -> None:
+    """The stage. Batches that were written before a kill stay. Raises InputError as `prompts_of`, and where the
+    teacher wrote nothing at all."""
+    from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+
+    tokenizer = load_tokenizer(teacher_folder(run))
+    prompts = prompts_of(run.job.generation, Tokens(corpora.prefix(run, "train")), tokenizer)
+    identity = digest_of([inputs(run), prompts])
+    parts = run.path(f"{RECORD}.{identity[:16]}")
+    with as_folder(run.job.learns_from or teacher_folder(run)) as folder:
+        write_parts(run, folder, prompts, parts)
+    rows = [json.loads(line) for part in sorted(parts.glob("*.jsonl")) for line in part.read_text().splitlines()]
+    text = run.path(f"{GENERATED}.jsonl")
+    written = gather(rows, text)
+    tokens = build(text, tokenizer, run.path(GENERATED))
+    settings, model = inputs(run)
+    made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text), **written}
+    write_json(run.path(f"{RECORD}.json"), made | {"tokens": tokens.tokens})
+    for left in filter(Path.is_dir, text.parent.glob(f"{Path(RECORD).name}.*")):  # of this and of other settings
+        shutil.rmtree(left)
+    run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} without a word left out")
+
+
+def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[int]]:
+    """Tokens of each document's prompt. Raises InputError for a file without one, and a corpus with too few."""
+    from nemo_minitron.nemo.data import documents
+
+    if settings.prompts:
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in documents(settings.prompts)]
+        return [ids[i % len(ids)] for i in range(settings.documents)]
+    import numpy as np
+
+    length, found = settings.prompt_tokens, []
+    for window in np.random.default_rng(settings.seed).permutation(corpus.samples(length)):
+        ids = corpus.stream(int(window) * length, length)
+        if tokenizer.eos_token_id not in ids:
+            found.append(ids.tolist())
+        if len(found) == settings.documents:
+            return found
+    if not found:
+        raise InputError(f"no document of the corpus has {length} tokens for a prompt; set a smaller prompt_tokens")
+    raise InputError(
+        f"the corpus has {len(found)} prompts of {length} tokens within a document and generation.documents is "
+        f"{settings.documents}; the nearest legal number is {len(found)}"
+    )
+
+
+def write_parts(run: Run, folder: Path, prompts: list[list[int]], parts: Path) -> None:
+    """A file a batch in `parts`, each whole or not there."""
+    from nemo_minitron.evaluation import sample
+
+    settings = run.job.generation
+    parts.mkdir(parents=True, exist_ok=True)
+    batches = sample(
+        folder, prompts, max_new_tokens=settings.new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+        seed=settings.seed, batch_size=settings.batch_size, precision=run.job.evaluation.precision,
+        skip=lambda first: (parts / f"{first:08d}.jsonl").is_file(),
+    )  # fmt: skip
+    for first, written in batches:
+        lines = [json.dumps(dataclasses.asdict(text)) + "\n" for text in written]
+        with atomic_file(parts / f"{first:08d}.jsonl") as partial:
+            partial.write_text("".join(lines))
+        run.say(f"    {first + len(lines):,} of {len(prompts):,} documents")
+
+
+def gather(rows: list[dict[str, str]], out: Path) -> dict[str, int]:
+    """All documents in one JSONL file, but for those of a prompt alone. Raises InputError where none is left."""
+    kept = [{"text": row["prompt"] + row["continuation"]} for row in rows if row["continuation"].strip()]
+    if not kept:
+        raise InputError(
+            f"the teacher wrote nothing after any of {len(rows)} prompts, it ended each text at once; give others"
+        )
+    with atomic_file(out) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return {"documents": len(kept), "empty": len(rows) - len(kept)}
+
+
+def trained_on(run: Run) -> Path:
+    """Where the tokens lie that the student is trained on."""
+    return run.path(GENERATED) if run.job.generation.wanted else corpora.prefix(run, "train")
+
+
+OUTPUTS = (f"{RECORD}.json", *(f"{GENERATED}{end}" for end in (".jsonl", ".bin", ".idx")))
+WRITE = Stage("generate", generate, inputs, ("data",), OUTPUTS)

@@ -1,0 +1,121 @@
+"""A job in rounds: the model cut so far is scored anew, then cut further, without retraining between.
+
+`rounds/R/`: what round R starts from, as a plan of the teacher (`plan.json`), and what that model scores
+(`scores.safetensors`); the first round's scores are the run's own. The model itself is there only while it is scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import PrunePlan, Scores, compose
+from nemo_minitron.families import from_hf, to_hf
+from nemo_minitron.job.commands.estimate import calibrate, lines
+from nemo_minitron.job.models import teacher_folder
+from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.settings.calibration import calibration_of
+from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.job.stages import corpora
+from nemo_minitron.search.depth import BLOCK_INFLUENCE
+from nemo_minitron.search.rounds import round_sizes
+from nemo_minitron.search.sizes import student_architecture
+
+FOLDER, PLAN, SCORES = "rounds", "plan.json", "scores.safetensors"
+
+
+def round_stages(job: Job) -> list[Stage]:
+    """The rounds after the first, in order; the plan comes after the last of them."""
+    return [
+        Stage(
+            round_name(number), functools.partial(score_again, number=number), _inputs,
+            ("estimate" if number == 2 else round_name(number - 1),),
+            tuple(f"{FOLDER}/{number}/{name}" for name in (PLAN, SCORES)),
+        )
+        for number in range(2, job.rounds + 1)
+    ]  # fmt: skip
+
+
+def round_name(number: int) -> str:
+    return f"round {number}"
+
+
+def _inputs(run: Run) -> Any:
+    return [dict(run.job.keep), run.job.depth, run.job.rounds]
+
+
+def models_of(job: Job, source: Architecture) -> list[Architecture]:
+    """The model that each round scores, from the teacher on, and the student. Raises InputError as `round_sizes`."""
+    sizes = round_sizes(source, job.keep, job.rounds)
+    return [source, *(student_architecture(source, keep) for keep in sizes)]
+
+
+def job_of(job: Job, source: Architecture, number: int) -> tuple[Job, Architecture]:
+    """Round `number` (from 1) as a job of its own, and the model that it scores.
+
+    Its layout is the nearest that this model runs in. Where this round drops no layers, no criterion chooses them.
+    """
+    models = models_of(job, source)
+    model, after = models[number - 1], models[number]
+    drops = model.num_layers > after.num_layers or source.num_layers == models[-1].num_layers
+    layout = job.layout if number == 1 else job.layout.for_student(model, model)[0]
+    keep = round_sizes(source, job.keep, job.rounds)[number - 1]
+    depth = job.depth if drops else BLOCK_INFLUENCE
+    return dataclasses.replace(job, keep=keep, rounds=1, depth=depth, layout=layout), model
+
+
+def check_rounds(job: Job, source: Architecture, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a round whose model could not be written, or scored; `config` is the teacher's."""
+    for number in range(2, job.rounds + 1):
+        of_round, model = job_of(job, source, number)
+        to_hf(model, config)
+        of_round.layout.check(model)
+        calibration_of(of_round, model)
+
+
+def words_of_rounds(job: Job, source: Architecture) -> list[str]:
+    """A line for each round: its sizes; none where there is but one."""
+    if job.rounds == 1:
+        return []
+    found = []
+    for number, keep in enumerate(round_sizes(source, job.keep, job.rounds), 1):
+        sizes = ", ".join(f"{name} {size}" for name, size in keep.items())
+        model = student_architecture(source, keep)
+        found.append(f"round {number} of {job.rounds}: {sizes}, {model.parameters():,} parameters")
+    return found
+
+
+def score_again(run: Run, number: int) -> None:
+    """The stage: the model that the rounds before leave, cut from the teacher in one go and scored."""
+    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.pruning import prune
+
+    folder, teacher = run.path(FOLDER, str(number)), teacher_folder(run)
+    plan = cut_of(run, number - 1)[0]
+    plan.save(folder / PLAN)
+    run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored anew")
+    model = prune(teacher, plan, folder / "model", overwrite=True)
+    job, _ = job_of(run.job, from_hf(teacher), number)
+    tokens, log = Tokens(corpora.prefix(run, "calibration")), run.path("log.txt")
+    calibration = calibration_of(job, plan.target)
+    scores = calibrate(str(model), tokens, folder / "calibration", calibration, job.layout, log)
+    scores.save(folder / SCORES)
+    shutil.rmtree(model)
+    for line in lines(scores):
+        run.say(f"    {line}")
+
+
+def cut_of(run: Run, number: int) -> tuple[PrunePlan, PrunePlan, Scores]:
+    """(the teacher's plan after round `number`, the plan of that round alone, the scores that it goes by)."""
+    from nemo_minitron.search import plan
+
+    folder = run.path(FOLDER, str(number)) if number > 1 else run.folder
+    scores, before = Scores.load(folder / SCORES), [PrunePlan.load(folder / PLAN)] if number > 1 else []
+    source = before[0].source if before else scores.architecture
+    job, _ = job_of(run.job, source, number)
+    own = plan(scores, dict(job.keep), depth=job.depth)
+    return compose(*before, own), own, scores

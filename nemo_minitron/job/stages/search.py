@@ -1,0 +1,222 @@
+"""The stages of a job that searches: candidates, cut and measured, the best distilled briefly, the winner's plan.
+
+Each candidate has a folder `search/NAME`: its plan, its numbers, its student for as long as it may win, its losses.
+What is there already is not made again, so that a killed search goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.axes import AXES
+from nemo_minitron.families import from_hf, resolve, to_hf
+from nemo_minitron.job.commands.corpus import corpus_identity
+from nemo_minitron.job.commands.distill import run_training, teacher_identity
+from nemo_minitron.job.commands.evaluate import measure
+from nemo_minitron.job.lineage import learned_from, plan_of_learned
+from nemo_minitron.job.models import config_of, teacher_folder
+from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.settings.recipe import Distillation
+from nemo_minitron.job.stages import corpora
+
+if TYPE_CHECKING:
+    from nemo_minitron.search.rank import Curve
+
+CANDIDATES, MEASURED, RANKS = "search/candidates.json", "search/measured.json", "search/ranks.json"
+PLAN, NUMBERS, CURVE, STUDENT, TRAINING = "plan.json", "numbers.json", "curve.json", "student", "distilled"
+
+
+def search_stages() -> list[Stage]:
+    """Between `estimate` and `plan`; the plan comes after `rank`."""
+    return [
+        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (CANDIDATES,)),
+        Stage("measure", measure_all, _measure_inputs, ("data", "candidates"), (MEASURED,)),
+        Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (RANKS,)),
+    ]
+
+
+def _candidates_inputs(run: Run) -> Any:
+    later = {"distil", "steps", "rounds", "tokens"}  # what the later stages read
+    budget = {name: value for name, value in dataclasses.asdict(run.job.search).items() if name not in later}
+    return [budget, dict(run.job.keep), run.job.depth]
+
+
+def _measure_inputs(run: Run) -> Any:
+    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil]
+
+
+def _rank_inputs(run: Run) -> Any:
+    return [dataclasses.asdict(_brief(run)), run.job.search.rounds, run.job.search.distil]
+
+
+def _evaluation(run: Run) -> Any:
+    return dataclasses.replace(run.job.evaluation, tokens=run.job.search.tokens, prompts=())
+
+
+def _brief(run: Run) -> Distillation:
+    """The job's distillation, so many steps long, saved where a round ends; from the teacher as it is, to the end."""
+    settings, search = run.job.distillation, run.job.search
+    return dataclasses.replace(
+        settings, tokens=search.steps * settings.tokens_per_step, save_every=search.steps // search.rounds,
+        correction_tokens=0, validate_every=0, patience=0,
+    )  # fmt: skip
+
+
+# -- the stages ----------------------------------------------------------------------------------------
+def candidates(run: Run) -> None:
+    """The best shapes by the proxy, and a plan for each."""
+    from nemo_minitron.search import plan
+    from nemo_minitron.search.candidates import cut_of
+    from nemo_minitron.search.table import rows_of
+
+    job, scores = run.job, Scores.load(run.path("scores.safetensors"))
+    config = config_of(job.teacher)
+    found = job.search.run(
+        scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
+        depth=job.depth,
+    )  # fmt: skip
+    run.say(f"    {found.combinations:,} shapes, {found.fitting:,} within the budget, the best {len(found.candidates)}")
+    for candidate in found.candidates:
+        to_hf(candidate.architecture, config)
+        keep = {**cut_of(candidate, scores.architecture), **job.keep}
+        plan(scores, keep, depth=job.depth).save(run.path("search", candidate.name, PLAN))
+    rows = rows_of(found, scores.architecture, **job.search.serving)
+    write_json(run.path(CANDIDATES), [row for row in rows if row["rank"] is not None])
+
+
+def _latency(run: Run, config: Mapping[str, Any]) -> float:
+    from nemo_minitron.evaluation import forward_seconds
+
+    search = run.job.search
+    took = forward_seconds(config, batch=search.batch, context=search.context, precision=run.job.evaluation.precision)
+    run.say(f"    {took * 1e3:8.1f} ms")
+    return took
+
+
+def measure_all(run: Run) -> None:
+    """Cuts and measures each candidate; students that are among the best so far stay."""
+    rows: list[dict[str, Any]] = []
+    for row in read_json(run.path(CANDIDATES), "the candidates"):
+        rows.append(row | {"loss": _loss(run, row["name"])})
+        run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
+        for other in _ordered(rows)[run.job.search.distil :]:
+            shutil.rmtree(run.path("search", other["name"], STUDENT), ignore_errors=True)
+    write_json(run.path(MEASURED), _ordered(rows))
+
+
+def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def _loss(run: Run, name: str) -> float:
+    """Of the cut model on held-out text, from its file where it was measured before."""
+    from nemo_minitron.nemo.data import Tokens
+
+    folder, test = run.path("search", name), corpora.prefix(run, "test")
+    settings = _evaluation(run)
+    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(settings), corpus_identity(test)])
+    known = _known(folder / NUMBERS, identity)
+    if known is None:
+        known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
+        write_json(folder / NUMBERS, known)
+    return known["loss"]
+
+
+def _known(path: Path, identity: str) -> Any:
+    """What a file holds, if it was made of the same things."""
+    held = read_json(path, "a candidate's file") if path.is_file() else {}
+    return held if held.get("identity") == identity else None
+
+
+def _plan(run: Run, name: str) -> PrunePlan:
+    return PrunePlan.load(run.path("search", name, PLAN))
+
+
+def _student(run: Run, name: str) -> Path:
+    """The candidate as a Hugging Face folder, cut where it is not there, or is of another plan."""
+    from nemo_minitron.pruning import prune
+
+    folder, mark = run.path("search", name, STUDENT), run.path("search", name, "cut.json")
+    plan = _plan(run, name)
+    identity = digest_of(plan.as_dict())
+    if not folder.is_dir() or _known(mark, identity) is None:
+        prune(teacher_folder(run), plan, folder, overwrite=True)
+        write_json(mark, {"identity": identity})
+    return folder
+
+
+def rank_all(run: Run) -> None:
+    """Distils the best briefly; ranks over steps, the winner first in the last of them."""
+    from nemo_minitron.search import rank
+
+    search = run.job.search
+    chosen = [row["name"] for row in read_json(run.path(MEASURED), "the measured candidates")[: search.distil]]
+    ranking = rank(
+        chosen, lambda name, steps: _curve(run, name, steps), steps=search.steps, rounds=search.rounds,
+        stop=lambda name: _clear(run, name),
+    )  # fmt: skip
+    for name in chosen:
+        _clear(run, name)
+    for name, step in ranking.stopped.items():
+        run.say(f"    {name}: stopped after step {step}")
+    run.say(f"    {ranking.winner} wins; ranks settled at step {ranking.settled} of {search.steps}")
+    write_json(run.path(RANKS), [dataclasses.asdict(row) for row in ranking.standings])
+
+
+def _curve(run: Run, name: str, steps: int) -> Curve:
+    """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
+    folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
+    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(brief), _texts(run, train)])
+    known = _known(folder / CURVE, identity)
+    if known is None or len(known["losses"]) < steps:
+        run.say(f"    {name}: to step {steps}")
+        student = _student(run, name)
+        learned = learned_from(run.job)
+        layout, _ = run.job.layout.for_student(from_hf(student), from_hf(config_of(learned)))
+        run_training(
+            student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
+            run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),
+        )  # fmt: skip
+        known = {"identity": identity, "losses": _losses(folder / TRAINING / "loss.csv")}
+        write_json(folder / CURVE, known)
+    return list(enumerate(known["losses"][:steps], 1))
+
+
+def _texts(run: Run, train: Path) -> Any:
+    """Identity of the text; and of the model that is learned from, where it is not the teacher."""
+    text = corpus_identity(train)
+    return [text, teacher_identity(run.job.learns_from)] if run.job.learns_from else text
+
+
+def _losses(path: Path) -> list[float]:
+    with open(path, newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def _clear(run: Run, name: str) -> None:
+    """What nothing goes on from any more; plan, numbers and losses stay."""
+    for part in (TRAINING, STUDENT):
+        shutil.rmtree(run.path("search", name, part), ignore_errors=True)
+
+
+def winner(run: Run) -> PrunePlan:
+    """The plan of the candidate that is first at the last step."""
+    last = max(read_json(run.path(RANKS), "the ranks"), key=lambda row: (row["step"], -row["rank"]))
+    return _plan(run, last["candidate"])
+
+
+def sizes_of(plan: PrunePlan) -> Mapping[str, int]:
+    """What a plan keeps, as sizes: of the axes that it cuts."""
+    return {name: AXES[name].length(plan.target) for name in plan.keep if name != "heads" or _own_heads(plan)}
+
+
+def _own_heads(plan: PrunePlan) -> bool:
+    """Whether heads are cut beyond those that go with their groups."""
+    return plan.target.heads_per_group != plan.source.heads_per_group

@@ -1,0 +1,130 @@
+"""The stages of a search in this process, with evaluation and training put in by the test: what is done and not done
+again, which files stay. The real ones: tests/cli/test_search_job.py."""
+
+import json
+
+import numpy as np
+import pytest
+from pico import pico_llama
+
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.scores import expected_shapes
+from nemo_minitron.families import from_hf
+from nemo_minitron.job import Data, Distillation, Job, Search
+from nemo_minitron.job.run import Stage, execute, open_run
+from nemo_minitron.job.stages import search as search_stages
+from nemo_minitron.job.stages.search import winner
+
+LOSS = {5: 1.0, 6: 2.0, 4: 3.0, 3: 4.0}  # of the cut model, by its layers
+
+
+class World:
+    """A run folder with scores; `done` lists what was measured and trained, in order."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.done, self.fail = folder, [], None
+        pico_llama(folder / "teacher")
+        self.source = from_hf(folder / "teacher")
+        generator = np.random.default_rng(0)
+        tensors = {n: generator.random(s, np.float32) for n, s in expected_shapes(self.source).items()}
+        self.job = Job(
+            "pico", str(folder / "teacher"), Data("a", "b"), keep={"hidden": 48},
+            search=Search(
+                params="130K", tolerance="50%", space="layers=3,4,5,6", maximal=False, candidates=4, distil=3, steps=6
+            ),
+            distillation=Distillation(
+                sequence_length=8, global_batch_size=2, correction_tokens=100, validate_every=2, patience=1
+            ),
+        )  # fmt: skip
+        self.run = open_run(self.job, folder / "run")
+        Scores(self.source, tensors).save(folder / "run" / "scores.safetensors")
+        put = {"measure": self.measure, "run_training": self.train, "corpus_identity": lambda prefix: "text"}
+        for name, function in put.items():
+            monkeypatch.setattr(search_stages, name, function)
+        monkeypatch.setattr("nemo_minitron.job.stages.corpora.prefix", lambda run, split: split)
+        monkeypatch.setattr("nemo_minitron.nemo.data.Tokens", lambda prefix: prefix)
+
+    def measure(self, folder, tokens, settings):
+        layers = from_hf(folder).num_layers
+        self.done.append(("measured", layers))
+        return {"loss": LOSS[layers]}
+
+    def train(self, student, teacher, prefixes, out, recipe, layout, log, stop, plan):
+        """Losses fall with layers: what was worst before training is best after it."""
+        layers = from_hf(student).num_layers
+        if self.fail == (layers, stop):
+            raise RuntimeError("killed")
+        self.done.append(("trained", layers, stop))
+        assert recipe.save_every == recipe.steps // 3  # where a round ends
+        assert (recipe.correction_tokens, recipe.patience) == (0, 0)  # else each would train a teacher of its own
+        assert PrunePlan.load(plan).target == from_hf(student)
+        out.mkdir(exist_ok=True)
+        rows = [f"{step},0,{layers / step},0" for step in range(1, stop + 1)]
+        (out / "loss.csv").write_text("step,tokens,loss,seconds\n" + "\n".join(rows) + "\n")
+
+    def search(self, *settings):
+        self.done.clear()
+        run = open_run(self.job.override(settings), self.folder / "run")
+        before = [Stage(name, lambda run: None, lambda run: None) for name in ("data", "estimate")]
+        execute(run, [*before, *search_stages.search_stages()])
+        return run
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    return World(tmp_path, monkeypatch)
+
+
+TRAINED = [(layers, 2) for layers in (5, 6, 4)] + [(4, 4), (5, 4), (4, 6), (5, 6)]
+
+
+def test_a_search(world):
+    run = world.search()
+    measured = json.loads((run.path("search", "measured.json")).read_text())
+    assert sorted(done[1] for done in world.done if done[0] == "measured") == [3, 4, 5, 6]
+    assert [row["layers"] for row in measured] == [5, 6, 4, 3]
+    assert [done[1:] for done in world.done if done[0] == "trained"] == TRAINED
+    made = winner(run)
+    assert made.target.num_layers == 4
+    assert made == PrunePlan.load(run.path("search", measured[2]["name"], "plan.json"))
+    assert not list(run.folder.glob("search/*/distilled"))
+    assert not list(run.folder.glob("search/*/student"))
+    assert len(list(run.folder.glob("search/*/curve.json"))) == 3
+
+
+def test_nothing_is_done_twice(world):
+    world.search()
+    world.search()
+    assert world.done == []
+    world.search("search.distil=2")  # ranked again, from the files; only the second was stopped before
+    assert world.done == [("trained", 6, 4), ("trained", 6, 6)]
+    world.search("search.steps=9", "search.distil=2")
+    assert world.done == [("trained", layers, stop) for stop in (3, 6, 9) for layers in (5, 6)]
+
+
+@pytest.mark.parametrize("at", TRAINED)
+def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
+    world.fail = at
+    with pytest.raises(RuntimeError, match="killed"):
+        world.search()
+    before = [done[1:] for done in world.done if done[0] == "trained"]
+    world.fail = None
+    run = world.search()
+    assert before + [done[1:] for done in world.done] == TRAINED
+    assert winner(run).target.num_layers == 4
+
+
+def test_latency_is_measured_where_it_is_asked_for(world, monkeypatch):
+    """The deepest two shapes are too slow."""
+    monkeypatch.setattr(
+        "nemo_minitron.evaluation.forward_seconds", lambda config, **how: config["num_hidden_layers"] / 100
+    )
+    run = world.search("search.latency=45ms", "search.distil=2")
+    listed = json.loads(run.path("search", "candidates.json").read_text())
+    assert sorted(row["layers"] for row in listed) == [3, 4]
+
+
+def test_another_evaluation_measures_anew(world):
+    world.search()
+    world.search("search.tokens=100")
+    assert [done[0] for done in world.done] == ["measured"] * 4  # the ranking's inputs are the same, and so is its end
