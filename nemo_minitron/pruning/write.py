@@ -27,8 +27,8 @@ from nemo_minitron.pruning.student import Student
 from nemo_minitron.pruning.tensors import TensorSource
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
-# Bytes of one write. For longer ones the system takes larger pages; a virtual machine's host may have taken those back,
-# and their return then costs more than the copy: a cut by depth took half the processor time in pieces of this size.
+# Bytes of one write. For longer ones the system takes larger pages, which a virtual machine's host may have taken back:
+# in some runs they cost more than the copy, in others nothing.
 PIECE = 64 << 10
 
 
