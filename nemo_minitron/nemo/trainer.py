@@ -23,7 +23,7 @@ def make_trainer(layout: Layout, precision: str, *, training: bool = False, **op
     from nemo_minitron.nemo.models import DTYPES
 
     gpu = torch.cuda.is_available()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes))  # torchrun's, of this host
+    here = min(layout.processes, int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes)))  # torchrun's, of this host
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
