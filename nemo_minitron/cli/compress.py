@@ -50,7 +50,7 @@ def compress(
     if dry_run or executor:  # what would be refused there is refused here
         text = describe_chain(settled(job), folder) if job.chain else describe(settled(job))
         if dry_run:
-            print(text)
+            print(text if executor else f"{text}\nnothing was loaded or written")
         if executor:
             command = ["compress", recipe, *own, "--out", str(folder.absolute())]
             _hand_over(executor, [word for word in settings if word not in own], job, command, folder, dry_run)

@@ -101,7 +101,7 @@ def describe_chain(job: Job, folder: Path) -> str:
         tokens = step.job.distillation.steps * step.job.distillation.tokens_per_step
         totals += [f"{name:20}{step.target.parameters():>16,}{tokens:>16,}"]
     lines += totals
-    return "\n".join([*lines, "nothing was loaded or written"])
+    return "\n".join(lines)
 
 
 def summary(job: Job, folder: Path) -> list[dict[str, Any]]:

@@ -119,8 +119,7 @@ def training_memory(
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    lines = [json.dumps(job.as_dict(), indent=1), "", *lines_of(job, {}), "nothing was loaded or written"]
-    return "\n".join(lines)
+    return "\n".join([json.dumps(job.as_dict(), indent=1), "", *lines_of(job, {})])
 
 
 def lines_of(job: Job, known: Known) -> list[str]:
