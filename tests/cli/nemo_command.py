@@ -27,7 +27,7 @@ def main() -> None:
 
     def nemo(*arguments: str) -> list:
         sys.argv = ["nemo", "minitron", *arguments]
-        done = CliRunner().invoke(app, sys.argv[1:], env={"COLUMNS": "200"})
+        done = CliRunner().invoke(app, sys.argv[1:])
         return [done.exit_code, done.output]
 
     shipped = ("--factory", "smollm2_135m_to_108m_width")

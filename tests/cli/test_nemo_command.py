@@ -27,7 +27,8 @@ def said(world):
     for folder in ("checkpoints/distilled", "student"):
         shutil.rmtree(world / "by-nemo" / folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # its executors start `python`
-    environment = os.environ | {"NEMORUN_HOME": str(world / "nemo-run"), "PATH": path}
+    # 200 columns: NeMo-Run cuts the longer names of recipes to fit a narrow terminal.
+    environment = os.environ | {"NEMORUN_HOME": str(world / "nemo-run"), "PATH": path, "COLUMNS": "200"}
     command = [sys.executable, str(Path(__file__).with_name("nemo_command.py"))]
     done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
