@@ -1,7 +1,8 @@
 """What a NeMo user does with a student afterwards, run by test_compress.py: of this package `backend.setup()` alone.
+On a GPU with Transformer Engine not even that (`gpu`), run by tests/gpu.
 
 Arguments: a distilled checkpoint; a folder with `questions`, where it is exported to `exported`, finetuned for two
-steps in `finetuned`, and exported again to `finetuned-hf`. Prints the modules of this package that NeMo needed.
+steps in `finetuned`, and exported again to `finetuned-hf`; cpu or gpu. Prints the modules of this package in use.
 """
 
 import json
@@ -9,10 +10,11 @@ import sys
 from pathlib import Path
 
 
-def main(checkpoint: Path, folder: Path) -> None:
-    import nemo_minitron.backend as backend
+def main(checkpoint: Path, folder: Path, accelerator: str) -> None:
+    if accelerator == "cpu":
+        import nemo_minitron.backend as backend
 
-    backend.setup()
+        backend.setup()
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl
     from nemo.collections import llm
@@ -24,7 +26,7 @@ def main(checkpoint: Path, folder: Path) -> None:
         num_workers=0,
     )  # fmt: skip
     trainer = nl.Trainer(
-        accelerator="cpu", devices=1, max_steps=2, limit_val_batches=0, enable_progress_bar=False,
+        accelerator=accelerator, devices=1, max_steps=2, limit_val_batches=0, enable_progress_bar=False,
         strategy=nl.MegatronStrategy(), plugins=nl.MegatronMixedPrecision(precision="32"),
     )  # fmt: skip
     saved = nl.ModelCheckpoint(save_last=True, monitor=None, save_top_k=0)
@@ -36,8 +38,8 @@ def main(checkpoint: Path, folder: Path) -> None:
     )  # fmt: skip
     (last,) = (folder / "finetuned" / "checkpoints").glob("*-last")
     llm.export_ckpt(last, "hf", output_path=folder / "finetuned-hf")
-    print("RESULT" + json.dumps([name for name in sys.modules if name.startswith("nemo_minitron.")]))
+    print("RESULT" + json.dumps([name for name in sys.modules if name.startswith("nemo_minitron")]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

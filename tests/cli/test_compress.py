@@ -62,11 +62,11 @@ def rooms(world):
     for split in ("training", "validation", "test"):
         lines = [json.dumps({"input": text[:20], "output": text[20:]}) for text in TEXTS[:16]]
         (world / "questions" / f"{split}.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, Path(__file__).with_name("plain_script.py"), checkpoint, world]
+    command = [sys.executable, Path(__file__).with_name("plain_script.py"), checkpoint, world, "cpu"]
     done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return {name.split(".")[1] for name in json.loads(line.removeprefix("RESULT"))}
+    return {name.split(".")[1] for name in json.loads(line.removeprefix("RESULT")) if "." in name}
 
 
 def test_nemos_own_exporter_needs_backend_setup_alone(world, rooms):
