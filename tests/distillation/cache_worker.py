@@ -125,7 +125,7 @@ def main():
     rank, world, out = torch.distributed.get_rank(), torch.distributed.get_world_size(), Path(sys.argv[1])
     results = [sharded_loss(*case, rank, world) for case in SHARDED]
     (out / f"losses-{rank}.json").write_text(json.dumps(results))
-    for kind in {kind for kind, _, _ in LAYOUTS[world].values()}:
+    for kind in dict.fromkeys(kind for kind, _, _ in LAYOUTS[world].values()):  # no set: all ranks in one order
         one_process(kind, out)
     for name, (kind, sizes, overrides) in LAYOUTS[world].items():
         cache(name, kind, sizes, overrides, out)
