@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.evaluation.perplexity import POSITIONS, check_windows
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import check_draft
 
 MOST = 16  # tokens that are drafted at once
 
@@ -56,11 +55,7 @@ def draft_acceptance(
     Probabilities are fp32 from the logits, sums float64. Raises InputError for vocabularies of two sizes, windows
     that do not fit, and models that cannot be loaded.
     """
-    theirs, ours = from_hf(target), from_hf(draft)
-    if theirs.vocab_size != ours.vocab_size:
-        raise InputError(
-            f"the target has {theirs.vocab_size} tokens in its vocabulary, the draft {ours.vocab_size}; they must agree"
-        )
+    theirs, ours = check_draft(target, draft)
     windows = check_windows(windows, theirs.vocab_size)
     models = load(target, precision), load(draft, precision)
     rows = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]

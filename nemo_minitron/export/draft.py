@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import atomic_file, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import check_draft
 
 VLLM, TENSORRT_LLM = "vllm.json", "tensorrt_llm.yaml"
 
@@ -20,9 +20,7 @@ def write_draft(folder: str | Path, target: str | Path, draft: str | Path, token
     """
     if tokens < 1:
         raise InputError(f"{tokens} tokens are drafted at a time; the nearest legal number is 1")
-    theirs, ours = from_hf(target).vocab_size, from_hf(draft).vocab_size
-    if theirs != ours:
-        raise InputError(f"the target has {theirs} tokens in its vocabulary, the draft {ours}; they must agree")
+    check_draft(target, draft)
     out, served, drafting = Path(folder), str(Path(target).resolve()), str(Path(draft).resolve())
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / VLLM, {"method": "draft_model", "model": drafting, "num_speculative_tokens": tokens})

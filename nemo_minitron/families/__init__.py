@@ -72,6 +72,18 @@ def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:
     return family_of(config).architecture(config)
 
 
+def check_draft(
+    target: str | Path | Mapping[str, Any], draft: str | Path | Mapping[str, Any]
+) -> tuple[Architecture, Architecture]:
+    """Of a model and its draft in speculative decoding. Raises InputError for vocabularies of two sizes."""
+    theirs, ours = from_hf(target), from_hf(draft)
+    if theirs.vocab_size != ours.vocab_size:
+        raise InputError(
+            f"the target has {theirs.vocab_size} tokens in its vocabulary, the draft {ours.vocab_size}; they must agree"
+        )
+    return theirs, ours
+
+
 def to_hf(architecture: Architecture, base_config: Mapping[str, Any]) -> dict[str, Any]:
     """`base_config` with the sizes of `architecture`. Raises InputError for what it cannot represent."""
     return family_of(base_config).config(architecture, base_config)

@@ -7,6 +7,7 @@ import dataclasses
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.job.settings.distillation import Distillation
 from nemo_minitron.job.settings.search import Search
+from nemo_minitron.search.rank import going_on
 
 GPU, PEAK = "H100", 989e12  # FLOPs a second in bf16, dense
 MFU = 0.4  # the share of them that training reaches
@@ -63,9 +64,9 @@ def compute(
 
 
 def candidate_steps(search: Search) -> int:
-    """Steps of all candidates: after each round the worse half of them stops (`search.rank`)."""
+    """Steps of all candidates, fewer of which go on after each round (`search.rank`)."""
     running, steps = search.distil, 0
     for _ in range(search.rounds):
         steps += running * search.steps // search.rounds
-        running = min(running, max(2, -(-running // 2)))
+        running = going_on(running)
     return steps

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
@@ -85,18 +85,34 @@ def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
 
 def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
     """`account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`."""
-    fields, (name, _, inner) = {field.name: str(field.type) for field in _fields(kind)}, key.partition(".")
-    if name not in fields or (inner and "dict" not in fields[name]):
+    fields, (name, _, inner) = {field.name: _kinds(field.type) for field in _fields(kind)}, key.partition(".")
+    if name not in fields or (inner and dict not in fields[name]):
         raise InputError(f"the executor has no key '{key}'; {nearest(name, fields)}")
     if inner:
         values.setdefault(name, {})[inner] = text
-    elif "list" in fields[name] and not text.startswith("["):
-        values[name] = text.split(",")
     else:
-        try:
-            values[name] = text if fields[name] in ("str", "Optional[str]") else json.loads(text)
-        except ValueError:
-            values[name] = text
+        values[name] = _value(key, fields[name], text)
+
+
+def _kinds(hint: Any) -> dict[type, Any]:
+    """The plain types that a field may have -> each in full: `Optional[list[int]]` -> {list: list[int]}."""
+    hints = get_args(hint) if get_origin(hint) is Union else (hint,)
+    return {get_origin(one) or one: one for one in hints if one is not type(None)}
+
+
+def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
+    """Raises InputError for a text that stands for none of these types; a list may be written with commas."""
+    if list in kinds and not text.startswith("["):
+        return [_value(key, _kinds(get_args(kinds[list])[0]), part) for part in text.split(",")]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if type(value) in kinds:
+        return value
+    if str not in kinds:
+        raise InputError(f"executor.{key} is '{text}'; it must be {' or '.join(kind.__name__ for kind in kinds)}")
+    return text
 
 
 # -- what is not given ---------------------------------------------------------------------------------

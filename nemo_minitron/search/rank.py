@@ -81,13 +81,18 @@ def rank(
         for begin, place in _between(places, first, end):
             standings += _stand(curves, begin, place)
         order = [row.candidate for row in standings if row.step == end]
-        running = order[: max(2, -(-len(order) // 2))] if end != steps else order
+        running = order[: going_on(len(order))] if end != steps else order
         for name in order[len(running) :]:
             stopped[name] = end
             if stop is not None:
                 stop(name)
         first = end
     return Ranking(standings, stopped, running[0])
+
+
+def going_on(running: int) -> int:
+    """How many of so many candidates train on after a round: the better half, rounded up, but at least two."""
+    return min(running, max(2, -(-running // 2)))
 
 
 def _between(places: Sequence[int], first: int, last: int) -> list[tuple[int, int]]:

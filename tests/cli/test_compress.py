@@ -5,14 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import TEXTS, losses, minitron, start
+from command_line import exported_as_is, losses, minitron, moved, plain, start
 from pico import raw_tensors
 
 from nemo_minitron.artifacts import PrunePlan, Scores
@@ -56,33 +53,19 @@ def test_weights_were_trained_and_everything_else_is_the_pruned_folder(world):
 @pytest.fixture(scope="module")
 def rooms(world):
     """Of this package, what is loaded where NeMo alone exports the distilled checkpoint and trains it on."""
-    training = world / "run" / "checkpoints" / "distilled"
-    checkpoint = training / json.loads((training / "last.json").read_text())["checkpoint"]
-    (world / "questions").mkdir()
-    for split in ("training", "validation", "test"):
-        lines = [json.dumps({"input": text[:20], "output": text[20:]}) for text in TEXTS[:16]]
-        (world / "questions" / f"{split}.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, Path(__file__).with_name("plain_script.py"), checkpoint, world, "cpu"]
-    done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return {name.split(".")[1] for name in json.loads(line.removeprefix("RESULT")) if "." in name}
+    return {name.split(".")[1] for name in plain(world, "cpu") if "." in name}
 
 
 def test_nemos_own_exporter_needs_backend_setup_alone(world, rooms):
     """The distilled checkpoint is a plain NeMo checkpoint: its export has the student's tensors, bit for bit."""
     assert "backend" in rooms <= {"backend", "errors", "precisions"}  # the others are single files that it needs
-    exported, student = raw_tensors(world / "exported"), raw_tensors(world / "run" / "student")
-    assert exported.keys() == student.keys()
-    assert [name for name in student if not np.array_equal(exported[name], student[name])] == []
+    assert exported_as_is(world)
 
 
 def test_nemo_alone_trains_the_student_on(world, rooms):
     """Two steps of Adam move no weight by much more than twice the learning rate, 1e-4; had the weights not been
     loaded, or not been trained, they would differ by their own size, about 0.1, or not at all."""
-    before, after = (raw_tensors(world / folder) for folder in ("exported", "finetuned-hf"))
-    moved = {name: np.abs(after[name].view("f4") - before[name].view("f4")).max() for name in before}
-    assert {name: by for name, by in moved.items() if not 0 < by < 1e-3} == {}
+    assert {name: by for name, by in moved(world).items() if not 0 < by < 1e-3} == {}
 
 
 def test_a_rerun_does_nothing(world):

@@ -116,6 +116,12 @@ def test_the_command_tells_acceptance_and_writes_the_pair(pair, tmp_path, monkey
     assert held["num_speculative_tokens"] == max(1, draft["length"])
     alone = ["evaluate", str(pair[1]), "--data", "corpus.jsonl", "--draft-out", "served"]
     blind = ["evaluate", str(pair[1]), "--tasks", "none", "--draft-of", str(pair[0])]
-    for refused, words in ((alone, "give --draft-of"), (blind, "give --data")):
+    # Before the corpus, which is not there, is looked for.
+    early = ["evaluate", str(pair[1]), "--data", "nowhere.jsonl", "--draft-of"]
+    over = [*early, str(pair[0]), "--draft-out", "corpus.jsonl"]
+    other = [*early, str(pico_llama(tmp_path / "other", vocab_size=512))]
+    refusals = [(alone, "give --draft-of"), (blind, "give --data"), (over, "is a file"), (other, "has 512 tokens")]
+    refusals.append(([*early, "no-model"], "'no-model' does not exist"))
+    for refused, words in refusals:
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(app, refused, catch_exceptions=False)

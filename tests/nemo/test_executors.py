@@ -68,6 +68,11 @@ def test_the_container_command(executors, tmp_path):
     assert line.endswith("nvcr.io/nvidia/nemo:25.11 bash /nemo_run/scripts/pico.sh")
 
 
+def test_a_text_stays_one_though_it_looks_like_a_number(executors):
+    executor = executors.executor_of("slurm", ["account=007", "time=30", "exclusive=true"], LAYOUT, [])
+    assert (executor.account, executor.time, executor.exclusive) == ("007", "30", True)
+
+
 def test_an_executor_of_ones_own(executors, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "executors.py").write_text(
@@ -86,6 +91,8 @@ def test_an_executor_of_ones_own(executors, tmp_path):
         ("slurm", ["account"], "executor.key=value"),
         ("slrum", [], "did you mean 'slurm'"),
         ("docker", [], r"needs executor\.container_image"),
+        ("docker", ["container_image=i", "num_gpus=x"], r"executor\.num_gpus is 'x'; it must be int"),
+        ("slurm", ["account=lab", "nodes=two"], r"executor\.nodes is 'two'; it must be int"),
         ("skypilot", [], r"pip install 'nemo_run\[skypilot\]'"),
     ],
 )

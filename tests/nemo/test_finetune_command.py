@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -35,11 +36,19 @@ def world(tmp_path_factory):
     return folder
 
 
-def finetune(folder, *more):
-    command = [sys.executable, "-m", "nemo_minitron.cli", "finetune", "student", "--data", "rows.jsonl", "--out", "out"]
-    command += ["--steps", "3", "--sequence-length", "32", "--global-batch-size", "4", "--micro-batch-size", "2"]
-    command += ["--precision", "fp32", "--learning-rate", "0.001", *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+COMMAND = (
+    "-m nemo_minitron.cli finetune student --data rows.jsonl --out out --steps 300 --sequence-length 32 "
+    "--global-batch-size 4 --micro-batch-size 2 --precision fp32 --learning-rate 0.001"
+)
+
+
+def finetune(folder):
+    command = [sys.executable, *COMMAND.split()]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(file):
+    return list(csv.DictReader(file.open())) if file.exists() else []
 
 
 def loss_of_the_answer(folder):
@@ -58,12 +67,25 @@ def loss_of_the_answer(folder):
 
 @pytest.mark.slow
 def test_a_student_is_aligned_and_stays_a_plain_folder(world):
+    """Told to stop on the way, it saves and goes on: no step but the last would be saved without that, and the second
+    run would write all rows anew."""
+    first, losses = finetune(world), world / ".out.work" / "training" / "loss.csv"
+    deadline = time.monotonic() + 300
+    while len(rows(losses)) < 3 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.terminate()
+    output = first.communicate(timeout=120)[0]
+    assert (first.returncode, "told to stop, saved" in output) == (143, True), output[-3000:]
+    before = rows(losses)
+    assert 3 <= len(before) < 300
     done = finetune(world)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = list(csv.DictReader((world / "out" / "loss.csv").open()))
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    output = done.communicate(timeout=600)[0]
+    assert done.returncode == 0, output[-3000:]
+    found = rows(world / "out" / "loss.csv")
+    assert [int(row["step"]) for row in found] == list(range(1, 301))
+    assert found[: len(before)] == before
     answers, whole = loss_of_the_answer(world / "student")
-    assert float(rows[0]["loss"]) == pytest.approx(answers, rel=LOSS_LAYOUT_FP32)
+    assert float(found[0]["loss"]) == pytest.approx(answers, rel=LOSS_LAYOUT_FP32)
     assert abs(whole / answers - 1) > 100 * LOSS_LAYOUT_FP32  # else the mask would not show
     before, after = raw_tensors(world / "student"), raw_tensors(world / "out")
     assert before.keys() == after.keys()
@@ -71,7 +93,7 @@ def test_a_student_is_aligned_and_stays_a_plain_folder(world):
     assert loss_of_the_answer(world / "out")[0] < answers
     log = (world / ".out.work" / "log.txt").read_text()
     again = finetune(world)  # finds all steps done, and starts nothing
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.wait(timeout=120) == 0
     assert (world / ".out.work" / "log.txt").read_text() == log
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.job.commands.corpus import tokenise
-from nemo_minitron.job.models import as_folder
+from nemo_minitron.job.models import as_folder, config_of, is_nemo
 from nemo_minitron.job.settings.recipe import Evaluation
 
 
@@ -30,10 +30,7 @@ def run_evaluate(
 
     if data is None and not tasks:
         raise InputError("there is nothing to measure; give --data, --tasks or both")
-    if draft_of is not None and data is None:
-        raise InputError("--draft-of needs text on which the two models are compared; give --data")
-    if draft_out is not None and draft_of is None:
-        raise InputError("--draft-out needs the model whose draft this one is; give --draft-of")
+    _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
     numbers: dict[str, Any] = {}
     with as_folder(model) as folder, tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
@@ -50,6 +47,24 @@ def run_evaluate(
         length = max(1, numbers["draft"]["length"])  # a server drafts at least one
         numbers["draft"]["commands"] = write_draft(draft_out, resolve(draft_of), resolve(model), length)
     return numbers
+
+
+def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: Path | None) -> None:
+    """Raises InputError, before anything is measured, for a pair that is none and a folder that cannot be."""
+    if draft_out is not None and draft_of is None:
+        raise InputError("--draft-out needs the model whose draft this one is; give --draft-of")
+    if draft_of is None:
+        return
+    if data is None:
+        raise InputError("--draft-of needs text on which the two models are compared; give --data")
+    check_draft(config_of(draft_of), config_of(model))
+    if draft_out is None:
+        return
+    if draft_out.exists() and not draft_out.is_dir():
+        raise InputError(f"--draft-out '{draft_out}' is a file; give a folder")
+    for side in (draft_of, model):
+        if is_nemo(resolve(side)):
+            raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
 
 
 def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:

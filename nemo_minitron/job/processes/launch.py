@@ -27,7 +27,7 @@ ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the r
 LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
 TAIL = 200  # lines of output that a message may come from
-SAVING = ("distill",)  # stages whose processes save what they have when they are told to stop
+SAVING = ("distill", "finetune")  # stages whose processes save what they have when they are told to stop
 # Slurm sends SIGTERM to every process of a step: torchrun would end its workers before they have saved.
 DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "minitron")
 HEARS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")  # of torch 2.10 and later; before, workers get 30 s to save

@@ -105,7 +105,7 @@ class Distillation(Counted):
         step = self.micro_batch_size * layout.dp * at_once
         if self.global_batch_size % step:
             raise InputError(
-                f"distillation.global_batch_size {self.global_batch_size} does not divide into micro-batches of "
+                f"global_batch_size {self.global_batch_size} does not divide into micro-batches of "
                 f"{self.micro_batch_size} on {layout.dp} data-parallel ranks{f', {at_once} at a time' * (at_once > 1)}"
                 f"; the nearest legal size is {max(1, round(self.global_batch_size / step)) * step}"
             )

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.commands.distill import teacher_identity
+from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.models import as_folder, teacher_folder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.generation import Generation
@@ -24,7 +25,7 @@ def inputs(run: Run) -> list[Any]:
     settings = run.job.generation
     prompts = file_digest(settings.prompts) if settings.prompts else ""
     values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
-    return [values, teacher_identity(run.job.learns_from or run.job.teacher)]
+    return [values, teacher_identity(learned_from(run.job))]
 
 
 def generate(run: Run) -> None:

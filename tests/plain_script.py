@@ -1,5 +1,5 @@
-"""What a NeMo user does with a student afterwards, run by test_compress.py: of this package `backend.setup()` alone.
-On a GPU with Transformer Engine not even that (`gpu`), run by tests/gpu.
+"""What a NeMo user does with a student afterwards, run by tests/cli/test_compress.py: of this package
+`backend.setup()` alone; on a GPU with Transformer Engine not even that (`gpu`), run by tests/gpu.
 
 Arguments: a distilled checkpoint; a folder with `questions`, where it is exported to `exported`, finetuned for two
 steps in `finetuned`, and exported again to `finetuned-hf`; cpu or gpu. Prints the modules of this package in use.
