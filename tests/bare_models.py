@@ -22,6 +22,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from ranks import leave_layout
 
 VOCAB, PADDED, SEQUENCE = 509, 516, 24  # the true vocabulary is prime; a multiple of 12 is built
 
@@ -92,7 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def start(tp: int = 1, pp: int = 1, vp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None) -> None:
     """Megatron's groups for this layout, and its seeds (1); ends the layout before it. `etp`: None is `tp`."""
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -1,12 +1,10 @@
 """Weights and activations of a rank against bare Megatron, in four processes: see costs_worker.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import torchrun
 from tolerances import ACTIVATIONS_REFERENCE
 
 WORKER = Path(__file__).parent / "costs_worker.py"
@@ -28,11 +26,7 @@ def found(tmp_path_factory):
     """Case -> what each rank found."""
     out = tmp_path_factory.mktemp("costs")
     cases = json.dumps([{"name": name, **case} for name, case in CASES.items()])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
-    done = subprocess.run(
-        [*command, cases, str(out)], env=os.environ | {"PYTHONPATH": str(WORKER.parent)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(4, WORKER, cases, out)
     return {name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(4)] for name in CASES}
 
 

@@ -5,13 +5,16 @@ Nothing heavy is imported at module level: saving a checkpoint starts a helper t
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -24,17 +27,25 @@ def main() -> None:
     from nemo_minitron.errors import InputError
 
     try:
-        from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
-
-        run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
-        run |= {"compensate": compensate.compensate, "cache": cache.cache_logits, "finetune": finetune.finetune}
-        run[stage](settings)
+        _stages()[stage](settings)
     except InputError as error:
         folder = os.environ.get("MINITRON_ERRORS")
         if folder:
             Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
         print(f"minitron: {error}", file=sys.stderr, flush=True)
         _leave(2)
+
+
+def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
+    """Loaded without the garbage collector: NeMo brings a million objects that stay, and looking through them again
+    and again takes a seventh of the time."""
+    gc.disable()
+    from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
+
+    gc.freeze()
+    gc.enable()
+    run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
+    return run | {"compensate": compensate.compensate, "cache": cache.cache_logits, "finetune": finetune.finetune}
 
 
 def _hold_the_lifeline() -> None:

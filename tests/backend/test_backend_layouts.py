@@ -9,13 +9,11 @@ in `dispatch.py` (moe-ep2, and moe-tp2_sp_ep2_etp2 for the unequal ones: both ra
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import backend_worker
 import pytest
+from ranks import torchrun
 from tolerances import LAYOUT_GRADIENT_FP32, STEP_LOSS_FP32, STEP_NORM_FP32
 
 WORKER = Path(backend_worker.__file__)
@@ -33,19 +31,12 @@ def results(tmp_path_factory):
 
     def of(world):
         if world not in done:
-            done[world] = launch(world, tmp_path_factory.mktemp("layouts") / f"{world}.json")
+            out = tmp_path_factory.mktemp("layouts") / f"{world}.json"
+            torchrun(world, WORKER, out)
+            done[world] = json.loads(out.read_text())
         return done[world]
 
     return of
-
-
-def launch(world, out):
-    """torchrun ends all ranks when one fails; the timeouts end them all when one hangs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run([*command, str(WORKER), str(out)], env=environment, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize(("world", "case"), CASES)

@@ -6,12 +6,10 @@ Fails, tried by hand: without the reduction over the amax group (both delayed ca
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fp8_worker
+from ranks import torchrun
 from tolerances import FP8_GRADIENT, FP8_LAYOUT
 
 WORKER = Path(fp8_worker.__file__)
@@ -19,10 +17,7 @@ WORKER = Path(fp8_worker.__file__)
 
 def test_two_ranks_against_one(tmp_path):
     out = tmp_path / "out.json"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run([*start, str(WORKER), str(out)], env=environment, capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    torchrun(2, WORKER, out)
     found = json.loads(out.read_text())
     for name in ("delayed", "delayed_sp"):
         assert found[name] < FP8_LAYOUT, name

@@ -17,7 +17,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import prune
 from nemo_minitron.search import compare_plans, random_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("world")]  # one run for all of them
 
 
 def test_the_run_folder_is_whole(world):
@@ -91,7 +91,11 @@ def test_the_student_learns_what_the_teacher_wrote(world):
 
 
 def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
-    """SIGKILL to the whole session after the first checkpoint; the second run resumes from it."""
+    """SIGKILL to the whole session after the first checkpoint; the second run resumes from it. What comes before the
+    distillation is the finished run's."""
+    shutil.copytree(world / "run", world / "killed")
+    shutil.rmtree(world / "killed" / "checkpoints" / "distilled")
+    shutil.rmtree(world / "killed" / "student")
     process = start(world, "compress", "recipe.py", "--out", "killed")
     checkpoints = world / "killed" / "checkpoints" / "distilled" / "nemo" / "checkpoints"
     deadline = time.monotonic() + 300

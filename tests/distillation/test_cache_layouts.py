@@ -8,14 +8,12 @@ their own shard has (ep2's collectives fail); statistics of a loss summed withou
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cache_worker
 import numpy as np
 import pytest
+from ranks import torchrun
 from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, SAMPLE_BORDER_FP32
 
 from nemo_minitron.artifacts.logit_cache import LogitCache, row_key
@@ -39,15 +37,9 @@ def results(tmp_path_factory):
     def of(world):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-            run = subprocess.run(
-                [*command, str(WORKER), str(out)], env=environment, capture_output=True, timeout=400
-            )
-            done[world] = out, run
-        out, run = done[world]
-        assert run.returncode == 0, run.stderr.decode()[-6000:]
-        return out
+            done[world] = out
+            torchrun(world, WORKER, out)
+        return done[world]
 
     return of
 

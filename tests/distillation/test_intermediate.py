@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pico import pico_llama
+from ranks import leave_layout
 from tolerances import STATE_GRADIENT_FP32, STATE_LOSS_FP32
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "importance"))
@@ -37,7 +38,6 @@ def batch():
 def models(folder):
     """(Teacher, student's chunks), bare Megatron modules of one process."""
     from depth_worker import build
-    from megatron.core import parallel_state
 
     import nemo_minitron.backend as backend
     from nemo_minitron.distillation.teacher import Teacher
@@ -50,11 +50,11 @@ def models(folder):
     made = []
     for name in ("teacher", "student"):
         source = HFSource(folder / name)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         made.append(build(source.architecture))
         fill(made[-1], source)
     yield Teacher(made[0], inputs), made[1]
-    parallel_state.destroy_model_parallel()
+    leave_layout()
 
 
 def inputs(batch):

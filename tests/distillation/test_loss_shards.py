@@ -8,13 +8,12 @@ mean. Of the fused head: the mask left out, the gathered sequence reversed, the 
 """
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from losses_worker import CASES, COLLECTIVES, DTYPES, NAMES
+from ranks import torchrun
 from test_fused_head import check_fused
 from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32
 
@@ -29,10 +28,7 @@ def results(tmp_path_factory):
     @cache
     def run(world):
         folder = tmp_path_factory.mktemp("losses")
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-        command = [sys.executable, *start, str(WORKER), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        torchrun(world, WORKER, folder)
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
     return run

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from ranks import leave_layout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 IMPORTERS = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -102,9 +103,8 @@ def logits(chunks, folder):
 
 def write(path, result, found):
     import torch
-    from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     if torch.distributed.get_rank() == 0:
         path.with_suffix(".json").write_text(json.dumps(result))
         np.savez(path.with_suffix(".npz"), **found)

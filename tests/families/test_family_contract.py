@@ -7,8 +7,6 @@ NeMo's own activation for another; linear scaling of positions left out; `layer_
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import contract
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES
 from pico import raw_tensors, save_tensors
+from ranks import torchrun
 from tolerances import LOGITS_PICO_FP32
 
 from nemo_minitron.families import FAMILIES, from_hf, read_config
@@ -57,9 +56,7 @@ def models(tmp_path_factory):
 def results(models, tmp_path_factory):
     """One torchrun for all families and layouts."""
     out = tmp_path_factory.mktemp("world2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
-    run = subprocess.run([*command, str(models), str(out)], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-6000:]
+    torchrun(2, WORKER, models, out)
     return out
 
 

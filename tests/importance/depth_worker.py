@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from ranks import leave_layout
 
 COUNT = 3  # layers that go one by one
 SIZES = (1, 2, 4)
@@ -141,7 +142,6 @@ def counts_of(chunks, batches, vocab_size):
 
 def run_case(case, folder):
     import torch
-    from megatron.core import parallel_state
 
     from nemo_minitron.importance.depth import depth_scan, iterative_removal, multiple_choice, read_items
     from nemo_minitron.nemo.live import fill
@@ -169,7 +169,7 @@ def run_case(case, folder):
         result["counts"] = counts_of(chunks, batches, vocab)
         result["error"] = breaks(chunks, batches, vocab)
     result["restored"] = state_of(chunks) == before
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return result
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from depth_worker import build, own_batches
+from ranks import leave_layout
 
 
 def run_case(case, folder):
@@ -34,7 +35,7 @@ def run_case(case, folder):
     found = {name: whole(grams, name) for name in grams}
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, found)
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     merged = {}
     for part in everyone:
         for name, g in part.items():

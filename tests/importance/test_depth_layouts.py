@@ -8,8 +8,6 @@ block spans two stages; the tied head's weight of a last stage taken from an emb
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ import pytest
 import torch
 from depth_worker import COUNT, SIZES, tokenize
 from pico import pico_llama
+from ranks import torchrun
 from tolerances import DEPTH_ERROR_FP32, DEPTH_LOSS_FP32
 
 pytestmark = pytest.mark.slow
@@ -80,11 +79,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            run = subprocess.run(
-                [*command, str(WORKER), str(models), cases, str(out)], capture_output=True, text=True, timeout=600
-            )
-            assert run.returncode == 0, run.stderr[-6000:]
+            torchrun(world, WORKER, models, cases, out)
             done[world] = out
         return json.loads((done[world] / f"{case['name']}.json").read_text())
 

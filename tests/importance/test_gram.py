@@ -5,13 +5,12 @@ positions counted; a rank's own channels multiplied with themselves alone (TP).
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pico import pico_llama
+from ranks import torchrun
 from tolerances import GRAM_FP32
 
 pytestmark = pytest.mark.slow
@@ -76,11 +75,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            run = subprocess.run(
-                [*command, str(WORKER), str(models), cases, str(out)], capture_output=True, text=True, timeout=600
-            )
-            assert run.returncode == 0, run.stderr[-6000:]
+            torchrun(world, WORKER, models, cases, out)
             done[world] = out
         return np.load(done[world] / f"{case['name']}.npz")
 

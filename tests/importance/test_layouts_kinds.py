@@ -6,13 +6,12 @@ sequence parallelism is no case: Megatron-core 0.15.3 does not build it.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import torchrun
 from tolerances import SCORES_FLOAT64, SCORES_FP32
 
 from nemo_minitron.architecture import Architecture
@@ -122,12 +121,7 @@ def results(tmp_path_factory):
         if world not in done:
             done[world] = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            run = subprocess.run(
-                [*command, str(WORKER), str(folder), cases, str(done[world])],
-                capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            assert run.returncode == 0, run.stderr[-6000:]
+            torchrun(world, WORKER, folder, cases, done[world])
         return done[world]
 
     return of

@@ -13,6 +13,8 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from ranks import leave_layout
+
 
 def mask_some():
     """Samples whose first tokens, up to all but one, do not count: data-parallel ranks have unequal numbers."""
@@ -121,11 +123,11 @@ def start_each_time():
 
 def forget():
     """What Megatron and NeMo keep of a layout between two trainings in one process."""
-    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core import num_microbatches_calculator
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
 
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     Singleton._Singleton__instances.pop(AppState, None)
 

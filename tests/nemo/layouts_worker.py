@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from ranks import leave_layout
 
 CRITERIA = ["l2,mean", *(",".join(p) for p in itertools.product(("mean", "l2", "var", "max"), repeat=2))]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
@@ -51,7 +52,6 @@ def batches_of(kind, tokens):
 
 def run_case(case, folder, out):
     import torch
-    from megatron.core import parallel_state
 
     from nemo_minitron.importance import estimate, magnitude
     from nemo_minitron.job.settings.layout import Layout
@@ -81,7 +81,7 @@ def run_case(case, folder, out):
     for mutation, kind in case["mutations"]:
         with mutated(mutation):
             found[mutation] = estimate(chunks, batches_of(kind, tokens), criterion=CRITERIA, axes=AXES)
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     if torch.distributed.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(result))
         for kind, scores in found.items():

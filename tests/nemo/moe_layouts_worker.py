@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from ranks import leave_layout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 
@@ -29,7 +30,6 @@ def run_case(case, folder, out):
     checkpoints that this layout wrote."""
     import torch
     from checkpoints import save_checkpoint
-    from megatron.core import parallel_state
 
     from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.job.settings.layout import Layout
@@ -56,7 +56,7 @@ def run_case(case, folder, out):
     if layout.pp == 1:
         tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
         found = {name: _logits(model, tokens) for name, model in (("teacher", chunks), ("student", cut))}
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     if torch.distributed.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(result))
         if layout.pp == 1:

@@ -7,14 +7,13 @@ all; targets not cut for context parallelism; targets one position late.
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pico import pico_llama
+from ranks import torchrun
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -87,10 +86,7 @@ def results(models, tmp_path_factory):
             if case["world"] == world
             for at in [RECIPES[case["recipe"]]]
         ]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        arguments = [str(WORKER), str(models), json.dumps(CACHES), json.dumps(cases), str(out), str(ROWS)]
-        run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stderr[-6000:]
+        torchrun(world, WORKER, models, json.dumps(CACHES), json.dumps(cases), out, ROWS)
 
     def of(name):
         rows = list(csv.DictReader((out / name / "loss.csv").open()))

@@ -9,13 +9,12 @@ projection's gradient not summed over the pipeline, or under sequence parallelis
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pico import pico_llama, pico_mixtral
+from ranks import torchrun
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -99,12 +98,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             done[world] = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            run = subprocess.run(
-                [*command, str(WORKER), str(models), cases, str(done[world])], capture_output=True, text=True,
-                timeout=600,
-            )  # fmt: skip
-            assert run.returncode == 0, run.stderr[-6000:]
+            torchrun(world, WORKER, models, cases, done[world])
         return done[world] / case["name"]
 
     return of

@@ -2,13 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pico import pico_llama
+from ranks import torchrun
 from tolerances import LOSS_BF16_TEACHER, LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -56,11 +55,7 @@ def out(tmp_path_factory):
     prune(folder / "teacher", plan, folder / "student")
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     build(folder / "corpus.jsonl", load_tokenizer(folder / "teacher"), folder / "corpus")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(WORKER)]
-    run = subprocess.run(
-        [*command, str(folder), json.dumps(CASES), str(out), "straight"], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    torchrun(1, WORKER, folder, json.dumps(CASES), out, "straight")
     return out
 
 

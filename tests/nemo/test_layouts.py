@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from layouts_worker import AXES, BOUNDARIES, CRITERIA
 from pico import pico_llama, pico_mistral
+from ranks import torchrun
 from scores64 import activations, scores64
 from tolerances import LOGITS_PICO_FP32, SCORES_FLOAT64, SCORES_FP32
 
@@ -119,20 +118,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={world}",
-            ]
-            run = subprocess.run(
-                [*command, str(WORKER), str(models), cases, str(out)],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert run.returncode == 0, run.stderr[-6000:]
+            torchrun(world, WORKER, models, cases, out)
             done[world] = out
         return done[world]
 

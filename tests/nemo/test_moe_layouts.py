@@ -6,13 +6,12 @@ parallelism.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pico import pico_mixtral
+from ranks import torchrun
 from tolerances import LOGITS_PICO_FP32
 
 from nemo_minitron.artifacts import PrunePlan
@@ -61,11 +60,7 @@ def folder(tmp_path_factory):
 def results(folder, tmp_path_factory):
     """One torchrun for all layouts."""
     out = tmp_path_factory.mktemp("world2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
-    run = subprocess.run(
-        [*command, str(folder), json.dumps(CASES), str(out)], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    torchrun(2, WORKER, folder, json.dumps(CASES), out)
     return out
 
 
