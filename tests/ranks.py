@@ -1,7 +1,8 @@
-"""Real processes for the tests' workers: torchrun's agent and its ranks, and leaving a layout for the next one.
+"""Real processes for the tests' workers, and leaving a layout for the next one.
 
 Loading NeMo takes longer than most workers' work. So each process of pytest has one that has loaded it, this file run
-as a script, and torchrun's agent and all ranks are forked from that: each begins as if it had just imported NeMo.
+as a script, and all ranks are forked from that: each begins as if torchrun had started it and it had imported NeMo.
+What the package starts itself, by torchrun, is started so in the tests of its commands.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -20,7 +22,7 @@ TESTS = Path(__file__).parent
 TAIL = 6000  # characters of a failed worker's output
 
 
-def torchrun(world: int, worker: Path, *arguments: object, timeout: float = 600) -> None:
+def run_ranks(world: int, worker: Path, *arguments: object, timeout: float = 600) -> None:
     """Runs a worker's file in so many processes: one that fails ends them all, and so does the time."""
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
         order = {"world": world, "command": [str(worker), *map(str, arguments)], "log": log.name, "cwd": os.getcwd()}
@@ -56,47 +58,56 @@ def _serve() -> None:
     import gc
 
     import nemo.collections.llm  # noqa: F401
-    import torch.distributed.run  # noqa: F401
 
     gc.freeze()  # what was loaded stays: ranks need not look through it
     for line in sys.stdin:
         agent = os.fork()
         if not agent:
-            _become(json.loads(line))
+            _lead(**json.loads(line))  # comes back in a rank, when it has done its work
+            break
         print(agent, file=answers)
         print(os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]), file=answers)
 
 
-def _become(order: dict[str, object]) -> None:
-    """torchrun's agent, in a session of its own, its output in the log; never returns."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    code = 1
-    try:
-        os.setsid()
-        os.chdir(order["cwd"])
-        log = os.open(order["log"], os.O_WRONLY | os.O_APPEND)
-        for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-            os.dup2(target, number)
-        layout = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=order["world"], run_id=str(os.getpid()), rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0, monitor_interval=0.05,
-        )  # fmt: skip
-        elastic_launch(layout, _rank)(order["command"])
-        code = 0
-    except BaseException:  # printed, and never back into the server's loop
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+def _lead(world: int, command: list[str], log: str, cwd: str) -> None:
+    """The agent, in a session of its own, its output in the log; it comes back in the ranks."""
+    os.setsid()
+    os.chdir(cwd)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, out)):
+        os.dup2(target, number)
+    store, port = _store()
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in {**place, **agent}.items()})
+    for rank in range(world):
+        if not os.fork():
+            os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
+            _run(command)
+            return
+    for _ in range(world):
+        if os.wait()[1]:
+            os.killpg(0, signal.SIGKILL)
+    os.kill(store, signal.SIGKILL)
+    os._exit(0)
 
 
-def _rank(command: list[str]) -> None:
+def _store() -> tuple[int, int]:
+    """The process of the store where the ranks meet, and its port. A rank that had inherited the store would wait for
+    its thread, which no fork takes along."""
+    from torch.distributed import TCPStore
+
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, str(store.port).encode())
+        signal.pause()
+    return process, int(os.read(reader, 16))
+
+
+def _run(command: list[str]) -> None:
     """The worker's file, as `python FILE ARGUMENTS` runs it."""
-    import runpy
-
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import ACTIVATIONS_REFERENCE
 
 WORKER = Path(__file__).parent / "costs_worker.py"
@@ -26,7 +26,7 @@ def found(tmp_path_factory):
     """Case -> what each rank found."""
     out = tmp_path_factory.mktemp("costs")
     cases = json.dumps([{"name": name, **case} for name, case in CASES.items()])
-    torchrun(4, WORKER, cases, out)
+    run_ranks(4, WORKER, cases, out)
     return {name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(4)] for name in CASES}
 
 

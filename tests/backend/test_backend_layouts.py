@@ -13,7 +13,7 @@ from pathlib import Path
 
 import backend_worker
 import pytest
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LAYOUT_GRADIENT_FP32, STEP_LOSS_FP32, STEP_NORM_FP32
 
 WORKER = Path(backend_worker.__file__)
@@ -32,7 +32,7 @@ def results(tmp_path_factory):
     def of(world):
         if world not in done:
             out = tmp_path_factory.mktemp("layouts") / f"{world}.json"
-            torchrun(world, WORKER, out)
+            run_ranks(world, WORKER, out)
             done[world] = json.loads(out.read_text())
         return done[world]
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import fp8_worker
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import FP8_GRADIENT, FP8_LAYOUT
 
 WORKER = Path(fp8_worker.__file__)
@@ -17,7 +17,7 @@ WORKER = Path(fp8_worker.__file__)
 
 def test_two_ranks_against_one(tmp_path):
     out = tmp_path / "out.json"
-    torchrun(2, WORKER, out)
+    run_ranks(2, WORKER, out)
     found = json.loads(out.read_text())
     for name in ("delayed", "delayed_sp"):
         assert found[name] < FP8_LAYOUT, name

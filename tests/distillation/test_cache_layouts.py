@@ -13,7 +13,7 @@ from pathlib import Path
 import cache_worker
 import numpy as np
 import pytest
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, SAMPLE_BORDER_FP32
 
 from nemo_minitron.artifacts.logit_cache import LogitCache, row_key
@@ -38,7 +38,7 @@ def results(tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             done[world] = out
-            torchrun(world, WORKER, out)
+            run_ranks(world, WORKER, out)
         return done[world]
 
     return of

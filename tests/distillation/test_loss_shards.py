@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from losses_worker import CASES, COLLECTIVES, DTYPES, NAMES
-from ranks import torchrun
+from ranks import run_ranks
 from test_fused_head import check_fused
 from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32
 
@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     @cache
     def run(world):
         folder = tmp_path_factory.mktemp("losses")
-        torchrun(world, WORKER, folder)
+        run_ranks(world, WORKER, folder)
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
     return run

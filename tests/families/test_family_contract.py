@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES
 from pico import raw_tensors, save_tensors
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LOGITS_PICO_FP32
 
 from nemo_minitron.families import FAMILIES, from_hf, read_config
@@ -56,7 +56,7 @@ def models(tmp_path_factory):
 def results(models, tmp_path_factory):
     """One torchrun for all families and layouts."""
     out = tmp_path_factory.mktemp("world2")
-    torchrun(2, WORKER, models, out)
+    run_ranks(2, WORKER, models, out)
     return out
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from depth_worker import COUNT, SIZES, tokenize
 from pico import pico_llama
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import DEPTH_ERROR_FP32, DEPTH_LOSS_FP32
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            torchrun(world, WORKER, models, cases, out)
+            run_ranks(world, WORKER, models, cases, out)
             done[world] = out
         return json.loads((done[world] / f"{case['name']}.json").read_text())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pico import pico_llama
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import GRAM_FP32
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            torchrun(world, WORKER, models, cases, out)
+            run_ranks(world, WORKER, models, cases, out)
             done[world] = out
         return np.load(done[world] / f"{case['name']}.npz")
 

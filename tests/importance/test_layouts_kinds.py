@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import SCORES_FLOAT64, SCORES_FP32
 
 from nemo_minitron.architecture import Architecture
@@ -121,7 +121,7 @@ def results(tmp_path_factory):
         if world not in done:
             done[world] = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            torchrun(world, WORKER, folder, cases, done[world])
+            run_ranks(world, WORKER, folder, cases, done[world])
         return done[world]
 
     return of

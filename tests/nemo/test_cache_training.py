@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pico import pico_llama
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -86,7 +86,7 @@ def results(models, tmp_path_factory):
             if case["world"] == world
             for at in [RECIPES[case["recipe"]]]
         ]
-        torchrun(world, WORKER, models, json.dumps(CACHES), json.dumps(cases), out, ROWS)
+        run_ranks(world, WORKER, models, json.dumps(CACHES), json.dumps(cases), out, ROWS)
 
     def of(name):
         rows = list(csv.DictReader((out / name / "loss.csv").open()))

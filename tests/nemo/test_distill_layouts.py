@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pico import pico_llama, pico_mixtral
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -98,7 +98,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             done[world] = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            torchrun(world, WORKER, models, cases, done[world])
+            run_ranks(world, WORKER, models, cases, done[world])
         return done[world] / case["name"]
 
     return of

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pico import pico_llama
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LOSS_BF16_TEACHER, LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -55,7 +55,7 @@ def out(tmp_path_factory):
     prune(folder / "teacher", plan, folder / "student")
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     build(folder / "corpus.jsonl", load_tokenizer(folder / "teacher"), folder / "corpus")
-    torchrun(1, WORKER, folder, json.dumps(CASES), out, "straight")
+    run_ranks(1, WORKER, folder, json.dumps(CASES), out, "straight")
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from layouts_worker import AXES, BOUNDARIES, CRITERIA
 from pico import pico_llama, pico_mistral
-from ranks import torchrun
+from ranks import run_ranks
 from scores64 import activations, scores64
 from tolerances import LOGITS_PICO_FP32, SCORES_FLOAT64, SCORES_FP32
 
@@ -118,7 +118,7 @@ def results(models, tmp_path_factory):
         if world not in done:
             out = tmp_path_factory.mktemp(f"world{world}")
             cases = json.dumps([case for case in CASES if case["world"] == world])
-            torchrun(world, WORKER, models, cases, out)
+            run_ranks(world, WORKER, models, cases, out)
             done[world] = out
         return done[world]
 

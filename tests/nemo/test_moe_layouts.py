@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pico import pico_mixtral
-from ranks import torchrun
+from ranks import run_ranks
 from tolerances import LOGITS_PICO_FP32
 
 from nemo_minitron.artifacts import PrunePlan
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 def results(folder, tmp_path_factory):
     """One torchrun for all layouts."""
     out = tmp_path_factory.mktemp("world2")
-    torchrun(2, WORKER, folder, json.dumps(CASES), out)
+    run_ranks(2, WORKER, folder, json.dumps(CASES), out)
     return out
 
 
