@@ -8,9 +8,9 @@ What the package starts itself, by torchrun, is started so in the tests of its c
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import subprocess
@@ -107,10 +107,10 @@ def _store() -> tuple[int, int]:
 
 
 def _run(command: list[str]) -> None:
-    """The worker's file, as `python FILE ARGUMENTS` runs it."""
+    """The worker's `main`. Not as `__main__`: what Megatron starts to save a checkpoint imports that again."""
     sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    sys.path.insert(0, str(Path(command[0]).parent))
+    importlib.import_module(Path(command[0]).stem).main()
 
 
 def leave_layout() -> None:
