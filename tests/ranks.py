@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -107,7 +108,11 @@ def _store() -> tuple[int, int]:
 
 
 def _run(command: list[str]) -> None:
-    """The worker's `main`. Not as `__main__`: what Megatron starts to save a checkpoint imports that again."""
+    """The worker's `main`. The process where Megatron's writers of checkpoints leave their results is forked, too:
+    Megatron would start it anew, to load torch once more."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     importlib.import_module(Path(command[0]).stem).main()
