@@ -17,9 +17,11 @@ from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, read_config
 from nemo_minitron.pruning.headers import SIZES, Entry, read_header, shards
+from nemo_minitron.pruning.streams import Run
 from nemo_minitron.pruning.tensors import RAW
 
 MOST = 1024  # buffers of one call, the system's limit
+LEAST = 1 << 20  # bytes of a run, on average, from which on the kernel copies them
 _GAP = memoryview(bytearray(64 << 10))
 
 
@@ -73,6 +75,24 @@ class HFSource:
                 _check_range(kept, block.shape[dim])
                 block = block.take(kept, axis=dim, mode="wrap")  # a third faster than the mode that checks
         return block
+
+    def runs(self, name: str, index: Index) -> tuple[Path, list[Run]] | None:
+        """The file and the runs of bytes that hold the outer product of sorted indices, if those are long on average.
+
+        None where columns are picked, where runs are short (many small copies by the kernel take longer than reading
+        and writing them), and where nothing is to be had.
+        """
+        entry, first = self._place(name)
+        rows, *rest = index
+        if not len(rows) or any(len(kept) != size for kept, size in zip(rest, entry.shape[1:], strict=True)):
+            return None
+        _check_range(rows + first, entry.shape[0])
+        step = math.prod(entry.shape[1:]) * SIZES[entry.dtype]
+        bounds = _bounds(rows)
+        if len(rows) * step < LEAST * (len(bounds) - 1) and len(bounds) > 2:
+            return None
+        spans = zip(rows[bounds[:-1]].tolist(), itertools.pairwise(bounds), strict=True)
+        return entry.file, [Run(entry.start + (first + r) * step, (b - a) * step) for r, (a, b) in spans]
 
     def _place(self, name: str) -> tuple[Entry, int]:
         if name not in self._places:
@@ -141,7 +161,7 @@ def _read_rows(entry: Entry, rows: np.ndarray, row: tuple[int, ...]) -> np.ndarr
         return block
     step = math.prod(row) * SIZES[entry.dtype]
     view = block.reshape(-1).view(np.uint8).data
-    bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    bounds = _bounds(rows)
     runs = [
         (entry.start + first * step, view[begin * step : end * step])
         for first, (begin, end) in zip(rows[bounds[:-1]].tolist(), itertools.pairwise(bounds), strict=True)
@@ -149,6 +169,11 @@ def _read_rows(entry: Entry, rows: np.ndarray, row: tuple[int, ...]) -> np.ndarr
     with open(entry.file, "rb", buffering=0) as stream:
         _fill(stream, runs)
     return block
+
+
+def _bounds(rows: np.ndarray) -> list[int]:
+    """Where runs of neighbours begin among sorted rows, and the end of the last one."""
+    return [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
 
 
 def _fill(stream: BinaryIO, runs: list[tuple[int, memoryview]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.digest import Index, bf16_bits
 from nemo_minitron.pruning.headers import SIZES
 from nemo_minitron.pruning.selection import shapes_of, student_index
+from nemo_minitron.pruning.streams import Run
 from nemo_minitron.pruning.tensors import TensorSource, whole
 
 
@@ -52,6 +54,11 @@ class Student:
         step = max(1, getattr(self.source, "block", len(rows) * width) // width)
         for begin in range(0, len(rows), step):
             yield self.source.read(origin, (rows[begin : begin + step], *rest))
+
+    def runs(self, name: str) -> tuple[Path, list[Run]] | None:
+        """Where the whole tensor lies in a file of the source, if it is best copied from there without a look at it."""
+        runs = getattr(self.source, "runs", None)
+        return None if runs is None or self._solved(name) else runs(*student_index(self.plan, name))
 
     def _solved(self, name: str) -> bool:
         return self.compensation is not None and name in self.compensation.tensors

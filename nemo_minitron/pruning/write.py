@@ -10,26 +10,22 @@ import dataclasses
 import functools
 import json
 import math
-import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import need_space, reserve, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.pruning.headers import SIZES
+from nemo_minitron.pruning.streams import Sink
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.pruning.tensors import TensorSource
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
-# Bytes of one write. For longer ones the system takes larger pages, which a virtual machine's host may have taken back:
-# in some runs they cost more than the copy, in others nothing.
-PIECE = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +121,16 @@ def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_T
         stream.flush()
         reserve(stream.fileno(), 8 + len(text) + position)
     data = 8 + len(text)
-    return {t: functools.partial(_fill, file, data + starts[t], t, student) for t in members}
+    turn = threading.Lock()
+    return {t: functools.partial(_fill, file, turn, data + starts[t], t, student) for t in members}
 
 
-def _fill(file: Path, position: int, tensor: _Tensor, student: Student) -> None:
+def _fill(file: Path, turn: threading.Lock, position: int, tensor: _Tensor, student: Student) -> None:
     with open(file, "r+b", buffering=0) as stream:
+        sink = Sink(stream.fileno(), position, turn)
         for part in tensor.parts:
-            for block in student.blocks(part):
-                position = _write(stream.fileno(), np.ascontiguousarray(block), position)
-
-
-def _write(handle: int, block: np.ndarray, position: int) -> int:
-    """Writes all bytes of `block` at `position`; returns the position after them."""
-    view = block.reshape(-1).view(np.uint8).data
-    while len(view):
-        count = os.pwrite(handle, view[: PIECE - position % PIECE], position)
-        view, position = view[count:], position + count
-    return position
+            if found := student.runs(part):
+                sink.copy(*found)
+            else:
+                for block in student.blocks(part):
+                    sink.write(block)
