@@ -1,8 +1,4 @@
-"""A student as Hugging Face safetensors, written in row blocks: memory does not grow with the model.
-
-A block that fits the processor's cache is read, picked from and written without a way through memory: blocks of
-16 MB took more than twice the processor time of blocks of 1 MB.
-"""
+"""A student as Hugging Face safetensors, written in pieces: memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -55,8 +51,8 @@ def write_weights(
     """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
 
     `config` (of the teacher or of the student) says under which names. Tensors keep the dtype that `source`
-    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source.read` is
-    called from each of them. A tensor larger than `shard_size` gets a shard of its own.
+    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source` is read
+    from each of them. A tensor larger than `shard_size` gets a shard of its own.
 
     Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, and
     what `student_index` raises.
@@ -129,8 +125,4 @@ def _fill(file: Path, turn: threading.Lock, position: int, tensor: _Tensor, stud
     with open(file, "r+b", buffering=0) as stream:
         sink = Sink(stream.fileno(), position, turn)
         for part in tensor.parts:
-            if found := student.runs(part):
-                sink.copy(*found)
-            else:
-                for block in student.blocks(part):
-                    sink.write(block)
+            student.put(part, sink)
