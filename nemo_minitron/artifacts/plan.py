@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,11 @@ def _integer_keys(kept: Any) -> Any:
 
 
 def _check_indices(where: str, values: Sequence[int], source: int, target: int) -> None:
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
+    if not isinstance(values, list) or not {int}.issuperset(map(type, values)):
         raise InputError(f"{where}: kept indices must be a list of whole numbers")
     if len(values) != target:
         raise InputError(f"{where}: {len(values)} indices are kept, the target has {target}")
-    if any(a >= b for a, b in itertools.pairwise(values)):
+    if any(map(operator.ge, values, values[1:])):
         raise InputError(f"{where}: kept indices must be sorted and none repeated")
     if values[0] < 0 or values[-1] >= source:
         bad = values[0] if values[0] < 0 else values[-1]

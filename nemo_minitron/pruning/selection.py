@@ -22,9 +22,6 @@ def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
 
     Raises InputError for a tensor that the student does not have and for a plan that does not give its shape.
     """
-    shapes = shapes_of(plan.target)
-    if name not in shapes:
-        raise InputError(f"the student has no tensor '{name}'; {nearest(name, shapes)}")
     source_name, origin, expert = _origin(plan, name)
     index = [np.arange(size, dtype=np.int64) for size in shapes_of(plan.source)[source_name]]
     for axis, row in owners(name):
@@ -32,15 +29,22 @@ def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
         if kept is not None:
             index[row.dim] = _expand(kept, plan.source.head_dim if row.unit == "head_dim" else 1)
     kept_shape = tuple(map(len, index))
-    if kept_shape != shapes[name]:
-        raise InputError(
-            f"the plan keeps {kept_shape} of '{source_name}', but the student's '{name}' is {shapes[name]}"
-        )
+    shape = shapes_of(plan.target)[name]
+    if kept_shape != shape:
+        raise InputError(f"the plan keeps {kept_shape} of '{source_name}', but the student's '{name}' is {shape}")
     return source_name, tuple(index)
+
+
+def origin_of(plan: PrunePlan, name: str) -> str:
+    """The teacher's tensor that canonical tensor `name` of the student is cut from. Raises as `student_index` does."""
+    return _origin(plan, name)[0]
 
 
 def _origin(plan: PrunePlan, name: str) -> tuple[str, int | None, int | None]:
     """The teacher's tensor of a student's one, its layer, and its expert where it belongs to one."""
+    shapes = shapes_of(plan.target)
+    if name not in shapes:
+        raise InputError(f"the student has no tensor '{name}'; {nearest(name, shapes)}")
     layer, local = split_name(name)
     if layer is None:
         return name, None, None

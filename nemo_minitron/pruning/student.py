@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.digest import Index, bf16_bits
-from nemo_minitron.pruning.headers import SIZES
-from nemo_minitron.pruning.selection import shapes_of, student_index
+from nemo_minitron.pruning.selection import origin_of, shapes_of, student_index
+from nemo_minitron.pruning.streams import Sink
 from nemo_minitron.pruning.tensors import TensorSource, whole
 
 
@@ -29,7 +26,7 @@ class Student:
 
     def dtype(self, name: str) -> str:
         """The safetensors name of the dtype that stores the teacher's tensor."""
-        return self.source.dtype(student_index(self.plan, name)[0])
+        return self.source.dtype(origin_of(self.plan, name))
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices into the student's tensor."""
@@ -38,20 +35,16 @@ class Student:
         origin, kept = student_index(self.plan, name)
         return self.source.read(origin, tuple(k[i] for k, i in zip(kept, index, strict=True)))
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The whole tensor in blocks of rows, from the first to the last.
-
-        Their size is the source's attribute `block`, in bytes of the teacher's rows: those are read whole before
-        columns are picked. A source without it is asked for the tensor at once, as is a compensation.
-        """
+    def put(self, name: str, sink: Sink) -> None:
+        """The whole tensor into `sink`, in pieces where the source has a method `stream` as HFSource's."""
         if self._solved(name):
-            yield self._compensated(name, whole(shapes_of(self.plan.target)[name]))
+            sink.write(self._compensated(name, whole(shapes_of(self.plan.target)[name])))
             return
-        origin, (rows, *rest) = student_index(self.plan, name)
-        width = math.prod(shapes_of(self.plan.source)[origin][1:]) * SIZES[self.source.dtype(origin)]
-        step = max(1, getattr(self.source, "block", len(rows) * width) // width)
-        for begin in range(0, len(rows), step):
-            yield self.source.read(origin, (rows[begin : begin + step], *rest))
+        origin, index = student_index(self.plan, name)
+        if hasattr(self.source, "stream"):
+            self.source.stream(origin, index, sink)
+        else:
+            sink.write(self.source.read(origin, index))
 
     def _solved(self, name: str) -> bool:
         return self.compensation is not None and name in self.compensation.tensors

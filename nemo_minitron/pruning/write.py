@@ -1,8 +1,4 @@
-"""A student as Hugging Face safetensors, written in row blocks: memory does not grow with the model.
-
-A block that fits the processor's cache is read, picked from and written without a way through memory: blocks of
-16 MB took more than twice the processor time of blocks of 1 MB.
-"""
+"""A student as Hugging Face safetensors, written in pieces: memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -10,26 +6,22 @@ import dataclasses
 import functools
 import json
 import math
-import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import need_space, reserve, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.pruning.headers import SIZES
+from nemo_minitron.pruning.streams import Sink
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.pruning.tensors import TensorSource
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
-# Bytes of one write. For longer ones the system takes larger pages, which a virtual machine's host may have taken back:
-# in some runs they cost more than the copy, in others nothing.
-PIECE = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +51,8 @@ def write_weights(
     """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
 
     `config` (of the teacher or of the student) says under which names. Tensors keep the dtype that `source`
-    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source.read` is
-    called from each of them. A tensor larger than `shard_size` gets a shard of its own.
+    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source` is read
+    from each of them. A tensor larger than `shard_size` gets a shard of its own.
 
     Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, and
     what `student_index` raises.
@@ -125,20 +117,12 @@ def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_T
         stream.flush()
         reserve(stream.fileno(), 8 + len(text) + position)
     data = 8 + len(text)
-    return {t: functools.partial(_fill, file, data + starts[t], t, student) for t in members}
+    turn = threading.Lock()
+    return {t: functools.partial(_fill, file, turn, data + starts[t], t, student) for t in members}
 
 
-def _fill(file: Path, position: int, tensor: _Tensor, student: Student) -> None:
+def _fill(file: Path, turn: threading.Lock, position: int, tensor: _Tensor, student: Student) -> None:
     with open(file, "r+b", buffering=0) as stream:
+        sink = Sink(stream.fileno(), position, turn)
         for part in tensor.parts:
-            for block in student.blocks(part):
-                position = _write(stream.fileno(), np.ascontiguousarray(block), position)
-
-
-def _write(handle: int, block: np.ndarray, position: int) -> int:
-    """Writes all bytes of `block` at `position`; returns the position after them."""
-    view = block.reshape(-1).view(np.uint8).data
-    while len(view):
-        count = os.pwrite(handle, view[: PIECE - position % PIECE], position)
-        view, position = view[count:], position + count
-    return position
+            student.put(part, sink)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import math
 import os
 import subprocess
@@ -40,6 +41,16 @@ def test_file_keeps_the_old_when_stopped(tmp_path):
         _stopped(atomic_file(file), lambda temporary: temporary.write_text("half"))
     assert read_json(file, "it") == 1
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_json_has_an_item_a_line_and_numbers_on_one(tmp_path):
+    """What it means is what `json` writes, keys that are no texts included; the file ends with a line's end."""
+    value = {"empty": [{}, []], "keep": {3: [1, 2], "4": [[1], [2.5, None]]}, "text": 'a "é"\n', True: (1, "b")}
+    write_json(tmp_path / "a", value)
+    assert read_json(tmp_path / "a", "it") == json.loads(json.dumps(value))
+    lines = (tmp_path / "a").read_text().splitlines()
+    assert lines[:8] == ["{", ' "empty": [', "  {},", "  []", " ],", ' "keep": {', '  "3": [1, 2],', '  "4": [']
+    assert (tmp_path / "a").read_text().endswith("}\n")
 
 
 def test_folder_keeps_the_old_when_stopped(tmp_path):

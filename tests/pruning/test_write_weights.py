@@ -9,34 +9,38 @@ from plans_by_hand import slice_by_hand, width_and_depth
 
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, write_weights
+from nemo_minitron.pruning import folder as module
 from nemo_minitron.pruning.headers import SIZES, read_header
 
 
-class Watched:
-    """A source that notes the bytes of rows that each read takes, and the threads that read."""
+class Watched(HFSource):
+    """Notes the bytes of rows that each read takes, and the threads that read."""
 
-    block = 1000  # 5 rows of 48 fp32 values
-
-    def __init__(self, source):
-        self.inner, self.architecture = source, source.architecture
+    def __init__(self, folder):
+        super().__init__(folder)
         self.sizes, self.threads = [], set()
-
-    def dtype(self, name):
-        return self.inner.dtype(name)
 
     def read(self, name, index):
         width = np.prod(self.architecture.shapes()[name][1:], dtype=int)
         self.sizes.append(len(index[0]) * width * SIZES[self.dtype(name)])
         self.threads.add(threading.get_ident())
-        return self.inner.read(name, index)
+        return super().read(name, index)
+
+
+class Whole:
+    """A source that has nothing but what every source must have."""
+
+    def __init__(self, source):
+        self.architecture, self.dtype, self.read = source.architecture, source.dtype, source.read
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_are_bounded_and_join(tmp_path, threads):
+def test_blocks_are_bounded_and_join(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(module, "BLOCK", 1000)  # 5 rows of 48 fp32 values
     folder, out = pico_llama(tmp_path / "t"), tmp_path / "s"
-    plan, source = width_and_depth(from_hf(folder)), Watched(HFSource(folder))
+    plan, source = width_and_depth(from_hf(folder)), Watched(folder)
     out.mkdir()
-    write_weights(source, plan, out, source.inner.config, threads=threads)
+    write_weights(source, plan, out, source.config, threads=threads)
     assert max(source.sizes) == 960
     assert len(source.threads) <= threads
     expected = slice_by_hand(raw_tensors(folder), plan)
@@ -46,14 +50,17 @@ def test_blocks_are_bounded_and_join(tmp_path, threads):
         np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
 
 
-def test_a_source_without_blocks_is_asked_for_whole_tensors(tmp_path, monkeypatch):
-    """As chunks of a checkpoint would be read again for each block."""
-    monkeypatch.delattr(Watched, "block")
-    folder, out = pico_llama(tmp_path / "t"), tmp_path / "s"
-    source = Watched(HFSource(folder))
-    out.mkdir()
-    write_weights(source, width_and_depth(from_hf(folder)), out, source.inner.config)
+def test_a_source_without_streams_is_asked_for_whole_tensors(tmp_path):
+    """As chunks of a checkpoint would be read again for each block; and the file is the same."""
+    folder = pico_llama(tmp_path / "t")
+    source, plan, files = Watched(folder), width_and_depth(from_hf(folder)), []
+    for one in (Whole(source), HFSource(folder)):
+        out = tmp_path / str(len(files))
+        out.mkdir()
+        write_weights(one, plan, out, source.config)
+        files.append((out / "model.safetensors").read_bytes())
     assert len(source.sizes) == len(raw_tensors(out))
+    assert files[0] == files[1]
 
 
 def test_mixed_dtypes_are_aligned(tmp_path):

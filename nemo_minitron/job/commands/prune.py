@@ -13,7 +13,6 @@ from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.models import is_nemo
-from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
 
@@ -47,6 +46,8 @@ def run_prune(
     compensation = compensation_of(open_source(path), made, extras)
     if not is_nemo(path):
         return from_hf(prune(path, made, out, compensation=compensation, overwrite=overwrite))
+    from nemo_minitron.job.processes.launch import launch
+
     with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
         file = Path(scratch) / "compensation.safetensors"
         if compensation is not None:
