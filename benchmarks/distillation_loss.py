@@ -1,19 +1,23 @@
 """What a distillation loss costs, forward and backward: ours, the incumbents' and Liger's, in one run.
 
-    python benchmarks/distillation_loss.py [--quick] [--repetitions 3] [--dtypes float32,bfloat16] [--out FILE.json]
+    python benchmarks/distillation_loss.py [--quick] [--repetitions 3] [--dtypes float32,bfloat16] [--tables 1]
+        [--out FILE.json]
 
 1,024 tokens x 49,152 and x 128,256, at TP 1 and 2 (real processes over gloo), one thread a process, random logits.
 "from logits": the input is both models' logits. "from hidden states": the input is both models' last hidden states
 (576 and 448) and heads. Seconds: one process with all losses in turn, processor time, which other jobs disturb least;
 wall time beside it. Memory: a fresh process a loss, the resident peak above what it held with the inputs, less the
 head's gradient where there is one; the gradient of the logits counts. Collectives: calls in one rank, with backward.
-Liger's is left out where it does not import. Every loss's mean over tokens is kept beside: all say the same.
+Liger's is left out where it does not import, heads in bf16 where the processor does not multiply in it (there one
+takes minutes). Every loss's mean over tokens is kept beside: all say the same. Tables that FILE has stay, so that
+a run goes on where one ended; `--tables`: after so many new ones it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -196,7 +200,7 @@ def _liger(hidden: Any, weight: Any, teacher_hidden: Any, teacher_weight: Any) -
 
 # -- the parent ------------------------------------------------------------------------------------------
 def measure(dtype: str, vocab: int, tp: int, repetitions: int, shrink: int) -> dict[str, Any]:
-    names = [n for n in FROM_LOGITS + FROM_HIDDEN if (tp == 1 or n not in ONE_RANK) and (n != "Liger" or _has_liger())]
+    names = [n for n in _names(dtype) if tp == 1 or n not in ONE_RANK]
     task = {"dtype": dtype, "vocab": vocab, "tp": tp, "repetitions": repetitions, "shrink": shrink}
     timed = [n for n in names if n != "ours, in place"]  # a second run would see the gradient as logits
     seconds = _run(task | {"kind": "time", "losses": timed}, {})
@@ -205,6 +209,13 @@ def measure(dtype: str, vocab: int, tp: int, repetitions: int, shrink: int) -> d
         memory = _run(task | {"kind": "memory", "losses": [name]}, common.EXACT_HEAP)
         rows[name] = seconds.get(name, {}) | {"MiB": memory[name]}
     return rows
+
+
+def _names(dtype: str) -> tuple[str, ...]:
+    from nemo_minitron.job.settings.precision import best_precision
+
+    heads = FROM_HIDDEN if dtype == "float32" or best_precision() == "bf16" else ()
+    return FROM_LOGITS + tuple(name for name in heads if name != "Liger" or _has_liger())
 
 
 def _has_liger() -> bool:
@@ -238,6 +249,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="an eighth of tokens and vocabulary: does it run?")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--tables", type=int, default=8, help="at most so many new ones")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}_distillation_loss.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -249,15 +261,18 @@ def main() -> None:
         return
     packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo_toolkit", *(["liger-kernel"] * _has_liger()))
     result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today())}
-    result |= {"machine": common.machine(packages), "tokens": TOKENS, "rows": (rows := {})}
-    for dtype in given.dtypes.split(","):
-        for vocab in (49_152, 128_256):
-            for tp in (1, 2):
-                title = f"{dtype}, {TOKENS} x {vocab}, TP {tp}"
-                rows[title] = measure(dtype, vocab, tp, given.repetitions, 8 if given.quick else 1)
-                table(rows[title], title)
-                if not given.quick:
-                    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    before = json.loads(given.out.read_text())["rows"] if given.out.exists() and not given.quick else {}
+    result |= {"machine": common.machine(packages), "tokens": TOKENS, "rows": (rows := before)}
+    missing = [
+        (title, (dtype, vocab, tp))
+        for dtype, vocab, tp in itertools.product(given.dtypes.split(","), (49_152, 128_256), (1, 2))
+        if (title := f"{dtype}, {TOKENS} x {vocab}, TP {tp}") not in rows
+    ]
+    for title, of in missing[: given.tables]:
+        rows[title] = measure(*of, given.repetitions, 8 if given.quick else 1)
+        table(rows[title], title)
+        if not given.quick:
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

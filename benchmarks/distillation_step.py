@@ -1,12 +1,13 @@
 """What a step costs: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
 
-    python benchmarks/distillation_step.py [--precision bf16] [--repetitions 5] [--out FILE.json]
+    python benchmarks/distillation_step.py [--precision auto] [--repetitions 5] [--out FILE.json]
 
 The teacher is demo/smollm2-135m-instruct, the student a random cut of it to 108M parameters, both on the reference
 layers, the student in Megatron's DDP with its distributed Adam; one micro-batch of 1 x 512 tokens of demo/wikipedia,
 two threads, one process, the steps in turn. A step is forward, backward, gradient's norm and optimizer; a cached one
-reads its targets from the files first. Ratios: of CPU seconds, which other jobs disturb least. The two that the design
-limits: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
+reads its targets from the files first. Losses are summed, and divided by the tokens at the end, as in any distillation
+here (Megatron's `calculate_per_token_loss`). Ratios: of CPU seconds, which other jobs disturb least. The two that the
+design limits: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Steps:
         self.caches = {name: self._cache(chunks, work / name, given, precision) for name, given in CACHES.items()}
         self.teacher = Teacher(chunks, model_inputs)
         cut = load_model(model, random_plan(architecture, keep=keep), precision=precision)
+        cut[0].config.calculate_per_token_loss = True
         self.student, self.optimizer = trained(cut[0], precision)
         self.parameters = [sum(p.numel() for p in m.parameters()) for m in (chunks[0], self.student)]
         online = distillation_step(Objective(vocab), model_inputs, self.teacher)
@@ -109,11 +111,14 @@ class Steps:
         }  # fmt: skip
 
     def step(self, forward: Callable[[Any, Any], Any], data_step: Callable[[Any], Any] = next) -> None:
+        import torch
         from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        count = torch.tensor(self.rows[0, 1:].numel(), dtype=torch.int)
 
         def one(iterator: Any, model: Any) -> Any:
             output = forward(model, data_step(iterator))
-            return output, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+            return output, lambda losses: (losses.sum(), count, {"loss": losses.detach().mean()})
 
         self.student.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -179,12 +184,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="the teacher's Hugging Face folder")
     parser.add_argument("--keep", default="ffn=1024", help="what of it the student keeps")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="auto", help="auto: bf16 where the processor multiplies in it")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
+    from nemo_minitron.job.settings.precision import settle
+
+    arguments.precision = settle(arguments.precision)
     facts = common.machine(("torch", "megatron-core"))
     result = {"machine": facts, "date": datetime.date.today().isoformat(), "precision": arguments.precision}
     result |= {"repetitions": arguments.repetitions, "columns": ["median", "least", "most"]} | measured(arguments)

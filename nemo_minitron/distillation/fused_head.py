@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from nemo_minitron.distillation.losses._per_token import Rule, solve
 from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_columns
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
 
-# Tokens of a chunk. Fewer make the matrix products slow, more take memory: at 64 they cost a tenth more on a CPU than
-# those of all tokens at once (in bf16 a quarter). A GPU's number has not been measured.
-CHUNK = {"cpu": 64, "cuda": 1024}
+# Tokens of a chunk. Fewer make the matrix products slow, more take memory: on a CPU those of 64 cost a quarter more
+# than those of all tokens at once, those of 128 no more (fp32, AVX2). A GPU's number has not been measured.
+CHUNK = {"cpu": 128, "cuda": 1024}
 
 
 def fused_forward_kl(
@@ -29,6 +29,7 @@ def fused_forward_kl(
     vocab_size: int | None = None,
     group: Any = None,
     sequence_parallel: bool = False,
+    main_grad_scale: float | None = None,
 ) -> Tensor:
     """`losses.forward_kl` of logits hidden @ weight.T, which are never there as a whole: -> [S, B], fp32.
 
@@ -43,6 +44,11 @@ def fused_forward_kl(
     its logits are not computed and its loss is 0. Since the head's gradient is summed over tokens in the forward pass,
     backward refuses (RuntimeError) a gradient of the loss that is no multiple of the mask (of 1 without one).
 
+    `main_grad_scale`: a promise that the loss's gradient will be this times the mask. The weight's gradient is then
+    added to `student_weight.main_grad` (fp32, of Megatron's DDP) in the forward pass, chunk by chunk, and no tensor of
+    its size is made. Backward refuses (RuntimeError) another factor; a forward pass without a backward pass leaves its
+    gradient there. See `accumulates`.
+
     Collectives under TP: one a chunk; one for each gathered hidden state; in backward one, the all-reduce or
     reduce-scatter of the hidden state's gradient. The weight's gradient is accumulated in fp32. Memory: two chunks of
     logits, both gradients, gathered hidden states. Also raises ValueError as `losses` do.
@@ -51,10 +57,27 @@ def fused_forward_kl(
         raise ValueError("the teacher is either teacher_logits or teacher_hidden with teacher_weight")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
+    if main_grad_scale is not None and not accumulates(student_weight):
+        raise ValueError("main_grad_scale wants a weight with an fp32 main_grad, as Megatron's DDP gives it")
     gathered = group if sequence_parallel and ranks(group)[1] > 1 else None
     teacher = _teacher(teacher_hidden, teacher_weight, teacher_logits, student_weight, vocab_size, group, gathered)
-    settings = (ForwardKL(), temperature, vocab_size, group, gathered)
+    settings = _Settings(ForwardKL(), temperature, vocab_size, group, gathered, main_grad_scale)
     return _FusedHead.apply(student_hidden, student_weight, teacher, loss_mask, settings, torch.is_grad_enabled())
+
+
+def accumulates(weight: Tensor) -> bool:
+    """Whether the weight has what `main_grad_scale` adds to: an fp32 sum over micro-batches, whole beside it."""
+    total = getattr(weight, "main_grad", None)
+    return isinstance(total, Tensor) and total.dtype == torch.float32 and total.shape == weight.shape
+
+
+class _Settings(NamedTuple):
+    rule: Rule
+    temperature: float
+    vocab_size: int | None
+    group: Any
+    gathered: Any  # the group, where hidden states are parts of the sequence
+    scale: float | None  # main_grad_scale
 
 
 def _teacher(
@@ -82,7 +105,22 @@ def _teacher(
     if weight is None:
         return lambda rows: of.t()[rows]
     states = _gather_sequence(hidden.detach(), gathered).flatten(0, -2)  # type: ignore[union-attr]
-    return lambda rows: states[rows] @ of.t()
+    return _Product(states, of)
+
+
+class _Product:
+    """Rows of states [N, H] -> states[rows] @ weight.T, chunk after chunk in one room.
+
+    New pages cost a CPU more than it takes to fill them.
+    """
+
+    def __init__(self, states: Tensor, weight: Tensor) -> None:
+        self.states, self.weight = states, weight
+        self.room = states.new_empty(min(CHUNK[states.device.type], len(states)), len(weight))
+
+    def __call__(self, rows: Any) -> Tensor:
+        chunk = self.states[rows]
+        return torch.mm(chunk, self.weight.t(), out=self.room[: len(chunk)])
 
 
 class _FusedHead(torch.autograd.Function):
@@ -90,49 +128,79 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher: Callable[[Any], Tensor],
-        loss_mask: Tensor | None,
-        settings: tuple[Rule, float, int | None, Any, Any],
-        enabled: bool,
-    ) -> Tensor:
-        rule, temperature, vocab_size, group, gathered = settings
-        states = _gather_sequence(hidden.detach(), gathered)
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Callable[[Any], Tensor], loss_mask: Tensor | None,
+        settings: _Settings, enabled: bool,
+    ) -> Tensor:  # fmt: skip
+        vocab_size, scale = settings.vocab_size, settings.scale
+        states = _gather_sequence(hidden.detach(), settings.gathered)
         shape, states = states.shape[:-1], states.flatten(0, -2)
-        true = len(weight) if vocab_size is None else true_columns(vocab_size, len(weight), group)
-        head = weight.detach()[:true]
+        true = len(weight) if vocab_size is None else true_columns(vocab_size, len(weight), settings.group)
         mask = None if loss_mask is None else loss_mask.reshape(-1).float()
         wants_states, wants_weight = (enabled and wanted for wanted in ctx.needs_input_grad[:2])
         d_states = torch.zeros_like(states) if wants_states else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        loss = torch.zeros(len(states), dtype=torch.float32, device=states.device)
-        for rows in _chunks(len(states), mask, CHUNK[states.device.type]):
-            h = states[rows]
-            logits = h @ head.t()
-            gradient = logits if wants_states or wants_weight else None  # over the logits themselves
-            loss[rows] = solve(rule, logits, teacher(rows), temperature, group, gradient)
-            if gradient is not None and mask is not None:
-                gradient.mul_(mask[rows, None])
-            if d_states is not None:
-                d_states[rows] = logits @ head
-            if d_weight is not None:
-                _add_product(d_weight[:true], logits, h)
-        ctx.save_for_backward(d_states, d_weight, mask)
-        ctx.shape, ctx.dtype, ctx.group, ctx.gathered = (*shape, hidden.shape[-1]), weight.dtype, group, gathered
+        total = _total(weight, scale) if wants_weight else None
+        sums = d_states, None if total is None else total[:true]
+        loss = _in_chunks(states, weight.detach()[:true], teacher, mask, settings, sums)
+        ctx.save_for_backward(d_states, total if scale is None else None, mask)
+        ctx.shape, ctx.weight, ctx.settings = (*shape, hidden.shape[-1]), (weight.shape, weight.dtype), settings
+        ctx.shown = wants_weight and scale is not None and _shown(weight)
         return loss.reshape(shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_states, d_weight, mask = ctx.saved_tensors
-        factor = _factor(outputs[0].reshape(-1).float(), mask)
+        factor = _factor(outputs[0].reshape(-1).float(), mask, ctx.settings.scale)
+        if d_weight is not None:
+            d_weight = _scaled(d_weight, factor, ctx.weight[1])
+        elif ctx.shown:
+            d_weight = outputs[0].new_empty(ctx.weight[0], dtype=ctx.weight[1])  # Megatron's hook drops it unread
         if d_states is not None:
             d_states = d_states.mul_(factor).reshape(ctx.shape)
-            d_states = _reduce(d_states, ctx.group, ctx.gathered)
-        if d_weight is not None:
-            d_weight = _scaled(d_weight, factor, ctx.dtype)
+            d_states = _reduce(d_states, ctx.settings.group, ctx.settings.gathered)
         return d_states, d_weight, None, None, None, None
+
+
+def _in_chunks(
+    states: Tensor, head: Tensor, teacher: Callable[[Any], Tensor], mask: Tensor | None, settings: _Settings,
+    sums: tuple[Tensor | None, Tensor | None],
+) -> Tensor:  # fmt: skip
+    """The loss [N] of states [N, H]; gradients of a loss whose own is the mask go into `sums`, states' and head's."""
+    d_states, d_head = sums
+    loss = torch.zeros(len(states), dtype=torch.float32, device=states.device)
+    student, scale = _Product(states, head), 1.0 if settings.scale is None else settings.scale
+    for rows in _chunks(len(states), mask, CHUNK[states.device.type]):
+        logits = student(rows)
+        gradient = None if d_states is None and d_head is None else logits  # over the logits themselves
+        loss[rows] = solve(settings.rule, logits, teacher(rows), settings.temperature, settings.group, gradient)
+        weights = None if mask is None else mask[rows, None]
+        if d_states is not None:
+            d_states[rows] = _weighted(logits @ head, weights)
+        if d_head is not None:
+            _add_product(d_head, logits, _weighted(states[rows], weights), scale)
+    return loss
+
+
+def _total(weight: Tensor, scale: float | None) -> Tensor:
+    """[V/tp, H], fp32: what the weight's gradient is added to."""
+    if scale is None:
+        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    return weight.main_grad
+
+
+def _shown(weight: Tensor) -> bool:
+    """Whether autograd has to see a gradient of a weight whose main_grad has it already: Megatron's hook may ask.
+
+    Not of an embedding that the same stage reads: its gradient comes from there, and is added as any other.
+    """
+    if getattr(weight, "zero_out_wgrad", False):  # Megatron's mark of such
+        return False
+    weight.grad_added_to_main_grad = True
+    return True
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """[n, H] times [n, 1], in the rows' dtype."""
+    return rows if weights is None else (rows * weights).to(rows.dtype)
 
 
 def _chunks(tokens: int, mask: Tensor | None, step: int) -> list[Any]:
@@ -143,13 +211,13 @@ def _chunks(tokens: int, mask: Tensor | None, step: int) -> list[Any]:
     return list(counted.split(step)) if len(counted) else []
 
 
-def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total [W, H] += d_logits.T @ hidden, in fp32; below fp32 by blocks, so that no second [W, H] is needed."""
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor, scale: float) -> None:
+    """total [W, H] += scale * d_logits.T @ hidden, in fp32; below fp32 by blocks: no second [W, H] is needed."""
     if d_logits.dtype == torch.float32:
-        total.addmm_(d_logits.t(), hidden)
+        total.addmm_(d_logits.t(), hidden, alpha=scale)
         return
     for rows, columns in zip(total.split(2048), d_logits.split(2048, 1), strict=True):
-        rows.add_(columns.t() @ hidden)
+        rows.add_(columns.t() @ hidden, alpha=scale)
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,13 +231,19 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return front.view(total.shape)
 
 
-def _factor(gradient: Tensor, mask: Tensor | None) -> Tensor:
+def _factor(gradient: Tensor, mask: Tensor | None, promised: float | None) -> Tensor:
     """c in gradient = c * mask, both [N]; where the mask is 0 the loss is constant, and any gradient will do."""
     mask = torch.ones_like(gradient) if mask is None else mask
     gradient = gradient * (mask != 0)
-    factor = (gradient * mask).sum() / (mask * mask).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    if promised is None:
+        factor = (gradient * mask).sum() / (mask * mask).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    else:
+        factor = gradient.new_tensor(promised)
     if ((gradient - factor * mask).abs() > 1e-5 * gradient.abs().max()).any():
-        raise RuntimeError("the loss's gradient is no multiple of loss_mask: give each token's weight as loss_mask")
+        wanted = "multiple of loss_mask: give each token's weight as loss_mask"
+        if promised is not None:
+            wanted = f"{promised:g} times loss_mask, as main_grad_scale promised: the head's gradient was added so"
+        raise RuntimeError(f"the loss's gradient is no{'t' * (promised is not None)} {wanted}")
     return factor
 
 

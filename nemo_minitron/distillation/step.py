@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from nemo_minitron.distillation import losses
-from nemo_minitron.distillation.fused_head import fused_forward_kl
+from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
 from nemo_minitron.distillation.losses._vocabulary import true_columns
 from nemo_minitron.distillation.meter import TOKENS, Meter
 from nemo_minitron.distillation.teacher import Head, Inputs, Teacher, headless
@@ -45,14 +45,24 @@ class Objective:
         return self.loss == "forward_kl" and self.parts == ("logits",)
 
     def of_states(self, student: Tensor, batch: dict[str, Any], teacher: Tensor, heads: tuple[Head, Head]) -> Parts:
-        """From last hidden states [S(/tp under sequence parallelism), B, H] and (student's, teacher's) heads."""
+        """From last hidden states [S(/tp under sequence parallelism), B, H] and (student's, teacher's) heads.
+
+        The student's head's gradient is added to its main_grad at once where its factor is known.
+        """
         student = student.to(heads[0].weight.dtype)  # a mixed-precision wrapper gives its outputs in fp32
         loss = fused_forward_kl(
             student, heads[0].weight, teacher, heads[1].weight, temperature=self.temperature,
             loss_mask=batch["loss_mask"].t(), vocab_size=self.vocab_size, group=_group(),
-            sequence_parallel=heads[0].layer.sequence_parallel,
+            sequence_parallel=heads[0].layer.sequence_parallel, main_grad_scale=self._scale(heads[0]),
         )  # fmt: skip
         return {"logits": loss.t().contiguous()}
+
+    def _scale(self, head: Head) -> float | None:
+        """What Megatron will multiply each counted token's loss by, or None: then the gradient has to wait for it."""
+        config = head.layer.config
+        if not (config.calculate_per_token_loss and accumulates(head.weight)):
+            return None
+        return self.logits_weight * (float(config.grad_scale_func(torch.ones(1))) if config.grad_scale_func else 1.0)
 
     def of_logits(self, student: Tensor, batch: dict[str, Any], teacher: Tensor | None) -> Parts:
         """From logits [B, S, V/tp]; the student's are spent."""

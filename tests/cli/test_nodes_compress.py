@@ -1,9 +1,9 @@
 """`minitron compress` on two hosts, each with a network of its own: the single process's result, and a host that dies.
 
 Two network namespaces with a cable between them where this machine lets a test make them, else two loopback
-addresses. Both hosts see one folder, as a cluster's nodes do. TP=2 is inside a host; DP=2 across them until one
-dies, then PP=2, which goes on from the other layout's checkpoint. Fourteen processes that import NeMo: some two
-minutes on two cores.
+addresses. Both hosts see one folder, as a cluster's nodes do. TP=2 is inside a host; PP=2 across them, from the
+calibration on, until one dies, then DP=2, which goes on from the other layout's checkpoint. Fourteen processes that
+import NeMo: some two minutes on two cores.
 
 This is how it failed while it was written: the first host waited for the end of its ranks' output, which the helper
 of a saved checkpoint held open after they had left.
@@ -109,7 +109,7 @@ def test_two_hosts_give_one_process_result_though_one_dies(folder, hosts, monkey
     """Both hosts end within a minute of the second one's death. The single process runs through NeMo-Run's local
     executor, in which nothing else differs."""
     losses = folder / "two" / "checkpoints" / "distilled" / "loss.csv"
-    first, second = start(folder, hosts, "--dp")
+    first, second = start(folder, hosts, "--pp")
     deadline = time.monotonic() + 300
     while len(rows(losses)) < SAVED + 2 and first.poll() is None:
         assert time.monotonic() < deadline
@@ -124,7 +124,7 @@ def test_two_hosts_give_one_process_result_though_one_dies(folder, hosts, monkey
     done = len(rows(losses))
     assert SAVED < done < STEPS
 
-    pair = start(folder, hosts, "--pp")
+    pair = start(folder, hosts, "--dp")
     again = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], again
     assert again[0].count("done before, skipped") == 5

@@ -2,7 +2,7 @@
 
 One process's model is kept as a torch_dist checkpoint, which each layout loads into its own shards, and its logits as
 the reference. Arguments: an output folder. Writes there `losses-RANK.json`, `KIND-logits.npy` [rows, S, V] and a
-cache `KIND-LAYOUT-MODE` of each.
+cache `KIND-LAYOUT-MODE` of each. Two processes, being there, also do what main_grad.py asks: `main-grad-RANK.json`.
 """
 
 from __future__ import annotations
@@ -129,6 +129,11 @@ def main():
         one_process(kind, out)
     for name, (kind, sizes, overrides) in LAYOUTS[world].items():
         cache(name, kind, sizes, overrides, out)
+    if world == 2:
+        import main_grad
+
+        found = {name: main_grad.measure(name) for name in main_grad.CASES}
+        (out / f"main-grad-{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

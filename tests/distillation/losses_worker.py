@@ -153,13 +153,16 @@ def run_fused(case, calls, rank, world, group):
     teacher = {"teacher_logits": t_hidden @ t_head.t()} if case["given"] else {}
     if not case["given"]:
         teacher = {"teacher_hidden": theirs, "teacher_weight": t_head}
+    settings = {
+        **teacher, "temperature": case["temperature"], "loss_mask": mask, "vocab_size": vocab, "group": group,
+        "sequence_parallel": case["sp"],
+    }  # fmt: skip
     calls.clear()
-    loss = fused_head.fused_forward_kl(
-        mine, head, **teacher, temperature=case["temperature"], loss_mask=mask, vocab_size=vocab, group=group,
-        sequence_parallel=case["sp"],
-    )  # fmt: skip
+    loss = fused_head.fused_forward_kl(mine, head, **settings)
     forward = len(calls)
     (loss * (2.5 if mask is None else 2.5 * mask)).sum().backward()
+    backward = len(calls) - forward
+    main_grad = twice_into_main_grad(mine, head, settings)
     exact_h, exact_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     exact_t = t_hidden.double() @ t_weight.double().t()
     value = reference("forward_kl", exact_h @ exact_w.t(), exact_t, case["temperature"])
@@ -169,14 +172,31 @@ def run_fused(case, calls, rank, world, group):
     expected_h = exact_h.grad.chunk(world)[rank] if case["sp"] else exact_h.grad
     expected_w, _ = shard(exact_w.grad, extra_s, rank, world)
     wrong_w = (head.grad.double() - expected_w)[:true].abs()
+    wrong_main = (main_grad.double() / 2 - expected_w)[:true].abs()
     return {
         "value": ((loss.double() - value).abs() / (1 + value)).max().item(),
         "hidden": ((mine.grad.double() - expected_h).abs().max() / exact_h.grad.abs().max()).item(),
         "weight": (wrong_w.max() / exact_w.grad.abs().max()).item() if wrong_w.numel() else 0.0,
-        "padding": head.grad[true:].abs().sum().item(),
+        "main_grad": (wrong_main.max() / exact_w.grad.abs().max()).item() if wrong_main.numel() else 0.0,
+        "padding": head.grad[true:].abs().sum().item() + main_grad[true:].abs().sum().item(),
         "tokens": s * b if mask is None else int((mask != 0).sum()),
-        "collectives": [forward, len(calls) - forward],
+        "collectives": [forward, backward],
     }
+
+
+def twice_into_main_grad(hidden, weight, settings):
+    """[V/tp, H] fp32: what two micro-batches add to main_grad. Autograd's gradient is unset, for Megatron to drop."""
+    import torch
+
+    from nemo_minitron.distillation.fused_head import fused_forward_kl
+
+    hidden, weight = (leaf.detach().requires_grad_() for leaf in (hidden, weight))
+    weight.main_grad = torch.zeros(weight.shape)
+    mask = settings["loss_mask"]
+    for _ in range(2):
+        loss = fused_forward_kl(hidden, weight, **settings, main_grad_scale=2.5)
+        (loss * (2.5 if mask is None else 2.5 * mask)).sum().backward()
+    return weight.main_grad
 
 
 def main():

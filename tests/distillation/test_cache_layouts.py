@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 
 import cache_worker
+import main_grad
 import numpy as np
 import pytest
 from ranks import run_ranks
-from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, SAMPLE_BORDER_FP32
+from tolerances import FUSED_FP32, GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, SAMPLE_BORDER_FP32
 
 from nemo_minitron.artifacts.logit_cache import LogitCache, row_key
 from nemo_minitron.distillation.cache import uniforms
@@ -104,3 +105,13 @@ def test_losses_on_shards_equal_the_whole(world, results):
             bf16 = GRADIENT_BF16 * result["largest"] if dtype == "bfloat16" else 0
             assert result["value"] < KL_FP32, (rank, case)
             assert result["gradient"] < KL_GRADIENT_FP32 * max(1, temperature) + bf16, (rank, case)
+
+
+@pytest.mark.parametrize("case", main_grad.CASES)
+def test_the_fused_heads_gradient_in_main_grad_is_that_of_autograd(case, results):
+    """All of Megatron's buffers after a step, tied and untied heads, while reductions overlap (main_grad.py)."""
+    ranks = [json.loads((results(2) / f"main-grad-{rank}.json").read_text())[case] for rank in range(2)]
+    assert [rank["used"] for rank in ranks] == [case != "pp2_tied", True]  # the head is on the last stage alone
+    for rank in ranks:
+        assert rank["least"] > 0
+        assert rank["apart"] < FUSED_FP32

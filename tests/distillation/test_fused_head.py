@@ -12,7 +12,7 @@ from nemo_minitron.distillation.losses import forward_kl
 def check_fused(case, world):
     """A case of losses_worker.FUSED, on one rank."""
     allowed = FUSED_BF16 if case["dtype"] == "bfloat16" else FUSED_FP32 * max(1, case["temperature"] ** 2)
-    for what in ("value", "hidden", "weight"):
+    for what in ("value", "hidden", "weight", "main_grad"):
         assert case[what] < allowed, (what, case)
     assert case["padding"] == 0, case
     _, extra_s, extra_t = case["layout"]
@@ -74,6 +74,17 @@ def test_ignored_tokens_are_not_looked_at():
     assert (loss == 0).all()
 
 
+def test_a_promised_factor_that_does_not_come_is_refused():
+    hidden, weight, t_hidden, t_weight = inputs()
+    head = weight.requires_grad_()
+    head.main_grad = torch.zeros(head.shape)
+    loss = fused_forward_kl(hidden, head, t_hidden, t_weight, main_grad_scale=1.0)
+    with pytest.raises(RuntimeError, match="is not 1 times loss_mask"):
+        (loss * 2).sum().backward()
+    none = torch.zeros(6, 2)  # no token counts: nothing to multiply
+    fused_forward_kl(hidden, head, t_hidden, t_weight, loss_mask=none, main_grad_scale=1.0).sum().backward()
+
+
 def test_refuses_a_gradient_that_is_no_multiple_of_the_mask():
     hidden, weight, t_hidden, t_weight = inputs()
     loss = fused_forward_kl(hidden, weight.requires_grad_(), t_hidden, t_weight)
@@ -89,6 +100,7 @@ def test_refuses_a_gradient_that_is_no_multiple_of_the_mask():
         ({"teacher_logits": torch.zeros(6, 2, 131)}, "either teacher_logits or"),
         ({"teacher_weight": torch.zeros(140, 24)}, "give the true vocab_size"),
         ({"vocab_size": 132}, "do not hold a vocabulary of 132"),
+        ({"main_grad_scale": 1.0}, "wants a weight with an fp32 main_grad"),
     ],
 )
 def test_refusals(change, message):

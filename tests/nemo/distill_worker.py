@@ -50,9 +50,26 @@ def run_case(case, folder, out):
         "out": str(made), "index": str(folder / "index"), "distillation": dataclasses.asdict(recipe),
         "layout": dataclasses.asdict(layout), "plan": str(folder / case["plan"]),
     }  # fmt: skip
+    asked = ways_of_the_head(several=case.get("world") != 1)
     for stop in case.get("stops") or [None]:
         stages.distill(settings | {"stop": stop})
         forget()
+    if asked:  # on the ranks with a fused head
+        (made / "main_grad.json").write_text(json.dumps(sorted(asked)))
+
+
+def ways_of_the_head(several):
+    """One process keeps the fused head's gradient apart, `several` add it to main_grad; what is asked, as a set."""
+    from nemo_minitron.distillation import fused_head, step
+
+    asked = set()
+
+    def accumulates(weight):
+        asked.add(several and fused_head.accumulates(weight))
+        return several and fused_head.accumulates(weight)
+
+    step.accumulates = accumulates
+    return asked
 
 
 def user_script(folder, checkpoint, out):

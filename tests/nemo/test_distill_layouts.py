@@ -43,13 +43,14 @@ RECIPES = {
     "all": BASE | {"lm_weight": 0.3, "intermediate": "embedding,attention:1:2,mlp:3:5,block:0:1,block:2:4"},
 }
 LAYOUTS = {  # world size -> model, recipe, layout; a new layout is one entry
-    1: [("three", "kl", {}), ("three", "all", {}), ("four", "all", {}), ("moe", "kl", {})],
+    1: [("three", "kl", {}), ("three", "all", {}), ("four", "kl", {}), ("four", "all", {}), ("moe", "kl", {})],
     2: [
         ("three", "kl", {"pp": 2}),
         ("four", "all", {"pp": 2}),
         ("three", "all", {"pp": 2, "vp": 2}),
         ("three", "all", {"dp": 2}),
         ("three", "all", {"cp": 2}),
+        ("four", "kl", {"tp": 2}),
         ("four", "all", {"tp": 2}),
         ("four", "all", {"tp": 2, "sp": True}),
         ("moe", "kl", {"ep": 2, "dp": 2}),
@@ -108,6 +109,12 @@ def results(models, tmp_path_factory):
 def one(results):
     """Case -> the folder of the same training in one process."""
     return lambda case: results(next(c for c in CASES if c["world"] == 1 and c["name"] == case["one"]))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "lm_weight" not in c["recipe"]], ids=lambda c: c["name"])
+def test_the_heads_gradient_goes_into_main_grad_but_for_one_process(case, results):
+    """So that `test_losses_equal_one_process` compares the two ways, of tied heads and others, under TP, PP and DP."""
+    assert json.loads((results(case) / "main_grad.json").read_text()) == [case["world"] > 1]
 
 
 def columns(folder):
