@@ -27,7 +27,7 @@ demo: venv
 
 test: venv lint
 	@echo "make test: every test on this machine, real processes over gloo (under 20 minutes on two cores)"
-	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10; code=$$?; \
+	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$code
 
 test-gpu:

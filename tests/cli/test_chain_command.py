@@ -11,7 +11,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
 from nemo_minitron.pruning.tensors import source_digest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("world")]  # one run for all of them
+pytestmark = pytest.mark.slow
 
 CHAIN = """
 from nemo_minitron.job import *

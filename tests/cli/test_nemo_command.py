@@ -16,7 +16,7 @@ from pico import raw_tensors
 from nemo_minitron.job import Job
 from nemo_minitron.job.find import find, names
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("world")]  # one run for all of them
+pytestmark = pytest.mark.slow
 COMMANDS = ("compress", "estimate", "plan", "prune", "distill")
 
 
