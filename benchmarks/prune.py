@@ -10,9 +10,10 @@ nothing: choose a `--folder` on a file system without them, as ext4.
 "warm": teacher and student lie in the page cache, what is written may stay there; before each run as many bytes are
 written and deleted, for a virtual machine's host takes free memory back, and its return costs up to three times
 the copy itself. "cold": the files are dropped from the page cache before, and all are timed until everything is on the
-disk (`sync`). Wall and processor seconds; on a machine with other jobs run it under `chrt -r 1`, which all then have.
-The peak is the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`, deletes the
-model.
+disk (`sync`). Wall and processor seconds; they mean something on a machine that does nothing else.
+"start": the same command on a model of some MB, which is what it takes besides moving bytes (modules are compiled once,
+as pip does it at an installation). The peak is the resident memory of the command's process. Writes
+`benchmarks/results/DATE_prune.json`, deletes the model.
 """
 
 from __future__ import annotations
@@ -115,9 +116,13 @@ def bytes_of(plan: PrunePlan) -> tuple[int, int]:
 
 
 def cut(teacher: Path, plan: Path, out: Path) -> int:
-    """Runs `minitron prune`; returns its peak resident bytes."""
+    """Runs `minitron prune`; returns its peak resident bytes. Compiled modules are kept beside `plan`."""
     command = [sys.executable, "-m", "nemo_minitron.cli", "prune", str(teacher), str(plan), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(plan.parent / "compiled")
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    ) as process:  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(process.stderr.read().decode() if process.stderr else "minitron prune failed")
@@ -203,6 +208,18 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {key: round(value, 3) for key, value in row.items()} | {"seconds": seconds}
 
 
+def start(work: Path, repeat: int) -> dict[str, float]:
+    """Medians of the seconds that a cut of a pico model takes."""
+    teacher, student, out = work / "pico", work / "student", work / "out"
+    make_teacher(teacher, PICO, 10_000_000)
+    architecture = from_hf(teacher)
+    random_plan(architecture, kept_sizes(PLANS["width"], architecture), seed=0).save(work / "plan.json")
+    cut(teacher, work / "plan.json", student)
+    runs = [timed(lambda to: cut(teacher, work / "plan.json", to), out, teacher, student, False) for _ in range(repeat)]
+    shutil.rmtree(student)
+    return {clock: statistics.median(took[clock] for took, _ in runs) for clock in ("wall", "processor")}
+
+
 # -- all of it -----------------------------------------------------------------------------------------
 def kept_sizes(shares: dict[str, float], architecture: Any) -> dict[str, int]:
     """Shares of the teacher's sizes -> sizes; heads stay a multiple of the groups."""
@@ -240,6 +257,7 @@ def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
         "machine": common.machine(("numpy",)) | {"real-time": os.sched_getscheduler(0) != os.SCHED_OTHER},
         "teacher": {"gigabytes": 2 * architecture.parameters() / 1e9, "layers": architecture.num_layers},
         "allowed": {"ratio": 1.3, "peak megabytes": (3 * largest + ALLOWED) / 1e6},
+        "start": start(work, repeat),
         "plans": {},
     }
     for name, shares in PLANS.items():

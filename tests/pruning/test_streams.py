@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,6 +212,7 @@ def test_one_thread_at_a_time_writes_to_a_file(tmp_path, monkeypatch, teacher):
         def counted(*arguments):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
+            time.sleep(0.003)  # so that a second one would come while the first is in
             try:
                 return call(*arguments)
             finally:
