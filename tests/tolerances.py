@@ -27,6 +27,9 @@ GRADIENT_BF16 = 2**-8
 # Training losses of two layouts over a few fp32 steps: gradients are summed in another order. Relative.
 LOSS_LAYOUT_FP32 = 1e-4
 
+# The fp32 sum of 40,000 exponentials, whose order is the processor's. Relative.
+CROSS_ENTROPY_FP32 = 1e-5
+
 # loss.csv has six decimals: losses as near to each other as you like may differ by one in the last. Absolute.
 LOSS_PRINTED = 1.01e-6
 
