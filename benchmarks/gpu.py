@@ -8,7 +8,8 @@ Liger's; `bandwidth` is what the KL must move at least (both logits twice, one g
 bandwidth. Importance: a forward pass that scores, over a plain one. Steps: a teacher of Llama's shape and its width
 cut, random weights, in bf16, with an FP8 teacher, and in FP8 both: tokens a second, MFU (against the bf16 peak, in all
 of them), memory. What a device cannot hold has fewer layers, as many as fit; the row says how many. Without Transformer
-Engine FP8 is emulated, which says nothing about time: those rows are left out. Each part fails alone.
+Engine FP8 is emulated, which says nothing about time: those rows are left out. Each part fails alone, and the file is
+written anew after each.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from typing import Any
 
 import common
 
+STARTED = time.perf_counter()
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ["torch", "megatron-core", "nemo_toolkit", "transformer-engine", "triton", "nvidia-modelopt", "liger-kernel"]
 PEAK = 989.4e12  # FLOPs a second of an H100 SXM or an H200 in bf16, dense
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 500_000.0, "rms_norm_eps": 1e-5,
@@ -39,7 +42,7 @@ SHAPES = {  # hidden, ffn, layers, heads, query groups; teacher and student
 }
 PICO = {"pico": ({"head_dim": 16}, (64, 128, 4, 4, 2), (48, 96, 4, 4, 2))}
 STEPS = {"bf16": ("bf16", "bf16"), "FP8 teacher": ("bf16", "fp8-current"), "all FP8": ("fp8-delayed", "fp8-current")}
-LIMIT = 540  # seconds; a part that would begin later is left out
+LIMIT = 510  # seconds from the start; a part that would begin later is left out (the longest takes under a minute)
 LOSSES = ("ours", "ours, in place", "modelopt", "fused head", "Liger")
 
 
@@ -47,22 +50,20 @@ class Bench:
     """A device, its clock and its sizes."""
 
     def __init__(self, device: str, quick: bool) -> None:
-        self.device, self.quick = device, quick
-        self.repetitions = 2 if quick else 10
+        self.device, self.quick, self.shapes = device, quick, PICO if quick else SHAPES
+        self.repetitions, self.length = (2, 32) if quick else (10, 4096)
         self.tokens, self.vocab = (64, 640) if quick else (8192, 128_256)
-        self.length = 32 if quick else 4096
-        self.shapes = PICO if quick else SHAPES
 
     def seconds(self, run: Callable[[], object], repetitions: int | None = None) -> float:
         """The median of a few, after two to warm up."""
-        found = []
-        for _ in range((repetitions or self.repetitions) + 2):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[2:])
+        return statistics.median([self.once(run) for _ in range((repetitions or self.repetitions) + 2)][2:])
+
+    def once(self, run: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
 
     def memory(self, run: Callable[[], object]) -> int | None:
         """Bytes above what is held before, at most; None without a GPU."""
@@ -152,11 +153,7 @@ def importance(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
         rows = torch.randint(bench.vocab, (4, bench.length), device=bench.device)
         places = torch.arange(bench.length, device=bench.device)[None]
 
-        def plain() -> None:
-            with torch.no_grad():
-                for row in rows:
-                    built(row[None], places, None)
-
+        plain = torch.no_grad()(lambda: [built(row[None], places, None) for row in rows])
         count = 2 if bench.quick else 5
         forward = bench.seconds(plain, count)
         scored = bench.seconds(lambda: estimate(built, list(rows[:, None])), count)
@@ -234,17 +231,21 @@ def step(bench: Bench, name: str, student_in: str, teacher_in: str, engine: bool
 
 
 def fp8_kernels(run: Callable[[], object]) -> list[str]:
-    """Names of the kernels of one step that are Transformer Engine's or multiply in FP8."""
+    """Names of the kernels of a step that are Transformer Engine's or multiply in FP8; or why the profiler refuses."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            run()
+    except Exception as error:
+        return [f"not profiled: {type(error).__name__}: {error}"[:200]]
     marks = ("transformer_engine", "e4m3", "e5m2", "fp8")
-    return sorted({e.key[:160] for e in found.key_averages() if any(mark in e.key.lower() for mark in marks)})
+    kernels = [e for e in found.key_averages() if str(e.device_type).endswith("CUDA")]
+    return sorted({e.key[:160] for e in kernels if any(mark in e.key.lower() for mark in marks)})
 
 
-def measured(bench: Bench) -> dict[str, Any]:
-    """Part -> its numbers, or the error that ended it."""
+def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
+    """Part -> its numbers, or the error that ended it; `save` is given all so far after each."""
     import torch
 
     import nemo_minitron.backend as backend
@@ -254,25 +255,23 @@ def measured(bench: Bench) -> dict[str, Any]:
     start()
     print(f"layers: {'Transformer Engine' if engine else 'reference (Transformer Engine is missing: no FP8 is timed)'}")
     found: dict[str, Any] = {"Transformer Engine": engine}
-    first = time.perf_counter()
     for name, run in [*losses(bench), *importance(bench), *steps(bench, engine)]:
         began = time.perf_counter()
         try:
-            found[name] = run() if began - first < LIMIT else {"error": f"left out: {LIMIT} s were over"}
+            found[name] = run() if began - STARTED < LIMIT else {"error": f"left out: {LIMIT} s were over"}
         except Exception as error:  # the next part may do
-            at = traceback.extract_tb(error.__traceback__)[-1]
+            *_, at = traceback.extract_tb(error.__traceback__)
             found[name] = {"error": f"{type(error).__name__}: {error}"[:500], "where": f"{at.filename}:{at.lineno}"}
         found[name]["seconds in all"] = round(time.perf_counter() - began, 1)
         gc.collect()
         if bench.device != "cpu":
             torch.cuda.empty_cache()
         print(f"{name:34}" + "  ".join(f"{key} {_short(value)}" for key, value in found[name].items()), flush=True)
-    return found
+        save(found)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return f"({len(value)})"
+    value = f"({len(value)})" if isinstance(value, list) else value
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -287,12 +286,12 @@ def main() -> None:
     gpu = arguments.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu --quick runs every part at pico sizes")
-    facts = common.machine(("torch", "megatron-core")) | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
-    result = {"command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), "machine": facts,
-              "date": datetime.date.today().isoformat()}  # fmt: skip
-    result["found"] = measured(Bench(arguments.device, arguments.quick))
-    out = arguments.out or RESULTS / f"{result['date']}_gpu.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    facts = common.machine(PACKAGES) | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
+    today, command = datetime.date.today().isoformat(), " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+    result = {"command": command, "machine": facts, "date": today}
+    out = arguments.out or RESULTS / f"{today}_gpu.json"
+    bench = Bench(arguments.device, arguments.quick)
+    measured(bench, lambda found: out.write_text(json.dumps(result | {"found": found}, indent=1) + "\n"))
     print(out)
 
 

@@ -75,3 +75,7 @@ def test_every_part_of_the_benchmark_runs(tmp_path):
     found = json.loads(out.read_text())["found"]
     wrong = {name: part["error"] for name, part in found.items() if isinstance(part, dict) and "error" in part}
     assert {name for name in wrong if "Liger" not in name} == set(), wrong
+    if found["Transformer Engine"]:  # it is really used
+        kernels = [part["FP8 kernels"] for part in found.values() if isinstance(part, dict) and "FP8 kernels" in part]
+        assert kernels
+        assert all(names and not names[0].startswith("not profiled") for names in kernels), kernels
