@@ -35,7 +35,7 @@ test-gpu:
 	@echo "make test-gpu: what only a GPU shows, with the Python on the path (a container's), or .venv's"
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v python3); \
 	$$python -c "import pytest" || { echo "make test-gpu: run $$python -m pip install pytest first"; exit 1; }; \
-	$$python -m pytest tests/gpu tests/engine -q -rs
+	$$python -m pytest tests/gpu -q -rs
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/mypy nemo_minitron

@@ -27,21 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import common
+from gpu_steps import PICO, SHAPES, config_of, model, steps
 
 STARTED = time.perf_counter()
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["torch", "megatron-core", "nemo_toolkit", "transformer-engine", "triton", "nvidia-modelopt", "liger-kernel"]
-PEAK = 989.4e12  # FLOPs a second of an H100 SXM or an H200 in bf16, dense
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 500_000.0, "rms_norm_eps": 1e-5,
-    "head_dim": 128, "max_position_embeddings": 8192, "tie_word_embeddings": False, "hidden_act": "silu",
-}  # fmt: skip
-SHAPES = {  # hidden, ffn, layers, heads, query groups; teacher and student
-    "Llama-3.2-1B": ({"head_dim": 64, "tie_word_embeddings": True}, (2048, 8192, 16, 32, 8), (1536, 6144, 16, 32, 8)),
-    "Llama-3.1-8B": ({}, (4096, 14336, 32, 32, 8), (3072, 9216, 32, 32, 8)),
-}
-PICO = {"pico": ({"head_dim": 16}, (64, 128, 4, 4, 2), (48, 96, 4, 4, 2))}
-STEPS = {"bf16": ("bf16", "bf16"), "FP8 teacher": ("bf16", "fp8-current"), "all FP8": ("fp8-delayed", "fp8-current")}
 LIMIT = 510  # seconds from the start; a part that would begin later is left out (the longest takes under a minute)
 LOSSES = ("ours", "ours, in place", "modelopt", "fused head", "Liger")
 
@@ -122,26 +112,6 @@ def losses(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield f"loss: {name}", lambda name=name: of(name)
 
 
-def config_of(shape: tuple[int, ...], extra: dict[str, Any], vocab: int, layers: int | None = None) -> dict[str, Any]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    found = {**LLAMA, **dict(zip(names, shape, strict=True)), "vocab_size": vocab, **extra}
-    return found | ({"num_hidden_layers": layers} if layers else {})
-
-
-def model(config: dict[str, Any], precision: str, training: bool) -> Any:
-    import torch
-
-    from nemo_minitron.job import Layout
-    from nemo_minitron.nemo.models import build, nemo_config
-
-    built = build(nemo_config(config, precision=precision, training=training), Layout())[0]
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0.0, 0.02)
-    return built
-
-
 def importance(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     def run() -> dict[str, Any]:
         import torch
@@ -162,96 +132,15 @@ def importance(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
     yield "importance: scored over plain", run
 
 
-def layers_that_fit(bench: Bench, name: str) -> int:
-    import torch
-
-    from nemo_minitron.costs import training_memory
-    from nemo_minitron.families import from_hf
-    from nemo_minitron.job import Layout
-
-    extra, *pair = bench.shapes[name]
-    most = pair[0][2]
-    if bench.device == "cpu":
-        return most
-    room = 0.8 * torch.cuda.get_device_properties(0).total_memory
-    for layers in range(most, 0, -1):
-        teacher, student = (from_hf(config_of(shape, extra, bench.vocab, layers)) for shape in pair)
-        settings = {"batch": 1, "context": bench.length, "precision": "fp8-delayed", "teacher": teacher}
-        if sum(training_memory(student, Layout(), **settings).values()) < room:
-            return layers
-    raise RuntimeError(f"not one layer of {name} fits")
-
-
-def steps(bench: Bench, engine: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for name in bench.shapes:
-        for how, precisions in STEPS.items():
-            if engine or bench.quick or how == "bf16":
-                yield f"step: {name}, {how}", lambda name=name, p=precisions: step(bench, name, *p, engine)
-
-
-def step(bench: Bench, name: str, student_in: str, teacher_in: str, engine: bool) -> dict[str, Any]:
-    import torch
-    from distillation_step import trained
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from nemo_minitron.distillation.step import Objective, distillation_step
-    from nemo_minitron.distillation.teacher import Teacher
-    from nemo_minitron.families import from_hf
-    from nemo_minitron.nemo.distill import model_inputs
-
-    extra, *pair = bench.shapes[name]
-    layers = layers_that_fit(bench, name)
-    configs = [config_of(shape, extra, bench.vocab, layers) for shape in pair]
-    teacher = Teacher([model(configs[0], teacher_in, False)], model_inputs)
-    student, optimizer = trained(model(configs[1], student_in, True), "bf16")
-    forward = distillation_step(Objective(bench.vocab), model_inputs, teacher)
-    rows = torch.randint(bench.vocab, (1, bench.length + 1), device=bench.device)
-    places = torch.arange(bench.length, device=bench.device)[None]
-    batch = {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": places,
-             "loss_mask": torch.ones(places.shape, device=bench.device)}  # fmt: skip
-
-    def one(iterator: Any, chunk: Any) -> Any:
-        return forward(chunk, next(iterator)), lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
-
-    def run() -> None:
-        student.zero_grad_buffer()
-        optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=one, data_iterator=iter([batch]), model=student, num_microbatches=1,
-            seq_length=bench.length, micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
-        optimizer.step()
-
-    memory, took = bench.memory(run), bench.seconds(run, 2 if bench.quick else 5)
-    theirs, ours = (from_hf(config).flops_per_token(bench.length // 2) for config in configs)
-    found = {"layers": layers, "tokens/s": bench.length / took, "MFU": bench.length * (theirs + 3 * ours) / took / PEAK}
-    held = None if bench.device == "cpu" else torch.cuda.memory_allocated()
-    found |= {"bytes of a step": memory, "bytes held": held, "student": student_in, "teacher": teacher_in}
-    return found | ({"FP8 kernels": fp8_kernels(run)} if engine and "fp8" in student_in + teacher_in else {})
-
-
-def fp8_kernels(run: Callable[[], object]) -> list[str]:
-    """Names of the kernels of a step that are Transformer Engine's or multiply in FP8; or why the profiler refuses."""
-    from torch.profiler import ProfilerActivity, profile
-
-    try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-            run()
-    except Exception as error:
-        return [f"not profiled: {type(error).__name__}: {error}"[:200]]
-    marks = ("transformer_engine", "e4m3", "e5m2", "fp8")
-    kernels = [e for e in found.key_averages() if str(e.device_type).endswith("CUDA")]
-    return sorted({e.key[:160] for e in kernels if any(mark in e.key.lower() for mark in marks)})
-
-
 def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
     """Part -> its numbers, or the error that ended it; `save` is given all so far after each."""
     import torch
 
     import nemo_minitron.backend as backend
+
+    engine = not backend.setup().reference  # before Megatron is imported
     from nemo_minitron.nemo.models import start
 
-    engine = not backend.setup().reference
     start()
     print(f"layers: {'Transformer Engine' if engine else 'reference (Transformer Engine is missing: no FP8 is timed)'}")
     found: dict[str, Any] = {"Transformer Engine": engine}
