@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 # Columns of a program at a time, and the warps that share them.
 STATISTICS, GRADIENT = (4096, 8), (4096, 8)
 
@@ -20,7 +19,9 @@ def launch(width: int, most: int, warps: int) -> dict[str, int]:
 def kl_statistics(  # type: ignore[no-untyped-def]
     student, teacher, out, stride_s, stride_t, rows, width, scale, BLOCK: tl.constexpr
 ):
-    """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), s and t times scale (1 / T), each shifted by its max: out [5, rows].
+    """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), each shifted by its max: out [5, rows].
+
+    s and t are the logits times scale, 1 / T.
 
     Online: what has been summed is scaled down, and the cross term shifted, whenever a block raises a maximum.
     """
