@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of a program at a time, and the warps that share them.
-STATISTICS, GRADIENT = (4096, 8), (4096, 8)
+# Columns of a program at a time, and the warps that share them: the fastest of ten on an H200 (bf16, 8,192 x 128,256).
+STATISTICS, GRADIENT = (2048, 4), (8192, 16)
 
 
 def launch(width: int, most: int, warps: int) -> dict[str, int]:
