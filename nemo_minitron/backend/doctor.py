@@ -1,7 +1,8 @@
 """What is installed, whether it fits together, and the command that mends what does not.
 
 It reads the installed packages' metadata and looks for modules without importing them: it must answer where
-importing NeMo fails. Nothing is changed and no network is used.
+importing NeMo fails. Transformer Engine alone is imported, in a process of its own and where there is a GPU: no file
+tells whether it can be. Nothing is changed and no network is used.
 """
 
 from __future__ import annotations
@@ -138,6 +139,13 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
     if name == "transformer-engine" and version is not None and not compiled_engine():
         why = "its compiled part for PyTorch is missing; without it the reference layers run"
         return Finding(name, version, wanted.range, False, why, BUILD_ON_GPU)
+    if (
+        name == "transformer-engine"
+        and version is not None
+        and cuda_devices()
+        and (why := transformer_engine.refusal())
+    ):
+        return Finding(name, version, wanted.range, False, f"it does not import, and the reference layers run: {why}")
     if version is None:
         mend = "" if wanted.optional else f"pip install '{name}{wanted.range}'"
         return Finding(name, None, wanted.range, wanted.optional, wanted.why, mend)
@@ -191,6 +199,8 @@ def _notes(found: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
             "NeMo 2.7.3 passes megatron-core an argument that 0.16 has removed (no_weight_decay_cond); "
             "where training fails on it, run: pip install 'megatron-core>=0.15,<0.16'"
         )
+    for lock in transformer_engine.builds_left():
+        notes.append(f"importing Megatron waits while {lock} is there; where nothing compiles any more, remove it")
     if devices and torch.endswith("+cpu"):
         notes.append(f"torch {torch} does not see the GPU; install torch's CUDA build")
     elif devices and found["transformer-engine"] is None:

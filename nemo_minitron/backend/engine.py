@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ def hide(cpu: bool) -> None:
 
     What Megatron has imported already it keeps; then a warning says so.
     """
+    if cpu:  # Megatron compiles a piece of CUDA when it is imported, and torch asks the GPU for which one
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     for name in ENGINE + (CUDA_ALONE if cpu else ()):
         if _there(name):
             for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
@@ -49,6 +53,21 @@ def _there(name: str) -> bool:
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None
+
+
+def refusal() -> str:
+    """The last line of what Transformer Engine's import says in a process of its own; empty where it imports."""
+    command = [sys.executable, "-W", "ignore", "-c", f"import torch, {ENGINE[0]}.pytorch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def builds_left() -> list[Path]:
+    """Locks of what Megatron-core compiles when it is imported: a build under way, or one that was killed, for whose
+    end every later import of Megatron waits without a word."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions"
+    place = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
+    return sorted({*place.glob("managed_alloc_runtime/lock"), *place.glob("*/managed_alloc_runtime/lock")})
 
 
 def forget_copies(model: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nemo_minitron.backend import doctor
+from nemo_minitron.backend import doctor, engine
 
 GOOD = {
     "torch": "2.9.0",
@@ -30,8 +30,9 @@ def machine(monkeypatch):
     """A function that examines a made-up machine."""
 
     def examine(
-        changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0), compiled=True, torch_file="cuda = None"
-    ):
+        changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0), compiled=True, torch_file="cuda = None",
+        refusal="", locks=(),
+    ):  # fmt: skip
         table = {**GOOD, **(changes or {})}
         monkeypatch.setattr(doctor, "installed", lambda name: table.get(name))
         monkeypatch.setattr(doctor, "cuda_devices", lambda: devices)
@@ -39,6 +40,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(doctor, "nvidia_apex", lambda: apex == "nvidia")
         monkeypatch.setattr(doctor, "compiled_engine", lambda: compiled)
         monkeypatch.setattr(doctor, "torch_file", lambda: torch_file)
+        monkeypatch.setattr(doctor.transformer_engine, "refusal", lambda: refusal)
+        monkeypatch.setattr(doctor.transformer_engine, "builds_left", lambda: list(locks))
         monkeypatch.setattr(doctor, "module_found", lambda name: apex is not None)
         monkeypatch.setattr(doctor.platform, "python_version", lambda: table.get("python", "3.11.7"))
         return doctor.examine()
@@ -86,6 +89,37 @@ def test_an_engine_without_its_compiled_part(machine):
     assert bad(report) == {"transformer-engine": doctor.BUILD_ON_GPU}
     assert report.layers.startswith("reference")
     assert report.adam == "torch's AdamW"
+
+
+def test_an_engine_that_does_not_import(machine):
+    report = machine(refusal="VersionError: gencode 6.31.1 runtime 5.29.6")
+    assert bad(report) == {"transformer-engine": ""}
+    assert "VersionError: gencode 6.31.1" in report.text()
+    assert report.layers.startswith("reference")
+    assert machine({"transformer-engine": None}, refusal="ModuleNotFoundError").ok
+
+
+def test_what_an_engine_says_that_does_not_import(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert engine.refusal() == "OSError: libcuda.so.1: cannot open shared object file"
+    (package / "__init__.py").write_text("")
+    (package / "pytorch.py").write_text("")
+    assert engine.refusal() == ""
+
+
+def test_a_build_that_megatrons_import_waits_for(machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert engine.builds_left() == []
+    lock = tmp_path / "managed_alloc_runtime" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert engine.builds_left() == [lock]
+    report = machine(locks=[lock])
+    assert report.ok
+    assert f"while {lock} is there" in report.text()
 
 
 def test_where_the_compiled_part_is_looked_for(tmp_path, monkeypatch):
