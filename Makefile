@@ -30,9 +30,12 @@ test: venv lint
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$code
 
+test-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 test-gpu:
 	@echo "make test-gpu: what only a GPU shows, with the Python on the path (a container's), or .venv's"
-	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v python3); $$python -m pytest tests/gpu -q -rs
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || command -v python3); \
+	$$python -c "import pytest" || { echo "make test-gpu: run $$python -m pip install pytest first"; exit 1; }; \
+	$$python -m pytest tests/gpu -q -rs
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/mypy nemo_minitron

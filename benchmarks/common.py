@@ -17,10 +17,11 @@ EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """What ran: processor, cores, load before the run, versions."""
+    """What ran: processor, cores, load before the run, versions of the packages that are there."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    there = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    versions = {name: there[plain] for name in packages if (plain := name.lower().replace("_", "-")) in there}
     load = round(os.getloadavg()[0], 1)
     return {"processor": names[0] if names else "?", "cores": os.cpu_count(), "load": load, "versions": versions}
 

@@ -73,7 +73,7 @@ def training_memory(
         micro_batches=micro_batches, logits=2 if teacher is None else 3,
     )  # fmt: skip
     frozen = parameters_by_stage(teacher, layout) if teacher else [(0, 0)] * layout.pp
-    spread, expert_spread = (_replicas(layout) if distributed_optimizer else (1, 1))
+    spread, expert_spread = _replicas(layout) if distributed_optimizer else (1, 1)
     stages = [
         {
             "weights": (dense + expert) * size + copied,

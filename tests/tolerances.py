@@ -96,6 +96,10 @@ FP8_PRODUCT = 1e-6
 # by which the test enlarges the head). Relative.
 ACCEPTANCE_FP32 = 1e-4
 
+# Scores of a random pico model in bf16 against fp32: operands are rounded by 2**-9 of themselves, and six layers add
+# up. Relative to the layer's largest; about three times what the reference layers showed.
+BF16_SCORES = 0.03
+
 # What FP8 does to a random pico model, against bf16 (bounds of what FP8 may do, not of arithmetic): E4M3 rounds an
 # operand by 2**-4 of itself at most, and six layers add up. Scores: relative to the
 # layer's largest. Overlap of kept sets and rank correlation: what they lack of 1, of scores that lie close together.

@@ -57,9 +57,7 @@ def _experts(first: PrunePlan, second: PrunePlan, name: str, layer: int) -> dict
     origin, count = first.kept_layers[layer], second.source.num_moe_experts or 0
     origins = first.indices("experts", origin) or range(count)
     stay = second.indices("experts", layer) or range(count)
-    return {
-        origins[e]: _select(first.indices(name, origin, origins[e]), second.indices(name, layer, e)) for e in stay
-    }
+    return {origins[e]: _select(first.indices(name, origin, origins[e]), second.indices(name, layer, e)) for e in stay}
 
 
 def _select(kept: Indices, of_those: Indices) -> list[int] | None:

@@ -9,8 +9,6 @@ Nothing else in the package asks which device it is on. Importing this module lo
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 
 __all__ = ["Switches", "setup"]
 
@@ -46,25 +44,19 @@ def setup() -> Switches:
 def _wanted() -> Switches:
     import torch
 
+    from nemo_minitron.backend import engine
+
     cpu = not torch.cuda.is_available()
-    return Switches(cpu=cpu, reference=cpu or not _transformer_engine())  # TE's layers run on CUDA alone
-
-
-def _transformer_engine() -> bool:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError):  # a build for another torch or CUDA
-        return False
-    return True
+    return Switches(cpu=cpu, reference=cpu or not engine.usable())  # TE's layers run on CUDA alone
 
 
 def _turn(switches: Switches) -> None:
-    from nemo_minitron.backend import configs, mends
+    from nemo_minitron.backend import configs, engine, mends
     from nemo_minitron.backend.versions import check
 
     check()
+    if switches.reference:
+        engine.hide(switches.cpu)  # before anything imports Megatron
     if switches.cpu:
         from nemo_minitron.backend import cpu, dispatch
 

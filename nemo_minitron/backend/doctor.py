@@ -1,7 +1,8 @@
 """What is installed, whether it fits together, and the command that mends what does not.
 
 It reads the installed packages' metadata and looks for modules without importing them: it must answer where
-importing NeMo fails. Nothing is changed and no network is used.
+importing NeMo fails. Transformer Engine alone is imported, in a process of its own and where there is a GPU: no file
+tells whether it can be. Nothing is changed and no network is used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_minitron.backend import engine as transformer_engine
 from nemo_minitron.backend.precision import unsupported
 from nemo_minitron.backend.versions import SUPPORTED, fits, installed
 from nemo_minitron.precisions import FP8
@@ -124,7 +126,7 @@ def examine() -> Report:
         findings=findings,
         devices=devices,
         layers=_layers(devices, engine, found["torch"] or ""),
-        adam=_adam(found["transformer-engine"] is not None),
+        adam=_adam(engine, devices),
         precisions=tuple(_precisions(_layers(devices, engine, found["torch"] or ""), found)),
         notes=tuple(_notes(found, devices)),
     )
@@ -134,6 +136,16 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
     name = wanted.name
     if name == "apex":
         return _apex(wanted, version)
+    if name == "transformer-engine" and version is not None and not compiled_engine():
+        why = "its compiled part for PyTorch is missing; without it the reference layers run"
+        return Finding(name, version, wanted.range, False, why, BUILD_ON_GPU)
+    if (
+        name == "transformer-engine"
+        and version is not None
+        and cuda_devices()
+        and (why := transformer_engine.refusal())
+    ):
+        return Finding(name, version, wanted.range, False, f"it does not import, and the reference layers run: {why}")
     if version is None:
         mend = "" if wanted.optional else f"pip install '{name}{wanted.range}'"
         return Finding(name, None, wanted.range, wanted.optional, wanted.why, mend)
@@ -159,11 +171,11 @@ def _layers(devices: tuple[str, ...], engine: bool, torch: str) -> str:
     return "Transformer Engine" if engine else "reference (no Transformer Engine that fits), on the GPU"
 
 
-def _adam(engine: bool) -> str:
-    """Megatron's own choice: Transformer Engine's, else apex's, else torch's."""
-    if engine:
+def _adam(engine: bool, devices: tuple[str, ...]) -> str:
+    """Megatron's own choice: Transformer Engine's, else apex's, else torch's, without a GPU always (`engine.hide`)."""
+    if engine and devices:
         return "Transformer Engine's FusedAdam"
-    return "apex's FusedAdam" if nvidia_apex() else "torch's AdamW"
+    return "apex's FusedAdam" if nvidia_apex() and devices else "torch's AdamW"
 
 
 def _precisions(layers: str, found: dict[str, str | None]) -> Iterator[tuple[str, str]]:
@@ -187,6 +199,8 @@ def _notes(found: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
             "NeMo 2.7.3 passes megatron-core an argument that 0.16 has removed (no_weight_decay_cond); "
             "where training fails on it, run: pip install 'megatron-core>=0.15,<0.16'"
         )
+    for lock in transformer_engine.builds_left():
+        notes.append(f"importing Megatron waits while {lock} is there; where nothing compiles any more, remove it")
     if devices and torch.endswith("+cpu"):
         notes.append(f"torch {torch} does not see the GPU; install torch's CUDA build")
     elif devices and found["transformer-engine"] is None:
@@ -215,24 +229,42 @@ def cuda_devices(driver: Path = Path("/proc/driver/nvidia/gpus")) -> tuple[str, 
     for file in sorted(driver.glob("*/information")):
         lines = file.read_text().splitlines()
         names += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return tuple(names)
+    return tuple(names or asked("name"))  # some sandboxes have the driver and not its folder
 
 
 def compute_capability() -> tuple[int, int] | None:
     """The least of all devices, as the driver's tool says it; None where it does not."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    asked = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    told = re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.MULTILINE)
+    told = re.findall(r"^(\d+)\.(\d+)$", "\n".join(asked("compute_cap")), re.MULTILINE)
     return min(((int(major), int(minor)) for major, minor in told), default=None)
 
 
+def asked(what: str) -> list[str]:
+    """What nvidia-smi says of each device; nothing where it is missing or fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, f"--query-gpu={what}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def compiled_engine() -> bool:
+    """Whether Transformer Engine can be more than its Python."""
+    return transformer_engine.compiled()
+
+
 def cuda_of(torch: str) -> tuple[int, int]:
-    """Of torch's local version, `2.9.0+cu129`; else of the runtime's own package; (0, 0) where neither says it."""
-    told = re.search(r"\+cu(\d+)(\d)$", torch)
+    """Of torch's local version, `2.9.0+cu129`; else as torch's own file says it (NVIDIA's builds name no CUDA in
+    their version); else of the runtime's package; (0, 0) where none says it."""
+    told = re.search(r"\+cu(\d+)(\d)$", torch) or re.search(r"^cuda\b[^=]*= *'(\d+)\.(\d+)", torch_file(), re.M)
     packages = (installed(f"nvidia-cuda-runtime{end}") for end in ("", "-cu13", "-cu12"))
     version = ".".join(told.groups()) if told else next(filter(None, packages), "0.0")
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
+
+
+def torch_file() -> str:
+    """torch/version.py, where torch is; read, not imported."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else Path("version.py")
+    return file.read_text() if spec and file.is_file() else ""

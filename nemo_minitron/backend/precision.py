@@ -1,8 +1,10 @@
 """A precision by name -> Megatron's own fields on Transformer Engine, or the reference layers' emulation.
 
-Megatron reads `fp8` and its kin off a config. They are set on the living config alone, after NeMo has recorded what
-it was constructed with, so that a checkpoint's context stays free of them. Without Transformer Engine they stay
-unset, and `emulated_fp8` names the recipe that the reference layers follow (`fp8.py`).
+Megatron reads `fp8` and its kin off a config. Here they are set on the living config alone, after NeMo has recorded
+what it was constructed with. Under NeMo's trainer the precision plugin writes them into that record too, as in any FP8
+run of NeMo's: a checkpoint's context then has them, and whoever loads it with another plugin overrides them.
+Without Transformer Engine they stay unset, and `emulated_fp8` names the recipe that the reference layers follow
+(`fp8.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def megatron_fields(precision: str) -> dict[str, Any]:
 def unsupported(precision: str, capability: tuple[int, int], cuda: tuple[int, int], engine: str) -> str:
     """Why Transformer Engine `engine` cannot do this precision on such a device and CUDA; empty where it can.
 
-    Its own conditions: FP8 from Ada on, blocks on Hopper with CUDA 12.9, and each recipe since a version.
+    Its own conditions: FP8 from Ada on, blocks on Hopper with CUDA 12.9 (since 2.9 on the first Blackwells too, which
+    run them as MXFP8), and each recipe since a version.
     """
     from nemo_minitron.backend.versions import fits
 
@@ -47,13 +50,20 @@ def unsupported(precision: str, capability: tuple[int, int], cuda: tuple[int, in
         return ""
     if capability < (8, 9):
         return f"FP8 needs compute capability 8.9, the device has {capability[0]}.{capability[1]}"
-    if precision == "fp8-blockwise" and not (9, 0) <= capability < (10, 0):
-        return f"blocks need compute capability 9.x (Hopper), the device has {capability[0]}.{capability[1]}"
+    last = 11 if fits(engine, ">=2.9.dev0") else 9
+    if precision == "fp8-blockwise" and not 9 <= capability[0] <= last:
+        return f"blocks need compute capability 9.0 to {last}.x, the device has {capability[0]}.{capability[1]}"
     if precision == "fp8-blockwise" and cuda < (12, 9):
         return f"blocks need CUDA 12.9, torch was built with {cuda[0]}.{cuda[1]}"
     if not fits(engine, f">={since}"):
         return f"it needs Transformer Engine {since}, {engine} is installed"
     return ""
+
+
+def recipe_of(config: Any) -> str | None:
+    """Megatron's name of the FP8 recipe that a living config runs in, under Transformer Engine or emulated."""
+    found = config.fp8_recipe if getattr(config, "fp8", None) else getattr(config, EMULATED, None)
+    return None if found is None else str(getattr(found, "value", found))
 
 
 def legal_here() -> dict[str, str]:

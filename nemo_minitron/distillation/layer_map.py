@@ -30,7 +30,7 @@ class Pair:
 def layer_map(
     text: str, student_layers: int, teacher_layers: int, kept: Sequence[int] | None = None
 ) -> tuple[Pair, ...]:
-    """"auto", or pairs such as "embedding,attention:3:5,mlp:3:5,block:13:29" (kind:student:teacher) -> pairs.
+    """ "auto", or pairs such as "embedding,attention:3:5,mlp:3:5,block:13:29" (kind:student:teacher) -> pairs.
 
     `kept`: which of the teacher's layers the student's are, as a plan has them; "auto" needs them, unless the
     models are of one depth. Raises InputError for what names no state of these models.

@@ -12,6 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from nemo_minitron.backend.engine import forget_copies
+
 Inputs = Callable[[Any], dict[str, Any]]  # a micro-batch -> what GPTModel's forward takes, without labels
 
 
@@ -89,6 +91,7 @@ class Teacher:
         for chunk in self.chunks if self.offload else ():
             for part in (chunk.embedding if chunk.pre_process else None, chunk.decoder):
                 if part is not None and not (self._head and self._head.tied_to(part)):
+                    forget_copies(part)
                     part.to(device)
 
 

@@ -5,6 +5,7 @@ What a layout cannot divide is filled up with masked positions and masked sample
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,17 +15,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.precision import recipe_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.samples import boundaries_of
+from nemo_minitron.precisions import token_multiple
 
 Batch = dict[str, Tensor]
 
 
-def micro_batches(batches: Iterable[Any], *, virtual: bool, split: int) -> list[Batch]:
+def micro_batches(batches: Iterable[Any], config: Any, *, virtual: bool) -> list[Batch]:
     """This data-parallel rank's own, each `tokens, loss_mask` [B, S] and perhaps `cu_seqlens`. Collective.
 
-    `virtual`: Megatron's interleaved schedule wants their number divisible by the pipeline's stages; `split`: the
-    parts into which sequence parallelism cuts a sequence. Raises InputError where no rank has a batch.
+    `config`: Megatron's, of the model that they go through. `virtual`: its interleaved schedule wants their number
+    divisible by the pipeline's stages. Raises InputError where no rank has a batch.
     """
     given = [_read(batch) for batch in batches]
     device = torch.cuda.current_device()
@@ -34,13 +37,22 @@ def micro_batches(batches: Iterable[Any], *, virtual: bool, split: int) -> list[
     number, rows, length = largest.tolist()
     if not number:
         raise InputError("no calibration batches were given; at least one is needed")
-    whole = split * (2 * parallel_state.get_context_parallel_world_size() if _context() else 1)
+    whole = length_multiple(config, rows)
     length = -(-length // whole) * whole
     if virtual:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         number = -(-number // stages) * stages
     empty = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "loss_mask": torch.zeros(1, 1)}
     return [_filled(batch, rows, length) for batch in [*given, *[empty] * (number - len(given))]]
+
+
+def length_multiple(config: Any, rows: int) -> int:
+    """What the length of `rows` sequences must be a multiple of: context and sequence parallelism cut it, and FP8 wants
+    so many tokens."""
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    context = parallel_state.get_context_parallel_world_size()
+    tokens = context * token_multiple(recipe_of(config), parts)
+    return math.lcm(parts * (2 * context if context > 1 else 1), tokens // math.gcd(tokens, rows))
 
 
 def _read(batch: Any) -> Batch:
@@ -65,10 +77,6 @@ def _filled(batch: Batch, rows: int, length: int) -> Batch:
     if "cu_seqlens" in batch:
         filled["cu_seqlens"] = batch["cu_seqlens"]
     return filled
-
-
-def _context() -> bool:
-    return parallel_state.get_context_parallel_world_size() > 1
 
 
 def forward_arguments(batch: Batch) -> dict[str, Any]:

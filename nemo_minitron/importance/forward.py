@@ -43,9 +43,7 @@ def estimate(
     if method not in METHODS:
         raise InputError(f"method '{method}' is unknown; {nearest(method, METHODS)}")
     chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-    config = unwrap(chunks[0]).config
-    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    rows = micro_batches(batches, virtual=len(chunks) > 1, split=split)
+    rows = micro_batches(batches, unwrap(chunks[0]).config, virtual=len(chunks) > 1)
     criteria = [criterion] if isinstance(criterion, str) else list(criterion)
     architecture = architecture or architecture_of(unwrap(chunks[0]))
     collector = Collector(chunks, architecture, criteria, axes, method)

@@ -37,9 +37,7 @@ def gram(
     finite.
     """
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
-    config = unwrap(chunks[0]).config
-    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    rows = micro_batches(batches, virtual=len(chunks) > 1, split=split)
+    rows = micro_batches(batches, unwrap(chunks[0]).config, virtual=len(chunks) > 1)
     wanted = None if layers is None else set(layers)
     with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(tensors)) as products:
         run_forward(chunks, rows, products)

@@ -19,7 +19,7 @@ from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.models import config_of, is_nemo, teacher_config
 from nemo_minitron.job.practices import facts_of, practices
 from nemo_minitron.job.settings.calibration import calibration_of
-from nemo_minitron.job.settings.fp8 import check_fp8
+from nemo_minitron.job.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
@@ -78,6 +78,8 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     if job.distillation.learns_from_teacher:
         check_fp8(ancestor, layout, job.distillation.teacher_precision or job.distillation.precision)
     layout.check_sequence(job.distillation.sequence_length)
+    check_tokens(job.calibration.sequence_length, job.calibration.batch_size, job.layout, job.calibration.precision)
+    job.distillation.check_tokens(layout)
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
     job.distillation.check_cache(target.vocab_size)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from nemo_minitron.architecture import Architecture
@@ -46,10 +47,13 @@ def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _places(chunks: Iterable[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
-    """Canonical name -> the places of this rank's parameters where it lies."""
+    """Canonical name -> the places of this rank's parameters where it lies. Raises InputError for FP8 parameters: a
+    write of one piece would change the scale of all that is there."""
     found: dict[str, list[tuple[Tensor, Piece]]] = {}
     shard = this_shard()
     for name, parameter in named_parameters(chunks):
+        if is_float8tensor(parameter):
+            raise InputError(f"'{name}' lies in FP8 and cannot be filled by pieces; build the model without fp8_param")
         for piece in pieces(name, architecture, shard):
             found.setdefault(piece.tensor, []).append((parameter.data, piece))
     return found
@@ -99,7 +103,10 @@ def _check_total(places: dict[str, Any], architecture: Architecture) -> None:
 
 
 class LiveSource:
-    """A live, sharded model as a TensorSource. `read` is collective: every rank of the job calls it alike."""
+    """A live, sharded model as a TensorSource. `read` is collective: every rank of the job calls it alike.
+
+    Parameters that Transformer Engine keeps in FP8 (`fp8_param_gather`) are read as the values that they stand for.
+    """
 
     collective = True
 
@@ -112,6 +119,7 @@ class LiveSource:
     def dtype(self, name: str) -> str:
         return DTYPES[self._dtype]
 
+    @torch.no_grad()
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the block, the same on every rank; one rank contributes each element."""
         block = np.zeros([len(i) for i in index], RAW[self.dtype(name)])
@@ -122,7 +130,8 @@ class LiveSource:
                 for i, at, box, place in zip(index, inside, piece.box, piece.place, strict=True)
             ]
             if all(len(at) for at in inside):
-                block[np.ix_(*inside)] = as_raw(parameter[torch.meshgrid(*local, indexing="ij")])
+                values = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+                block[np.ix_(*inside)] = as_raw(values[torch.meshgrid(*local, indexing="ij")])
         bits = torch.from_numpy(block.reshape(-1).view(np.uint8)).to(torch.cuda.current_device())
         torch.distributed.all_reduce(bits)  # bytes of one owner and zeros: exact, whatever they mean
         return bits.cpu().numpy().view(block.dtype).reshape(block.shape)
@@ -148,5 +157,5 @@ def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, lis
         if split_rank and mine == pieces(name, architecture, shard.first):
             continue  # replicated over tensor-parallel ranks
         for piece in mine:
-            found.setdefault(piece.tensor, []).append((parameter.data, piece))
+            found.setdefault(piece.tensor, []).append((parameter, piece))
     return found

@@ -120,7 +120,10 @@ def current_layout(sp: bool = False) -> Layout:
 
 
 def build(config: Any, layout: Layout) -> list[Any]:
-    """Megatron's GPTModel chunks of this rank for a NeMo config; frozen nothing, initialised at random."""
+    """Megatron's GPTModel chunks of this rank for a NeMo config; frozen nothing, initialised at random.
+
+    Parameters lie in `params_dtype`, also where an FP8 run of NeMo's would keep them in FP8: they are filled by pieces.
+    """
     config.tensor_model_parallel_size = layout.tp
     config.pipeline_model_parallel_size = layout.pp
     config.virtual_pipeline_model_parallel_size = layout.vp if layout.vp > 1 else None
@@ -132,7 +135,7 @@ def build(config: Any, layout: Layout) -> list[Any]:
     config.sequence_parallel = layout.sp and layout.tp > 1
     config.microbatch_group_size_per_vp_stage = layout.pp
     config.pipeline_dtype = config.params_dtype
-    config.perform_initialization = False
+    config.perform_initialization = config.fp8_param = False
     chunks = []
     for stage in range(layout.vp):
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)

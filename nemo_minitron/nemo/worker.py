@@ -40,6 +40,9 @@ def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
     """Loaded without the garbage collector: NeMo brings a million objects that stay, and looking through them again
     and again takes a seventh of the time."""
     gc.disable()
+    import nemo_minitron.backend as backend
+
+    backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
     from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
 
     gc.freeze()

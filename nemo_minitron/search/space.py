@@ -205,9 +205,7 @@ def _multiples(source: Architecture, name: str, values: Sizes) -> tuple[Fraction
     return found
 
 
-def _between(
-    source: Architecture, name: str, bounds: tuple[int, int] | None, divisors: Divisors
-) -> tuple[int, ...]:
+def _between(source: Architecture, name: str, bounds: tuple[int, int] | None, divisors: Divisors) -> tuple[int, ...]:
     most, least = _length(source, name), _least(source, name)
     low, high = bounds or (max(least, -(-most // 2)), most)
     if not least <= low <= high <= most:

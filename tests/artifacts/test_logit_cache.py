@@ -85,9 +85,7 @@ def made(folder, settings, rows=7, rows_per_shard=3, shards=None):
     random = np.random.default_rng(1)
     tokens = random.integers(0, 509, (rows, settings.sequence_length))
     held = [[kept(settings, 509, random) for _ in range(settings.stored_sets)] for _ in tokens]
-    header = CacheHeader(
-        settings, "teacher", data_digest(lambda i: tokens[i], rows, 6), 509, rows, rows_per_shard
-    )
+    header = CacheHeader(settings, "teacher", data_digest(lambda i: tokens[i], rows, 6), 509, rows, rows_per_shard)
     folder.mkdir()
     header.save(folder)
     codec = Codec(settings, 509)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nemo_minitron.backend import doctor
+from nemo_minitron.backend import doctor, engine
 
 GOOD = {
     "torch": "2.9.0",
@@ -29,12 +29,19 @@ GOOD = {
 def machine(monkeypatch):
     """A function that examines a made-up machine."""
 
-    def examine(changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0)):
+    def examine(
+        changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0), compiled=True, torch_file="cuda = None",
+        refusal="", locks=(),
+    ):  # fmt: skip
         table = {**GOOD, **(changes or {})}
         monkeypatch.setattr(doctor, "installed", lambda name: table.get(name))
         monkeypatch.setattr(doctor, "cuda_devices", lambda: devices)
         monkeypatch.setattr(doctor, "compute_capability", lambda: capability)
         monkeypatch.setattr(doctor, "nvidia_apex", lambda: apex == "nvidia")
+        monkeypatch.setattr(doctor, "compiled_engine", lambda: compiled)
+        monkeypatch.setattr(doctor, "torch_file", lambda: torch_file)
+        monkeypatch.setattr(doctor.transformer_engine, "refusal", lambda: refusal)
+        monkeypatch.setattr(doctor.transformer_engine, "builds_left", lambda: list(locks))
         monkeypatch.setattr(doctor, "module_found", lambda name: apex is not None)
         monkeypatch.setattr(doctor.platform, "python_version", lambda: table.get("python", "3.11.7"))
         return doctor.examine()
@@ -77,6 +84,61 @@ def test_each_thing_that_does_not_fit_has_its_command(machine, name, version, me
     assert "25.11" in report.text()  # the container in which all fit
 
 
+def test_an_engine_without_its_compiled_part(machine):
+    report = machine(compiled=False)
+    assert bad(report) == {"transformer-engine": doctor.BUILD_ON_GPU}
+    assert report.layers.startswith("reference")
+    assert report.adam == "torch's AdamW"
+
+
+def test_an_engine_that_does_not_import(machine):
+    report = machine(refusal="VersionError: gencode 6.31.1 runtime 5.29.6")
+    assert bad(report) == {"transformer-engine": ""}
+    assert "VersionError: gencode 6.31.1" in report.text()
+    assert report.layers.startswith("reference")
+    assert machine({"transformer-engine": None}, refusal="ModuleNotFoundError").ok
+
+
+def test_what_an_engine_says_that_does_not_import(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert engine.refusal() == "OSError: libcuda.so.1: cannot open shared object file"
+    (package / "__init__.py").write_text("")
+    (package / "pytorch.py").write_text("")
+    assert engine.refusal() == ""
+
+
+def test_a_build_that_megatrons_import_waits_for(machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert engine.builds_left() == []
+    lock = tmp_path / "managed_alloc_runtime" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert engine.builds_left() == [lock]
+    report = machine(locks=[lock])
+    assert report.ok
+    assert f"while {lock} is there" in report.text()
+
+
+def test_where_the_compiled_part_is_looked_for(tmp_path, monkeypatch):
+    """Beside the package (built from source, NVIDIA's containers), in it, or in `wheel_lib` (from the index)."""
+    from nemo_minitron.backend import engine
+
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('is only looked for')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not engine.compiled()
+    for folder in (tmp_path, package, package / "wheel_lib"):
+        folder.mkdir(exist_ok=True)
+        library = folder / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so"
+        library.touch()
+        assert engine.compiled()
+        library.unlink()
+
+
 def test_what_is_optional_may_be_missing(machine):
     report = machine({"transformer-engine": None, "nvidia-modelopt": None})
     assert report.ok
@@ -93,6 +155,7 @@ def test_which_adam(machine):
     without = {"transformer-engine": None}
     assert machine(without, apex="nvidia").adam == "apex's FusedAdam"
     assert machine(without).adam == "torch's AdamW"
+    assert machine(apex="nvidia", devices=()).adam == "torch's AdamW"  # setup() keeps both from Megatron there
 
 
 def test_which_precisions(machine):
@@ -105,6 +168,10 @@ def test_which_precisions(machine):
     assert old["fp8-blockwise"] == "no: blocks need CUDA 12.9, torch was built with 12.8"
     assert old["fp8-delayed"] == old["fp8-current"] == "Transformer Engine"
     assert dict(machine({"nvidia-cuda-runtime-cu12": "12.9.79"}).precisions)["fp8-blockwise"] == "Transformer Engine"
+    nvidias = {"torch": "2.9.0a0+145a3a7bda.nv25.10"}  # its own build's version names no CUDA
+    assert "torch was built with 0.0" in dict(machine(nvidias).precisions)["fp8-blockwise"]
+    told = "__version__ = '2.9.0a0+145a3a7bda.nv25.10'\ndebug = False\ncuda: Optional[str] = '13.0'\n"
+    assert dict(machine(nvidias, torch_file=told).precisions)["fp8-blockwise"] == "Transformer Engine"
     assert "blocks need compute" in dict(machine(new, capability=(12, 0)).precisions)["fp8-blockwise"]
     assert set(dict(machine(devices=()).precisions).values()) == {"emulated in the reference layers"}
     assert "unknown" in dict(machine(new, capability=None).precisions)["fp8-current"]
@@ -152,6 +219,14 @@ def test_devices_are_read_from_the_driver(tmp_path, monkeypatch):
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB\nIRQ: 1\n")
     assert doctor.cuda_devices(tmp_path) == ("NVIDIA H100 80GB",)
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf 'NVIDIA H200\\nNVIDIA H200\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert doctor.cuda_devices(tmp_path / "none") == ("NVIDIA H200",) * 2  # a sandbox without the driver's folder
+    tool.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert doctor.cuda_devices(tmp_path / "none") == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert doctor.cuda_devices(tmp_path) == ()
 

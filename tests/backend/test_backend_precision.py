@@ -13,7 +13,7 @@ from nemo_minitron.backend.precision import apply, forward_fields, megatron_fiel
 from nemo_minitron.errors import InputError
 from nemo_minitron.precisions import FP8
 
-HOPPER, ADA, AMPERE, BLACKWELL = (9, 0), (8, 9), (8, 0), (10, 0)
+HOPPER, ADA, AMPERE, BLACKWELL, LATER = (9, 0), (8, 9), (8, 0), (10, 0), (12, 0)
 
 
 @pytest.fixture
@@ -48,8 +48,10 @@ def test_fields_are_megatrons():
     ("name", "capability", "cuda", "engine", "words"),
     [
         ("fp8-current", AMPERE, (13, 0), "2.9", "FP8 needs compute capability 8.9, the device has 8.0"),
-        ("fp8-blockwise", ADA, (13, 0), "2.9", "blocks need compute capability 9.x"),
-        ("fp8-blockwise", BLACKWELL, (13, 0), "2.9", "blocks need compute capability 9.x"),
+        ("fp8-blockwise", ADA, (13, 0), "2.9", "blocks need compute capability 9.0 to 11.x, the device has 8.9"),
+        ("fp8-blockwise", BLACKWELL, (13, 0), "2.8", "blocks need compute capability 9.0 to 9.x, the device has 10.0"),
+        ("fp8-blockwise", BLACKWELL, (13, 0), "2.9.0+70f5366", ""),
+        ("fp8-blockwise", LATER, (13, 0), "2.9", "blocks need compute capability 9.0 to 11.x"),
         ("fp8-blockwise", HOPPER, (12, 8), "2.9", "blocks need CUDA 12.9, torch was built with 12.8"),
         ("fp8-blockwise", HOPPER, (12, 9), "2.2", "it needs Transformer Engine 2.3, 2.2 is installed"),
         ("fp8-current", HOPPER, (12, 9), "2.1", "it needs Transformer Engine 2.2"),

@@ -1,5 +1,6 @@
 """setup(): light, once, only where it is needed; CUDA calls, config fields and the mends after an import."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,26 @@ def test_setup_is_idempotent():
     before = (ModelParallelConfig.__post_init__, torch.cuda.current_device, len(sys.meta_path))
     assert backend.setup() is first
     assert (ModelParallelConfig.__post_init__, torch.cuda.current_device, len(sys.meta_path)) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["RuntimeError('empty meta package')", "OSError('libcuda.so.1')", "AssertionError()"])
+def test_an_engine_that_does_not_import_is_hidden_from_megatron(tmp_path, how):
+    """Megatron takes an ImportError alone for a no; what Transformer Engine 2.9 raises is each of these."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(f"raise {how}")
+    for name in ("apex", "amp_C"):  # as in NVIDIA's containers: fused optimizers that want CUDA tensors
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    code = """
+        import torch
+        import nemo_minitron.backend as backend
+        assert backend.setup().reference
+        from megatron.core import fp8_utils
+        from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+        assert not fp8_utils.HAVE_TE
+        assert USING_PYTORCH_OPTIMIZER or torch.cuda.is_available()
+    """
+    python(code, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
 
 
 @pytest.mark.parametrize(("name", "found"), [("megatron-core", "0.14.0"), ("megatron-core", "0.17.0"),

@@ -112,9 +112,11 @@ def test_it_takes_the_place_of_the_slices(tmp_path, dtype):
     found = raw_tensors(prune(teacher, plan, tmp_path / "s", compensation=tmp_path / "c.safetensors"))
     expected = slice_by_hand(raw_tensors(teacher), plan)
     rounded = torch.from_numpy(values).to(getattr(torch, dtype))
-    expected["model.layers.1.mlp.down_proj.weight"] = rounded.view(
-        torch.int32 if dtype == "float32" else torch.int16
-    ).numpy().view(np.uint32 if dtype == "float32" else np.uint16)
+    expected["model.layers.1.mlp.down_proj.weight"] = (
+        rounded.view(torch.int32 if dtype == "float32" else torch.int16)
+        .numpy()
+        .view(np.uint32 if dtype == "float32" else np.uint16)
+    )
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)

@@ -160,6 +160,7 @@ def test_latency_is_measured_only_until_there_are_enough():
 
 # -- the proxy -------------------------------------------------------------------------------------------------
 
+
 def test_shares_by_hand():
     s = scores()
     proxy = make_proxy(s, ("layers", "hidden", "ffn", "heads"))

@@ -46,9 +46,7 @@ def sampled_cross_entropy(
     contract of `distillation.losses`: rank r of `group` holds columns r * W to (r + 1) * W, those at and beyond
     `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP.
     """
-    return _Sparse.apply(
-        student_logits, targets.ids, targets.weights, None, temperature, group, vocab_size, in_place
-    )
+    return _Sparse.apply(student_logits, targets.ids, targets.weights, None, temperature, group, vocab_size, in_place)
 
 
 def cached_top_k_kl(
@@ -169,9 +167,7 @@ def _combined(every: Tensor) -> Tensor:
     return torch.stack([top, *(part.sum(0) for part in (inside, outside, weighted, every[:, 4]))])
 
 
-def _write(
-    out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, statistics: Tensor, temperature: float
-) -> None:
+def _write(out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, statistics: Tensor, temperature: float) -> None:
     """d loss / d student logits, in `out`; `outside` is overwritten."""
     total = statistics[1] + statistics[2]
     rows, columns, weights = kept.entries()

@@ -58,9 +58,7 @@ def _micro_batches(rows: list[np.ndarray], most: int, micro: int, virtual: int) 
     return [filled[i : i + micro] for i in range(0, len(filled), micro)]
 
 
-def _run(
-    chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], batches: list[np.ndarray]
-) -> Records:
+def _run(chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], batches: list[np.ndarray]) -> Records:
     """The records of these rows, the first ones of the batches, on the rank that writes them; none on all others."""
     virtual = len(chunks) > 1
     iterators = [iter(batches) for _ in chunks]

@@ -67,7 +67,11 @@ def per_token(
 
 
 class _PerToken(torch.autograd.Function):
-    """The gradient is computed in the forward pass, in the logits' own dtype, and scaled in the backward pass."""
+    """The gradient is computed in the forward pass, in the logits' own dtype, and scaled in the backward pass.
+
+    By kernels it is computed in the backward pass, scaled at once: the logits, which are read again, are there till
+    then, and it is written where they are read; two passes over memory less.
+    """
 
     @staticmethod
     def forward(
@@ -84,24 +88,46 @@ class _PerToken(torch.autograd.Function):
         shape, width = student.shape[:-1], student.shape[-1]
         rows = shape.numel()  # not -1: a rank may hold no column at all
         s, t = student.detach().reshape(rows, width), teacher.reshape(rows, teacher.shape[-1])
-        gradient = (s if in_place else torch.empty_like(s)) if wanted else None
         true = width if vocab_size is None else true_columns(vocab_size, width, group)
         if vocab_size is not None:
             t = reshard(t.t(), width, vocab_size, group).t() if t.shape[1] != width else t[:, :true]
+        ctx.shape, ctx.late = student.shape, rule.kernels if _by_kernels(rule, student) else None
+        if ctx.late is not None:
+            whole = _measured(rule, s[:, :true], t, temperature, group)
+            if wanted:
+                ctx.save_for_backward(student, t, whole)
+                ctx.settings = true, temperature, in_place
+            return (rule.loss(whole) * temperature**2).reshape(shape)
+        gradient = (s if in_place else torch.empty_like(s)) if wanted else None
         inner = None if gradient is None else gradient[:, :true]
         loss = solve(rule, s[:, :true], t, temperature, group, inner)
         if gradient is not None:
             gradient[:, true:].zero_()
             ctx.save_for_backward(gradient)
-        ctx.shape = student.shape
         return loss.reshape(shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # In place: autograd's version check refuses a second backward rather than give a wrong one.
-        scale_rows(gradient, outputs[0].reshape(-1, 1))
+        factors = outputs[0].reshape(-1)
+        if ctx.late is None:
+            (gradient,) = ctx.saved_tensors
+            # In place: autograd's version check refuses a second backward rather than give a wrong one.
+            scale_rows(gradient, factors[:, None])
+        else:
+            gradient = _late(ctx, factors)
         return gradient.reshape(ctx.shape), *[None] * 7
+
+
+def _late(ctx: Any, factors: Tensor) -> Tensor:
+    """The gradient [rows, W] by the kernels, of a loss that is multiplied by `factors` [rows]."""
+    student, t, whole = ctx.saved_tensors
+    true, temperature, in_place = ctx.settings
+    s = student.detach().reshape(len(factors), student.shape[-1])
+    gradient = s if in_place else torch.empty_like(s)
+    ctx.late.write_gradient(gradient[:, :true], s[:, :true], t, temperature, whole, factors.float().contiguous())
+    gradient[:, true:].zero_()
+    torch.autograd.graph.increment_version(gradient)  # kernels do not: in place, a second backward is refused
+    return gradient
 
 
 def scale_rows(gradient: Tensor, factors: Tensor) -> None:
@@ -122,9 +148,8 @@ def solve(
 
     `gradient` may be `student` itself. One collective under TP, or two where the rule refines.
     """
-    if rule.kernels is not None and rule.kernels.usable(student):
-        part = rule.kernels.statistics(student, teacher, temperature)
-        whole = rule.combine(gather(part, group), ranks(group)[0])
+    if _by_kernels(rule, student):
+        whole = _measured(rule, student, teacher, temperature, group)
         if gradient is not None:
             rule.kernels.write_gradient(gradient, student, teacher, temperature, whole)
         return rule.loss(whole) * temperature**2
@@ -134,6 +159,15 @@ def solve(
     if ranks(group)[1] > 1:  # all chunks share the collective, and are read again for the gradient
         return run(chunks)
     return torch.cat([run([at]) for at in chunks])
+
+
+def _by_kernels(rule: Rule, student: Tensor) -> bool:
+    return rule.kernels is not None and rule.kernels.usable(student)
+
+
+def _measured(rule: Rule, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
+    """By kernels: what holds for the whole vocabulary, [m, rows]."""
+    return rule.combine(gather(rule.kernels.statistics(student, teacher, temperature), group), ranks(group)[0])
 
 
 class _Run:

@@ -25,20 +25,23 @@ def statistics(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     rows, width = student.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     found = torch.empty(5, rows, dtype=torch.float32, device=student.device)
-    strides = student.stride(0), teacher.stride(0)
-    block = kernels.block(width)
+    strides, how = (student.stride(0), teacher.stride(0)), kernels.launch(width, *kernels.STATISTICS)
     if rows:
-        kernels.kl_statistics[(rows,)](student, teacher, found, *strides, rows, width, temperature, BLOCK=block)
+        kernels.kl_statistics[(rows,)](student, teacher, found, *strides, rows, width, 1 / temperature, **how)
     return found
 
 
-def write_gradient(out: Tensor, student: Tensor, teacher: Tensor, temperature: float, whole: Tensor) -> None:
-    """T (p_s - p_t) into `out` [rows, W], which may be `student`; `whole` is `statistics` of the whole vocabulary."""
+def write_gradient(
+    out: Tensor, student: Tensor, teacher: Tensor, temperature: float, whole: Tensor, factors: Tensor | None = None
+) -> None:
+    """T (p_s - p_t) into `out` [rows, W], which may be `student`, times `factors` [rows], fp32, where they are given;
+    `whole` is `statistics` of the whole vocabulary. Autograd does not see the write."""
     from nemo_minitron.distillation.losses import _triton_kernels as kernels
 
     rows, width = student.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
-    strides, block = (out.stride(0), student.stride(0), teacher.stride(0)), kernels.block(width)
-    grid, whole = (rows, -(-width // block)), whole.contiguous()
+    strides, how = (out.stride(0), student.stride(0), teacher.stride(0)), kernels.launch(width, *kernels.GRADIENT)
+    given = out, student, teacher, whole.contiguous(), factors
     if rows and width:
-        kernels.kl_gradient[grid](out, student, teacher, whole, *strides, rows, width, temperature, BLOCK=block)
+        grid = (rows, -(-width // how["BLOCK"]))
+        kernels.kl_gradient[grid](*given, *strides, rows, width, 1 / temperature, **how)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Columns of a program at a time, and the warps that share them: the fastest of ten on an H200 (bf16, 8,192 x 128,256).
+STATISTICS, GRADIENT = (2048, 4), (8192, 16)
 
-def block(width: int) -> int:
-    """Columns of a program at a time."""
-    return min(4096, triton.next_power_of_2(max(width, 16)))
+
+def launch(width: int, most: int, warps: int) -> dict[str, int]:
+    """`most` columns at a time, or as many as a narrow shard has."""
+    block = min(most, triton.next_power_of_2(max(width, 16)))
+    return {"BLOCK": block, "num_warps": max(1, min(warps, block // 256))}
 
 
 @triton.jit
 def kl_statistics(  # type: ignore[no-untyped-def]
-    student, teacher, out, stride_s, stride_t, rows, width, temperature, BLOCK: tl.constexpr
+    student, teacher, out, stride_s, stride_t, rows, width, scale, BLOCK: tl.constexpr
 ):
-    """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), s and t over T, each shifted by its max: out [5, rows].
+    """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), each shifted by its max: out [5, rows].
+
+    s and t are the logits times scale, 1 / T.
 
     Online: what has been summed is scaled down, and the cross term shifted, whenever a block raises a maximum.
     """
@@ -26,8 +32,8 @@ def kl_statistics(  # type: ignore[no-untyped-def]
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
-        s = tl.load(student + row * stride_s + column, mask=inside, other=0.0).to(tl.float32) / temperature
-        t = tl.load(teacher + row * stride_t + column, mask=inside, other=0.0).to(tl.float32) / temperature
+        s = tl.load(student + row * stride_s + column, mask=inside, other=0.0).to(tl.float32) * scale
+        t = tl.load(teacher + row * stride_t + column, mask=inside, other=0.0).to(tl.float32) * scale
         top_s = tl.maximum(max_s, tl.max(tl.where(inside, s, -1e30), 0))
         top_t = tl.maximum(max_t, tl.max(tl.where(inside, t, -1e30), 0))
         down_s, down_t = max_s - top_s, max_t - top_t
@@ -48,14 +54,18 @@ def kl_statistics(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def kl_gradient(  # type: ignore[no-untyped-def]
-    out, student, teacher, whole, stride_o, stride_s, stride_t, rows, width, temperature, BLOCK: tl.constexpr
+    out, student, teacher, whole, factors, stride_o, stride_s, stride_t, rows, width, scale, BLOCK: tl.constexpr
 ):
-    """T (p_s - p_t) of one row and block of columns; `whole` [5, rows] as `kl_statistics`, of all shards."""
+    """T (p_s - p_t) of one row and block of columns, times the row's factor where `factors` [rows] are given; `whole`
+    [5, rows] as `kl_statistics`, of all shards; T is 1 / scale."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    s = tl.load(student + row * stride_s + column, mask=inside, other=0.0).to(tl.float32) / temperature
-    t = tl.load(teacher + row * stride_t + column, mask=inside, other=0.0).to(tl.float32) / temperature
-    p_s = tl.exp(s - tl.load(whole + row)) / tl.load(whole + 2 * rows + row)
-    p_t = tl.exp(t - tl.load(whole + rows + row)) / tl.load(whole + 3 * rows + row)
-    tl.store(out + row * stride_o + column, (temperature * (p_s - p_t)).to(out.dtype.element_ty), mask=inside)
+    s = tl.load(student + row * stride_s + column, mask=inside, other=0.0).to(tl.float32) * scale
+    t = tl.load(teacher + row * stride_t + column, mask=inside, other=0.0).to(tl.float32) * scale
+    times = 1.0 / scale
+    if factors is not None:
+        times *= tl.load(factors + row)
+    times_s, times_t = times / tl.load(whole + 2 * rows + row), times / tl.load(whole + 3 * rows + row)
+    found = tl.exp(s - tl.load(whole + row)) * times_s - tl.exp(t - tl.load(whole + rows + row)) * times_t
+    tl.store(out + row * stride_o + column, found.to(out.dtype.element_ty), mask=inside)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.importance.batches import length_multiple
 
 READ = ("tokens", "labels", "loss_mask", "position_ids")
 REFUSED = ("attention_mask", "cu_seqlens")  # what a scan of whole, causal rows would get wrong in silence
@@ -65,11 +65,7 @@ def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _padded(x: Tensor, config: Any) -> Tensor:
-    context = parallel_state.get_context_parallel_world_size()
-    parts = 2 * context if context > 1 else 1
-    if config.sequence_parallel:
-        parts *= config.tensor_model_parallel_size
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % parts))
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % length_multiple(config, x.shape[0])))
 
 
 def all_rows(batches: Iterable[Any], config: Any, device: torch.device) -> Iterable[Rows]:

@@ -80,9 +80,7 @@ def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
     return given
 
 
-def _output_times_gradient(
-    module: nn.Module, given: Tensor, output: Any
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _output_times_gradient(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Taylor: of an expert's whole output for a token, the sum over the hidden channels."""
     whole = output[0].detach()
 

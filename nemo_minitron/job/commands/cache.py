@@ -14,6 +14,7 @@ from nemo_minitron.families import family_of, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.fp8 import check_tokens
 from nemo_minitron.job.settings.layout import Layout
 
 
@@ -31,6 +32,7 @@ def run_cache(
     source = open_source(model)
     layout.check(source.architecture)
     layout.check_sequence(settings.sequence_length)
+    check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
     _check_out(out)
     work = cache_of(out)
     with locked(work):

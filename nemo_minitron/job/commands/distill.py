@@ -121,6 +121,7 @@ def run_distill(
         kept = PrunePlan.load(plan).keep.get("layers") if plan else None
         layer_map(recipe.intermediate, depth, models[1].num_layers, kept)
     layout.check_sequence(recipe.sequence_length)
+    recipe.check_tokens(layout)
     recipe.check_batch(layout)
     work = cache_of(out)
     with locked(work):

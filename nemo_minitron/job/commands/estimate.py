@@ -18,6 +18,7 @@ from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
 from nemo_minitron.job.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
+from nemo_minitron.job.settings.fp8 import check_tokens
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
@@ -36,6 +37,7 @@ def run_estimate(
     source = open_source(model)
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
+    check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
     calibration.check(source.architecture, layout)
     other, work = Scores.load(merge) if merge else None, cache_of(out)
     with locked(work):

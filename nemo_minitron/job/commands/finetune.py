@@ -32,6 +32,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     layout = layout.for_depth(architecture.num_layers)
     layout.check(architecture, training=True)
     layout.check_sequence(recipe.sequence_length)
+    recipe.training().check_tokens(layout)
     recipe.training().check_batch(layout)
     check_rows(data)
     work = cache_of(out)

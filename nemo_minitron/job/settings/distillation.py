@@ -8,6 +8,7 @@ from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.settings.counted import Counted
+from nemo_minitron.job.settings.fp8 import check_tokens
 from nemo_minitron.job.settings.layout import Layout
 
 
@@ -109,6 +110,11 @@ class Distillation(Counted):
                 f"{self.micro_batch_size} on {layout.dp} data-parallel ranks{f', {at_once} at a time' * (at_once > 1)}"
                 f"; the nearest legal size is {max(1, round(self.global_batch_size / step)) * step}"
             )
+
+    def check_tokens(self, layout: Layout) -> None:
+        """Raises InputError for micro-batches that student or teacher cannot multiply in FP8."""
+        taught = [self.teacher_precision or self.precision] if self.learns_from_teacher else []
+        check_tokens(self.sequence_length, self.micro_batch_size, layout, self.precision, *taught)
 
     def check_states(self, student_layers: int, teacher_layers: int) -> None:
         """Raises InputError for intermediate states that are none of such models."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+import nemo_minitron.backend as backend
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo.data.text import JSONL, TEXT, documents, parted
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer, tokenizer_digest
@@ -89,14 +90,12 @@ class Tokens:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         found = prefix_of(prefix)
         if found is None:
             raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
         self.prefix = found
         self.corpus = Corpus.load(found)
-        index = IndexedDataset(str(found), mmap=True)  # closed at once: open at exit, it complains
+        index = _megatron().IndexedDataset(str(found), mmap=True)  # closed at once: open at exit, it complains
         self._ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
         dtype = np.dtype(index.index.dtype)
@@ -175,11 +174,17 @@ def _write(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, 
             os.replace(_with(partial, end), _with(prefix, end))
 
 
-def _tokenise(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> Corpus:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+def _megatron() -> Any:
+    """Megatron's module; without `setup` it does not import where Transformer Engine is installed and cannot run."""
+    backend.setup()
+    from megatron.core.datasets import indexed_dataset
 
-    dtype = DType.optimal_dtype(len(tokenizer))
-    builder = IndexedDatasetBuilder(str(_with(prefix, ".bin")), dtype=dtype)
+    return indexed_dataset
+
+
+def _tokenise(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> Corpus:
+    dtype = _megatron().DType.optimal_dtype(len(tokenizer))
+    builder = _megatron().IndexedDatasetBuilder(str(_with(prefix, ".bin")), dtype=dtype)
     digest, count, tokens, size = hashlib.sha256(), 0, 0, 0
     texts = documents(source, split, field)
     while batch := list(islice(texts, BATCH)):

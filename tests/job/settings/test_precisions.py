@@ -1,6 +1,7 @@
 """Precisions of a recipe: what is legal, and which sizes FP8 wants."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pico import SIZES
@@ -10,9 +11,9 @@ from nemo_minitron.costs import parameters_by_stage, training_memory
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job, Layout
 from nemo_minitron.job.dry_run import check
-from nemo_minitron.job.settings.fp8 import check_fp8
+from nemo_minitron.job.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.job.settings.precision import settled
-from nemo_minitron.precisions import FP8, PRECISIONS
+from nemo_minitron.precisions import FP8, PRECISIONS, token_multiple
 
 
 @pytest.fixture
@@ -62,6 +63,39 @@ def test_a_plan_that_fp8_cannot_train_is_refused_before_it_starts(job):
     with pytest.raises(InputError, match=r"ffn=56 is not legal in fp8-current.*nearest legal size is 64"):
         check(training)
     check(job.override(["keep.ffn=56"]))
+
+
+def test_tokens_that_fp8_cannot_multiply_are_refused(job):
+    for length, rows, precision in ((48, 1, "fp8-current"), (24, 2, "fp8-delayed"), (20, 4, "fp8-blockwise")):
+        check_tokens(length, rows, Layout(), precision, "bf16")
+        with pytest.raises(InputError, match=rf"micro-batches of {rows} x {length + 1} tokens .*length is {length}"):
+            check_tokens(length + 1, rows, Layout(), "bf16", precision)
+    check_tokens(37, 1, Layout(), "fp32", "bf16")
+    with pytest.raises(InputError, match="must be a multiple of 32; the nearest legal length is 64"):
+        check_tokens(48, 1, Layout(cp=2), "fp8-current")
+    with pytest.raises(InputError, match="must be a multiple of 256; the nearest legal length is 512"):
+        check_tokens(496, 1, Layout(tp=2, sp=True), "fp8-blockwise")
+    wide = {"architectures": ["LlamaForCausalLM"], **SIZES, "head_dim": 16}
+    Path(job.teacher, "config.json").write_text(json.dumps(wide))
+    for settings in (["calibration.precision=fp8-current", "calibration.sequence_length=36"],
+                     ["distillation.precision=fp8-delayed", "distillation.sequence_length=36"],
+                     ["distillation.teacher_precision=fp8-current", "distillation.sequence_length=36"]):  # fmt: skip
+        with pytest.raises(InputError, match=r"1 x 36 tokens are not legal in fp8-.*nearest legal length is 32"):
+            check(job.override([*settings, "calibration.batch_size=1", "distillation.micro_batch_size=1"]))
+
+
+def test_multiples_of_tokens():
+    """16 as a weight's gradient sums over them; of each part 8, or a block."""
+    assert [token_multiple(recipe) for recipe in (None, *FP8.values())] == [1, 16, 16, 16]
+    assert [token_multiple("tensorwise", parts) for parts in (1, 2, 3, 4)] == [16, 16, 48, 32]
+    assert [token_multiple("blockwise", parts) for parts in (1, 2, 3)] == [16, 256, 384]
+
+
+def test_blocks_want_whole_ones_where_a_sequence_is_gathered():
+    for layout, precision in ((Layout(tp=3), "fp8-blockwise"), (Layout(tp=3, sp=True), "fp8-current")):
+        check_fp8(smollm2(), layout, precision)
+    with pytest.raises(InputError, match=r"hidden=576 is not legal in fp8-blockwise under sequence.*512, or sp=false"):
+        check_fp8(smollm2(), Layout(tp=3, sp=True), "fp8-blockwise")
 
 
 def test_memory_of_fp8_training():
