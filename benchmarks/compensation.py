@@ -1,119 +1,202 @@
-"""Plain cuts against compensated ones on a real model, in one run, before and after equal short distillation:
-`python benchmarks/compensation.py [--model demo/smollm2-135m-instruct] [--work runs/compensation] [--distill 0]`.
+"""Plain cuts of SmolLM2-135M against compensated ones, as cut and after equal short distillation, three seeds:
+`nice -n 19 python benchmarks/compensation.py [--work runs/compensation] [--distill 8192] [--report]`.
 
-One calibration, on Wikipedia, scores the model and gives the Gram matrices; its rows are none of those measured.
-Perplexity on held-out Wikipedia and on another kind of text, the Python reference manual (Python's own
-`pydoc_data.topics`). Each step is a `minitron` command and leaves a file in `--work`: run again after a kill, the
-script goes on. `--distill N` also trains every student on N tokens, and measures again. Prints a table and writes
-`benchmarks/results/DATE_compensation.json`.
+One calibration, on Wikipedia, scores the model and gives the Gram matrices; its rows are none of those measured. Losses
+on held-out Wikipedia, which is also what the students learn, and on another kind of text, the Python reference manual
+(Python's own `pydoc_data.topics`). Scores, plans and compensations are made by `minitron` commands and lie in `--work`;
+students are trained with the package's step and Megatron's optimizer, but in one process and without a trainer, as in
+`retraining.py`. A seed draws the rows, the same for every arm; arms that are not part of the question are measured as
+cut alone. Each finished measurement is a line of `--work`/state.jsonl: run again, the script goes on; `--report` runs
+nothing. Prints a table, and writes `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import gc
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
+from retraining_state import spread
+from short_training import Schedule, Training, held_out_loss
 
 HOME = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 TRAIN, TEST = HOME / "demo/wikipedia/train.jsonl", HOME / "demo/wikipedia/test.jsonl"
-ROWS = {"--samples": 48, "--sequence-length": 512, "--batch-size": 4}  # 24,576 tokens
-CUTS = {
+ROWS = {"samples": 48, "sequence-length": 512, "batch-size": 4}  # 24,576 tokens
+HELD_OUT = 512  # the length of a held-out row
+SEEDS = (1, 2, 3)
+CORPORA = ("wikipedia", "python manual")
+KEEP = {
     "mild width": "ffn=1280",
     "heavy width": "ffn=1024",
     "heads": "heads=6",
     "width and heads": "ffn=1280,heads=6",
     "hidden": "hidden=512",
 }
-EXTRAS: dict[str, dict[str, Sequence[str]]] = {  # how else a cut is made; COMPENSATION stands for its file
-    "mild width": {"compensated": ["--compensation", "COMPENSATION"]},
-    "heavy width": {"compensated": ["--compensation", "COMPENSATION"]},
-    "heads": {
-        "compensated": ["--compensation", "COMPENSATION"],
-        "residual": ["--head-residual", "paper", "--scores", "SCORES"],
-        "residual, other sign": ["--head-residual", "laco", "--scores", "SCORES"],
-    },
-    "width and heads": {"compensated": ["--compensation", "COMPENSATION"]},
-    "hidden": {"folded norms": ["--fold-norms"]},
-}
 
 
-def minitron(*arguments: object) -> str:
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A cut and what stands in the place of its slices. `distilled`: it is also trained, with each seed."""
+
+    cut: str
+    how: str = "plain"
+    solved: bool = False
+    fold_norms: bool = False
+    residual: str | None = None
+    distilled: bool = False
+
+
+def _pair(cut: str, *, distilled: bool) -> tuple[Arm, Arm]:
+    return Arm(cut, distilled=distilled), Arm(cut, "compensated", solved=True, distilled=distilled)
+
+
+ARMS = (
+    *_pair("mild width", distilled=True),
+    *_pair("heavy width", distilled=True),
+    *_pair("heads", distilled=True),
+    Arm("heads", "residual", residual="paper"),
+    Arm("heads", "residual, other sign", residual="laco"),
+    *_pair("width and heads", distilled=False),
+    Arm("hidden"),
+    Arm("hidden", "folded norms", fold_norms=True),
+)
+Key = tuple[str, str, int]  # cut, how, seed; seed 0: as cut
+
+
+def minitron(*arguments: object) -> None:
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"minitron {' '.join(map(str, arguments))}\n{done.stderr[-3000:]}")
-    return done.stdout
+
+
+class State:
+    """`work`/state.jsonl: the settings, then a line for each measurement."""
+
+    def __init__(self, work: Path, settings: dict[str, Any], seeds: int = len(SEEDS)) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.file, self.seeds = work / "state.jsonl", SEEDS[:seeds]
+        if not self.file.exists():
+            self.file.write_text(json.dumps(settings) + "\n")
+        first, *self.rows = map(json.loads, self.file.read_text().splitlines())
+        if first != settings:
+            raise SystemExit(f"{self.file} was begun with {first}, not {settings}; give another --work")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def left(self) -> list[tuple[Arm, int]]:
+        """What is to be measured: the arms of the question, as cut and then seed by seed, and the others as cut."""
+        question = [arm for arm in ARMS if arm.distilled]
+        others = [(arm, 0) for arm in ARMS if not arm.distilled]
+        wanted = [*((arm, seed) for seed in (0, *self.seeds) for arm in question), *others]
+        return [(arm, seed) for arm, seed in wanted if not self.has(arm, seed)]
+
+    def has(self, arm: Arm, seed: int) -> bool:
+        return (arm.cut, arm.how, seed) in {key_of(row) for row in self.rows}
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["cut"], row["how"], row["seed"]
 
 
 class Bench:
-    """The steps, each done once: what is in `work` is not done again."""
+    """The files, the texts and the teacher that arms share; each is made once."""
 
-    def __init__(self, model: str, work: Path, tokens: int, distill: int, ridge: float) -> None:
-        self.model, self.work, self.tokens, self.distill, self.ridge = model, work, tokens, distill, ridge
-        work.mkdir(parents=True, exist_ok=True)
+    def __init__(self, model: str, work: Path, settings: dict[str, Any]) -> None:
+        import nemo_minitron.backend as backend
+        from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+
+        backend.setup()
+        self.model, self.work, self.settings = model, work, settings
+        manual, tokenizer = work / "manual.jsonl", load_tokenizer(model)
+        write_manual(manual)
+        texts = {"train": TRAIN, **dict(zip(CORPORA, (TEST, manual), strict=True))}
+        self.tokens: dict[str, Tokens] = {
+            name: build(str(text), tokenizer, work / f"{name} tokens") for name, text in texts.items()
+        }
         self.scores = work / "scores.safetensors"
-        self.corpora = {"wikipedia": TEST, "python manual": work / "manual.jsonl"}
-        write_manual(self.corpora["python manual"])
-
-    def run(self) -> list[dict[str, Any]]:
         if not self.scores.exists():
-            rows = [part for option in ROWS.items() for part in option]
-            minitron("estimate", self.model, "--data", TRAIN, *rows, "--out", self.scores)
-        found = [{"cut": "none", "how": "teacher", **self.measured(Path(self.model), "teacher")}]
-        for cut, keep in CUTS.items():
-            plan = self.work / f"{cut}.json"
-            if not plan.exists():
-                minitron("plan", self.scores, "--keep", keep, "--out", plan)
-            for how, options in {"plain": (), **EXTRAS[cut]}.items():
-                row = {"cut": cut, "keep": keep, "how": how}
-                found.append(row | self.student(plan, f"{cut}, {how}", options))
-                print(json.dumps(found[-1]), flush=True)
-        return found
+            minitron("estimate", model, "--data", TRAIN, *flat(ROWS), "--out", self.scores)
 
-    def student(self, plan: Path, name: str, options: Sequence[str]) -> dict[str, Any]:
-        out = self.work / name
-        if not out.exists():
-            minitron("prune", self.model, plan, out, *[self.file(plan, option) for option in options])
-        numbers = self.measured(out, name)
-        if self.distill:
-            trained = self.work / f"{name}, distilled"
-            settings = ["--tokens", self.distill, "--sequence-length", 512, "--learning-rate", 3e-4]
-            minitron("distill", out, "--teacher", self.model, "--data", TRAIN, *settings, "--out", trained)
-            numbers["distilled"] = self.measured(trained, f"{name}, distilled")
-        return numbers
+    def teacher(self, state: State) -> Any:
+        """The teacher, measured before it loses its head to the step."""
+        from nemo_minitron.distillation.teacher import Teacher
+        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.nemo.models import load_model
 
-    def file(self, plan: Path, option: str) -> str | Path:
-        """An option of `prune`, with the files that it names; a compensation is solved when it is first needed."""
-        if option != "COMPENSATION":
-            return self.scores if option == "SCORES" else option
-        out = plan.with_suffix(".safetensors")
+        chunk = load_model(self.model, precision="bf16")[0]
+        self.vocab_size = chunk.vocab_size
+        if not state.has(Arm("none"), 0):
+            state.add({"cut": "none", "how": "plain", "seed": 0, **self.losses(chunk)})
+        return Teacher([chunk], model_inputs)
+
+    def run(self, state: State) -> None:
+        teacher = self.teacher(state)
+        for arm, seed in state.left():
+            student = self.student(arm)
+            found = {"CPU s a step": self.train(student, teacher, seed)} if seed else {}
+            state.add({"cut": arm.cut, "how": arm.how, "seed": seed, **self.losses(student), **found})
+            print(json.dumps(state.rows[-1]), flush=True)
+            del student
+            gc.collect()  # Megatron's DDP and its optimizer hold each other: 0.7 GB an arm
+
+    def student(self, arm: Arm) -> Any:
+        from nemo_minitron.artifacts import PrunePlan
+        from nemo_minitron.job.commands.prune import Extras, compensation_of
+        from nemo_minitron.nemo.models import load_model
+        from nemo_minitron.nemo.sources import open_source
+
+        file = self.work / f"{arm.cut}.json"
+        if not file.exists():
+            minitron("plan", self.scores, "--keep", KEEP[arm.cut], "--out", file)
+        solved, scores = self.solved(file) if arm.solved else None, self.scores if arm.residual else None
+        plan, extras = PrunePlan.load(file), Extras(solved, arm.fold_norms, arm.residual, scores)
+        compensation = compensation_of(open_source(self.model), plan, extras)
+        return load_model(self.model, plan, compensation=compensation, precision="bf16")[0]
+
+    def solved(self, plan: Path) -> Path:
+        out, ridge = plan.with_suffix(".safetensors"), self.settings["ridge"]
         if not out.exists():
-            rows = [part for row in ROWS.items() for part in row]
             start = time.perf_counter()
-            minitron("compensate", self.model, plan, "--data", TRAIN, *rows, "--ridge", self.ridge, "--out", out)
+            minitron("compensate", self.model, plan, "--data", TRAIN, *flat(ROWS), "--ridge", ridge, "--out", out)
             print(f"{plan.stem}: compensated in {time.perf_counter() - start:.0f} s", flush=True)
         return out
 
-    def measured(self, folder: Path, name: str) -> dict[str, Any]:
-        """{"parameters", and of each corpus its perplexity}."""
-        found: dict[str, Any] = {}
-        for corpus, text in self.corpora.items():
-            file = self.work / f"{name}, {corpus}.json"
-            if not file.exists():
-                numbers = minitron("evaluate", folder, "--data", text, "--tokens", self.tokens, "--json")
-                file.write_text(numbers.splitlines()[-1])
-            numbers = json.loads(file.read_text())
-            found |= {"parameters": numbers["parameters"], corpus: round(numbers["perplexity"], 3)}
-        return found
+    def train(self, student: Any, teacher: Any, seed: int) -> float:
+        """Trains it in place; gives the median CPU seconds of a step."""
+        from nemo_minitron.distillation.step import Objective, distillation_step
+        from nemo_minitron.nemo.distill import model_inputs
+
+        length = self.settings["sequence length"]
+        rows = self.tokens["train"].windows(length + 1, self.settings["distillation tokens"] // length, seed)
+        step = distillation_step(Objective(self.vocab_size, logits_weight=1.0), model_inputs, teacher)
+        return Training(student, len(rows), Schedule()).run(step, rows)["CPU s a step"]
+
+    def losses(self, chunk: Any) -> dict[str, Any]:
+        """{"parameters", and of each corpus its nats a token}."""
+        count = self.settings["held-out tokens"] // HELD_OUT
+        numbers = {
+            corpus: round(held_out_loss(chunk, self.tokens[corpus].windows(HELD_OUT + 1, count), self.vocab_size), 4)
+            for corpus in CORPORA
+        }
+        return {"parameters": sum(p.numel() for p in chunk.parameters()), **numbers}
+
+
+def flat(options: dict[str, int]) -> list[object]:
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
 def write_manual(file: Path) -> None:
@@ -122,38 +205,78 @@ def write_manual(file: Path) -> None:
     file.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
 
 
+def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each arm, as cut and distilled: perplexities, and by how much its loss differs from the plain cut's.
+
+    A difference is [mean, standard deviation over the seeds] of pairs with the same seed, nats a token.
+    """
+    found = {key_of(row): row for row in rows}
+    for arm in (Arm("none"), *ARMS):
+        for stage, seeds in (("as cut", (0,)), ("distilled", SEEDS)):
+            own = [found[arm.cut, arm.how, seed] for seed in seeds if (arm.cut, arm.how, seed) in found]
+            if own:
+                facts = {"cut": arm.cut, "how": arm.how, "stage": stage, "seeds": len(own)}
+                yield facts | {"parameters": own[0]["parameters"], **of_corpora(own, found)}
+
+
+def of_corpora(own: list[dict[str, Any]], found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for corpus in CORPORA:
+        plain = {row["seed"]: found.get((row["cut"], "plain", row["seed"])) for row in own}
+        pairs = [row[corpus] - base[corpus] for row in own if (base := plain[row["seed"]]) and base is not row]
+        mean = sum(row[corpus] for row in own) / len(own)
+        numbers[corpus] = {"perplexity": round(math.exp(mean), 2), "loss - plain's": spread(pairs)}
+    return numbers
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    corpora = ("wikipedia", "python manual")
-    print(f"\n{'cut':18}{'how':22}{'parameters':>13}" + "".join(f"{name:>16}" for name in corpora))
+    print(f"\n{'cut':17}{'how':22}{'stage':11}{'seeds':>6}{'parameters':>13}" + "".join(f"{c:>28}" for c in CORPORA))
     for row in rows:
-        for stage in (row, row.get("distilled")):
-            if stage:
-                how = row["how"] if stage is row else f"{row['how']}, distilled"
-                numbers = "".join(f"{stage[name]:>16,.2f}" for name in corpora)
-                print(f"{row['cut']:18}{how:22}{row['parameters']:>13,}{numbers}")
+        line = f"{row['cut']:17}{row['how']:22}{row['stage']:11}{row['seeds']:>6}{row['parameters']:>13,}"
+        for corpus in CORPORA:
+            difference = row[corpus]["loss - plain's"]
+            line += f"{row[corpus]['perplexity']:>10,.2f}"
+            form = "{:>+9.4f} ({:.4f})" if row["seeds"] > 1 else "{:>+9.4f}         "
+            line += form.format(*difference) if difference else " " * 18
+        print(line)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HOME / "demo/smollm2-135m-instruct"))
     parser.add_argument("--work", type=Path, default=HOME / "runs/compensation")
-    parser.add_argument("--tokens", type=int, default=16_384, help="of each held-out corpus")
-    parser.add_argument("--distill", type=int, default=0, help="tokens that every student is trained on")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each held-out corpus")
+    parser.add_argument("--distill", type=int, default=8192, help="tokens that a student is trained on")
+    parser.add_argument("--sequence-length", type=int, default=256, help="of the distillation")
     parser.add_argument("--ridge", type=float, default=0.01)
-    arguments = parser.parse_args()
-    settings = (arguments.tokens, arguments.distill, arguments.ridge)
-    rows = Bench(arguments.model, arguments.work, *settings).run()
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(len(SEEDS) + 1), help="0: as cut alone")
+    parser.add_argument("--report", action="store_true", help="run nothing more")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    given = parser.parse_args()
+    settings = {
+        "model": Path(given.model).name, "calibration": {"text": "wikipedia, train", **ROWS}, "ridge": given.ridge,
+        "distillation tokens": given.distill, "sequence length": given.sequence_length,
+        "schedule": dataclasses.asdict(Schedule()), "held-out tokens": given.tokens, "precision": "bf16", "threads": 1,
+    }  # fmt: skip
+    state, facts = State(given.work, settings, given.seeds), common.machine(("torch", "numpy", "megatron-core"))
+    if not given.report:
+        run(given.model, given.work, settings, state)
+    rows = list(summary(state.rows))
     show(rows)
     result = {
-        "command": " ".join(["python benchmarks/compensation.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("torch", "numpy", "megatron-core")),
-        "calibration": {name.removeprefix("--"): value for name, value in ROWS.items()} | {"text": "wikipedia, train"},
-        "held-out tokens": arguments.tokens, "distillation tokens": arguments.distill, "ridge": arguments.ridge,
-        "perplexity": rows,
+        "command": " ".join(["python benchmarks/compensation.py", *sys.argv[1:]]), "machine": facts,
+        "date": datetime.date.today().isoformat(), "settings": settings, "summary": rows,
+        "not run": [f"{arm.cut}, {arm.how}, seed {seed}" for arm, seed in state.left()], "rows": state.rows,
     }  # fmt: skip
-    out = RESULTS / f"{result['date']}_compensation.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    Bench(model, work, settings).run(state)
 
 
 if __name__ == "__main__":
