@@ -199,6 +199,22 @@ def twice_into_main_grad(hidden, weight, settings):
     return weight.main_grad
 
 
+def twice_in_place():
+    """What is said to a second backward pass after the gradient was written over the logits."""
+    import torch
+
+    from nemo_minitron.distillation.losses import forward_kl
+
+    head, teacher = torch.randn(3, 17, requires_grad=True), torch.randn(3, 17)
+    loss = forward_kl(head * 1, teacher, in_place=True).sum()
+    loss.backward(retain_graph=True)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def main():
     import torch
 
@@ -223,7 +239,7 @@ def main():
         "losses": [{**case, **run_case(case, calls, rank, world, group)} for case in cases],
         "fused": [{**case, **run_fused(case, calls, rank, world, group)} for case in FUSED],
     }
-    results["launches"] = len(launches)
+    results |= {"launches": len(launches), "twice": twice_in_place()}
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(results))
     if world > 1:
         torch.distributed.destroy_process_group()

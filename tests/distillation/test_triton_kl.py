@@ -32,6 +32,7 @@ def test_kernels(world, tmp_path):
     for rank in range(world):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["launches"] > 0
+        assert "modified by an inplace operation" in found["twice"]
         for case in found["losses"]:
             check(case, world)
         for case in found["fused"]:

@@ -125,7 +125,8 @@ def _late(ctx: Any, factors: Tensor) -> Tensor:
     s = student.detach().reshape(len(factors), student.shape[-1])
     gradient = s if in_place else torch.empty_like(s)
     ctx.late.write_gradient(gradient[:, :true], s[:, :true], t, temperature, whole, factors.float().contiguous())
-    gradient[:, true:].zero_()
+    if true < gradient.shape[1]:
+        gradient[:, true:].zero_()
     torch.autograd.graph.increment_version(gradient)  # kernels do not: in place, a second backward is refused
     return gradient
 
