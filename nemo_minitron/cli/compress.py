@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -47,13 +47,14 @@ def compress(
         raise InputError("settings of an executor need one; give --executor, or leave executor.key=value out")
     job = find(recipe).override(own)
     folder = out or Path("runs") / job.name
+    made = _executor(executor, [word for word in settings if word not in own], job, folder) if executor else None
     if dry_run or executor:  # what would be refused there is refused here
         text = describe_chain(settled(job), folder) if job.chain else describe(settled(job))
         if dry_run:
             print(text if executor else f"{text}\nnothing was loaded or written")
         if executor:
             command = ["compress", recipe, *own, "--out", str(folder.absolute())]
-            _hand_over(executor, [word for word in settings if word not in own], job, command, folder, dry_run)
+            _hand_over(made, job.name, command, dry_run)
         return
     from nemo_minitron.job.commands.compress import run_compress
 
@@ -61,15 +62,19 @@ def compress(
     on_nodes(place, job.layout, ["compress", job.as_dict()], folder, lambda: run_compress(job, folder))
 
 
-def _hand_over(
-    name: str, settings: list[str], job: Job, command: list[str], folder: Path, dry_run: bool
-) -> None:  # fmt: skip
-    """The same command as a task of NeMo-Run, in this folder."""
+def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
+    """NeMo-Run's executor of the job, which works in this folder."""
     from nemo_minitron.nemo import executors
 
     here, there = Path.cwd(), folder.absolute().parent
-    made = executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
+    return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
+
+
+def _hand_over(executor: Any, name: str, command: list[str], dry_run: bool) -> None:
+    """The same command as a task of NeMo-Run."""
+    from nemo_minitron.nemo import executors
+
     if dry_run:
-        print(f"\n{executors.dry_run(made, job.name, command)}")
+        print(f"\n{executors.dry_run(executor, name, command)}")
     else:
-        executors.submit(made, job.name, command)
+        executors.submit(executor, name, command)
