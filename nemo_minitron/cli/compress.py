@@ -46,7 +46,7 @@ def compress(
     if len(own) < len(settings) and not executor:
         raise InputError("settings of an executor need one; give --executor, or leave executor.key=value out")
     job = find(recipe).override(own)
-    folder = out or Path("runs") / job.name
+    folder = job.folder(out)
     made = _executor(executor, [word for word in settings if word not in own], job, folder) if executor else None
     if dry_run or executor:  # what would be refused there is refused here
         text = describe_chain(settled(job), folder) if job.chain else describe(settled(job))

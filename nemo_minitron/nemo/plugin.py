@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Optional, get_args, get_origin, get_type_hints
 
 import nemo_run as run
@@ -141,7 +140,7 @@ def _leads(job: Job) -> bool:
 
 def _do(job: Job, out: Optional[str], until: str = "") -> None:
     """As `minitron compress`, also where an executor starts it once on each of several nodes."""
-    folder = Path(out or Path("runs") / job.name)
+    folder = job.folder(out)
     same = ["compress", until, job.as_dict()]
     on_nodes((None, None, None), job.layout, same, folder, lambda: run_compress(job, folder, until))
 

@@ -24,7 +24,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "") -> Pa
     Raises InputError for what cannot run, before anything is loaded or written.
     """
     job = settled(job)
-    folder = Path(out or Path("runs") / job.name)
+    folder = job.folder(out)
     if job.chain:
         return _run_chain(job, folder, until)
     check(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_minitron.errors import InputError, nearest
@@ -109,6 +110,10 @@ class Job:
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
         """Raises InputError for a key that does not exist (with the nearest) or a value of another type."""
         return _build(cls, values, "")
+
+    def folder(self, out: str | Path | None = None) -> Path:
+        """The run folder: `out`, or runs/NAME."""
+        return Path(out or Path("runs") / self.name)
 
     def override(self, settings: Iterable[str]) -> Job:
         """`distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`, and of a chain's steps, counted from 0,
