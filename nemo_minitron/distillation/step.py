@@ -74,7 +74,10 @@ class Objective:
                 in_place=not self.lm_weight, **options,
             )  # fmt: skip
         if self.lm_weight:
-            parts["lm"] = language_model_loss(student, batch["labels"], self.vocab_size)
+            # What the other loss may read again in its backward pass is not to be spent; of bf16 it costs nothing more,
+            # since cross entropy is in fp32.
+            logits = student.to(torch.float32, copy=True) if parts else student
+            parts["lm"] = language_model_loss(logits, batch["labels"], self.vocab_size)
         return parts
 
     def total(self, parts: Parts, batch: dict[str, Any], meter: Meter | None) -> Tensor:

@@ -215,6 +215,34 @@ def twice_in_place():
     return "nothing"
 
 
+def both_losses(group, dtype):
+    """KL and LM loss of the same padded logits, as the step has them: how far the gradient is from float64's, whole."""
+    import torch
+    from megatron.core import parallel_state
+
+    from nemo_minitron.distillation.step import Objective
+
+    rank, world = (0, 1) if group is None else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if not parallel_state.is_initialized():
+        if group is None:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    student, teacher, _ = random(101, (2, 3), dtype)
+    mine, true = shard(student.movedim(-1, 0), 11, rank, world)
+    theirs = shard(teacher.movedim(-1, 0), 11, rank, world)[0].movedim(0, -1)
+    local = mine.nan_to_num(5.0).movedim(0, -1).contiguous().requires_grad_()
+    labels = torch.arange(6).view(2, 3) * 17
+    parts = Objective(101, lm_weight=1.0).of_logits(local * 1, {"labels": labels}, theirs)
+    (parts["logits"] + parts["lm"]).sum().backward()
+    exact = student.double().requires_grad_()
+    value = reference("forward_kl", exact, teacher.double(), 1.0).sum()
+    (value + torch.nn.functional.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="sum")).backward()
+    wanted, _ = shard(exact.grad.movedim(-1, 0), 11, rank, world)
+    wrong = (local.grad.double() - wanted.movedim(0, -1))[..., :true].abs()
+    return wrong.max().item() if wrong.numel() else 0.0
+
+
 def main():
     import torch
 
@@ -240,6 +268,8 @@ def main():
         "fused": [{**case, **run_fused(case, calls, rank, world, group)} for case in FUSED],
     }
     results |= {"launches": len(launches), "twice": twice_in_place()}
+    if "triton" in sys.argv:
+        results["both"] = {dtype: both_losses(group, dtype) for dtype in ("float32", "bfloat16")}
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(results))
     if world > 1:
         torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_fused_head import check_fused
 from test_loss_shards import check
+from tolerances import GRADIENT_BF16, KL_GRADIENT_FP32
 
 from nemo_minitron.distillation.losses import _triton
 
@@ -33,6 +34,8 @@ def test_kernels(world, tmp_path):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["launches"] > 0
         assert "modified by an inplace operation" in found["twice"]
+        assert found["both"]["float32"] < 2 * KL_GRADIENT_FP32
+        assert found["both"]["bfloat16"] < 2 * GRADIENT_BF16
         for case in found["losses"]:
             check(case, world)
         for case in found["fused"]:
