@@ -136,16 +136,8 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
     name = wanted.name
     if name == "apex":
         return _apex(wanted, version)
-    if name == "transformer-engine" and version is not None and not compiled_engine():
-        why = "its compiled part for PyTorch is missing; without it the reference layers run"
-        return Finding(name, version, wanted.range, False, why, BUILD_ON_GPU)
-    if (
-        name == "transformer-engine"
-        and version is not None
-        and cuda_devices()
-        and (why := transformer_engine.refusal())
-    ):
-        return Finding(name, version, wanted.range, False, f"it does not import, and the reference layers run: {why}")
+    if name == "transformer-engine" and version is not None and (wrong := _engine(wanted, version)):
+        return wrong
     if version is None:
         mend = "" if wanted.optional else f"pip install '{name}{wanted.range}'"
         return Finding(name, None, wanted.range, wanted.optional, wanted.why, mend)
@@ -154,6 +146,17 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
     if name == "python" and not ok:
         mend = "python3.11 -m venv .venv  # and install everything anew in it"
     return Finding(name, version, wanted.range, ok, wanted.why, mend)
+
+
+def _engine(wanted: Wanted, version: str) -> Finding | None:
+    """What is wrong with an installed Transformer Engine besides its version, which has a mend of its own."""
+    if not compiled_engine():
+        why = "its compiled part for PyTorch is missing; without it the reference layers run"
+        return Finding(wanted.name, version, wanted.range, False, why, BUILD_ON_GPU)
+    if fits(version, wanted.range) and cuda_devices() and (said := transformer_engine.refusal()):
+        why = f"it does not import, and the reference layers run: {said}"
+        return Finding(wanted.name, version, wanted.range, False, why)
+    return None
 
 
 def _apex(wanted: Wanted, version: str | None) -> Finding:

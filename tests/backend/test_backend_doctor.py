@@ -97,6 +97,8 @@ def test_an_engine_that_does_not_import(machine):
     assert "VersionError: gencode 6.31.1" in report.text()
     assert report.layers.startswith("reference")
     assert machine({"transformer-engine": None}, refusal="ModuleNotFoundError").ok
+    old = bad(machine({"transformer-engine": "1.13"}, refusal="ImportError"))  # why is clear, and so is the mend
+    assert old == {"transformer-engine": "pip install 'transformer-engine>=2.9,<2.13'"}
 
 
 def test_what_an_engine_says_that_does_not_import(tmp_path, monkeypatch):
@@ -124,8 +126,6 @@ def test_a_build_that_megatrons_import_waits_for(machine, tmp_path, monkeypatch)
 
 def test_where_the_compiled_part_is_looked_for(tmp_path, monkeypatch):
     """Beside the package (built from source, NVIDIA's containers), in it, or in `wheel_lib` (from the index)."""
-    from nemo_minitron.backend import engine
-
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('is only looked for')")

@@ -56,6 +56,8 @@ def test_an_engine_that_does_not_import_is_hidden_from_megatron(tmp_path, how):
         from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
         assert not fp8_utils.HAVE_TE
         assert USING_PYTORCH_OPTIMIZER or torch.cuda.is_available()
+        import os
+        assert "TORCH_CUDA_ARCH_LIST" in os.environ or torch.cuda.is_available()
     """
     python(code, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of a program at a time, and the warps that share them: the fastest of ten on an H200 (bf16, 8,192 x 128,256).
+# Columns of a program at a time, and the warps that share them. On an H200 (bf16, 8,192 x 128,256) the fastest of ten,
+# and of the gradient's, which hardly differ, within 0.5 % of it.
 STATISTICS, GRADIENT = (2048, 4), (8192, 16)
 
 
