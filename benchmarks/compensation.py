@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from retraining_state import spread
+from retraining_state import Lines, spread
 from short_training import Schedule, Training, held_out_loss
 
 HOME = Path(__file__).parents[1]
@@ -80,22 +80,12 @@ def minitron(*arguments: object) -> None:
         raise SystemExit(f"minitron {' '.join(map(str, arguments))}\n{done.stderr[-3000:]}")
 
 
-class State:
-    """`work`/state.jsonl: the settings, then a line for each measurement."""
+class State(Lines):
+    """A line for each finished measurement of the seeds."""
 
     def __init__(self, work: Path, settings: dict[str, Any], seeds: int = len(SEEDS)) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.file, self.seeds = work / "state.jsonl", SEEDS[:seeds]
-        if not self.file.exists():
-            self.file.write_text(json.dumps(settings) + "\n")
-        first, *self.rows = map(json.loads, self.file.read_text().splitlines())
-        if first != settings:
-            raise SystemExit(f"{self.file} was begun with {first}, not {settings}; give another --work")
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        super().__init__(work, settings)
+        self.seeds = SEEDS[:seeds]
 
     def left(self) -> list[tuple[Arm, int]]:
         """What is to be measured: the arms of the question, as cut and then seed by seed, and the others as cut."""

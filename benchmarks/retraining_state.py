@@ -11,15 +11,15 @@ from typing import Any
 from retraining_arms import ARMS, QUESTIONS, SEEDS, Arm
 
 
-class State:
-    """`work`/state.jsonl: the settings, then a line for each finished arm and seed."""
+class Lines:
+    """`work`/state.jsonl: the settings, then a line for each finished measurement; `given`: the rows that it begins
+    with, and the settings that they were made with."""
 
-    def __init__(self, work: Path, settings: dict[str, Any], old: Path | None) -> None:
+    def __init__(self, work: Path, settings: dict[str, Any], given: dict[str, Any] | None = None) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.file = work / "state.jsonl"
         if not self.file.exists():
-            given = json.loads(old.read_text()) if old else {"settings": settings, "rows": []}
-            lines = [given["settings"], *given["rows"]]
+            lines = [given["settings"], *given["rows"]] if given else [settings]
             self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         first, *self.rows = map(json.loads, self.file.read_text().splitlines())
         if first != settings:
@@ -29,6 +29,13 @@ class State:
         self.rows.append(row)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class State(Lines):
+    """A line for each finished arm and seed; `old`: an older result, whose rows it begins with."""
+
+    def __init__(self, work: Path, settings: dict[str, Any], old: Path | None) -> None:
+        super().__init__(work, settings, json.loads(old.read_text()) if old else None)
 
     def left(self) -> list[tuple[Arm, int]]:
         done = {(row["arm"], row["seed"]) for row in self.rows}
