@@ -3,7 +3,8 @@
 What the arms are: `retraining_arms.py`. Each is a cut of the teacher, trained on `--tokens` tokens of demo/wikipedia
 (or of Python's own manual, the shifted domain) and measured on held-out text of the same corpus, with the package's
 step and Megatron's optimizer, but in one process and without a trainer. A seed draws the rows, the same for every arm.
-"Equal time" is of CPU seconds a step, the teacher's forward and the optimizer with them, as the first seed has them.
+"Equal time" is of CPU seconds a step, the teacher's forward and the optimizer with them, where the losses take turns in
+one process.
 Each finished arm and seed is a line of `--work`/state.jsonl: run again, the script goes on; `--resume RESULT.json`
 begins a state with an older result's rows. `--report` runs nothing. Prints a table, and writes `--out`.
 """
@@ -15,6 +16,7 @@ import dataclasses
 import datetime
 import gc
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import common
-from retraining_arms import ARMS, CUTS, HALFWAY, MANUAL, SEEDS, WIKIPEDIA, Arm
+from retraining_arms import CUTS, HALFWAY, MANUAL, WIKIPEDIA, Arm
 from retraining_state import State, show, summary
 from short_training import Schedule, Training, held_out_loss
 
 HOME = Path(__file__).parents[1]
-KNOWN = "known.json"
+KNOWN, PACE = "known.json", "pace.json"
+TURNS = 8  # of each loss, the first not counted
 CALIBRATION, HELD_OUT = 32, 512  # rows that are scored; the length of a held-out row
+WEIGHTS = {"kl": (1.0, 0.0), "lm": (0.0, 1.0), "both": (1.0, 1.0)}  # of logits and labels
 EVERY = 12  # of the manual's topics, each twelfth is held out
 
 
@@ -74,7 +78,7 @@ class Bench:
 
     def known(self, name: str, make: Callable[[], float]) -> float:
         """A held-out loss of `work`/known.json, made where it is not there."""
-        file, held = self.work / KNOWN, known_in(self.work)
+        file, held = self.work / KNOWN, held_in(self.work / KNOWN)
         if name not in held:
             held[name] = make()
             file.write_text(json.dumps(held, indent=1))
@@ -111,9 +115,20 @@ class Bench:
         equal = self.settings["tokens"] // self.settings["sequence length"]
         if not arm.equal_time:
             return equal
-        twin = next(a for a in ARMS if (a.cut, a.loss, a.base) == (arm.cut, arm.loss, arm.base) and not a.equal_time)
-        first = {row["arm"]: row["CPU s a step"] for row in self.rows if row["seed"] == SEEDS[0]}
-        return round(equal * first[arm.base] / first[twin.name])
+        pace = self.pace(arm.cut)
+        return round(equal * pace["kl"] / pace[arm.loss])
+
+    def pace(self, cut: str) -> dict[str, float]:
+        """CPU seconds a step of each loss, measured in turn: `work`/pace.json, made where it is not there."""
+        file, held = self.work / PACE, held_in(self.work / PACE)
+        if cut not in held:
+            rows, schedule = self.training_rows(WIKIPEDIA, TURNS, 0), Schedule()
+            steps = {loss: self.step(*weights, self.teacher) for loss, weights in WEIGHTS.items()}
+            trainings = {loss: Training(self.load(self.plan(cut, "in one shot")), TURNS, schedule) for loss in steps}
+            turns = [{n: t.run(steps[n], [row])["CPU s a step"] for n, t in trainings.items()} for row in rows]
+            held[cut] = {loss: statistics.median(turn[loss] for turn in turns[1:]) for loss in steps}
+            file.write_text(json.dumps(held, indent=1))
+        return held[cut]
 
     def plan(self, cut: str, made: str) -> Any:
         from nemo_minitron.artifacts import PrunePlan
@@ -165,9 +180,9 @@ class Bench:
     # -- what a step does -----------------------------------------------------------------------------
     def train(self, student: Any, arm: Arm, rows: Any, teacher: Any, seed: int) -> dict[str, Any]:
         training = Training(student, len(rows), Schedule())
-        weights = {"kl": (1.0, 0.0), "lm": (0.0, 1.0), "both": (1.0, 1.0), "cached": (1.0, 0.0)}[arm.loss]
         if arm.loss == "cached":
             return training.run(self.cached_step(rows, seed), rows)
+        weights = WEIGHTS[arm.loss]
         if not arm.intermediate:
             return training.run(self.step(*weights, teacher), rows)
         meter, states = self.intermediate(student, arm)
@@ -213,8 +228,7 @@ class Bench:
         return lambda model, batch: forward(model, data_step(iter([batch])))
 
 
-def known_in(work: Path) -> dict[str, float]:
-    file = work / KNOWN
+def held_in(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -255,7 +269,9 @@ def main() -> None:
     show(summary(state.rows), state.left())
     result = {
         "command": " ".join(["python benchmarks/retraining.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings, "losses untrained": known_in(arguments.work),
+        "date": datetime.date.today().isoformat(), "settings": settings,
+        "losses untrained": held_in(arguments.work / KNOWN),
+        "CPU s a step, in turn": held_in(arguments.work / PACE),
         "summary": summary(state.rows), "not run": [f"{arm.name}, seed {seed}" for arm, seed in state.left()],
         "rows": state.rows,
     }  # fmt: skip

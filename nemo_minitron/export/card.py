@@ -26,7 +26,7 @@ class CardFacts:
     `license` (an identifier such as apache-2.0). `samples`, `tokens`: of the calibration. `data`: rows of
     {"name", "license", "use"}; `distillation`: {"loss", "tokens", "steps", "precision", "learning_rate"} or
     None; `numbers`: rows of numbers.json; `command`: what made the model; `versions`: package -> version;
-    `limits`: sentences of the caller's own.
+    `limits`: sentences of the caller's own; `in_place`: what the student got in place of the plan's slices.
 
     Raises InputError for a row that lacks one of these.
     """
@@ -48,6 +48,7 @@ class CardFacts:
     numbers: Sequence[Mapping[str, Any]] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limits: Sequence[str] = ()
+    in_place: str = ""
 
     def __post_init__(self) -> None:
         _check("data", self.data, DATA_KEYS)
@@ -134,6 +135,7 @@ def _words(facts: CardFacts) -> dict[str, Any]:
         "command": facts.command.strip(),
         "versions": [(_cell(k), _cell(v)) for k, v in sorted(facts.versions.items())],
         "limits": [_cell(sentence) for sentence in facts.limits],
+        "in_place": _cell(facts.in_place),
     }
 
 

@@ -22,11 +22,10 @@ from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.job.settings.recipe import Distillation, Job
+from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.search.sizes import student_architecture
 
-SEARCHING = ("candidates", "measure", "rank")
-STAGES = ("data", "estimate", "plan", "prune", "evaluate", "distill", "export", "evaluate student", "report")
 Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
 VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
 
@@ -66,6 +65,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     ancestor = learned(job, source, known)
     target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
     to_hf(target, config)
+    job.cutting.check(source, target, job.search.wanted)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
     calibration_of(job, source)
@@ -92,7 +92,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
 
 def check_space(job: Job, folder: str | Path) -> None:
     """Raises InputError where the disk cannot hold the run: three students and two training checkpoints, in a search
-    a student and a checkpoint of each candidate that is distilled.
+    a student and a checkpoint of each candidate that is distilled, and what is solved for each candidate.
 
     A checkpoint holds bf16 weights, their fp32 master copies and two moments.
     """
@@ -101,10 +101,11 @@ def check_space(job: Job, folder: str | Path) -> None:
 
 def space(job: Job, source: Architecture) -> int:
     """Bytes of a run of a teacher of these sizes; between rounds the model that is scored takes them for a while."""
-    if not job.search.wanted:
-        return target_of(source, job.keep).parameters() * (3 * 2 + 2 * 14)
+    target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
+    cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
     trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
-    return searched(job, source).parameters() * (3 * 2 + 2 * 14 + trained * job.search.distil)
+    solved = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # and the parts of one
+    return target.parameters() * (3 * 2 + 2 * 14 + trained * distilled) + solved
 
 
 def training_memory(
@@ -155,16 +156,22 @@ def lines_of(job: Job, known: Known) -> list[str]:
     lines += [*words_of_rounds(job, source), *([why] if why else [])]
     folder = on_disk(job.teacher) if job.teacher not in known else Path(job.teacher)
     lines += ["the teacher is not on this machine: its sizes are the recipe's"] if folder is None else []
-    names = [*(["convert"] if folder and is_nemo(folder) else []), *STAGES]
     if job.search.wanted:
         lines += ["", f"search: {job.search.words(source, job.keep)}"]
         lines += ["the student above is the shape closest to the first target"]
-        names[names.index("plan") : names.index("plan")] = SEARCHING
-    if job.generation.wanted:
-        names.insert(names.index("distill"), "generate")
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in words(measured))]
-        names.insert(names.index("report"), "benchmarks")
-    names[names.index("plan") : names.index("plan")] = map(round_name, range(2, job.rounds + 1))
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
+    names = stage_names(job, nemo=folder is not None and is_nemo(folder))
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]
+
+
+def stage_names(job: Job, nemo: bool) -> list[str]:
+    """In order; `nemo`: the teacher is a NeMo checkpoint."""
+    solving = ["compensate"] * solves(job)
+    cutting = ["candidates", *solving, "measure", "rank", "plan"] if job.search.wanted else ["plan", *solving]
+    return [
+        *["convert"] * nemo, "data", "estimate", *map(round_name, range(2, job.rounds + 1)), *cutting, "prune",
+        "evaluate", *["generate"] * job.generation.wanted, "distill", "export", "evaluate student",
+        *["benchmarks"] * bool(job.evaluation.benchmarks), "report",
+    ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,60 @@ from nemo_minitron.pruning.cut import check_plan
 
 
 def compensate(settings: dict[str, Any]) -> None:
-    """`model`, `plan`, `data` (.bin/.idx prefix), `out`, `ridge`, `memory` (bytes), `layout`, and of the rows
-    `samples`, `sequence_length`, `batch_size`, `precision`, `seed`.
+    """`model`, `plans` (the file of a plan -> that of its Compensation), `data` (.bin/.idx prefix), `ridge`, `memory`
+    (bytes), `layout`, and of the rows `samples`, `sequence_length`, `batch_size`, `precision`, `seed`.
 
-    The rows go through the model once for as many layers as `memory` holds the Gram matrices of, on a rank. Leaves a
-    Compensation in `out`.
+    The rows go through the model once for as many layers as `memory` holds the Gram matrices of, on a rank, however
+    many plans there are. What a rank solves waits in files beside the Compensation, so none holds more than a matrix.
     """
     backend.setup()
     from nemo_minitron.nemo.models import load_model
     from nemo_minitron.nemo.sources import open_source
 
-    plan, source = PrunePlan.load(settings["plan"]), open_source(settings["model"])
-    check_plan(plan, source)
-    layout = Layout(**settings["layout"])
+    source, layout = open_source(settings["model"]), Layout(**settings["layout"])
+    cuts = [Cut(PrunePlan.load(plan), Path(out)) for plan, out in settings["plans"].items()]
+    for cut in cuts:
+        check_plan(cut.plan, source)
     chunks = load_model(settings["model"], precision=settings["precision"], layout=layout)
-    batches, wanted = own_batches(settings), dict(solvable(plan))
-    solved: dict[str, np.ndarray] = {}
-    for layers in passes(plan, wanted, settings["memory"], layout.tp):
-        grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in wanted.values()})
-        for name, origin in wanted.items():
+    if torch.distributed.get_rank() == 0:
+        for cut in cuts:
+            cut.begin()
+    torch.distributed.barrier()
+    batches, origins = own_batches(settings), sorted({o for cut in cuts for o in cut.wanted.values()})
+    for layers in passes(source.architecture, origins, settings["memory"], layout.tp):
+        grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
+        for origin in origins:
             found = whole(grams, origin)
             if found is not None and _speaks():
-                solved[name] = solve(source, plan, name, found, settings["ridge"])
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    rank_zero = torch.distributed.get_rank() == 0
-    torch.distributed.gather_object(solved, everyone if rank_zero else None)
-    if rank_zero:
-        tensors = {name: tensor for part in everyone for name, tensor in part.items()}
+                for cut in cuts:
+                    cut.solve(source, origin, found, settings["ridge"])
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
         rows = {name: settings[name] for name in ("samples", "sequence_length", "seed", "precision")}
-        notes = {"method": "least squares", "ridge": settings["ridge"], **rows}
-        Compensation(plan.digest, {name: tensors[name] for name in wanted}, notes).save(Path(settings["out"]))
+        for cut in cuts:
+            cut.finish({"method": "least squares", "ridge": settings["ridge"], **rows})
+
+
+class Cut:
+    """A plan, and what is solved for it: a file a matrix in `parts`, then one Compensation in `out`."""
+
+    def __init__(self, plan: PrunePlan, out: Path) -> None:
+        self.plan, self.out, self.wanted = plan, out, dict(solvable(plan))
+        self.parts = out.with_name(f"{out.name}.parts")
+
+    def begin(self) -> None:
+        shutil.rmtree(self.parts, ignore_errors=True)  # of a run that was killed
+        self.parts.mkdir(parents=True)
+
+    def solve(self, source: Any, origin: str, gram: np.ndarray, ridge: float) -> None:
+        for name, other in self.wanted.items():
+            if other == origin:
+                np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted}
+        Compensation(self.plan.digest, tensors, notes).save(self.out)
+        shutil.rmtree(self.parts)
 
 
 def own_batches(settings: dict[str, Any]) -> list[torch.Tensor]:
@@ -61,10 +86,10 @@ def own_batches(settings: dict[str, Any]) -> list[torch.Tensor]:
     return list(rows.split(settings["batch_size"]))[rank::ranks]
 
 
-def passes(plan: PrunePlan, wanted: dict[str, str], memory: int, tp: int) -> Iterator[list[int]]:
+def passes(source: Architecture, origins: Iterable[str], memory: int, tp: int) -> Iterator[list[int]]:
     """Source layers whose Gram matrices a rank holds at once, at least one."""
-    layers = sorted({int(origin.split(".")[1]) for origin in wanted.values()})
-    count = max(1, memory * tp // bytes_of_layer(plan.source))
+    layers = sorted({int(origin.split(".")[1]) for origin in origins})
+    count = max(1, memory * tp // bytes_of_layer(source))
     for first in range(0, len(layers), count):
         yield layers[first : first + count]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.axes import split_name
 from nemo_minitron.errors import InputError
@@ -18,7 +19,7 @@ from nemo_minitron.pruning.student import as_numbers
 from nemo_minitron.pruning.tensors import TensorSource
 
 RIDGE = 0.01  # of the mean diagonal of G
-SOLVED = ("down.weight", "o.weight")  # what follows a cut of neurons, of heads
+MATRICES = ("down.weight", "o.weight")  # what follows a cut of neurons, of heads
 NORMS = ("input_norm.weight", "pre_mlp_norm.weight", "final_norm.weight")
 SIGNS = {"paper": 1.0, "laco": -1.0}
 Tensors = dict[str, np.ndarray]
@@ -28,7 +29,7 @@ Tensors = dict[str, np.ndarray]
 def solvable(plan: PrunePlan) -> Iterator[tuple[str, str]]:
     """(student's tensor, teacher's tensor) of each matrix that loses inputs to a cut of ffn or heads."""
     for name in shapes_of(plan.target):
-        if split_name(name)[1] in SOLVED:
+        if split_name(name)[1] in MATRICES:
             origin, (_, kept) = student_index(plan, name)
             if len(kept) < shapes_of(plan.source)[origin][1]:
                 yield name, origin
@@ -62,6 +63,14 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
 
 
 # -- after a cut of hidden channels: the norms' denominator ----------------------------------------------
+def check_fold(source: Architecture, target: Architecture) -> None:
+    """Raises InputError where `fold_norms` does."""
+    if source.normalization != "rmsnorm":
+        raise InputError("folding is exact for RMSNorm alone; this model has LayerNorm, leave it off")
+    if source.hidden_size == target.hidden_size:
+        raise InputError("the plan cuts no hidden channels, so there is nothing to fold into the norms")
+
+
 def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
     """The norms' weights times sqrt(all / kept): exact where the channels that went were always 0.
 
@@ -69,16 +78,26 @@ def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
     was 0 (MINITRON.md, section 2), but for the epsilon under the root. Off by default, as in the papers. In bf16 the
     product is rounded once. Raises InputError for LayerNorm, whose mean would change too, and where hidden is whole.
     """
-    if plan.source.normalization != "rmsnorm":
-        raise InputError("folding is exact for RMSNorm alone; this model has LayerNorm, leave it off")
-    if plan.source.hidden_size == plan.target.hidden_size:
-        raise InputError("the plan cuts no hidden channels, so there is nothing to fold into the norms")
+    check_fold(plan.source, plan.target)
     factor = math.sqrt(plan.source.hidden_size / plan.target.hidden_size)
     names = [name for name in shapes_of(plan.target) if split_name(name)[1] in NORMS]
     return {name: (factor * _slice(source, plan, name)).astype(np.float32) for name in names}
 
 
 # -- after a cut of heads: what went, added to what stays ------------------------------------------------
+def check_residual(source: Architecture, target: Architecture, sign: str) -> None:
+    """Raises InputError where `head_residual` does, but for its scores."""
+    if sign not in SIGNS:
+        raise InputError(f"head residual '{sign}' is unknown; legal are {' and '.join(SIGNS)}")
+    of = "num_query_groups" if source.heads_per_group == 1 else "heads_per_group"
+    before, after = getattr(source, of), getattr(target, of)
+    if before == after or 2 * after < before:
+        raise InputError(
+            f"{after} of {before} heads stay in a group; a head residual needs some to go, and no more than half: "
+            f"the nearest legal number is {min(max(after, -(-before // 2)), before - 1)}"
+        )
+
+
 def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sign: str = "paper") -> Tensors:
     """Query heads with the residual of their pruned partners (P1, section 2.3).
 
@@ -89,19 +108,11 @@ def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sig
 
     Raises InputError where more than half of the heads go, where none do, and for scores of another shape or sign.
     """
-    if sign not in SIGNS:
-        raise InputError(f"head residual '{sign}' is unknown; legal are {' and '.join(SIGNS)}")
     a, b = plan.source, plan.target
+    check_residual(a, b, sign)
     if scores.shape != (a.num_layers, a.num_attention_heads):
         raise InputError(f"scores of heads are {scores.shape}; the model has {(a.num_layers, a.num_attention_heads)}")
-    alone = a.heads_per_group == 1
-    before, after = (a.num_query_groups, b.num_query_groups) if alone else (a.heads_per_group, b.heads_per_group)
-    if before == after or 2 * after < before:
-        raise InputError(
-            f"{after} of {before} heads stay in a group; a head residual needs some to go, and no more than half: "
-            f"the nearest legal number is {min(max(after, -(-before // 2)), before - 1)}"
-        )
-    changed: Tensors = {}
+    alone, changed = a.heads_per_group == 1, {}
     for name in shapes_of(b):
         layer, local = split_name(name)
         if layer is not None and local.split(".")[0] in ("qkv" if alone else "q") and "norm" not in local:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,12 @@ from tolerances import GRAM_FP32
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.families import from_hf
+from nemo_minitron.job import Calibration, Layout
+from nemo_minitron.job.commands.compensate import solve_for
+from nemo_minitron.job.find import find
 from nemo_minitron.job.models import convert
+from nemo_minitron.job.run import open_run
+from nemo_minitron.job.stages import compress as stages
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
 from nemo_minitron.search import random_plan
@@ -71,16 +77,25 @@ def test_matrices_by_hand(world, plan, solved):
     assert solved.notes["method"] == "least squares"
 
 
-def test_stages_and_layers_one_by_one(world, plan, solved):
-    """Two pipeline stages, and memory for the matrices of one layer: the same."""
-    minitron(
-        world, "compensate", "teacher", "compensated.json", *ROWS, "--batch-size", 2, "--pp", 2, "--memory", 1e-6,
-        "--out", "c2.safetensors",
-    )  # fmt: skip
-    other = Compensation.load(world / "c2.safetensors")
-    assert list(other.tensors) == list(solved.tensors)
-    for name, tensor in solved.tensors.items():
-        np.testing.assert_allclose(other.tensors[name], tensor, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
+def test_plans_stages_and_layers_one_by_one(world, plan, solved):
+    """Two plans at once in two pipeline stages, memory for the matrices of one layer: the same, and by hand. What a
+    killed run left is gone."""
+    other = random_plan(from_hf(world / "teacher"), keep={"ffn": 48}, seed=1)
+    other.save(world / "other.json")
+    outs = {world / "compensated.json": world / "c2.safetensors", world / "other.json": world / "c3.safetensors"}
+    (world / "c3.safetensors.parts").mkdir()
+    (world / "c3.safetensors.parts" / "layers.9.down.weight.npy").write_text("no matrix")
+    rows, calibration = world / ".c.safetensors.work" / "calibration", Calibration(6, 36, 2, seed=1234)
+    solve_for(str(world / "teacher"), outs, rows, calibration, Layout(pp=2), memory=1000)
+    both = [Compensation.load(out) for out in outs.values()]
+    assert list(both[0].tensors) == list(solved.tensors)
+    by_the_book, source = grams(world), HFSource(world / "teacher")
+    expected = [solved.tensors, {n: solve(source, other, n, by_the_book[origin]) for n, origin in solvable(other)}]
+    for found, tensors in zip(both, expected, strict=True):
+        assert found.tensors.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(found.tensors[name], tensor, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
+    assert not list(world.glob("*.parts"))
 
 
 def test_students(world, plan, solved):
@@ -118,27 +133,20 @@ def test_a_nemo_checkpoint_takes_them_too(world):
 
 
 def test_the_stage_of_a_job(world):
-    """A finished run, asked to compensate and to fold: its pruned student has the solved matrices."""
-    import shutil
-
-    from nemo_minitron.job.find import find
-    from nemo_minitron.job.run import open_run
-    from nemo_minitron.job.stages import compensate as cut_stages
-    from nemo_minitron.job.stages import compress as stages
-
-    shutil.copytree(world / "run", world / "run2")
-    job = find(str(world / "run2" / "recipe.json"))
+    """A finished run has solved what follows its cut of neurons; asked not to, its pruned student has the slices."""
+    job = find(str(world / "run" / "recipe.json"))
     names = [stage.name for stage in stages.stages(job)]
-    job = dataclasses.replace(job, teacher=str(world / "teacher")).override(["cutting.compensate=true"])
-    assert {stage.name for stage in stages.stages(job)} - set(names) == {"compensate"}
-    run = open_run(job, world / "run2")
-    cut_stages.compensate(run)
-    stages.prune(run)
-    solved = Compensation.load(world / "run2" / "compensation.safetensors")
+    job = dataclasses.replace(job, teacher=str(world / "teacher")).override(["cutting.compensate=false"])
+    assert set(names) - {stage.name for stage in stages.stages(job)} == {"compensate"}
+    shutil.copytree(world / "run", world / "run2")
+    stages.prune(open_run(job, world / "run2"))
+    solved = Compensation.load(world / "run" / "compensation.safetensors")
     assert set(solved.tensors) == {f"layers.{n}.down.weight" for n in range(5)}
-    found, plain = (raw_tensors(world / name / "checkpoints" / "pruned") for name in ("run2", "run"))
-    changed = {name for name in plain if not np.array_equal(found[name], plain[name])}
-    assert changed == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(5)}
+    found, plain = (raw_tensors(world / name / "checkpoints" / "pruned") for name in ("run", "run2"))
+    for name, tensor in plain.items():
+        ours = solved.tensors.get(name.replace("model.", "").replace("mlp.down_proj", "down"))
+        np.testing.assert_array_equal(found[name], tensor if ours is None else ours.view(np.uint32), err_msg=name)
+        assert ours is None or not np.array_equal(found[name], tensor), name
 
 
 def test_vocabulary(world):

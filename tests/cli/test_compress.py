@@ -27,9 +27,11 @@ def test_the_run_folder_is_whole(world):
     rows = json.loads((run / "numbers.json").read_text())
     assert [row["stage"] for row in rows] == ["teacher", "random", "pruned", "distilled"]
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert len(json.loads((run / "manifest.json").read_text())["stages"]) == 9
+    assert len(json.loads((run / "manifest.json").read_text())["stages"]) == 10
     assert len(losses(run / "checkpoints" / "distilled" / "loss.csv")) == 6
-    assert "base_model" in (run / "student" / "README.md").read_text()
+    card = (run / "student" / "README.md").read_text()
+    assert "base_model" in card
+    assert "5 matrices behind the cut, solved anew by least squares, ridge 0.01, on 4 samples of 36 tokens" in card
 
 
 def test_the_student_loads_and_generates_with_transformers(world):
@@ -71,7 +73,7 @@ def test_nemo_alone_trains_the_student_on(world, rooms):
 def test_a_rerun_does_nothing(world):
     shutil.copytree(world / "run", world / "again")
     output = minitron(world, "compress", "recipe.py", "--out", "again")
-    assert output.count("done before, skipped") == 9
+    assert output.count("done before, skipped") == 10
 
 
 def test_the_student_learns_what_the_teacher_wrote(world):
@@ -80,8 +82,8 @@ def test_the_student_learns_what_the_teacher_wrote(world):
     asked = ["generation.documents=24", "generation.prompt_tokens=8", "generation.new_tokens=40"]
     loss = ["distillation.logits_weight=0", "distillation.lm_weight=1"]
     output = minitron(world, "compress", "recipe.py", "--out", "written", *asked, *loss)
-    assert output.count("done before, skipped") == 5
-    assert "[6/10] generate ..." in output
+    assert output.count("done before, skipped") == 6
+    assert "[7/11] generate ..." in output
     data, training = world / "written" / "data", world / "written" / "checkpoints" / "distilled"
     record = json.loads((data / "generation.json").read_text())
     assert record["documents"] + record["empty"] == 24
@@ -115,8 +117,8 @@ def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
     (checkpoints / "step=9-last").mkdir()  # as a kill in the middle of a save leaves them
     (checkpoints / "step=9-last-unfinished").touch()
     output = minitron(world, "compress", "recipe.py", "--out", "killed")
-    assert "[2/9] estimate: done before, skipped" in output
-    assert "[6/9] distill ..." in output
+    assert "[2/10] estimate: done before, skipped" in output
+    assert "[7/10] distill ..." in output
     after = losses(world / "killed" / "checkpoints" / "distilled" / "loss.csv")
     assert len(after) == 6
     assert log.read_text().splitlines()[1].endswith(",1234.50")

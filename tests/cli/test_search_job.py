@@ -3,13 +3,15 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from command_line import TEXTS, losses, minitron
-from pico import pico_llama
+from pico import pico_llama, raw_tensors
 from words import save_tokenizer
 
-from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.families import from_hf
+from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.search import plan
 
 STEPS = 4
@@ -56,7 +58,7 @@ def test_from_budget_to_report(searched):
     run, teacher = folder / "run", from_hf(folder / "teacher")
     listed, measured, ranks = (read(run / "search" / f"{name}.json") for name in ("candidates", "measured", "ranks"))
     assert "2 are cut and measured, 1 distilled for 4 steps in 2 rounds" in dry
-    assert "candidates, measure, rank, plan" in dry
+    assert "candidates, compensate, measure, rank, plan, prune" in dry
     assert len(listed) == 2
     assert {row["name"] for row in measured} == {row["name"] for row in listed}
     assert [row["loss"] for row in measured] == sorted(row["loss"] for row in measured)
@@ -69,6 +71,13 @@ def test_from_budget_to_report(searched):
     assert made.target.hidden_size == teacher.hidden_size
     assert from_hf(run / "student") == made.target
     assert 133_000 <= made.target.parameters() <= 147_000
+    solved = Compensation.load(run / "search" / winner / "compensation.safetensors")
+    assert dict(solvable(made)).keys() == solved.tensors.keys()
+    pruned = raw_tensors(run / "checkpoints" / "pruned")
+    assert (made.target.ffn_hidden_size == teacher.ffn_hidden_size) == (not solved.tensors)
+    for name, tensor in solved.tensors.items():
+        layer = name.split(".")[1]
+        np.testing.assert_array_equal(pruned[f"model.layers.{layer}.mlp.down_proj.weight"], tensor.view(np.uint32))
     report = (run / "report.html").read_text()
     assert "Ranks of brief distillation" in report
     with open(run / "figures" / "ranks.csv", newline="") as file:

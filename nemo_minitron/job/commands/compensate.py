@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
@@ -38,18 +39,19 @@ def run_compensate(
     layout.check_sequence(calibration.sequence_length)
     with locked(cache_of(out)):
         tokens = tokenise(data, source.folder, cache_of(out) / "calibration")
-        solve_for(model, plan, tokens.prefix, out, calibration, layout, ridge=ridge, memory=memory)
+        solve_for(model, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 
 
 def solve_for(
-    model: str, plan: Path, data: Path, out: Path, calibration: Calibration, layout: Layout, *,
+    model: str, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
     ridge: float = RIDGE, memory: int = MEMORY, log: Path | None = None,
 ) -> None:  # fmt: skip
-    """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix)."""
+    """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
+    what is solved for it goes."""
     settings = {
-        "model": str(resolve(model)), "plan": str(plan), "data": str(data), "out": str(out), "ridge": ridge,
-        "memory": memory, "layout": dataclasses.asdict(layout),
+        "model": str(resolve(model)), "plans": {str(plan): str(out) for plan, out in plans.items()}, "data": str(data),
+        "ridge": ridge, "memory": memory, "layout": dataclasses.asdict(layout),
     }  # fmt: skip
     settings |= {name: getattr(calibration, name) for name in ROWS}
     launch("compensate", settings, layout.processes, log)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.compensation import RIDGE, SIGNS
+from nemo_minitron.pruning.compensation import RIDGE, SIGNS, check_fold, check_residual
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
     """`compensate`: matrices behind cut neurons and heads are solved anew from the calibration's activations, damped
-    by `ridge`; `fold_norms` and `head_residual` ("paper", "laco" or none) as in `pruning/compensation.py`.
+    by `ridge`; false leaves the papers' pure selection. `fold_norms` and `head_residual` ("paper", "laco" or none) as
+    in `pruning/compensation.py`.
 
-    Raises InputError for a ridge that is not above 0 and an unknown residual.
+    Raises InputError for a ridge that is not above 0, an unknown residual, and a residual of heads that are
+    compensated too.
     """
 
-    compensate: bool = False
+    compensate: bool = True
     ridge: float = RIDGE
     fold_norms: bool = False
     head_residual: str = ""
@@ -26,3 +29,14 @@ class Cutting:
             raise InputError(f"ridge is {self.ridge}; it must be above 0, for example {RIDGE}")
         if self.head_residual and self.head_residual not in SIGNS:
             raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
+        if self.head_residual and self.compensate:
+            raise InputError("head_residual changes the heads that compensate solves for; set cutting.compensate=false")
+
+    def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
+        """Raises InputError for what this cut leaves no room for; `searched`: its sizes are not known yet."""
+        if self.head_residual and searched:
+            raise InputError("head_residual needs sizes in keep, and a search tries shapes that keep all heads")
+        if self.head_residual:
+            check_residual(source, target, self.head_residual)
+        if self.fold_norms and not searched:
+            check_fold(source, target)

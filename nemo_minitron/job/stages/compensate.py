@@ -1,40 +1,74 @@
-"""The stage between plan and prune of a job that compensates its cut."""
+"""The stage that solves anew what follows a cut of neurons or heads: of a job's plan, or of a search's candidates."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.axes import split_name
 from nemo_minitron.job.commands.compensate import solve_for
 from nemo_minitron.job.commands.prune import Extras, compensation_of
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.calibration import calibration_of
+from nemo_minitron.job.settings.recipe import Job
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.nemo.sources import open_source
-from nemo_minitron.pruning.compensation import solvable
+from nemo_minitron.pruning.compensation import MATRICES, solvable
 
-SOLVED = "compensation.safetensors"  # in the run folder
+PLAN, SOLVED = "plan.json", "compensation.safetensors"  # beside each other
+LEAVE_MATRICES = {"ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve
+
+
+def solves(job: Job) -> bool:
+    """Whether the job has this stage; a search may find that its candidates cut none of these."""
+    return job.cutting.compensate and (job.search.wanted or not LEAVE_MATRICES.isdisjoint(job.keep))
+
+
+def solved_bytes(student: Architecture) -> int:
+    """Of its Compensation, at most."""
+    solved = [shape for name, shape in student.shapes().items() if split_name(name)[1] in MATRICES]
+    return 4 * sum(map(math.prod, solved))
 
 
 def compensate(run: Run) -> None:
-    """The stage: leaves a Compensation in the run folder, an empty one where the plan cuts neither ffn nor heads."""
-    job, plan, out = run.job, run.path("plan.json"), run.path(SOLVED)
-    if not list(solvable(PrunePlan.load(plan))):
-        Compensation(PrunePlan.load(plan).digest, {}).save(out)
-        run.say("    the plan cuts neither ffn nor heads: there is nothing to solve")
-        return
-    calibration = calibration_of(job, open_source(job.teacher).architecture)
-    rows = corpora.prefix(run, "calibration")
-    solve_for(job.teacher, plan, rows, out, calibration, job.layout, ridge=job.cutting.ridge, log=run.path("log.txt"))
-    run.say(f"    {len(Compensation.load(out).tensors)} matrices solved anew")
+    """After the plan: leaves its Compensation beside it."""
+    solve_plans(run, [run.path(PLAN)])
 
 
 SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.ridge, ("plan",), (SOLVED,))
 
 
-def compensation_of_run(run: Run, source: Any, plan: PrunePlan) -> Compensation | None:
-    """All that the job's `cutting` asks for."""
-    cutting = run.job.cutting
+def solve_plans(run: Run, plans: Sequence[Path]) -> None:
+    """One pass for all; beside a plan that cuts neither ffn nor heads lies an empty Compensation."""
+    job, empty = run.job, [plan for plan in plans if not list(solvable(PrunePlan.load(plan)))]
+    wanted = {plan: plan.with_name(SOLVED) for plan in plans if plan not in empty}
+    for plan in empty:
+        Compensation(PrunePlan.load(plan).digest, {}).save(plan.with_name(SOLVED))
+    if wanted:
+        calibration = calibration_of(job, open_source(job.teacher).architecture)
+        rows, log = corpora.prefix(run, "calibration"), run.path("log.txt")
+        solve_for(job.teacher, wanted, rows, calibration, job.layout, ridge=job.cutting.ridge, log=log)
+    solved = sum(len(Compensation.load(out).tensors) for out in wanted.values())
+    run.say(f"    {solved} matrices solved anew")
+
+
+def cutting_of(job: Job, plan: PrunePlan) -> dict[str, Any]:
+    """What stands in the place of the plan's slices, as plain values: part of a cut model's identity."""
+    settings = dataclasses.asdict(job.cutting)
+    if not (job.cutting.compensate and list(solvable(plan))):
+        return {name: value for name, value in settings.items() if name not in ("compensate", "ridge")}
+    return settings | {"calibration": dataclasses.asdict(calibration_of(job, plan.source))}
+
+
+def compensation_of_run(run: Run, source: Any, plan: Path) -> Compensation | None:
+    """All that the job's `cutting` asks for; norms are folded where the plan of a search's candidate cuts hidden."""
+    cutting, made = run.job.cutting, PrunePlan.load(plan)
     scores = run.path("scores.safetensors") if cutting.head_residual else None
-    solved = run.path(SOLVED) if cutting.compensate else None
-    return compensation_of(source, plan, Extras(solved, cutting.fold_norms, cutting.head_residual or None, scores))
+    solved = plan.with_name(SOLVED) if cutting.compensate and list(solvable(made)) else None
+    folded = cutting.fold_norms and made.source.hidden_size != made.target.hidden_size
+    return compensation_of(source, made, Extras(solved, folded, cutting.head_residual or None, scores))

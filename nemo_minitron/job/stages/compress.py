@@ -21,7 +21,7 @@ from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.settings.recipe import Job
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.benchmark import MEASURE
-from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run
+from nemo_minitron.job.stages.compensate import PLAN, SOLVE, compensation_of_run, solves
 from nemo_minitron.job.stages.generate import WRITE, trained_on
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
@@ -36,8 +36,8 @@ def stages(job: Job) -> list[Stage]:
     nemo = is_nemo(resolve(job.teacher))
     first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
-    searching = search_stages() if job.search.wanted else []
-    solving = [SOLVE] if job.cutting.compensate else []
+    searching = search_stages(job) if job.search.wanted else []
+    solving = [SOLVE] if solves(job) and not searching else []
     planned = "compensate" if solving else "plan"
     writing = [WRITE] if job.generation.wanted else []
     learned = "generate" if writing else "data"
@@ -49,7 +49,7 @@ def stages(job: Job) -> list[Stage]:
         Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
         *searching,
         *rounds,
-        Stage("plan", plan, _plan_inputs, (scored,), ("plan.json",)),
+        Stage("plan", plan, _plan_inputs, (scored,), (PLAN,)),
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
@@ -125,11 +125,11 @@ def plan(run: Run) -> None:
 
     first = Scores.load(run.path("scores.safetensors"))
     if run.job.search.wanted:
-        made = last = winner(run)
+        made = last = PrunePlan.load(winner(run))
         scores = first
     else:
         made, last, scores = cut_of(run, run.job.rounds)
-    made.save(run.path("plan.json"))
+    made.save(run.path(PLAN))
     run.manifest.digests |= {"scores": first.digest, "plan": made.digest, "model": first.model_digest or ""}
     run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
     close = threshold_band(scores, last, 1e-5)
@@ -141,8 +141,9 @@ def prune(run: Run) -> None:
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, made = teacher_folder(run), PrunePlan.load(run.path("plan.json"))
-    compensation = compensation_of_run(run, HFSource(teacher), made)
+    teacher, made = teacher_folder(run), PrunePlan.load(run.path(PLAN))
+    plan = winner(run) if run.job.search.wanted else run.path(PLAN)
+    compensation = compensation_of_run(run, HFSource(teacher), plan)
     cut(teacher, made, run.path(PRUNED), compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
         chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
@@ -168,7 +169,7 @@ def distill(run: Run) -> None:
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
     run_training(
         run.path(PRUNED), str(resolve(learned)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
-        run.path("log.txt"), plan=plan_of_learned(job, run.path("plan.json")),
+        run.path("log.txt"), plan=plan_of_learned(job, run.path(PLAN)),
     )  # fmt: skip
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.axes import split_name
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import resolve
 from nemo_minitron.job.lineage import COMPOSED, learned_from
 from nemo_minitron.job.run import Run
+from nemo_minitron.job.stages.compress import PRUNED
+from nemo_minitron.pruning.compensation import MATRICES
+from nemo_minitron.pruning.cut import COMPENSATION
 
 
 def card_facts(run: Run) -> CardFacts:
@@ -42,7 +46,27 @@ def card_facts(run: Run) -> CardFacts:
         numbers=read_json(run.path("numbers.json"), "the numbers"),
         versions=run.manifest.versions,
         limits=[between] if job.learns_from else [],
+        in_place=_in_place(run),
     )
+
+
+def _in_place(run: Run) -> str:
+    """What the pruned student has in place of the plan's slices, in words; empty where it has nothing."""
+    record = run.path(PRUNED, COMPENSATION)
+    if not record.is_file():
+        return ""
+    notes = read_json(record, "the record of the cut")
+    solved = [name for name in notes["tensors"] if split_name(name)[1] in MATRICES]
+    found = []
+    if solved and "ridge" in notes:
+        rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
+        how = f"by least squares, ridge {notes['ridge']}, on {rows}"
+        found.append(f"{len(solved)} matrices behind the cut, solved anew {how}")
+    if notes.get("folded norms"):
+        found.append("norms scaled for the hidden channels that went")
+    if notes.get("head residual"):
+        found.append(f"heads with the residual of those that went ({notes['head residual']})")
+    return "; ".join(found)
 
 
 def _recipe(run: Run) -> str:

@@ -1,6 +1,7 @@
 """The stages of a job that searches: candidates, cut and measured, the best distilled briefly, the winner's plan.
 
-Each candidate has a folder `search/NAME`: its plan, its numbers, its student for as long as it may win, its losses.
+Each candidate has a folder `search/NAME`: its plan, what is solved anew for it, its numbers, its student for as long as
+it may win, its losses.
 What is there already is not made again, so that a killed search goes on.
 """
 
@@ -23,21 +24,26 @@ from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.models import config_of, teacher_folder
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.recipe import Distillation
+from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages import corpora
+from nemo_minitron.job.stages.compensate import PLAN, compensation_of_run, cutting_of, solve_plans, solves
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
 
 CANDIDATES, MEASURED, RANKS = "search/candidates.json", "search/measured.json", "search/ranks.json"
-PLAN, NUMBERS, CURVE, STUDENT, TRAINING = "plan.json", "numbers.json", "curve.json", "student", "distilled"
+NUMBERS, CURVE, STUDENT, TRAINING = "numbers.json", "curve.json", "student", "distilled"
 
 
-def search_stages() -> list[Stage]:
+def search_stages(job: Job) -> list[Stage]:
     """Between `estimate` and `plan`; the plan comes after `rank`."""
+    solve = Stage("compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",))
+    solving = [solve] if solves(job) else []
+    before = solving[0].name if solving else "candidates"
     return [
         Stage("candidates", candidates, _candidates_inputs, ("estimate",), (CANDIDATES,)),
-        Stage("measure", measure_all, _measure_inputs, ("data", "candidates"), (MEASURED,)),
+        *solving,
+        Stage("measure", measure_all, _measure_inputs, ("data", before), (MEASURED,)),
         Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (RANKS,)),
     ]
 
@@ -49,7 +55,7 @@ def _candidates_inputs(run: Run) -> Any:
 
 
 def _measure_inputs(run: Run) -> Any:
-    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil]
+    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, dataclasses.asdict(run.job.cutting)]
 
 
 def _rank_inputs(run: Run) -> Any:
@@ -91,6 +97,12 @@ def candidates(run: Run) -> None:
     write_json(run.path(CANDIDATES), [row for row in rows if row["rank"] is not None])
 
 
+def solve_all(run: Run) -> None:
+    """What follows each candidate's cut, all from one pass."""
+    rows = read_json(run.path(CANDIDATES), "the candidates")
+    solve_plans(run, [run.path("search", row["name"], PLAN) for row in rows])
+
+
 def _latency(run: Run, config: Mapping[str, Any]) -> float:
     from nemo_minitron.evaluation import forward_seconds
 
@@ -121,7 +133,7 @@ def _loss(run: Run, name: str) -> float:
 
     folder, test = run.path("search", name), corpora.prefix(run, "test")
     settings = _evaluation(run)
-    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(settings), corpus_identity(test)])
+    identity = digest_of([_cut(run, name), dataclasses.asdict(settings), corpus_identity(test)])
     known = _known(folder / NUMBERS, identity)
     if known is None:
         known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
@@ -139,15 +151,20 @@ def _plan(run: Run, name: str) -> PrunePlan:
     return PrunePlan.load(run.path("search", name, PLAN))
 
 
+def _cut(run: Run, name: str) -> Any:
+    """What decides a candidate's weights as cut."""
+    return [_plan(run, name).as_dict(), cutting_of(run.job, _plan(run, name))]
+
+
 def _student(run: Run, name: str) -> Path:
     """The candidate as a Hugging Face folder, cut where it is not there, or is of another plan."""
-    from nemo_minitron.pruning import prune
+    from nemo_minitron.pruning import HFSource, prune
 
     folder, mark = run.path("search", name, STUDENT), run.path("search", name, "cut.json")
-    plan = _plan(run, name)
-    identity = digest_of(plan.as_dict())
+    identity, teacher = digest_of(_cut(run, name)), teacher_folder(run)
     if not folder.is_dir() or _known(mark, identity) is None:
-        prune(teacher_folder(run), plan, folder, overwrite=True)
+        compensation = compensation_of_run(run, HFSource(teacher), folder.with_name(PLAN))
+        prune(teacher, _plan(run, name), folder, compensation=compensation, overwrite=True)
         write_json(mark, {"identity": identity})
     return folder
 
@@ -173,7 +190,7 @@ def rank_all(run: Run) -> None:
 def _curve(run: Run, name: str, steps: int) -> Curve:
     """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
     folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
-    identity = digest_of([_plan(run, name).as_dict(), dataclasses.asdict(brief), _texts(run, train)])
+    identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
     known = _known(folder / CURVE, identity)
     if known is None or len(known["losses"]) < steps:
         run.say(f"    {name}: to step {steps}")
@@ -206,10 +223,10 @@ def _clear(run: Run, name: str) -> None:
         shutil.rmtree(run.path("search", name, part), ignore_errors=True)
 
 
-def winner(run: Run) -> PrunePlan:
-    """The plan of the candidate that is first at the last step."""
+def winner(run: Run) -> Path:
+    """The plan's file of the candidate that is first at the last step."""
     last = max(read_json(run.path(RANKS), "the ranks"), key=lambda row: (row["step"], -row["rank"]))
-    return _plan(run, last["candidate"])
+    return run.path("search", last["candidate"], PLAN)
 
 
 def sizes_of(plan: PrunePlan) -> Mapping[str, int]:

@@ -66,7 +66,7 @@ class World:
         self.done.clear()
         run = open_run(self.job.override(settings), self.folder / "run")
         before = [Stage(name, lambda run: None, lambda run: None) for name in ("data", "estimate")]
-        execute(run, [*before, *search_stages.search_stages()])
+        execute(run, [*before, *search_stages.search_stages(self.job)])
         return run
 
 
@@ -84,7 +84,7 @@ def test_a_search(world):
     assert sorted(done[1] for done in world.done if done[0] == "measured") == [3, 4, 5, 6]
     assert [row["layers"] for row in measured] == [5, 6, 4, 3]
     assert [done[1:] for done in world.done if done[0] == "trained"] == TRAINED
-    made = winner(run)
+    made = PrunePlan.load(winner(run))
     assert made.target.num_layers == 4
     assert made == PrunePlan.load(run.path("search", measured[2]["name"], "plan.json"))
     assert not list(run.folder.glob("search/*/distilled"))
@@ -111,7 +111,7 @@ def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
     world.fail = None
     run = world.search()
     assert before + [done[1:] for done in world.done] == TRAINED
-    assert winner(run).target.num_layers == 4
+    assert PrunePlan.load(winner(run)).target.num_layers == 4
 
 
 def test_latency_is_measured_where_it_is_asked_for(world, monkeypatch):

@@ -1,0 +1,68 @@
+"""What a job puts in place of a plan's slices: refused before anything runs where it has no room."""
+
+import pytest
+from pico import pico_llama
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf
+from nemo_minitron.job import Cutting, Data, Job
+from nemo_minitron.job.dry_run import check, space, stage_names
+from nemo_minitron.job.stages.compensate import cutting_of
+from nemo_minitron.search import random_plan
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return str(pico_llama(tmp_path_factory.mktemp("teacher") / "t"))
+
+
+def job(teacher, keep, *settings):
+    return Job("pico", teacher, Data("a", "b"), keep=keep).override(settings)
+
+
+@pytest.mark.parametrize(
+    ("keep", "settings", "message"),
+    [
+        ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
+        ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
+        ({"ffn": 48}, ["cutting.fold_norms=true"], "cuts no hidden channels"),
+        ({"ffn": 48}, ["cutting.compensate=false", "cutting.head_residual=paper"], "a head residual needs some to go"),
+        (
+            {},
+            ["search.params=120K", "cutting.compensate=false", "cutting.head_residual=laco"],
+            "head_residual needs sizes in keep",
+        ),
+    ],
+)
+def test_refusals(teacher, keep, settings, message):
+    with pytest.raises(InputError, match=message):
+        check(job(teacher, keep, *settings))
+
+
+@pytest.mark.parametrize("keep", [{"ffn": 48}, {"heads": 3}, {"query_groups": 1}, {"ffn": 48, "layers": 4}])
+def test_on_by_default_where_something_is_left_to_solve(teacher, keep):
+    names = stage_names(job(teacher, keep), nemo=False)
+    assert names[names.index("plan") :][:3] == ["plan", "compensate", "prune"]
+    assert "compensate" not in stage_names(job(teacher, keep, "cutting.compensate=false"), nemo=False)
+
+
+@pytest.mark.parametrize("keep", [{"layers": 4}, {"hidden": 40}])
+def test_depth_and_hidden_leave_nothing_to_solve(teacher, keep):
+    assert "compensate" not in stage_names(job(teacher, keep), nemo=False)
+
+
+def test_disk_for_what_is_solved(teacher):
+    """Two fp32 copies of `down` and `o`: the file, and the parts that it is made of."""
+    source = from_hf(teacher)
+    both = (space(job(teacher, {"ffn": 48}, f"cutting.compensate={on}"), source) for on in ("true", "false"))
+    heads = source.num_attention_heads * source.head_dim
+    assert next(both) - next(both) == 2 * 4 * source.num_layers * source.hidden_size * (48 + heads)
+
+
+def test_a_cut_models_identity(teacher):
+    """The calibration decides what is solved, and nothing where nothing is."""
+    solved, sliced = (random_plan(from_hf(teacher), keep=keep) for keep in ({"ffn": 48}, {"layers": 4}))
+    one, other = (job(teacher, {"ffn": 48}, f"calibration.samples={count}") for count in (4, 8))
+    assert cutting_of(one, solved) != cutting_of(other, solved)
+    assert cutting_of(one, sliced) == cutting_of(other, sliced) == {"fold_norms": False, "head_residual": ""}
+    assert Cutting().compensate
