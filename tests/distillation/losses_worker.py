@@ -19,7 +19,7 @@ LAYOUTS = [  # vocabulary; what a rank's student and teacher shards are wider th
     (509, 300, 5),  # the last ranks hold student padding alone
     (2, None, None),  # at TP = 3 the last rank holds no column at all
 ]
-SHAPES = [((3, 5), 1.0, 1 << 20), ((7,), 3.0, 600), ((2, 1, 2), 0.5, 1)]  # tokens, temperature, chunk
+SHAPES = [((3, 5), 1.0, 1 << 20), ((7,), 3.0, 600), ((5,), 1.0, 600), ((2, 1, 2), 0.5, 1)]  # tokens, temperature, chunk
 DTYPES = ("float32", "bfloat16")
 CASES = [
     {"loss": loss, "layout": layout, "shape": shape, "temperature": t, "chunk": chunk, "dtype": dtype, "k": k}
@@ -113,6 +113,7 @@ def run_case(case, calls, rank, world, group):
     vocab_size = None if extra_s is None else vocab
     # A leaf may not be overwritten: in place on a product of it, as the head's output is one.
     logits, in_place = (local * 1, True) if case["chunk"] == 600 else (local, False)
+    before = local.detach().clone(), theirs.clone()
     loss = getattr(losses, case["loss"])(logits, theirs, *k, case["temperature"], group, vocab_size, in_place)
     (loss * weights).sum().backward()
     exact = student.double().requires_grad_()
@@ -125,6 +126,7 @@ def run_case(case, calls, rank, world, group):
         "gradient": wrong.max().item() if wrong.numel() else 0.0,
         "largest": exact.grad.abs().max().item(),
         "padding": local.grad[..., true:].abs().sum().item(),
+        "read alone": all(x.allclose(y, 0, 0, equal_nan=True) for x, y in zip((local, theirs), before, strict=True)),
         "collectives": len(calls),
         "dtypes": [str(loss.dtype), str(local.grad.dtype)],
     }

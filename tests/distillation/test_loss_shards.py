@@ -53,6 +53,7 @@ def check(case, world):
     stored = 2 * GRADIENT_BF16 * case["largest"] if case["dtype"] == "bfloat16" else 0
     assert case["gradient"] < allowed * max(1, temperature, case["largest"]) + stored, case
     assert case["padding"] == 0, case
+    assert case["read alone"], case
     assert case["dtypes"] == ["torch.float32", f"torch.{case['dtype']}"], case
     several = COLLECTIVES.get(case["loss"], 1) + (extra_s != extra_t)
     assert case["collectives"] == (several if world > 1 else 0), case

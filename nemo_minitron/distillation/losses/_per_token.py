@@ -16,8 +16,8 @@ CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 class Rule:
     """A loss as sums over the vocabulary and what follows from them, for n tokens on one shard of W columns.
 
-    `s` and `t` are fp32 [n, W], logits over T, and `room` as large: all three the rule's own to overwrite, for new
-    pages cost a CPU more than the sums. W may be 0: a rank of padding alone.
+    `s` and `t` are fp32 [n, W], logits over T, to be read alone; `room` [3, n, W] is the rule's own, for new pages cost
+    a CPU more than the sums. They may lie in room[0] and room[1]. W may be 0: a rank of padding alone.
     """
 
     kernels: Any = None  # a module with `usable`, `statistics` and `write_gradient`: both passes on a GPU
@@ -39,8 +39,8 @@ class Rule:
         """[n], not yet times T^2."""
         raise NotImplementedError
 
-    def gradient(self, work: Any, part: Tensor, whole: Tensor) -> Tensor:
-        """d loss / d s [n, W], fp32; may be written over `work`."""
+    def gradient(self, work: Any, part: Tensor, whole: Tensor, out: Tensor) -> None:
+        """d loss / d s into `out` [n, W], fp32, which may be room[0] or `s` itself; `work` is spent."""
         raise NotImplementedError
 
 
@@ -183,12 +183,15 @@ class _Run:
         self.room = torch.empty(3, rows, width, dtype=torch.float32, device=student.device)
 
     def measure(self, at: slice) -> tuple[Tensor, Any]:
-        s, t, room = self.room[:, : len(self.student[at])]
-        for chunk, logits in ((s, self.student), (t, self.teacher)):
-            chunk.copy_(logits[at])
-            if self.temperature != 1:
-                chunk.div_(self.temperature)
-        return self.rule.measure(s, t, room)
+        room = self.room[:, : len(self.student[at])]
+        return self.rule.measure(self._read(self.student[at], room[0]), self._read(self.teacher[at], room[1]), room)
+
+    def _read(self, logits: Tensor, room: Tensor) -> Tensor:
+        """In fp32, over the temperature: in `room`, but for logits that are so already."""
+        if logits.dtype == torch.float32 and self.temperature == 1:
+            return logits
+        room.copy_(logits)
+        return room if self.temperature == 1 else room.div_(self.temperature)
 
     def __call__(self, chunks: list[slice]) -> Tensor:
         rule, rank = self.rule, ranks(self.group)[0]
@@ -209,6 +212,11 @@ class _Run:
             split = whole.split([part.shape[1] for part in parts], 1)
         if self.gradient is not None:
             for at, part, of in zip(chunks, parts, split, strict=True):
-                slope = rule.gradient(work(at), part, of)
-                self.gradient[at] = slope if self.temperature == 1 else slope.mul_(self.temperature)
+                gradient = self.gradient[at]
+                out = gradient if gradient.dtype == torch.float32 else self.room[0, : len(gradient)]
+                rule.gradient(work(at), part, of, out)
+                if self.temperature != 1:
+                    out.mul_(self.temperature)
+                if out is not gradient:
+                    gradient.copy_(out)
         return rule.loss(whole) * self.temperature**2

@@ -38,11 +38,10 @@ class Softmaxes(Rule):
         if not s.shape[1]:
             nothing = s.new_zeros(len(s))
             low = nothing - torch.inf
-            return torch.stack([low, low, nothing, nothing, nothing]), Work(s, t, s)
+            return torch.stack([low, low, nothing, nothing, nothing]), Work(*room)
         max_s, max_t = s.amax(1), t.amax(1)
-        s.sub_(max_s[:, None])
-        t.sub_(max_t[:, None])
-        apart = torch.sub(t, s, out=room)
+        s, t = torch.sub(s, max_s[:, None], out=room[0]), torch.sub(t, max_t[:, None], out=room[1])
+        apart = torch.sub(t, s, out=room[2])
         exp_s, exp_t = _exp_(s), _exp_(t)
         sums = exp_s.sum(1), exp_t.sum(1)
         if self.weights is None:

@@ -34,15 +34,16 @@ def cosine(
 class Cosine(Rule):
     """d / ds = cos s / |s|^2 - t / (|s| |t|)."""
 
-    def measure(self, s: Tensor, t: Tensor, room: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return torch.stack([torch.linalg.vecdot(x, y) for x, y in ((s, s), (t, t), (s, t))]), (s, t)
+    def measure(self, s: Tensor, t: Tensor, room: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        return torch.stack([torch.linalg.vecdot(x, y) for x, y in ((s, s), (t, t), (s, t))]), (s, t, room[0])
 
     def loss(self, whole: Tensor) -> Tensor:
         length_s, length_t = whole[:2].sqrt().clamp(min=SMALL)
         return 1 - whole[2] / (length_s * length_t)
 
-    def gradient(self, work: tuple[Tensor, Tensor], part: Tensor, whole: Tensor) -> Tensor:
-        s, t = work
+    def gradient(self, work: tuple[Tensor, Tensor, Tensor], part: Tensor, whole: Tensor, out: Tensor) -> None:
+        s, t, room = work
         length_s, length_t = whole[:2].sqrt().clamp(min=SMALL)
         along = (1 - self.loss(whole)) / length_s**2
-        return s.mul_(along[:, None]).addcmul_(t, (1 / (length_s * length_t))[:, None], value=-1)
+        along_s = torch.mul(s, along[:, None], out=room)
+        torch.addcmul(along_s, t, (1 / (length_s * length_t))[:, None], value=-1, out=out)

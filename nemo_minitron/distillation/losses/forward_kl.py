@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses import _triton
@@ -36,6 +37,6 @@ class ForwardKL(Softmaxes):
         w = Whole(*whole)
         return w.cross / w.sum_t - w.sum_t.log() + w.sum_s.log()
 
-    def gradient(self, work: Work, part: Tensor, whole: Tensor) -> Tensor:
+    def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
         scale_s, scale_t = scales(part, Whole(*whole))
-        return work.exp_s.mul_(scale_s).addcmul_(work.exp_t, scale_t, value=-1)
+        torch.addcmul(work.exp_s.mul_(scale_s), work.exp_t, scale_t, value=-1, out=out)

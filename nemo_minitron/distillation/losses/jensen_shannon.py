@@ -47,10 +47,10 @@ class JensenShannon(Softmaxes):
     def loss(self, whole: Tensor) -> Tensor:
         return (whole[6] - whole[5]) / 2
 
-    def gradient(self, work: Work, part: Tensor, whole: Tensor) -> Tensor:
+    def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
         w = Whole(*whole[:5])
         f = _log_mean(work.apart.add_(log_ratio_shift(part, w)[:, None]))
-        return work.exp_s.mul_(scales(part, w)[0] / 2).mul_(f.neg_().add_(whole[5, :, None]))
+        torch.mul(work.exp_s.mul_(scales(part, w)[0] / 2), f.neg_().add_(whole[5, :, None]), out=out)
 
 
 def _log_mean(r: Tensor) -> Tensor:

@@ -32,12 +32,12 @@ class MeanSquare(Rule):
     """d / ds = 2 (s - t) / V."""
 
     def measure(self, s: Tensor, t: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-        apart = s.sub_(t)
+        apart = torch.sub(s, t, out=room[0])
         square = torch.linalg.vecdot(apart, apart)
         return torch.stack([square, torch.full_like(square, s.shape[1])]), apart
 
     def loss(self, whole: Tensor) -> Tensor:
         return whole[0] / whole[1]
 
-    def gradient(self, work: Tensor, part: Tensor, whole: Tensor) -> Tensor:
-        return work.mul_((2 / whole[1])[:, None])
+    def gradient(self, work: Tensor, part: Tensor, whole: Tensor, out: Tensor) -> None:
+        torch.mul(work, (2 / whole[1])[:, None], out=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses._per_token import per_token
@@ -34,7 +35,7 @@ class ReverseKL(Softmaxes):
         w = Whole(*whole)
         return w.sum_t.log() - w.sum_s.log() - w.cross / w.sum_s
 
-    def gradient(self, work: Work, part: Tensor, whole: Tensor) -> Tensor:
+    def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
         w = Whole(*whole)
         above = (log_ratio_shift(part, w) + self.loss(whole))[:, None]
-        return work.exp_s.mul_(-scales(part, w)[0]).mul_(work.apart.add_(above))
+        torch.mul(work.exp_s.mul_(-scales(part, w)[0]), work.apart.add_(above), out=out)

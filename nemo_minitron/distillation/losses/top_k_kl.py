@@ -48,12 +48,11 @@ class TopK(Rule):
         if not s.shape[1]:
             return s.new_full((4 + 2 * self.k, len(s)), -torch.inf), (s, s.new_zeros(s.shape, dtype=torch.int64))
         tops = torch.stack([s.amax(1), t.amax(1)])
-        s.sub_(tops[0, :, None])
-        t.sub_(tops[1, :, None])
+        s, t = (torch.sub(x, top[:, None], out=out) for x, top, out in zip((s, t), tops, room, strict=False))
         first = _largest(t, self.k)  # [n, at most k]
         none = s.new_full((len(s), self.k - first.shape[1]), -torch.inf)
         chosen = [torch.cat([x.gather(1, first), none], 1).t() for x in (t, s)]
-        others = room.copy_(s).scatter_(1, first, -torch.inf), t.scatter_(1, first, -torch.inf)
+        others = room[2].copy_(s).scatter_(1, first, -torch.inf), t.scatter_(1, first, -torch.inf)
         rest = [x.logsumexp(1) for x in others]
         return torch.cat([tops, torch.stack(rest), *chosen]), (s, first)
 
@@ -81,14 +80,14 @@ class TopK(Rule):
     def loss(self, whole: Tensor) -> Tensor:
         return whole[0]
 
-    def gradient(self, work: tuple[Tensor, Tensor], part: Tensor, whole: Tensor) -> Tensor:
+    def gradient(self, work: tuple[Tensor, Tensor], part: Tensor, whole: Tensor, out: Tensor) -> None:
         s, first = work
         _, max_s, _, all_s, all_t, pull = whole[:6, :, None]
         s.add_(part[0, :, None] - max_s)
         p_s, rest = (s - all_s).exp_(), s.add_(pull).exp_()
         counted = whole[6 : 6 + first.shape[1]].t()  # [n, at most k]
         p_t = torch.where(torch.isinf(counted), rest.gather(1, first), (counted - all_t).exp())
-        return p_s.sub_(rest.scatter_(1, first, p_t))
+        torch.sub(p_s, rest.scatter_(1, first, p_t), out=out)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
@@ -12,25 +13,35 @@ from nemo_minitron.pruning.compensation import RIDGE, SIGNS, check_fold, check_r
 @dataclasses.dataclass(frozen=True)
 class Cutting:
     """`compensate`: matrices behind cut neurons and heads are solved anew from the calibration's activations, damped
-    by `ridge`; false leaves the papers' pure selection. `fold_norms` and `head_residual` ("paper", "laco" or none) as
-    in `pruning/compensation.py`.
+    by `ridge`; false leaves the papers' pure selection. `memory`: GB of Gram matrices on a rank, ffn^2 x 8 bytes a
+    layer over the tensor-parallel ranks; the calibration goes through the model once for as many layers as fit.
+    `fold_norms` and `head_residual` ("paper", "laco" or none) as in `pruning/compensation.py`.
 
-    Raises InputError for a ridge that is not above 0, an unknown residual, and a residual of heads that are
-    compensated too.
+    Raises InputError for a ridge or a memory that is not above 0, an unknown residual, and a residual of heads that
+    are compensated too.
     """
 
     compensate: bool = True
     ridge: float = RIDGE
+    memory: float = 4.0
     fold_norms: bool = False
     head_residual: str = ""
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise InputError(f"ridge is {self.ridge}; it must be above 0, for example {RIDGE}")
+        for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, 4.0)):
+            if not value > 0:
+                raise InputError(f"{name} is {value}; it must be above 0, for example {usual}")
         if self.head_residual and self.head_residual not in SIGNS:
             raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
         if self.head_residual and self.compensate:
             raise InputError("head_residual changes the heads that compensate solves for; set cutting.compensate=false")
+
+    def deciding(self) -> dict[str, Any]:
+        """The values that decide the student's weights."""
+        values = dataclasses.asdict(self)
+        for name in ("memory",) if self.compensate else ("memory", "ridge"):
+            del values[name]
+        return values
 
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
         """Raises InputError for what this cut leaves no room for; `searched`: its sizes are not known yet."""

@@ -51,18 +51,19 @@ def solve_plans(run: Run, plans: Sequence[Path]) -> None:
         Compensation(PrunePlan.load(plan).digest, {}).save(plan.with_name(SOLVED))
     if wanted:
         calibration = calibration_of(job, open_source(job.teacher).architecture)
-        rows, log = corpora.prefix(run, "calibration"), run.path("log.txt")
-        solve_for(job.teacher, wanted, rows, calibration, job.layout, ridge=job.cutting.ridge, log=log)
+        solve_for(
+            job.teacher, wanted, corpora.prefix(run, "calibration"), calibration, job.layout,
+            ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), log=run.path("log.txt"),
+        )  # fmt: skip
     solved = sum(len(Compensation.load(out).tensors) for out in wanted.values())
     run.say(f"    {solved} matrices solved anew")
 
 
 def cutting_of(job: Job, plan: PrunePlan) -> dict[str, Any]:
     """What stands in the place of the plan's slices, as plain values: part of a cut model's identity."""
-    settings = dataclasses.asdict(job.cutting)
     if not (job.cutting.compensate and list(solvable(plan))):
-        return {name: value for name, value in settings.items() if name not in ("compensate", "ridge")}
-    return settings | {"calibration": dataclasses.asdict(calibration_of(job, plan.source))}
+        return dataclasses.replace(job.cutting, compensate=False).deciding()
+    return job.cutting.deciding() | {"calibration": dataclasses.asdict(calibration_of(job, plan.source))}
 
 
 def compensation_of_run(run: Run, source: Any, plan: Path) -> Compensation | None:

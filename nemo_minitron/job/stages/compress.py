@@ -84,7 +84,7 @@ def _plan_inputs(run: Run) -> Any:
 
 
 def _prune_inputs(run: Run) -> Any:
-    return [run.job.seed, run.job.evaluation.random_baseline, dataclasses.asdict(run.job.cutting)]
+    return [run.job.seed, run.job.evaluation.random_baseline, run.job.cutting.deciding()]
 
 
 def _evaluation_inputs(run: Run) -> Any:

@@ -55,7 +55,7 @@ def _candidates_inputs(run: Run) -> Any:
 
 
 def _measure_inputs(run: Run) -> Any:
-    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, dataclasses.asdict(run.job.cutting)]
+    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, run.job.cutting.deciding()]
 
 
 def _rank_inputs(run: Run) -> Any:

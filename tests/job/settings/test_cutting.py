@@ -25,6 +25,7 @@ def job(teacher, keep, *settings):
     [
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
+        ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0, for example 4.0"),
         ({"ffn": 48}, ["cutting.fold_norms=true"], "cuts no hidden channels"),
         ({"ffn": 48}, ["cutting.compensate=false", "cutting.head_residual=paper"], "a head residual needs some to go"),
         (
@@ -64,5 +65,6 @@ def test_a_cut_models_identity(teacher):
     solved, sliced = (random_plan(from_hf(teacher), keep=keep) for keep in ({"ffn": 48}, {"layers": 4}))
     one, other = (job(teacher, {"ffn": 48}, f"calibration.samples={count}") for count in (4, 8))
     assert cutting_of(one, solved) != cutting_of(other, solved)
-    assert cutting_of(one, sliced) == cutting_of(other, sliced) == {"fold_norms": False, "head_residual": ""}
+    assert cutting_of(one, sliced) == cutting_of(other, sliced)
+    assert cutting_of(one, sliced) == {"compensate": False, "fold_norms": False, "head_residual": ""}
     assert Cutting().compensate

@@ -60,7 +60,7 @@ def test_the_dry_run_tells_the_search(job):
     text = describe(job)
     assert f"{found.combinations:,} shapes, {found.fitting:,} with 142,500 to 157,500 parameters;" in text
     assert f"{len(found.candidates)} are cut and measured" in text
-    assert "estimate, candidates, measure, rank, plan, prune" in text
+    assert "estimate, candidates, compensate, measure, rank, plan, prune" in text
 
 
 def test_kept_axes_stay(job):
