@@ -25,7 +25,8 @@ def compensate(settings: dict[str, Any]) -> None:
     (bytes), `layout`, and of the rows `samples`, `sequence_length`, `batch_size`, `precision`, `seed`.
 
     The rows go through the model once for as many layers as `memory` holds the Gram matrices of, on a rank, however
-    many plans there are. What a rank solves waits in files beside the Compensation, so none holds more than a matrix.
+    many plans there are. What a rank solves waits in files beside the Compensation, which rank 0 puts together: it
+    alone holds all matrices of a plan, and of one plan at a time.
     """
     backend.setup()
     from nemo_minitron.nemo.models import load_model

@@ -187,8 +187,8 @@ class _Run:
         return self.rule.measure(self._read(self.student[at], room[0]), self._read(self.teacher[at], room[1]), room)
 
     def _read(self, logits: Tensor, room: Tensor) -> Tensor:
-        """In fp32, over the temperature: in `room`, but for logits that are so already."""
-        if logits.dtype == torch.float32 and self.temperature == 1:
+        """In fp32, over the temperature, rows in one piece: in `room`, but for logits that are so already."""
+        if logits.dtype == torch.float32 and self.temperature == 1 and logits.stride(1) == 1:
             return logits
         room.copy_(logits)
         return room if self.temperature == 1 else room.div_(self.temperature)

@@ -13,17 +13,18 @@ from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
 from nemo_minitron.job.settings.calibration import Calibration
+from nemo_minitron.job.settings.cutting import MEMORY
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.compensation import RIDGE, solvable
 from nemo_minitron.pruning.cut import check_plan
 
-MEMORY = 4_000_000_000  # bytes of Gram matrices on a rank
+BYTES = int(MEMORY * 1e9)
 ROWS = ("samples", "sequence_length", "batch_size", "precision", "seed")
 
 
 def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = MEMORY,
+    ridge: float = RIDGE, memory: int = BYTES,
 ) -> Compensation:  # fmt: skip
     """`minitron compensate`: leaves `out`, for `minitron prune --compensation`. Of `calibration` it takes the rows.
 
@@ -45,7 +46,7 @@ def run_compensate(
 
 def solve_for(
     model: str, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = MEMORY, log: Path | None = None,
+    ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
 ) -> None:  # fmt: skip
     """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
     what is solved for it goes."""
@@ -57,7 +58,7 @@ def solve_for(
     launch("compensate", settings, layout.processes, log)
 
 
-def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = MEMORY) -> None:
+def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:
     """Raises InputError where there is nothing to solve, or for settings out of range."""
     if not list(solvable(plan)):
         raise InputError("the plan cuts neither ffn nor heads, so there is nothing to solve anew; cut without it")

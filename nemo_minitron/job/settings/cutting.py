@@ -9,6 +9,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.compensation import RIDGE, SIGNS, check_fold, check_residual
 
+MEMORY = 4.0  # GB of Gram matrices on a rank
+
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
@@ -23,12 +25,12 @@ class Cutting:
 
     compensate: bool = True
     ridge: float = RIDGE
-    memory: float = 4.0
+    memory: float = MEMORY
     fold_norms: bool = False
     head_residual: str = ""
 
     def __post_init__(self) -> None:
-        for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, 4.0)):
+        for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, MEMORY)):
             if not value > 0:
                 raise InputError(f"{name} is {value}; it must be above 0, for example {usual}")
         if self.head_residual and self.head_residual not in SIGNS:

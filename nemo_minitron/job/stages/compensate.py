@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.axes import split_name
 from nemo_minitron.job.commands.compensate import solve_for
 from nemo_minitron.job.commands.prune import Extras, compensation_of
@@ -59,17 +59,24 @@ def solve_plans(run: Run, plans: Sequence[Path]) -> None:
     run.say(f"    {solved} matrices solved anew")
 
 
-def cutting_of(job: Job, plan: PrunePlan) -> dict[str, Any]:
-    """What stands in the place of the plan's slices, as plain values: part of a cut model's identity."""
-    if not (job.cutting.compensate and list(solvable(plan))):
-        return dataclasses.replace(job.cutting, compensate=False).deciding()
-    return job.cutting.deciding() | {"calibration": dataclasses.asdict(calibration_of(job, plan.source))}
+def cut_identity(job: Job, plan: Path) -> list[Any]:
+    """What decides the weights of a model as cut, as plain values."""
+    solved = solved_of(job, plan)
+    return [PrunePlan.load(plan).as_dict(), job.cutting.fold_norms, file_digest(solved) if solved else None]
+
+
+def solved_of(job: Job, plan: Path) -> Path | None:
+    """The file of what was solved for a plan, None where nothing is. Raises InputError where it is gone, or damaged."""
+    if not (job.cutting.compensate and list(solvable(PrunePlan.load(plan)))):
+        return None
+    Compensation.load(plan.with_name(SOLVED))
+    return plan.with_name(SOLVED)
 
 
 def compensation_of_run(run: Run, source: Any, plan: Path) -> Compensation | None:
     """All that the job's `cutting` asks for; norms are folded where the plan of a search's candidate cuts hidden."""
     cutting, made = run.job.cutting, PrunePlan.load(plan)
     scores = run.path("scores.safetensors") if cutting.head_residual else None
-    solved = plan.with_name(SOLVED) if cutting.compensate and list(solvable(made)) else None
     folded = cutting.fold_norms and made.source.hidden_size != made.target.hidden_size
-    return compensation_of(source, made, Extras(solved, folded, cutting.head_residual or None, scores))
+    extras = Extras(solved_of(run.job, plan), folded, cutting.head_residual or None, scores)
+    return compensation_of(source, made, extras)

@@ -26,7 +26,7 @@ from nemo_minitron.job.models import config_of, teacher_folder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.stages.compensate import PLAN, compensation_of_run, cutting_of, solve_plans, solves
+from nemo_minitron.job.stages.compensate import PLAN, compensation_of_run, cut_identity, solve_plans, solves
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -151,9 +151,8 @@ def _plan(run: Run, name: str) -> PrunePlan:
     return PrunePlan.load(run.path("search", name, PLAN))
 
 
-def _cut(run: Run, name: str) -> Any:
-    """What decides a candidate's weights as cut."""
-    return [_plan(run, name).as_dict(), cutting_of(run.job, _plan(run, name))]
+def _cut(run: Run, name: str) -> list[Any]:
+    return cut_identity(run.job, run.path("search", name, PLAN))
 
 
 def _student(run: Run, name: str) -> Path:

@@ -1,13 +1,17 @@
 """What a job puts in place of a plan's slices: refused before anything runs where it has no room."""
 
+import numpy as np
 import pytest
 from pico import pico_llama
 
+from nemo_minitron.artifacts import Compensation
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
-from nemo_minitron.job import Cutting, Data, Job
+from nemo_minitron.job import Data, Job
 from nemo_minitron.job.dry_run import check, space, stage_names
-from nemo_minitron.job.stages.compensate import cutting_of
+from nemo_minitron.job.stages.compensate import cut_identity
+from nemo_minitron.job.stages.compress import stages
+from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.search import random_plan
 
 
@@ -60,11 +64,22 @@ def test_disk_for_what_is_solved(teacher):
     assert next(both) - next(both) == 2 * 4 * source.num_layers * source.hidden_size * (48 + heads)
 
 
-def test_a_cut_models_identity(teacher):
-    """The calibration decides what is solved, and nothing where nothing is."""
-    solved, sliced = (random_plan(from_hf(teacher), keep=keep) for keep in ({"ffn": 48}, {"layers": 4}))
-    one, other = (job(teacher, {"ffn": 48}, f"calibration.samples={count}") for count in (4, 8))
-    assert cutting_of(one, solved) != cutting_of(other, solved)
-    assert cutting_of(one, sliced) == cutting_of(other, sliced)
-    assert cutting_of(one, sliced) == {"compensate": False, "fold_norms": False, "head_residual": ""}
-    assert Cutting().compensate
+def test_a_cut_models_identity(teacher, tmp_path):
+    """What was solved for a plan is part of it; a file that is gone is said to be."""
+    plan, solving = random_plan(from_hf(teacher), keep={"ffn": 48}), job(teacher, {"ffn": 48})
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="does not exist"):
+        cut_identity(solving, tmp_path / "plan.json")
+    found = []
+    for value in (0, 0, 1):
+        tensors = {name: np.full(plan.target.shapes()[name], value, np.float32) for name, _ in solvable(plan)}
+        Compensation(plan.digest, tensors).save(tmp_path / "compensation.safetensors")
+        found.append(cut_identity(solving, tmp_path / "plan.json"))
+    assert found[0] == found[1] != found[2]
+    assert cut_identity(job(teacher, {"ffn": 48}, "cutting.compensate=false"), tmp_path / "plan.json")[2] is None
+
+
+@pytest.mark.parametrize("settings", [(), ("search.params=120K",), ("rounds=3",), ("cutting.compensate=false",)])
+def test_the_dry_run_names_the_stages_that_run(teacher, settings):
+    asked = job(teacher, {} if "search" in str(settings) else {"ffn": 48}, *settings)
+    assert stage_names(asked, nemo=False) == [stage.name for stage in stages(asked)]
