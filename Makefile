@@ -21,7 +21,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py
 	touch $@; echo "make venv: done in $$((SECONDS - start)) s"
 
 demo: venv
-	@echo "make demo: SmolLM2-135M -> 108M by width: score, cut, distil, export, report (about 10 minutes on two cores)"
+	@echo "make demo: SmolLM2-135M -> 108M by width: score, cut, distil, export, report (10 to 15 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/minitron compress recipes/smollm2_135m_to_108m_width.py --out runs/demo \
 	  && echo "make demo: done in $$((SECONDS - start)) s; open runs/demo/report.html"
 

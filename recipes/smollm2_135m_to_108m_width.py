@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, ffn 1536 -> 1024: 134.5M -> 108.0M parameters (about 10 minutes on two cores)."""
+"""SmolLM2-135M-Instruct, ffn 1536 -> 1024: 134.5M -> 108.0M parameters (10 to 15 minutes on two cores)."""
 
 from nemo_minitron.recipes import smollm2_135m as common
 

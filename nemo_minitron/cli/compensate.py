@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Data, Dp, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Tp, Vp
 
 
 def compensate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
-    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan` that cuts ffn or heads.")],
+    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan` that cuts neurons or heads.")],
     data: Data,
     out: Annotated[Path, typer.Option("--out")] = Path("compensation.safetensors"),
     samples: Annotated[int, typer.Option("--samples", help="Rows of the corpus.")] = 64,
@@ -25,6 +25,8 @@ def compensate(
     pp: Pp = 1,
     vp: Vp = 1,
     cp: Cp = 1,
+    ep: Ep = 1,
+    etp: Etp = 0,
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
@@ -35,6 +37,6 @@ def compensate(
     from nemo_minitron.job.settings.precision import settle
 
     calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
-    layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, sp=sp)
+    layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
     found = run_compensate(model, plan, data, out, calibration, layout, ridge=ridge, memory=int(memory * 1e9))
     print(f"{out}: {len(found.tensors)} matrices, from {samples * sequence_length:,} tokens")

@@ -26,12 +26,12 @@ class ExpertAccumulator(Accumulator):
         self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
         self.split = config.sequence_parallel
         self.groups = []  # tokens were dealt out already: ranks with copies of an expert are merged at the end
-        self.align = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
+        self.align = align_of(config)
         self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, 2, ...]
 
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
         """[tokens, ...] that came to one expert or, with watch.expert None, to the local ones in turn."""
-        halves = self._halves_of(watch.routes, samples)
+        halves = local_halves(watch.routes, samples, self.split)
         wanted = range(len(halves)) if watch.expert is None else [watch.expert]
         parts = by_expert(values, [len(halves[expert]) for expert in wanted], self.align)
         for expert, part in zip(wanted, parts, strict=True):
@@ -44,16 +44,6 @@ class ExpertAccumulator(Accumulator):
             heavy = over_sequence(name, values[:, None], halves[:, None], HALVES)
             states[name] = with_counts(name, tuple(part.double()[None] for part in heavy), counts)
         return states
-
-    def _halves_of(self, routes: Any, samples: Samples) -> list[Tensor]:
-        """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count."""
-        if routes not in samples.routed:
-            halves = samples.halves(self.split, routes.hidden_shape[0])
-            if sends_copies(self.split):
-                halves = torch.full_like(halves, NOBODY)
-            table, halves = routing(routes, halves.flatten())
-            samples.routed[routes] = [halves[column] for column in table.unbind(1)]
-        return samples.routed[routes]
 
     def flush(self, samples: Samples) -> None:
         """Takes the finished micro-batch in; no rank waits for another."""
@@ -74,6 +64,25 @@ class ExpertAccumulator(Accumulator):
 
     def drop(self) -> None:
         self._routed = {}
+
+
+def local_halves(routes: Any, samples: Samples, split: bool) -> list[Tensor]:
+    """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count.
+
+    `split`: whether sequence parallelism is on. Collective over the dispatcher's ranks, once a micro-batch.
+    """
+    if routes not in samples.routed:
+        halves = samples.halves(split, routes.hidden_shape[0])
+        if sends_copies(split):
+            halves = torch.full_like(halves, NOBODY)
+        table, halves = routing(routes, halves.flatten())
+        samples.routed[routes] = [halves[column] for column in table.unbind(1)]
+    return samples.routed[routes]
+
+
+def align_of(config: Any) -> int:
+    """To a multiple of how many tokens Megatron pads an expert's."""
+    return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
 
 
 def sends_copies(split: bool) -> bool:

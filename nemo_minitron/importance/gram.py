@@ -4,10 +4,14 @@ G = sum over tokens of x x^T, of the input x [C] of a row-parallel linear in the
 over micro-batches, data- and context-parallel ranks. Tensor-parallel ranks hold their own channels of x; each
 gathers the others' of a micro-batch and keeps its own rows of G, [C / tp, C]. C^2 numbers a matrix are much for wide
 models: ask for a few layers at a time.
+
+A routed expert has a G of the tokens that came to it, from its ranks: split by the experts' tensor parallelism, summed
+over its copies. Its x carries the router's probability (`estimators/moe.py`), so W x is what the layer adds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,33 +20,38 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import micro_batches
 from nemo_minitron.importance.collector import unwrap
+from nemo_minitron.importance.estimators.moe import second_matrices
+from nemo_minitron.importance.experts import align_of, by_expert, local_halves
 from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
 
+KINDS = ("down", "o", "experts")
 POSITIONS = 4096  # that are multiplied at once: their fp32 copy is what a hook holds beside G
 
 
 def gram(
-    model: Any, batches: Iterable[Any], layers: Iterable[int] | None = None, tensors: Iterable[str] = ("down", "o")
+    model: Any, batches: Iterable[Any], layers: Iterable[int] | None = None, kinds: Iterable[str] = KINDS
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C / tp, C], in global order of C.
 
     Keys are canonical names of the linear's weight: `layers.3.down.weight`, C the ffn size; `layers.3.o.weight`,
-    C = heads x head_dim. `model`, `batches`: as for `estimate`; masked positions do not count. `layers`: 0-based, all
-    unless given; mixtures of experts have no `down` here. Sums of all data- and context-parallel ranks. Collective
-    over the whole job; `whole` puts one G together. Raises InputError for no batches and for inputs that are not
-    finite.
+    C = heads x head_dim; `layers.3.experts.1.down.weight`, C the experts' ffn size, of the experts that this rank
+    holds ([C / etp, C]; a shared expert has none). `model`, `batches`: as for `estimate`; masked positions do not
+    count. `layers`: 0-based, all unless given; `kinds` of KINDS. Sums of all data- and context-parallel ranks.
+    Collective over the whole job; `whole` puts one G together. Raises InputError for no batches, inputs that are not
+    finite, and experts that cannot be watched.
     """
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
     rows = micro_batches(batches, unwrap(chunks[0]).config, virtual=len(chunks) > 1)
     wanted = None if layers is None else set(layers)
-    with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(tensors)) as products:
+    with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(kinds)) as products:
         run_forward(chunks, rows, products)
     for name, sums in products.sums.items():
-        for group in (parallel_state.get_data_parallel_group(), parallel_state.get_context_parallel_group()):
+        for group in _copies(name):
             torch.distributed.all_reduce(sums, group=group)
         if not torch.isfinite(sums).all():
             raise InputError(f"what goes into '{name}' is not finite; calibrate in fp32, or check the model")
@@ -50,32 +59,75 @@ def gram(
 
 
 def whole(grams: Mapping[str, Tensor], name: str) -> np.ndarray | None:
-    """The G of `name`, fp64 [C, C], on every rank of the stage that has it; None elsewhere. Collective over TP."""
-    if name not in grams:
-        return None
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(grams[name]) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, grams[name], group=group)
-    return torch.cat(parts).cpu().numpy()
+    """The G of `name`, fp64 [C, C], on every rank that has rows of it; None elsewhere. Collective over those that share
+    one: tensor-parallel ranks, or an expert's."""
+    return torch.cat(_gathered(grams[name], _shards(name))).cpu().numpy() if name in grams else None
+
+
+def speaks(name: str) -> bool:
+    """Whether this rank is the one, of all that hold the G of `name` in full or in part, that solves for it."""
+    if _is_expert(name):
+        copy, shard = parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        shard = parallel_state.get_tensor_model_parallel_rank()
+    return copy == shard == 0
+
+
+def _is_expert(name: str) -> bool:
+    return split_expert(split_name(name)[1])[0] is not None
+
+
+def _copies(name: str) -> list[Any]:
+    """The groups whose ranks saw other tokens."""
+    if _is_expert(name):
+        return [parallel_state.get_expert_data_parallel_group()]
+    return [parallel_state.get_data_parallel_group(), parallel_state.get_context_parallel_group()]
+
+
+def _shards(name: str) -> Any:
+    """The group whose ranks hold other channels."""
+    if _is_expert(name):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _gathered(own: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, own.contiguous(), group=group)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """What goes into `linear`: of `names` in turn, each a local expert's number (None in a dense layer) and a canonical
+    name. `routes`: the layer's token dispatcher; `align`: to how many tokens an expert's are padded."""
+
+    linear: nn.Module
+    names: dict[int | None, str]
+    routes: Any = None
+    align: int = 1
+    split: bool = False
 
 
 class _Products:
     """Hooks that add x x^T while they are open. `expect` is told of each micro-batch, as a Collector is."""
 
-    def __init__(self, chunks: Iterable[Any], layers: set[int] | None, tensors: tuple[str, ...]) -> None:
+    def __init__(self, chunks: Iterable[Any], layers: set[int] | None, kinds: tuple[str, ...]) -> None:
         self.sums: dict[str, Tensor] = {}
         self._watched = [
-            (name, linear)
+            found
             for chunk in map(unwrap, chunks)
-            for name, linear in _linears(chunk, tensors)
-            if layers is None or int(name.split(".")[1]) in layers
+            for layer in chunk.decoder.layers
+            if layers is None or layer.layer_number - 1 in layers
+            for found in _inputs(layer, kinds)
         ]
         self._samples: Samples | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Products:
-        for name, linear in self._watched:
-            self._handles.append(linear.register_forward_pre_hook(self._hook(name)))
+        for found in self._watched:
+            self._handles.append(found.linear.register_forward_pre_hook(self._hook(found)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,33 +137,50 @@ class _Products:
     def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
         self._samples = samples_of(batch)
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, found: _Input) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
-            assert self._samples is not None
-            x_PC = args[0].detach().flatten(0, 1)  # [S, B, C / tp]: whole sequences, also under sequence parallelism
-            places = self._samples.places(split=False)
-            if places is not None:
-                x_PC = x_PC[(places >= 0).flatten()]
-            for part in x_PC.float().split(POSITIONS):
-                self._add(name, part)
+            x_PC = args[0].detach().flatten(0, -2)
+            for name, part in self._counted(found, x_PC):
+                for some in part.float().split(POSITIONS):
+                    self._add(name, some)
 
         return hook
 
+    def _counted(self, found: _Input, x_PC: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each name's positions, but for those that do not count."""
+        assert self._samples is not None
+        if found.routes is None:  # [S, B, C / tp]: whole sequences, also under sequence parallelism
+            places = self._samples.places(split=False)
+            yield found.names[None], x_PC if places is None else x_PC[(places >= 0).flatten()]
+            return
+        halves = local_halves(found.routes, self._samples, found.split)
+        came = [halves[expert] for expert in found.names if expert is not None]
+        parts = by_expert(x_PC, list(map(len, came)), found.align)
+        for name, part, half in zip(found.names.values(), parts, came, strict=True):
+            yield name, part[half >= 0]
+
     def _add(self, name: str, own_PC: Tensor) -> None:
-        group = parallel_state.get_tensor_model_parallel_group()
-        parts = [torch.empty_like(own_PC) for _ in range(torch.distributed.get_world_size(group))]
-        torch.distributed.all_gather(parts, own_PC.contiguous(), group=group)
-        product = (own_PC.T @ torch.cat(parts, dim=1)).double()
+        product = (own_PC.T @ torch.cat(_gathered(own_PC, _shards(name)), dim=1)).double()
         self.sums[name] = self.sums[name] + product if name in self.sums else product
 
 
-def _linears(chunk: Any, tensors: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Canonical weight names and the linears whose inputs are watched."""
-    for layer in chunk.decoder.layers:
-        found = {
-            "o": getattr(layer.self_attention, "linear_proj", None),
-            "down": getattr(layer.mlp, "linear_fc2", None),
-        }
-        for tensor, linear in found.items():
-            if tensor in tensors and linear is not None:
-                yield f"layers.{layer.layer_number - 1}.{tensor}.weight", linear
+def _inputs(layer: Any, kinds: tuple[str, ...]) -> Iterator[_Input]:
+    """Where to look in a transformer layer."""
+    prefix = f"layers.{layer.layer_number - 1}."
+    dense = {
+        "o": getattr(layer.self_attention, "linear_proj", None),
+        "down": getattr(layer.mlp, "linear_fc2", None),
+    }
+    for kind, linear in dense.items():
+        if kind in kinds and linear is not None:
+            yield _Input(linear, {None: f"{prefix}{kind}.weight"})
+    if "experts" in kinds and hasattr(layer.mlp, "experts"):
+        yield from _expert_inputs(layer.mlp, prefix)
+
+
+def _expert_inputs(mixture: Any, prefix: str) -> Iterator[_Input]:
+    numbers, config = mixture.local_expert_indices, mixture.config
+    for expert, linear, routes in second_matrices(mixture):
+        local = range(len(numbers)) if expert is None else [expert]
+        names: dict[int | None, str] = {e: f"{prefix}experts.{numbers[e]}.down.weight" for e in local}
+        yield _Input(linear, names, routes, align_of(config), config.sequence_parallel)

@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 import nemo_minitron.backend as backend
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.importance.gram import gram, whole
+from nemo_minitron.axes import AXES
+from nemo_minitron.importance.gram import gram, speaks, whole
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
@@ -42,11 +43,11 @@ def compensate(settings: dict[str, Any]) -> None:
             cut.begin()
     torch.distributed.barrier()
     batches, origins = own_batches(settings), sorted({o for cut in cuts for o in cut.wanted.values()})
-    for layers in passes(source.architecture, origins, settings["memory"], layout.tp):
+    for layers in passes(source.architecture, origins, settings["memory"], layout):
         grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
         for origin in origins:
             found = whole(grams, origin)
-            if found is not None and _speaks():
+            if found is not None and speaks(origin):
                 for cut in cuts:
                     cut.solve(source, origin, found, settings["ridge"])
     torch.distributed.barrier()
@@ -87,20 +88,16 @@ def own_batches(settings: dict[str, Any]) -> list[torch.Tensor]:
     return list(rows.split(settings["batch_size"]))[rank::ranks]
 
 
-def passes(source: Architecture, origins: Iterable[str], memory: int, tp: int) -> Iterator[list[int]]:
+def passes(source: Architecture, origins: Iterable[str], memory: int, layout: Layout) -> Iterator[list[int]]:
     """Source layers whose Gram matrices a rank holds at once, at least one."""
     layers = sorted({int(origin.split(".")[1]) for origin in origins})
-    count = max(1, memory * tp // bytes_of_layer(source))
+    count = max(1, memory // bytes_of_layer(source, layout))
     for first in range(0, len(layers), count):
         yield layers[first : first + count]
 
 
-def bytes_of_layer(architecture: Architecture) -> int:
-    """Of a layer's two Gram matrices in fp64."""
-    return 8 * (architecture.ffn_hidden_size**2 + (architecture.num_attention_heads * architecture.head_dim) ** 2)
-
-
-def _speaks() -> bool:
-    """Of all ranks that hold a layer's Gram matrix, one solves."""
-    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return copy == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+def bytes_of_layer(a: Architecture, layout: Layout) -> int:
+    """Of a layer's Gram matrices in fp64, on a rank of the layout: of the largest layer, with all its experts there."""
+    dense = AXES["ffn"].length(a) ** 2 // layout.tp
+    experts = AXES["experts"].length(a) // layout.ep * (a.moe_ffn_hidden_size or 0) ** 2 // layout.expert_tp
+    return 8 * (max(dense, experts) + (a.num_attention_heads * a.head_dim) ** 2 // layout.tp)

@@ -12,14 +12,14 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.axes import split_name
+from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.selection import shapes_of, student_index
 from nemo_minitron.pruning.student import as_numbers
 from nemo_minitron.pruning.tensors import TensorSource
 
 RIDGE = 0.01  # of the mean diagonal of G
-MATRICES = ("down.weight", "o.weight")  # what follows a cut of neurons, of heads
+MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # what follows a cut of neurons, of heads
 NORMS = ("input_norm.weight", "pre_mlp_norm.weight", "final_norm.weight")
 SIGNS = {"paper": 1.0, "laco": -1.0}
 Tensors = dict[str, np.ndarray]
@@ -27,12 +27,16 @@ Tensors = dict[str, np.ndarray]
 
 # -- after a cut of neurons or heads: the next matrix, by least squares ----------------------------------
 def solvable(plan: PrunePlan) -> Iterator[tuple[str, str]]:
-    """(student's tensor, teacher's tensor) of each matrix that loses inputs to a cut of ffn or heads."""
-    for name in shapes_of(plan.target):
-        if split_name(name)[1] in MATRICES:
-            origin, (_, kept) = student_index(plan, name)
-            if len(kept) < shapes_of(plan.source)[origin][1]:
-                yield name, origin
+    """(student's tensor, teacher's tensor) of each matrix that loses inputs to a cut of ffn, expert_ffn or heads."""
+    for name in filter(follows_a_cut, shapes_of(plan.target)):
+        origin, (_, kept) = student_index(plan, name)
+        if len(kept) < shapes_of(plan.source)[origin][1]:
+            yield name, origin
+
+
+def follows_a_cut(name: str) -> bool:
+    """Whether this canonical tensor is one of those that can be solved anew."""
+    return split_expert(split_name(name)[1])[1] in MATRICES
 
 
 def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:

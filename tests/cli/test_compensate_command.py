@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from command_line import minitron
+from grams64 import grams64
 from pico import raw_tensors
 from tolerances import GRAM_FP32
 
@@ -44,27 +45,10 @@ def solved(world, plan):
 
 def grams(world):
     """By the book, of the rows that the command drew."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from nemo_minitron.nemo.data import Tokens
 
-    model = AutoModelForCausalLM.from_pretrained(world / "teacher", torch_dtype=torch.float64)
-    found = {}
-
-    def keep(name):
-        def hook(module, args):
-            x = args[0].flatten(0, 1).numpy()
-            found[name] = x.T @ x
-
-        return hook
-
-    for i, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_pre_hook(keep(f"layers.{i}.down.weight"))
-        layer.self_attn.o_proj.register_forward_pre_hook(keep(f"layers.{i}.o.weight"))
-    with torch.no_grad():
-        model(Tokens(world / ".c.safetensors.work" / "calibration").windows(36, 6, 1234))
-    return found
+    rows = Tokens(world / ".c.safetensors.work" / "calibration").windows(36, 6, 1234)
+    return grams64(world / "teacher", rows)
 
 
 def test_matrices_by_hand(world, plan, solved):
@@ -165,7 +149,7 @@ def test_vocabulary(world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compensate", "teacher", "layers.json", *ROWS], "cuts neither ffn nor heads"),
+        (["compensate", "teacher", "layers.json", *ROWS], "cuts no neurons and no heads"),
         (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", 0], "ridge is 0.0; it must be above 0"),
         (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
         (["prune", "teacher", "layers.json", "s", "--compensation", "c.safetensors"], "made for another plan"),

@@ -35,7 +35,7 @@ from nemo_minitron.job import *
 def recipe():
     return Job(
         name="pico", teacher="teacher", data=Data("corpus.jsonl", "corpus.jsonl"), keep={{"ffn": 66, "hidden": 40}},
-        calibration=Calibration(samples=8, sequence_length=36, batch_size=2),
+        calibration=Calibration(samples=8, sequence_length=36, batch_size=2), cutting=Cutting(compensate=False),
         distillation=Distillation(
             tokens=36 * 4 * {STEPS}, sequence_length=36, global_batch_size=4, micro_batch_size=1, learning_rate=1e-3,
             warmup_steps=1, precision="fp32", save_every={SAVED},
@@ -127,7 +127,7 @@ def test_two_hosts_give_one_process_result_though_one_dies(folder, hosts, monkey
     pair = start(folder, hosts, "--dp")
     again = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], again
-    assert again[0].count("done before, skipped") == 6
+    assert again[0].count("done before, skipped") == 5
     monkeypatch.setenv("NEMORUN_HOME", str(folder / "nemo_run"))
     minitron(folder, "compress", "recipe.py", "--out", "one", "--executor", "local")
     _same_scores(folder)

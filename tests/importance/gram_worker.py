@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: Gram matrices in every layout of that size, on bare Megatron.
+"""Run under torchrun, once for a world size: Gram matrices in every layout of that size.
 
 Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writes one .npz a case.
 """
@@ -9,37 +9,39 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-from depth_worker import build, own_batches
+from depth_worker import own_batches
 from ranks import leave_layout
 
 
 def run_case(case, folder):
     """Every G of the model, gathered from the pipeline's stages; one layer at a time, and all at once."""
     import torch
-    from megatron.core import parallel_state
 
-    from nemo_minitron.importance.gram import gram, whole
-    from nemo_minitron.nemo.live import fill
-    from nemo_minitron.pruning.folder import HFSource
+    from nemo_minitron.importance.gram import gram, speaks, whole
+    from nemo_minitron.job.settings.layout import Layout
+    from nemo_minitron.nemo import load_model
 
-    source = HFSource(folder / case["model"])
-    chunks = build(source.architecture, **{k: v for k, v in case["layout"].items() if k != "dp"})
-    fill(chunks, source)
+    layout = Layout(**case["layout"])
+    chunks = load_model(folder / case["model"], layout=layout)
     hooks = [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
-    grams, one = gram(chunks, own_batches(folder)), gram(chunks, own_batches(folder), [4], ["down"])
+    kind = "experts" if case["model"] == "mixture" else "down"
+    grams, one = gram(chunks, own_batches(folder)), gram(chunks, own_batches(folder), [4], [kind])
     assert hooks == [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    assert all(g.shape[0] * tp == g.shape[1] and g.dtype == torch.float64 for g in grams.values())
-    assert set(one) == {"layers.4.down.weight"} & set(grams)
+    for name, g in grams.items():
+        shards = layout.expert_tp if ".experts." in name else layout.tp
+        assert (g.shape[0] * shards, g.dtype) == (g.shape[1], torch.float64)
+    assert set(one) == {name for name in grams if name.startswith(f"layers.4.{kind}.")}
     assert all(torch.equal(g, grams[name]) for name, g in one.items())
-    found = {name: whole(grams, name) for name in grams}
+    found = {name: (whole(grams, name), speaks(name)) for name in grams}
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, found)
     leave_layout()
-    merged = {}
+    merged, speakers = {}, {}
     for part in everyone:
-        for name, g in part.items():
+        for name, (g, speaking) in part.items():
             assert np.array_equal(merged.setdefault(name, g), g), f"ranks differ in {name}"
+            speakers[name] = speakers.get(name, 0) + speaking
+    assert set(speakers.values()) == {1}
     return merged
 
 

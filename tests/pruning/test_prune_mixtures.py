@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from pico import pico_mixtral, raw_tensors, save_tensors
 from plans_by_hand import HEADS, HIDDEN, LAYERS
-from tolerances import LOGITS_PICO_FP32
+from tolerances import LOGITS_PICO_FP32, SOLVED_FP32
 
-from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune, student_index
+from nemo_minitron.pruning.compensation import solvable, solve
 
 EXPERTS = {0: [0, 2, 3], 2: [1, 2, 3], 5: [0, 1, 3]}
 NEURONS = {
@@ -80,6 +81,31 @@ def test_cut_is_slicing_by_hand(tmp_path, dtype):
     assert_equal(raw_tensors(student), slice_by_hand(raw_tensors(teacher)))
     assert from_hf(student) == plan.target
     assert PrunePlan.load(student / "minitron_plan.json") == plan
+
+
+def test_each_expert_is_solved_anew_for_its_own_neurons(tmp_path):
+    """Mutation tried: the teacher's expert of the student's number."""
+    teacher = pico_mixtral(tmp_path / "t")
+    source, plan = HFSource(teacher), everything(from_hf(teacher))
+    origins = {name: origin for name, origin in solvable(plan) if "experts" in name}
+    assert origins == {
+        f"layers.{new}.experts.{e}.down.weight": f"layers.{old}.experts.{origin}.down.weight"
+        for new, old in enumerate(LAYERS)
+        for e, origin in enumerate(EXPERTS[old])
+    }
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(200, 5)) @ generator.normal(size=(5, 40)) + generator.normal(size=(200, 40), scale=0.1)
+    name, kept = "layers.1.experts.0.down.weight", NEURONS[2][1]
+    w = raw_tensors(teacher)["model.layers.2.block_sparse_moe.experts.1.w2.weight"].view(np.float32)[HIDDEN]
+    damping = np.sqrt(0.01 * np.mean(np.sum(x[:, kept] ** 2, axis=0)))
+    rows = np.concatenate([x[:, kept], damping * np.eye(len(kept))])
+    wanted = np.concatenate([x @ w.T, damping * w[:, kept].T])
+    solved = solve(source, plan, name, x.T @ x)
+    np.testing.assert_allclose(solved, np.linalg.lstsq(rows, wanted, rcond=None)[0].T, rtol=0, atol=SOLVED_FP32)
+    student = prune(teacher, plan, tmp_path / "s", compensation=Compensation(plan.digest, {name: solved}))
+    expected = slice_by_hand(raw_tensors(teacher))
+    expected["model.layers.1.block_sparse_moe.experts.0.w2.weight"] = solved.view(np.uint32)
+    assert_equal(raw_tensors(student), expected)
 
 
 def test_transformers_loads_what_was_sliced_by_hand(tmp_path):

@@ -52,17 +52,8 @@ class ExpertNeurons(_PerExpert):
     axis = "expert_ffn"
 
     def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
-        routes = _routes(module)
-        if isinstance(module.experts, SequentialMLP):
-            for number, expert in enumerate(module.experts.local_experts):
-                yield Watch(layer, expert.linear_fc2, _input, times_input, expert=number, routes=routes)
-        elif hasattr(module.experts, "linear_fc2"):  # Transformer Engine's grouped linear: expert after expert
-            yield Watch(layer, module.experts.linear_fc2, _input, times_input, routes=routes)
-        else:
-            raise InputError(
-                f"experts of type {type(module.experts).__name__} do not show their neurons; legal are SequentialMLP "
-                f"and TEGroupedMLP, or axes without 'expert_ffn'"
-            )
+        for expert, linear, routes in second_matrices(module):
+            yield Watch(layer, linear, _input, times_input, expert=expert, routes=routes)
 
 
 @estimator(MoELayer)
@@ -74,6 +65,22 @@ class SharedExpertNeurons(Estimator):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
         return None if shared is None else Watch(layer, shared.linear_fc2, _input, times_input)
+
+
+def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]:
+    """(local expert, its second linear, what knows which tokens came to it); None for the expert where a linear takes
+    those of all, one after another. Raises InputError for experts that do not show their neurons."""
+    routes = _routes(mixture)
+    if isinstance(mixture.experts, SequentialMLP):
+        for number, expert in enumerate(mixture.experts.local_experts):
+            yield number, expert.linear_fc2, routes
+    elif hasattr(mixture.experts, "linear_fc2"):  # Transformer Engine's grouped linear
+        yield None, mixture.experts.linear_fc2, routes
+    else:
+        raise InputError(
+            f"experts of type {type(mixture.experts).__name__} do not show their neurons; legal are SequentialMLP "
+            f"and TEGroupedMLP, or axes without 'expert_ffn'"
+        )
 
 
 def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:

@@ -61,7 +61,7 @@ def solve_for(
 def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:
     """Raises InputError where there is nothing to solve, or for settings out of range."""
     if not list(solvable(plan)):
-        raise InputError("the plan cuts neither ffn nor heads, so there is nothing to solve anew; cut without it")
+        raise InputError("the plan cuts no neurons and no heads, so there is nothing to solve anew; cut without it")
     for name, value in (("ridge", ridge), ("memory", memory)):
         if not value > 0:
             raise InputError(f"{name} is {value}; it must be above 0")

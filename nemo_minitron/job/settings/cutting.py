@@ -16,7 +16,8 @@ MEMORY = 4.0  # GB of Gram matrices on a rank
 class Cutting:
     """`compensate`: matrices behind cut neurons and heads are solved anew from the calibration's activations, damped
     by `ridge`; false leaves the papers' pure selection. `memory`: GB of Gram matrices on a rank, ffn^2 x 8 bytes a
-    layer over the tensor-parallel ranks; the calibration goes through the model once for as many layers as fit.
+    layer (and expert) over the ranks that share them; the calibration goes through the model once for as many layers
+    as fit, one at least.
     `fold_norms` and `head_residual` ("paper", "laco" or none) as in `pruning/compensation.py`.
 
     Raises InputError for a ridge or a memory that is not above 0, an unknown residual, and a residual of heads that

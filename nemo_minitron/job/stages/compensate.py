@@ -10,7 +10,6 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import file_digest
-from nemo_minitron.axes import split_name
 from nemo_minitron.job.commands.compensate import solve_for
 from nemo_minitron.job.commands.prune import Extras, compensation_of
 from nemo_minitron.job.run import Run, Stage
@@ -18,10 +17,10 @@ from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.settings.recipe import Job
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.nemo.sources import open_source
-from nemo_minitron.pruning.compensation import MATRICES, solvable
+from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 
 PLAN, SOLVED = "plan.json", "compensation.safetensors"  # beside each other
-LEAVE_MATRICES = {"ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve
+LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve
 
 
 def solves(job: Job) -> bool:
@@ -31,7 +30,7 @@ def solves(job: Job) -> bool:
 
 def solved_bytes(student: Architecture) -> int:
     """Of its Compensation, at most."""
-    solved = [shape for name, shape in student.shapes().items() if split_name(name)[1] in MATRICES]
+    solved = [shape for name, shape in student.shapes().items() if follows_a_cut(name)]
     return 4 * sum(map(math.prod, solved))
 
 
@@ -44,7 +43,7 @@ SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.ridge, ("pla
 
 
 def solve_plans(run: Run, plans: Sequence[Path]) -> None:
-    """One pass for all; beside a plan that cuts neither ffn nor heads lies an empty Compensation."""
+    """One pass for all; beside a plan that cuts no neurons or heads lies an empty Compensation."""
     job, empty = run.job, [plan for plan in plans if not list(solvable(PrunePlan.load(plan)))]
     wanted = {plan: plan.with_name(SOLVED) for plan in plans if plan not in empty}
     for plan in empty:

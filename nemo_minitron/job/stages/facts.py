@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.axes import split_name
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import resolve
 from nemo_minitron.job.lineage import COMPOSED, learned_from
 from nemo_minitron.job.run import Run
 from nemo_minitron.job.stages.compress import PRUNED
-from nemo_minitron.pruning.compensation import MATRICES
+from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
 
 
@@ -56,7 +55,7 @@ def _in_place(run: Run) -> str:
     if not record.is_file():
         return ""
     notes = read_json(record, "the record of the cut")
-    solved = [name for name in notes["tensors"] if split_name(name)[1] in MATRICES]
+    solved = [name for name in notes["tensors"] if follows_a_cut(name)]
     found = []
     if solved and "ridge" in notes:
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"

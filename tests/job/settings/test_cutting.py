@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from pico import pico_llama
+from pico import pico_llama, pico_mixtral
 
 from nemo_minitron.artifacts import Compensation
 from nemo_minitron.errors import InputError
@@ -49,6 +49,12 @@ def test_on_by_default_where_something_is_left_to_solve(teacher, keep):
     names = stage_names(job(teacher, keep), nemo=False)
     assert names[names.index("plan") :][:3] == ["plan", "compensate", "prune"]
     assert "compensate" not in stage_names(job(teacher, keep, "cutting.compensate=false"), nemo=False)
+
+
+def test_neurons_of_experts_leave_matrices_too(tmp_path):
+    mixture = str(pico_mixtral(tmp_path / "m"))
+    assert "compensate" in stage_names(job(mixture, {"expert_ffn": 24}), nemo=False)
+    assert "compensate" not in stage_names(job(mixture, {"experts": 3}), nemo=False)
 
 
 @pytest.mark.parametrize("keep", [{"layers": 4}, {"hidden": 40}])
