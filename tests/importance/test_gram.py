@@ -3,7 +3,7 @@
 Mutations tried by hand, each of which makes tests here fail: the sum over context-parallel ranks left out; masked
 positions counted; a rank's own channels multiplied with themselves alone (TP). Of experts: tokens that tensor-parallel
 ranks send twice counted twice; experts numbered by their place on the rank; their sums taken over the dense layers'
-data-parallel ranks; gathered over the dense layers' tensor-parallel ones.
+data-parallel ranks. Gathered over the dense layers' tensor-parallel ranks, they wait until the time is up.
 """
 
 import json
