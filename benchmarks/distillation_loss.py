@@ -30,7 +30,7 @@ import common
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, TEACHER_HIDDEN, STUDENT_HIDDEN = 1024, 576, 448
-IN_PLACE = "ours, in place"  # as a training has it: the gradient takes the place of the logits, new ones each time
+IN_PLACE = "ours, in place"  # the gradient takes the place of the logits: each run has its own
 FROM_LOGITS = ("modelopt", "NeMo", "F.kl_div", "ours", IN_PLACE)
 FROM_HIDDEN = ("head, modelopt", "head, ours", "fused head", "Liger")
 ONE_RANK = ("F.kl_div", "Liger")  # know no shards

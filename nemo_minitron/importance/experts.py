@@ -24,14 +24,13 @@ class ExpertAccumulator(Accumulator):
     def __init__(self, estimator: Estimator, pairs: Any, config: Any) -> None:
         super().__init__(estimator, pairs, config)
         self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
-        self.split = config.sequence_parallel
         self.groups = []  # tokens were dealt out already: ranks with copies of an expert are merged at the end
         self.align = align_of(config)
         self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, 2, ...]
 
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
         """[tokens, ...] that came to one expert or, with watch.expert None, to the local ones in turn."""
-        halves = local_halves(watch.routes, samples, self.split)
+        halves = local_halves(watch.routes, samples)
         wanted = range(len(halves)) if watch.expert is None else [watch.expert]
         parts = by_expert(values, [len(halves[expert]) for expert in wanted], self.align)
         for expert, part in zip(wanted, parts, strict=True):
@@ -66,12 +65,13 @@ class ExpertAccumulator(Accumulator):
         self._routed = {}
 
 
-def local_halves(routes: Any, samples: Samples, split: bool) -> list[Tensor]:
+def local_halves(routes: Any, samples: Samples) -> list[Tensor]:
     """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count.
 
-    `split`: whether sequence parallelism is on. Collective over the dispatcher's ranks, once a micro-batch.
+    `routes`: the layer's token dispatcher. Collective over its ranks, once a micro-batch.
     """
     if routes not in samples.routed:
+        split = routes.config.sequence_parallel
         halves = samples.halves(split, routes.hidden_shape[0])
         if sends_copies(split):
             halves = torch.full_like(halves, NOBODY)

@@ -51,63 +51,41 @@ def gram(
     with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(kinds)) as products:
         run_forward(chunks, rows, products)
     for name, sums in products.sums.items():
-        for group in _copies(name):
-            torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(sums, group=_groups(name)[0])
         if not torch.isfinite(sums).all():
             raise InputError(f"what goes into '{name}' is not finite; calibrate in fp32, or check the model")
     return products.sums
 
 
 def whole(grams: Mapping[str, Tensor], name: str) -> np.ndarray | None:
-    """The G of `name`, fp64 [C, C], on every rank that has rows of it; None elsewhere. Collective over those that share
-    one: tensor-parallel ranks, or an expert's."""
-    return torch.cat(_gathered(grams[name], _shards(name))).cpu().numpy() if name in grams else None
+    """The G of `name`, fp64 [C, C] in the host's memory, on one rank of all that have rows of it: the one that is to
+    solve for it. None elsewhere. Collective over the ranks that share a copy of it."""
+    copies, shards = _groups(name)
+    if name not in grams or torch.distributed.get_rank(copies):
+        return None
+    own, parts = grams[name], None
+    if torch.distributed.get_rank(shards) == 0:
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(shards))]
+    torch.distributed.gather(own, parts, torch.distributed.get_global_rank(shards, 0), group=shards)
+    return None if parts is None else torch.cat(parts).cpu().numpy()
 
 
-def speaks(name: str) -> bool:
-    """Whether this rank is the one, of all that hold the G of `name` in full or in part, that solves for it."""
-    if _is_expert(name):
-        copy, shard = parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
-    else:
-        copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        shard = parallel_state.get_tensor_model_parallel_rank()
-    return copy == shard == 0
-
-
-def _is_expert(name: str) -> bool:
-    return split_expert(split_name(name)[1])[0] is not None
-
-
-def _copies(name: str) -> list[Any]:
-    """The groups whose ranks saw other tokens."""
-    if _is_expert(name):
-        return [parallel_state.get_expert_data_parallel_group()]
-    return [parallel_state.get_data_parallel_group(), parallel_state.get_context_parallel_group()]
-
-
-def _shards(name: str) -> Any:
-    """The group whose ranks hold other channels."""
-    if _is_expert(name):
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def _gathered(own: Tensor, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, own.contiguous(), group=group)
-    return parts
+def _groups(name: str) -> tuple[Any, Any]:
+    """The group whose ranks saw other tokens, and the one whose ranks hold other channels."""
+    if split_expert(split_name(name)[1])[0] is not None:
+        return parallel_state.get_expert_data_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return copies, parallel_state.get_tensor_model_parallel_group()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Input:
     """What goes into `linear`: of `names` in turn, each a local expert's number (None in a dense layer) and a canonical
-    name. `routes`: the layer's token dispatcher; `align`: to how many tokens an expert's are padded."""
+    name. `routes`: the layer's token dispatcher."""
 
     linear: nn.Module
     names: dict[int | None, str]
     routes: Any = None
-    align: int = 1
-    split: bool = False
 
 
 class _Products:
@@ -153,14 +131,17 @@ class _Products:
             places = self._samples.places(split=False)
             yield found.names[None], x_PC if places is None else x_PC[(places >= 0).flatten()]
             return
-        halves = local_halves(found.routes, self._samples, found.split)
+        halves = local_halves(found.routes, self._samples)
         came = [halves[expert] for expert in found.names if expert is not None]
-        parts = by_expert(x_PC, list(map(len, came)), found.align)
+        parts = by_expert(x_PC, list(map(len, came)), align_of(found.routes.config))
         for name, part, half in zip(found.names.values(), parts, came, strict=True):
             yield name, part[half >= 0]
 
     def _add(self, name: str, own_PC: Tensor) -> None:
-        product = (own_PC.T @ torch.cat(_gathered(own_PC, _shards(name)), dim=1)).double()
+        _, shards = _groups(name)
+        parts = [torch.empty_like(own_PC) for _ in range(torch.distributed.get_world_size(shards))]
+        torch.distributed.all_gather(parts, own_PC.contiguous(), group=shards)
+        product = (own_PC.T @ torch.cat(parts, dim=1)).double()
         self.sums[name] = self.sums[name] + product if name in self.sums else product
 
 
@@ -179,8 +160,8 @@ def _inputs(layer: Any, kinds: tuple[str, ...]) -> Iterator[_Input]:
 
 
 def _expert_inputs(mixture: Any, prefix: str) -> Iterator[_Input]:
-    numbers, config = mixture.local_expert_indices, mixture.config
+    numbers = mixture.local_expert_indices
     for expert, linear, routes in second_matrices(mixture):
         local = range(len(numbers)) if expert is None else [expert]
         names: dict[int | None, str] = {e: f"{prefix}experts.{numbers[e]}.down.weight" for e in local}
-        yield _Input(linear, names, routes, align_of(config), config.sequence_parallel)
+        yield _Input(linear, names, routes)

@@ -15,7 +15,7 @@ import nemo_minitron.backend as backend
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.axes import AXES
-from nemo_minitron.importance.gram import gram, speaks, whole
+from nemo_minitron.importance.gram import gram, whole
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
@@ -42,12 +42,12 @@ def compensate(settings: dict[str, Any]) -> None:
         for cut in cuts:
             cut.begin()
     torch.distributed.barrier()
-    batches, origins = own_batches(settings), sorted({o for cut in cuts for o in cut.wanted.values()})
+    batches, origins = own_batches(settings), sorted({origin for cut in cuts for origin in cut.wanted})
     for layers in passes(source.architecture, origins, settings["memory"], layout):
         grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
         for origin in origins:
             found = whole(grams, origin)
-            if found is not None and speaks(origin):
+            if found is not None:
                 for cut in cuts:
                     cut.solve(source, origin, found, settings["ridge"])
     torch.distributed.barrier()
@@ -61,7 +61,8 @@ class Cut:
     """A plan, and what is solved for it: a file a matrix in `parts`, then one Compensation in `out`."""
 
     def __init__(self, plan: PrunePlan, out: Path) -> None:
-        self.plan, self.out, self.wanted = plan, out, dict(solvable(plan))
+        self.plan, self.out = plan, out
+        self.wanted = {origin: name for name, origin in solvable(plan)}
         self.parts = out.with_name(f"{out.name}.parts")
 
     def begin(self) -> None:
@@ -69,12 +70,12 @@ class Cut:
         self.parts.mkdir(parents=True)
 
     def solve(self, source: Any, origin: str, gram: np.ndarray, ridge: float) -> None:
-        for name, other in self.wanted.items():
-            if other == origin:
-                np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
+        if origin in self.wanted:
+            name = self.wanted[origin]
+            np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
 
     def finish(self, notes: dict[str, Any]) -> None:
-        tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted}
+        tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted.values()}
         Compensation(self.plan.digest, tensors, notes).save(self.out)
         shutil.rmtree(self.parts)
 

@@ -9,22 +9,42 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 from depth_worker import own_batches
 from ranks import leave_layout
 
 
+class Grouped(torch.nn.Module):
+    """As Transformer Engine's grouped MLP: one linear sees the tokens of all local experts, one after another."""
+
+    def __init__(self, sequential):
+        super().__init__()
+        self.local_experts, self.linear_fc2, self.came = sequential.local_experts, torch.nn.Identity(), []
+        for expert in self.local_experts:
+            expert.linear_fc2.register_forward_pre_hook(lambda module, args: self.came.append(args[0]))
+
+    def forward(self, hidden, tokens_per_expert, probabilities):
+        self.came.clear()
+        sizes = tokens_per_expert.tolist()
+        parts = zip(self.local_experts, hidden.split(sizes), probabilities.split(sizes), strict=True)
+        outputs = [expert(*given)[0] for expert, *given in parts]
+        self.linear_fc2(torch.cat(self.came))
+        return torch.cat(outputs), None
+
+
 def run_case(case, folder):
     """Every G of the model, gathered from the pipeline's stages; one layer at a time, and all at once."""
-    import torch
-
-    from nemo_minitron.importance.gram import gram, speaks, whole
+    from nemo_minitron.importance.gram import gram, whole
     from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import load_model
 
     layout = Layout(**case["layout"])
     chunks = load_model(folder / case["model"], layout=layout)
+    if case["model"] == "grouped":
+        for layer in chunks[0].decoder.layers:
+            layer.mlp.experts = Grouped(layer.mlp.experts)
     hooks = [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
-    kind = "experts" if case["model"] == "mixture" else "down"
+    kind = "down" if case["model"] == "dense" else "experts"
     grams, one = gram(chunks, own_batches(folder)), gram(chunks, own_batches(folder), [4], [kind])
     assert hooks == [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
     for name, g in grams.items():
@@ -32,23 +52,19 @@ def run_case(case, folder):
         assert (g.shape[0] * shards, g.dtype) == (g.shape[1], torch.float64)
     assert set(one) == {name for name in grams if name.startswith(f"layers.4.{kind}.")}
     assert all(torch.equal(g, grams[name]) for name, g in one.items())
-    found = {name: (whole(grams, name), speaks(name)) for name in grams}
+    found = {name: g for name in grams if (g := whole(grams, name)) is not None}
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, found)
     leave_layout()
-    merged, speakers = {}, {}
+    merged = {}
     for part in everyone:
-        for name, (g, speaking) in part.items():
-            assert np.array_equal(merged.setdefault(name, g), g), f"ranks differ in {name}"
-            speakers[name] = speakers.get(name, 0) + speaking
-    assert set(speakers.values()) == {1}
+        assert not part.keys() & merged.keys()  # one rank has it
+        merged |= part
     return merged
 
 
 def main():
     folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
-
     import nemo_minitron.backend as backend
 
     backend.setup()

@@ -2,8 +2,9 @@
 
 Mutations tried by hand, each of which makes tests here fail: the sum over context-parallel ranks left out; masked
 positions counted; a rank's own channels multiplied with themselves alone (TP). Of experts: tokens that tensor-parallel
-ranks send twice counted twice; experts numbered by their place on the rank; their sums taken over the dense layers'
-data-parallel ranks. Gathered over the dense layers' tensor-parallel ranks, they wait until the time is up.
+ranks send twice counted twice; experts numbered by their place on the rank; their sums not taken, or over the dense
+layers' data-parallel ranks; a grouped linear's experts in the other order. Gathered over the dense layers'
+tensor-parallel ranks, they wait until the time is up.
 """
 
 import json
@@ -28,6 +29,8 @@ LAYOUTS = {  # model -> world size -> layouts; a new layout is one entry
     "mixture": {
         1: [{}],
         2: [
+            {"dp": 2},
+            {"cp": 2},
             {"ep": 2, "dp": 2},
             {"ep": 2, "cp": 2, "etp": 1},
             {"tp": 2, "etp": 1},
@@ -37,6 +40,7 @@ LAYOUTS = {  # model -> world size -> layouts; a new layout is one entry
         ],
         4: [{"tp": 2, "dp": 2, "ep": 2, "etp": 2, "sp": True}],
     },
+    "grouped": {2: [{"ep": 2, "dp": 2}, {"tp": 2, "etp": 2, "sp": True}]},  # as Transformer Engine's experts are
 }
 CASES = [
     {"name": model + "".join(f"-{k}{v}" for k, v in layout.items()), "model": model, "layout": layout, "world": world}
@@ -52,6 +56,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     pico_llama(folder / "dense", **SIZES)
     pico_mixtral(folder / "mixture", **SIZES)
+    (folder / "grouped").symlink_to(folder / "mixture")
     np.save(folder / "tokens.npy", np.random.default_rng(5).integers(0, 509, (8, 23)))
     mask = np.arange(23) < np.array([22, 3, 17, 2, 23, 5, 20, 9])[:, None]
     mask[4, :7] = False

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import TEXTS
 from grams64 import grams64
 from pico import pico_mixtral
 from ranks import run_ranks
 from tolerances import GRAM_FP32
 from words import save_tokenizer
 
-from nemo_minitron.artifacts import Compensation
+from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.families import from_hf
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.nemo.compensate import bytes_of_layer
-from nemo_minitron.nemo.data import build, load_tokenizer
+from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "compensate_worker.py"
-TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(60)]
 ROWS = {"samples": 6, "sequence_length": 36, "batch_size": 1, "precision": "fp32", "seed": 7}
 LAYOUTS = [Layout(ep=2, dp=2), Layout(tp=2, etp=1)]
 
@@ -47,9 +47,6 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["ep2-dp2", "tp2-etp1"])
 def test_experts_over_ranks(folder, layout):
     """In passes of two layers; the numbers are those of float64."""
-    from nemo_minitron.artifacts import PrunePlan
-    from nemo_minitron.nemo.data import Tokens
-
     out, plan, source = folder / "solved", PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
     settings = {
         "model": str(folder / "teacher"), "plans": {str(folder / "plan.json"): str(out)}, "ridge": 0.01,

@@ -79,7 +79,7 @@ def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]
     else:
         raise InputError(
             f"experts of type {type(mixture.experts).__name__} do not show their neurons; legal are SequentialMLP "
-            f"and TEGroupedMLP, or axes without 'expert_ffn'"
+            f"and TEGroupedMLP, or leave the axis 'expert_ffn' out"
         )
 
 
