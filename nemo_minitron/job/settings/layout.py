@@ -91,8 +91,13 @@ class Layout:
             legal = _nearest(self.ep, [n for n in range(1, experts + 1) if experts % n == 0])
             raise InputError(f"{experts} experts do not divide over ep={self.ep}; the nearest legal ep is {legal}")
         ranks = self.tp * self.cp * self.dp
+        if ranks % self.expert_tp:
+            legal = _nearest(self.expert_tp, [n for n in range(1, ranks + 1) if ranks % n == 0])
+            raise InputError(
+                f"etp={self.expert_tp} does not divide tp*cp*dp={ranks} ranks; the nearest legal etp is {legal}"
+            )
         if ranks % (self.ep * self.expert_tp):
-            legal = _nearest(self.ep, [n for n in range(1, ranks + 1) if ranks % (n * self.expert_tp) == 0] or [1])
+            legal = _nearest(self.ep, [n for n in range(1, ranks + 1) if ranks % (n * self.expert_tp) == 0])
             raise InputError(
                 f"ep={self.ep} with experts' tp={self.expert_tp} does not divide tp*cp*dp={ranks} ranks; the nearest "
                 f"legal ep is {legal}"

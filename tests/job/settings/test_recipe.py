@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from pico import SIZES
@@ -158,11 +159,13 @@ def test_layouts_refused_with_the_nearest(layout, words):
         ({"tp": 2, "dp": 2, "ep": 2, "etp": 1}, False, "ep=2 at tp=2 needs sequence parallelism; set sp, or"),
         ({"tp": 2}, True, "training a mixture of experts at tp=2 needs sequence parallelism; set sp, or"),
         ({"ep": 3, "dp": 3}, False, "4 experts do not divide over ep=3; the nearest legal ep is 2"),
+        ({"etp": 2}, False, "etp=2 does not divide tp*cp*dp=1 ranks; the nearest legal etp is 1"),
+        ({"tp": 2, "etp": 3, "dp": 2}, False, "etp=3 does not divide tp*cp*dp=4 ranks; the nearest legal etp is 2"),
     ],
 )
 def test_layouts_of_mixtures_refused_with_the_nearest(layout, training, words):
     mixture = PICO.replace(num_attention_heads=8, num_query_groups=4, num_moe_experts=4)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=re.escape(words)):
         Layout(**layout).check(mixture, training)
 
 
