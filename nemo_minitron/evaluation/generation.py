@@ -20,7 +20,7 @@ def generate(
     One prompt at a time: a batch would need padding. Sampling settings of the folder's generation config
     are left aside. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids.shape[-1]:
@@ -51,7 +51,7 @@ def sample(
     `seed` and its place: those that `skip(first)` leaves out change nothing in the others. Raises InputError for a
     folder without model or tokenizer, and for a prompt without a token.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     for place, ids in enumerate(prompts):
         if not len(ids):
             raise InputError(f"prompt {place + 1} of {len(prompts)} has no token; give at least one word")
@@ -85,7 +85,8 @@ def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]
     return [Written(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
 
 
-def _tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder. Raises InputError where there is none that transformers can load."""
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():

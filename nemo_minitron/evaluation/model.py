@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError, first_line, nearest
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import from_hf, read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -28,6 +28,7 @@ def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config_object(folder),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -41,6 +42,20 @@ def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
             kind = problem.removesuffix("_keys")
             raise InputError(f"the model '{folder}' has {kind} weights, such as '{min(info[problem])}'")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def config_object(folder: str | Path) -> PretrainedConfig:
+    """transformers' config of a folder, whichever version of transformers wrote its config.json.
+
+    transformers 4 ignores the keys of transformers 5, so that `from_pretrained` alone would rotate with another base.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = read_config(folder)
+    kind = config["model_type"]
+    if kind == "mistral" and "layer_types" in config:  # as transformers' AutoConfig does
+        kind = "ministral"
+    return CONFIG_MAPPING[kind].from_dict(config | {"model_type": kind})
 
 
 def dtype_name(precision: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import BENCHMARKS, CODE, SETS, benchmarks
-from nemo_minitron.evaluation.model import dtype_name
+from nemo_minitron.evaluation.generation import load_tokenizer
+from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
 
 YAML = (".yaml", ".yml")
@@ -31,21 +32,19 @@ def run_tasks(
     a name is unknown, or programs of the model would be run without leave.
     """
     from_hf(folder)
-    dtype = dtype_name(precision)
     lm_eval, manager, by_shots = _find(tasks)
-    import torch
+    from lm_eval.models.huggingface import HFLM
 
+    # not by its path: lm-eval would read the folder's config as transformers alone does
+    model = HFLM(pretrained=load(folder, precision), tokenizer=load_tokenizer(folder), batch_size=batch_size)
     found: dict[str, dict[str, Any]] = {}
     for shots, names in by_shots.items():
         results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False},
+            model=model,
             tasks=names,
             num_fewshot=shots,
             task_manager=manager,
-            batch_size=batch_size,
             limit=limit,
-            device="cuda" if torch.cuda.is_available() else "cpu",
             **({"confirm_run_unsafe_code": True} if _may_run_programs() else {}),
         )["results"]
         for task, row in results.items():

@@ -5,7 +5,7 @@ No torch: configs are dicts, names are strings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import Family
+from nemo_minitron.families.forms import normalized
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.mixtral import Mixtral
@@ -52,9 +53,12 @@ def family_of_nemo(model_class: str) -> Family:
 
 
 def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a Hugging Face folder, as a dict. Raises InputError for a folder that is none."""
+    """The config of a Hugging Face folder, or one that was read, in the form of transformers 4 (`forms.normalized`).
+
+    Raises InputError for a folder that is none, and for a config that contradicts itself.
+    """
     if isinstance(model, Mapping):
-        return dict(model)
+        return normalized(model)
     folder = Path(model)
     if not folder.exists():
         raise InputError(f"the model folder '{folder}' does not exist")
@@ -63,7 +67,7 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     config = read_json(folder / "config.json", "the model's config")
     if not isinstance(config, dict):
         raise InputError(f"'{folder / 'config.json'}' is no config: it holds a {type(config).__name__}")
-    return config
+    return normalized(config)
 
 
 def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:
@@ -84,9 +88,32 @@ def check_draft(
     return theirs, ours
 
 
-def to_hf(architecture: Architecture, base_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`base_config` with the sizes of `architecture`. Raises InputError for what it cannot represent."""
-    return family_of(base_config).config(architecture, base_config)
+def to_hf(
+    architecture: Architecture, base_config: Mapping[str, Any], layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """`base_config`, normalized, with the sizes of `architecture`; `layers`: those of the base that stay, where known.
+
+    Raises InputError for what it cannot represent.
+    """
+    return family_of(base_config).config(architecture, normalized(base_config), layers)
+
+
+def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as a student's config.json has it: transformers 4 and 5 read the same model from it."""
+    return family_of(config).written(normalized(config))
+
+
+def check_host(model: str | Path | Mapping[str, Any]) -> None:
+    """Raises InputError for a model that NeMo's class of its family cannot be, before anything is loaded."""
+    config = read_config(model)
+    family_of(config).nemo_config(config)
+
+
+def remarks(model: str | Path | Mapping[str, Any]) -> list[str]:
+    """What a user should know of a model's config, a sentence each: keys that nothing reads."""
+    config = read_config(model)
+    unread = family_of(config).unread(config)
+    return [f"keys of the config that neither transformers nor this package reads: {', '.join(unread)}"] * bool(unread)
 
 
 def resolve(model: str | Path) -> Path:

@@ -7,12 +7,12 @@ follows Llama's field names it changes only what differs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import translate
+from nemo_minitron.families import forms, keys, translate
 
 Config = Mapping[str, Any]
 
@@ -88,11 +88,30 @@ class Family:
     """Axes along which an all-zero unit goes without changing a logit (hidden never: norms divide by it)."""
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     """Ends of Hugging Face names that carry no weights."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Keys that the family's own methods read, beside those of its tables."""
+    no_effect: ClassVar[frozenset[str]] = frozenset()
+    """Keys that transformers' class of the family knows and that change no logit, beside those of `keys.NO_EFFECT`."""
+
+    @property
+    def read(self) -> frozenset[str]:
+        """The keys of a normalized config that this family reads, or knows to be of no effect."""
+        named = {*self.sizes.values(), *self.defaults, *self.nemo_fields.values()}
+        return frozenset(named | self.reads | self.no_effect)
 
     def architecture(self, config: Config) -> Architecture:
-        """Raises InputError for a config that lacks a size or has an illegal one."""
+        """Raises InputError for a config that lacks a size or has an illegal one, and for a key that changes what the
+        model computes and is not read here."""
+        kind = config.get("model_type", self.model_type)
+        if kind != self.model_type:
+            raise InputError(f"the config's model_type is {kind!r}; that of a {self.hf_class} is '{self.model_type}'")
+        keys.check_keys(config, self.read, self.hf_class)
         values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
         return Architecture(**values)
+
+    def unread(self, config: Config) -> list[str]:
+        """The keys of a normalized config that nothing reads, neither transformers' class nor this package."""
+        return keys.unread_keys(config, self.read)
 
     def value(self, config: Config, name: str) -> Any:
         """A field of a Hugging Face config; where it is silent, transformers' default."""
@@ -113,15 +132,40 @@ class Family:
         """Architecture fields other than sizes."""
         return {"tied_embeddings": bool(config.get("tie_word_embeddings", False))}
 
-    def config(self, architecture: Architecture, base: Config) -> dict[str, Any]:
+    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
         """`base` with the sizes of `architecture`; head_dim is always written out.
 
-        Raises InputError for what the family cannot represent.
+        `layers`: the layers of `base` that stay, sorted; what the config says of each layer is cut with them. None
+        leaves that to where all layers are alike. Raises InputError for what the family cannot represent.
         """
         result = dict(base) | {name: getattr(architecture, field) for field, name in self.sizes.items()}
+        if architecture.num_layers != (count := self.read_sizes(base)["num_layers"]):
+            result |= keys.cut_layer_lists(base, self.unread(base), count, architecture.num_layers, layers)
         if self.architecture(result) != architecture:
             raise InputError(f"a {self.hf_class} config cannot represent {architecture}")
         return result
+
+    def written(self, config: Config) -> dict[str, Any]:
+        """A normalized config as it is written for a student: transformers 4 and 5 read the same from it."""
+        part = self.value(config, "partial_rotary_factor") if "partial_rotary_factor" in self.defaults else None
+        return forms.both_forms(config, self.value(config, "rope_theta"), part)
+
+    def remark(self, architecture: Architecture) -> str | None:
+        """What keeps a student of these sizes from being loaded somewhere, in one sentence; None where nothing does."""
+        for field, multiple in self.multiples(architecture).items():
+            size = getattr(architecture, field)
+            if size % multiple:
+                near = max(1, round(size / multiple)) * multiple
+                return (
+                    f"transformers 5 runs a {self.hf_class} only where its {field} is a multiple of {multiple}; "
+                    f"{size} is none, though transformers 4 runs it; the nearest size is {near}"
+                )
+        return None
+
+    def multiples(self, architecture: Architecture) -> dict[str, int]:
+        """Field of an Architecture -> what it must be a multiple of so that every transformers from 4.51 on runs the
+        model."""
+        return {}
 
     def hf_tensors(self, architecture: Architecture) -> dict[str, tuple[str, ...]]:
         """Hugging Face name -> canonical names, for the whole model, in the model's order.

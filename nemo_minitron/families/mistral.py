@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, Config, Family
+from nemo_minitron.families.keys import FULL, layer_types
 from nemo_minitron.families.translate import fixed, hf_window, nemo_window
 
 
@@ -20,10 +22,18 @@ class Mistral(Family):
         "sliding_window": 4096,
     }
     nemo_fixed = fixed("window_size", "seq_len_interpolation_factor")
+    reads = frozenset({"layer_types"})  # transformers takes a Mistral that has them for a Ministral
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+        """Also refuses layers that do not all attend alike."""
         name, fields = super().nemo_config(config)
-        return name, fields | nemo_window(self.value(config, "sliding_window"))
+        window, kinds = self.value(config, "sliding_window"), set(layer_types(config))
+        if len(kinds) > 1:
+            raise InputError(
+                f"some layers of this model look back over a window and some over everything; NeMo's {self.nemo_model} "
+                "has one kind of layers"
+            )
+        return name, fields | nemo_window(None if kinds == {FULL} else window)
 
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return super().from_nemo(fields) | hf_window(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.families.base import LLAMA_SIZES, LLAMA_TENSORS, NEMO_FIELDS
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.translate import fixed
@@ -38,4 +39,10 @@ class Mixtral(Mistral):
         "moe_aux_loss_coeff": "router_aux_loss_coef",
     }
     nemo_fixed = fixed("num_moe_experts", "window_size", "seq_len_interpolation_factor")
+    reads = frozenset()
+    no_effect = frozenset({"router_jitter_noise"})  # of transformers' training
     exact_axes = frozenset({"expert_ffn", "heads", "query_groups", "layers", "vocab"})
+
+    def multiples(self, architecture: Architecture) -> dict[str, int]:
+        # its experts are one grouped matrix product, which wants rows of 16 bytes: 8 elements in 16 bits
+        return {"hidden_size": 8, "moe_ffn_hidden_size": 8}

@@ -44,6 +44,7 @@ class Nemotron(Family):
         normalization="LayerNorm",
     )
     rope_types = ("default",)  # transformers reads no other
+    reads = frozenset({"attention_bias", "mlp_bias"})
 
     def features(self, config: Config) -> dict[str, Any]:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))

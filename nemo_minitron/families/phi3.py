@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
@@ -28,18 +28,21 @@ class Phi3(Family):
         "max_position_embeddings": 4096,
         "partial_rotary_factor": 1.0,
         "rms_norm_eps": 1e-5,
+        "sliding_window": None,
     }
     nemo_fields = NEMO_FIELDS | {"rotary_percent": "partial_rotary_factor"}
     nemo_fixed = fixed("rotary_percent", "window_size")
     rope_types = ("default",)  # longrope's factors, one for each frequency, are not in Megatron
+    # dropouts are of training; the original length matters to longrope alone
+    no_effect = frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"})
 
-    def config(self, architecture: Architecture, base: Config) -> dict[str, Any]:
+    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
         """Also refuses what transformers' check of longrope's factors would: it goes by hidden_size / heads, whatever
         head_dim is."""
         kind, rope = rope_of(base)
         if kind != "default":
             self._check_factors(architecture, kind, rope, self.value(base, "partial_rotary_factor"))
-        return super().config(architecture, base)
+        return super().config(architecture, base, layers)
 
     def _check_factors(self, a: Architecture, kind: str, rope: Mapping[str, Any], part: float) -> None:
         factors = rope_field(rope, "short_factor")

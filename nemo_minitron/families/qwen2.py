@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Config, Family, biases
+from nemo_minitron.families.keys import FULL, SLIDING, layer_types
 from nemo_minitron.families.translate import fixed
-
-_FULL = "full_attention"
 
 
 class Qwen2(Family):
@@ -26,26 +25,29 @@ class Qwen2(Family):
         "sliding_window": 4096,
     }
     nemo_fixed = fixed("seq_len_interpolation_factor", add_qkv_bias=True)
+    reads = frozenset({"layer_types", "use_sliding_window"})
 
     def features(self, config: Config) -> dict[str, Any]:
         return super().features(config) | {"qkv_bias": True}
 
-    def config(self, architecture: Architecture, base: Config) -> dict[str, Any]:
-        """Also refuses a cut of layers where they do not all attend alike: a size does not say which ones stay."""
-        result = super().config(architecture, base)
-        kinds, layers = self._layer_types(base), architecture.num_layers
-        if layers != len(kinds):
-            if len(set(kinds)) > 1:
-                raise InputError(
-                    f"some layers of this {self.hf_class} look back over a window and some over everything, so that "
-                    f"its layers cannot be cut to {layers}; the nearest legal number is {len(kinds)}"
-                )
-            if base.get("layer_types"):
-                result["layer_types"] = kinds[:1] * layers
-        return result
+    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+        """Also moves `max_window_layers`, which counts the first layers, those without a window."""
+        result = super().config(architecture, base, layers)
+        first, after = self._first_window(base), architecture.num_layers
+        kinds = self._layer_types(base)
+        if after == len(kinds):
+            return result
+        if layers is None and len(set(kinds)) > 1:
+            raise InputError(
+                f"some layers of this {self.hf_class} look back over a window and some over everything, so that its "
+                f"layers cannot be cut to {after} before it is known which ones stay; the nearest legal number is "
+                f"{len(kinds)}"
+            )
+        stay = range(after) if layers is None else layers
+        return result | {"max_window_layers": sum(layer < first for layer in stay)}
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        if set(self._layer_types(config)) - {_FULL}:
+        if set(self._layer_types(config)) - {FULL}:
             raise InputError(f"NeMo's {self.nemo_model} has no sliding window; set use_sliding_window to false")
         return super().nemo_config(config)
 
@@ -54,9 +56,15 @@ class Qwen2(Family):
 
     def _layer_types(self, config: Config) -> list[str]:
         """transformers' words for how each layer attends."""
-        if config.get("layer_types"):
-            return list(config["layer_types"])
+        if listed := layer_types(config):
+            return listed
         window = config.get("use_sliding_window") and self.value(config, "sliding_window")
-        first = self.value(config, "max_window_layers")
+        first = self._first_window(config)
         layers = range(self.read_sizes(config)["num_layers"])
-        return ["sliding_attention" if window and layer >= first else _FULL for layer in layers]
+        return [SLIDING if window and layer >= first else FULL for layer in layers]
+
+    def _first_window(self, config: Config) -> int:
+        first = self.value(config, "max_window_layers")
+        if not isinstance(first, int):
+            raise InputError(f"the config's max_window_layers is {first!r}; it must be a number of layers")
+        return first

@@ -24,6 +24,7 @@ class Qwen3(Qwen2):
     defaults = Qwen2.defaults | {"head_dim": 128}
     nemo_fields = NEMO_FIELDS | {"max_position_embeddings": "max_position_embeddings"}
     nemo_fixed = fixed("seq_len_interpolation_factor", qk_layernorm=True)
+    reads = Qwen2.reads | {"attention_bias"}
 
     def features(self, config: Config) -> dict[str, Any]:
         attention = bool(config.get("attention_bias"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf, on_disk, read_config, resolve
+from nemo_minitron.families import from_hf, on_disk, read_config, resolve, written_config
 
 if TYPE_CHECKING:
     from nemo_minitron.job.run import Run
@@ -99,7 +99,7 @@ def convert(checkpoint: Path, out: Path) -> Path:
     dtype = TORCH_NAMES[source.dtype(next(iter(source.architecture.shapes())))]
     with atomic_folder(out) as folder:
         write_weights(source, identity(source.architecture), folder, source.config)
-        write_json(folder / "config.json", source.config | ends | {"torch_dtype": dtype})
+        write_json(folder / "config.json", written_config(source.config | ends | {"torch_dtype": dtype}))
         for file in tokenizer_files(source.folder):
             shutil.copyfile(file, folder / file.name)
     return out

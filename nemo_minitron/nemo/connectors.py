@@ -37,7 +37,7 @@ class Importer(io.ModelConnector):
         config = source.config
         if plan is not None:
             check_plan(plan, source)
-            config = family_of(config).config(plan.target, config)
+            config = family_of(config).config(plan.target, config, plan.keep.get("layers"))
         self.tokenizer = nemo_tokenizer(source.folder, output_path.with_name(f".{output_path.name}.tokenizer"))
         model = nemo_model(config, tokenizer=self.tokenizer, precision=precision_of(source))
         trainer = self.nemo_setup(model)

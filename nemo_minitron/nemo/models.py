@@ -166,7 +166,7 @@ def load_model(
     hf = dict(teacher.config)
     if plan is not None:
         check_plan(plan, teacher)
-        hf = family_of(hf).config(plan.target, hf)
+        hf = family_of(hf).config(plan.target, hf, plan.keep.get("layers"))
     if parallel_state.model_parallel_is_initialized():
         layout = layout or current_layout(sp)
     layout = layout or Layout()

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve, to_hf
+from nemo_minitron.families import resolve, to_hf, written_config
 from nemo_minitron.pruning.folder import HFSource
 from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
@@ -46,7 +46,7 @@ def prune(
     source = HFSource(source_folder)
     check_plan(plan, source)
     tokenizer = Vocabulary(source_folder).cut(plan.keep["vocab"]) if "vocab" in plan.keep else None
-    config = to_hf(plan.target, source.config)
+    config = to_hf(plan.target, source.config, plan.keep.get("layers"))
     if isinstance(compensation, (str, Path)):
         compensation = Compensation.load(compensation)
     try:
@@ -55,7 +55,7 @@ def prune(
                 source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2
             )  # fmt: skip
             _copy_side_files(source_folder, folder)
-            write_json(folder / "config.json", config)
+            write_json(folder / "config.json", written_config(config))
             if tokenizer is not None:
                 write_tokenizer(tokenizer, plan.keep["vocab"], folder)
             save_record(folder, plan, compensation)

@@ -283,12 +283,16 @@ def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
     package.simple_evaluate = simple_evaluate
     package.tasks = types.ModuleType("lm_eval.tasks")
     package.tasks.TaskManager = TaskManager
+    package.models = types.ModuleType("lm_eval.models.huggingface")
+    package.models.HFLM = types.SimpleNamespace  # what it is given, by name
     monkeypatch.setitem(sys.modules, "lm_eval", package)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", package.tasks)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", package.models)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", package.models)
     results = run_tasks(folder, ["hellaswag", str(tmp_path / "mine.yaml")], limit=3, precision="fp32")
     assert results == {"my_task": {"acc,none": 0.5}}
     assert called["tasks"] == ["hellaswag", "my_task"]
-    assert (called["limit"], called["model_args"]["dtype"]) == (3, "float32")
+    assert (called["limit"], str(called["model"].pretrained.dtype)) == (3, "torch.float32")
     assert called["num_fewshot"] is None
     run_tasks(folder, ["HellaSwag"])
     assert (called["tasks"], called["num_fewshot"]) == (["hellaswag"], 10)

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve
+from nemo_minitron.families import resolve, written_config
 from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.job.models import identity
@@ -162,6 +162,7 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
         for file in sorted(base.iterdir()):
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
                 shutil.copy2(file, folder / file.name)
+        write_json(folder / "config.json", written_config(stored.config))
         write_weights(source, identity(stored.architecture), folder, stored.config)
         finish_folder(folder, base_folder=base)
         if (training / "loss.csv").exists():

@@ -65,7 +65,7 @@ def run_plan(
     else:
         made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
     if "config" in known.notes:
-        to_hf(made.target, known.notes["config"])
+        to_hf(made.target, known.notes["config"], made.keep.get("layers"))
     if search.wanted:
         made.notes["budget"] = [str(target) for target in search.targets()]
     return dataclasses.replace(outcome, plan=made)

@@ -1,0 +1,130 @@
+"""Which keys of a Hugging Face config are read, which are of no effect, and which are refused.
+
+transformers' class of a family knows a set of keys. The tables of a family and those here claim each of them once
+(`tests/families/test_config_keys.py` holds them against the classes of transformers 4 and 5), so that no key that
+changes what a model computes is left unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_minitron.errors import InputError, nearest
+
+Config = Mapping[str, Any]
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' words for how a layer attends
+
+READ = frozenset({"architectures", "model_type", "tie_word_embeddings", "rope_scaling", "torch_dtype"})
+"""Keys that are read in every family, beside those of its tables; `forms.normalized` reads those of transformers 5."""
+
+NO_EFFECT = frozenset({
+    # of training and of the Python interface: no logit depends on them
+    "attention_dropout", "attn_implementation", "initializer_range", "is_decoder", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pretraining_tp", "return_dict", "tf_legacy_loss", "torchscript",
+    "use_bfloat16", "use_cache",
+    # not read by decoders
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "sep_token_id",
+    "tie_encoder_decoder",
+    # names and records
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "auto_map",
+    "finetuning_task", "id2label", "label2id", "name_or_path", "num_labels", "prefix", "problem_type",
+    "task_specific_params", "tokenizer_class", "transformers_version",
+    # how text is generated; no logit depends on them
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "pad_token_id", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+"""Keys of any value, in every family."""
+
+ONE_VALUE: Mapping[str, Any] = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+"""Keys that change what a model computes, and the one value that is understood; null counts as that value."""
+
+PER_LAYER: Mapping[str, Any] = {
+    "layer_types": FULL,
+    "mlp_layer_types": "dense",
+    "no_rope_layers": 1,
+    "mlp_only_layers": None,
+    "moe_layers": None,
+}
+"""Keys that say something of each layer, and what of a layer is understood where the family does not read the key
+(None: no layer may be listed)."""
+
+
+def check_keys(config: Config, read: frozenset[str], hf_class: str) -> None:
+    """Raises InputError for a key that changes what the model computes and that the family does not read."""
+    for name, legal in ONE_VALUE.items():
+        value = config.get(name)
+        if name not in read and value is not None and value != legal:
+            raise InputError(
+                f"the config's {name} is {_short(value)}, which a {hf_class} here cannot be; legal is {legal!r}"
+            )
+    for name, legal in PER_LAYER.items():
+        value = config.get(name)
+        if name not in read and value and (not isinstance(value, list) or set(map(str, value)) != {str(legal)}):
+            raise InputError(
+                f"the config's {name} is {_short(value)}, which a {hf_class} here cannot be; remove the key if the "
+                "model's layers are all alike"
+            )
+    if "layer_types" in read:
+        layer_types(config)
+
+
+def layer_types(config: Config) -> list[str]:
+    """transformers' words for how each layer attends; empty where the config does not say. Raises InputError for a
+    list of another length than the model has layers, and for words that transformers does not have."""
+    kinds, layers = config.get("layer_types") or [], config.get("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) not in (0, layers):
+        raise InputError(f"the config's layer_types is {_short(kinds)}; it needs one word for each of {layers} layers")
+    for kind in kinds:
+        if kind not in (FULL, SLIDING):
+            raise InputError(f"the config's layer_types has {kind!r}; {nearest(str(kind), (FULL, SLIDING))}")
+    return kinds
+
+
+def unread_keys(config: Config, read: frozenset[str]) -> list[str]:
+    """The keys of a normalized config that neither transformers' class nor this package reads, sorted."""
+    return sorted(config.keys() - read - NO_EFFECT - READ - ONE_VALUE.keys() - PER_LAYER.keys())
+
+
+def cut_layer_lists(
+    config: Config, unread: Sequence[str], before: int, after: int, layers: Sequence[int] | None
+) -> dict[str, list[Any]]:
+    """What a config says of each of its `before` layers, for the `after` layers that stay: key -> one value a layer.
+
+    `layers`: those that stay, sorted, where they are known. `unread`: keys that nothing reads; a list of theirs may
+    hold one value a layer or may not. Raises InputError where the layers differ and it is not known which ones stay, or
+    what the list means.
+    """
+    found = {}
+    for name in sorted({*unread, *PER_LAYER}):
+        values = config.get(name)
+        if not isinstance(values, list) or len(values) != before or name == "mlp_only_layers":
+            continue
+        alike = all(value == values[0] for value in values)
+        if not alike and name in unread:
+            raise InputError(
+                f"the config's {name} has one value for each of the {before} layers, and neither transformers nor this "
+                f"package reads it, so that layers cannot be cut; remove {name}, or keep all layers"
+            )
+        found[name] = values[:1] * after if layers is None else [values[layer] for layer in layers]
+        if not alike and layers is None:
+            raise InputError(
+                f"the {name} of this model differ from layer to layer, so that its layers cannot be cut to {after} "
+                f"before it is known which ones stay; the nearest legal number is {before}"
+            )
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
