@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from nemo_minitron.job.commands.plan import Outcome
 
-KEEP = "Sizes to keep, e.g. ffn=1024,hidden=448,layers=24; beside a target: axes to hold fixed."
+KEEP = "Sizes to keep, e.g. ffn=1024,hidden=432,layers=24; beside a target: axes to hold fixed."
 BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536,layers=20:30 [default: half to all]."
 SPACE = "Sizes to try, e.g. 'layers=29,30;heads=32,48;ffn=2.5x,3x' (multiples of hidden)."
 DIVISORS = "What sizes must be multiples of: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128, or several with commas."
@@ -76,6 +76,8 @@ def plan(
         outcome.plan.save(out)
         made = outcome.plan
         print(f"{out}: {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+    if outcome.remark:
+        print(f"remark: {outcome.remark}")
 
 
 def _show(outcome: Outcome) -> None:

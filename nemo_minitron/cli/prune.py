@@ -21,7 +21,14 @@ def prune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
+    from nemo_minitron.families import remark_on, remarks
     from nemo_minitron.job.commands.prune import Extras, run_prune
+    from nemo_minitron.job.models import config_of
 
     extras = Extras(compensation, fold_norms, head_residual, scores)
-    print(f"{out}: {run_prune(model, plan, out, overwrite, extras).parameters():,} parameters")
+    student = run_prune(model, plan, out, overwrite, extras)
+    print(f"{out}: {student.parameters():,} parameters")
+    config = config_of(model)
+    for sentence in (*remarks(config), remark_on(student, config)):
+        if sentence:
+            print(f"remark: {sentence}")

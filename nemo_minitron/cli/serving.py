@@ -16,7 +16,10 @@ def serving(
 ) -> None:
     """The commands that serve a model in vLLM and in TensorRT-LLM; nothing is started."""
     from nemo_minitron.export import serving_commands
-    from nemo_minitron.families import resolve
+    from nemo_minitron.families import from_hf, read_config, remark_on, resolve
 
-    for engine, commands in serving_commands(resolve(model), precision=precision, tp=tp).items():
+    folder = resolve(model)
+    for engine, commands in serving_commands(folder, precision=precision, tp=tp).items():
         print("\n".join([f"# {engine}", *commands]))
+    if sentence := remark_on(from_hf(folder), read_config(folder)):
+        print(f"# remark: {sentence}")

@@ -103,6 +103,17 @@ def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return family_of(config).written(normalized(config))
 
 
+def multiples_of(config: Mapping[str, Any]) -> Mapping[str, int | str]:
+    """Field of an Architecture -> what it must be a multiple of (a number, or another field) for a student of this
+    model to be loaded by every version of transformers."""
+    return family_of(config).multiples
+
+
+def remark_on(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
+    """What keeps a model of these sizes and this config's family from being loaded somewhere, if anything does."""
+    return family_of(config).remark(architecture)
+
+
 def check_host(model: str | Path | Mapping[str, Any]) -> None:
     """Raises InputError for a model that NeMo's class of its family cannot be, before anything is loaded."""
     config = read_config(model)

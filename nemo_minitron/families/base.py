@@ -93,6 +93,10 @@ class Family:
     no_effect: ClassVar[frozenset[str]] = frozenset()
     """Keys that transformers' class of the family knows and that change no logit, beside those of `keys.NO_EFFECT`."""
 
+    multiples: ClassVar[Mapping[str, int | str]] = {}
+    """Field of an Architecture -> what it must be a multiple of (a number, or another field) so that each transformers
+    from 4.51 on runs the model."""
+
     @property
     def read(self) -> frozenset[str]:
         """The keys of a normalized config that this family reads, or knows to be of no effect."""
@@ -152,20 +156,15 @@ class Family:
 
     def remark(self, architecture: Architecture) -> str | None:
         """What keeps a student of these sizes from being loaded somewhere, in one sentence; None where nothing does."""
-        for field, multiple in self.multiples(architecture).items():
-            size = getattr(architecture, field)
-            if size % multiple:
+        for field, of in self.multiples.items():
+            size, multiple = getattr(architecture, field), getattr(architecture, of) if isinstance(of, str) else of
+            if size is not None and size % multiple:
                 near = max(1, round(size / multiple)) * multiple
                 return (
                     f"transformers 5 runs a {self.hf_class} only where its {field} is a multiple of {multiple}; "
                     f"{size} is none, though transformers 4 runs it; the nearest size is {near}"
                 )
         return None
-
-    def multiples(self, architecture: Architecture) -> dict[str, int]:
-        """Field of an Architecture -> what it must be a multiple of so that every transformers from 4.51 on runs the
-        model."""
-        return {}
 
     def hf_tensors(self, architecture: Architecture) -> dict[str, tuple[str, ...]]:
         """Hugging Face name -> canonical names, for the whole model, in the model's order.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.families.base import LLAMA_TENSORS, Config, Family, biases
 from nemo_minitron.families.translate import fixed, rope_field, rope_of
 
@@ -26,14 +25,14 @@ class Llama(Family):
     nemo_fixed = fixed("add_bias_linear", "seq_len_interpolation_factor")
     rope_types = ("default", "linear", "llama3")
     reads = frozenset({"attention_bias", "mlp_bias"})
+    multiples: ClassVar[Mapping[str, int | str]] = {
+        "hidden_size": "num_attention_heads"
+    }  # its config's class checks it
 
     def features(self, config: Config) -> dict[str, Any]:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
         found = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
         return super().features(config) | found
-
-    def multiples(self, architecture: Architecture) -> dict[str, int]:
-        return {"hidden_size": architecture.num_attention_heads}  # its config's class checks that
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
         name, fields = super().nemo_config(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nemo_minitron.architecture import Architecture
+from collections.abc import Mapping
+from typing import ClassVar
+
 from nemo_minitron.families.base import LLAMA_SIZES, LLAMA_TENSORS, NEMO_FIELDS
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.translate import fixed
@@ -40,9 +42,7 @@ class Mixtral(Mistral):
     }
     nemo_fixed = fixed("num_moe_experts", "window_size", "seq_len_interpolation_factor")
     reads = frozenset()
+    # its experts are one grouped matrix product, which wants rows of 16 bytes: 8 elements in 16 bits
+    multiples: ClassVar[Mapping[str, int | str]] = {"hidden_size": 8, "moe_ffn_hidden_size": 8}
     no_effect = frozenset({"router_jitter_noise"})  # of transformers' training
     exact_axes = frozenset({"expert_ffn", "heads", "query_groups", "layers", "vocab"})
-
-    def multiples(self, architecture: Architecture) -> dict[str, int]:
-        # its experts are one grouped matrix product, which wants rows of 16 bytes: 8 elements in 16 bits
-        return {"hidden_size": 8, "moe_ffn_hidden_size": 8}

@@ -88,7 +88,7 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
 
 def check_chain_space(job: Job, folder: Path) -> None:
     """Raises InputError where the disk cannot hold all steps."""
-    need_space(folder, sum(space(step.job, step.source) for step in checked(job, folder)))
+    need_space(folder, sum(space(step.job, step.known[step.job.teacher]) for step in checked(job, folder)))
 
 
 def describe_chain(job: Job, folder: Path) -> str:

@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, words
 from nemo_minitron.evaluation.tasks import check_tasks
-from nemo_minitron.families import from_hf, on_disk, to_hf
+from nemo_minitron.families import check_host, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.models import config_of, is_nemo, teacher_config
@@ -39,11 +39,17 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
     return student_architecture(source, keep)
 
 
-def searched(job: Job, source: Architecture) -> Architecture:
-    """Of a job that searches, the shape closest to its first target. Raises InputError where nothing meets them."""
+def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
+    """Of a job that searches, the shape closest to its first target; `loads`: what the teacher's family wants of sizes
+    (`families.multiples_of`). Raises InputError where nothing meets them."""
     if "vocab" in job.keep:
         raise InputError(VOCAB)
-    return job.search.run(source, job.keep).candidates[0].architecture
+    return job.search.run(source, job.keep, loads=loads).candidates[0].architecture
+
+
+def _target(job: Job, source: Architecture, config: Mapping[str, Any]) -> Architecture:
+    """The student's Architecture, of a search the one that stands for all; `config` is the teacher's."""
+    return searched(job, source, multiples_of(config)) if job.search.wanted else target_of(source, job.keep)
 
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
@@ -63,8 +69,9 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     config = known.get(job.teacher) or teacher_config(job, offline=offline)
     source = from_hf(config)
     ancestor = learned(job, source, known)
-    target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
+    target = _target(job, source, config)
     to_hf(target, config)
+    check_host(config)
     job.cutting.check(source, target, job.search.wanted)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
@@ -96,12 +103,12 @@ def check_space(job: Job, folder: str | Path) -> None:
 
     A checkpoint holds bf16 weights, their fp32 master copies and two moments.
     """
-    need_space(folder, space(job, from_hf(config_of(job.teacher))))
+    need_space(folder, space(job, config_of(job.teacher)))
 
 
-def space(job: Job, source: Architecture) -> int:
-    """Bytes of a run of a teacher of these sizes; between rounds the model that is scored takes them for a while."""
-    target = searched(job, source) if job.search.wanted else target_of(source, job.keep)
+def space(job: Job, config: Mapping[str, Any]) -> int:
+    """Bytes of a run of a teacher of this config; between rounds the model that is scored takes them for a while."""
+    target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
     trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
     solved = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # and the parts of one
@@ -128,6 +135,7 @@ def describe(job: Job) -> str:
 def lines_of(job: Job, known: Known) -> list[str]:
     """Sizes, memory, tokens and stages of a job; `known` and refusals as in `check`."""
     source, target = check(job, offline=True, known=known)
+    config = known.get(job.teacher) or teacher_config(job, offline=True)
     ancestor = learned(job, source, known)
     layout, why = job.layout.for_student(target, ancestor)
     memory = training_memory(target, ancestor, job.distillation, layout)
@@ -142,6 +150,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
         "FLOPs a token": lambda a: a.flops_per_token(job.distillation.sequence_length),
     }
     lines += [f"{name:24}{count(source):>16,}{count(target):>16,}" for name, count in rows.items()]
+    lines += [f"remark: {sentence}" for sentence in (*remarks(config), remark_on(target, config)) if sentence]
     lines += ["", "memory of a distillation step, each rank:"]
     lines += [f"  {name:22}{size / 1e9:>12.3f} GB" for name, size in {**memory, "sum": sum(memory.values())}.items()]
     settings = job.distillation
@@ -157,7 +166,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     folder = on_disk(job.teacher) if job.teacher not in known else Path(job.teacher)
     lines += ["the teacher is not on this machine: its sizes are the recipe's"] if folder is None else []
     if job.search.wanted:
-        lines += ["", f"search: {job.search.words(source, job.keep)}"]
+        lines += ["", f"search: {job.search.words(source, job.keep, multiples_of(config))}"]
         lines += ["the student above is the shape closest to the first target"]
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in words(measured))]

@@ -55,24 +55,29 @@ class Divisors:
             every = every * self.tp if self.local else math.lcm(every, self.tp)
         return math.lcm(every, self.of.get(name, 1))
 
-    def step(self, source: Architecture, name: str) -> int:
+    def step(self, source: Architecture, name: str, multiple: int = 1) -> int:
         """From one size to the next between bounds: unless divisors say, 64, or less or more, so that an axis of
-        widths or experts has from eight steps to a hundred odd."""
-        hard, length = self.hard(source, name), axis(name).length(source)
+        widths or experts has from eight steps to a hundred odd. Sizes are multiples of `multiple`, too."""
+        hard, length = math.lcm(self.hard(source, name), multiple), axis(name).length(source)
         if name not in (*WIDTHS, "experts") or self.every or name in self.of:
             return hard
         least, most = _power_of_two(length // 64), _power_of_two(length // 8)
-        return math.lcm(max(min(STEP, most), least), hard)
+        step = max(min(STEP, most), least)
+        while step > 1 and multiple > 1 and math.lcm(step, multiple) > length // 8:
+            step //= 2  # heads are seldom a power of two
+        return math.lcm(step, hard)
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """`sizes`: legal sizes of each axis that varies; `multiples`: those given as multiples of the hidden size."""
+    """`sizes`: legal sizes of each axis that varies; `multiples`: those given as multiples of the hidden size; `loads`:
+    axis -> what its sizes must be multiples of, a number or another axis, for a student that loads everywhere."""
 
     source: Architecture
     sizes: Mapping[str, tuple[int, ...]]
     multiples: Mapping[str, tuple[Fraction, ...]]
     divisors: Divisors
+    loads: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -99,7 +104,12 @@ class Space:
                 columns[name] = hidden * over // under
                 legal &= (hidden * over % under == 0) & self._within(name, columns[name])
             legal &= self._whole_groups(columns)
+            for name, of in self.loads.items():
+                legal &= self._column(columns, name) % (self._column(columns, of) if isinstance(of, str) else of) == 0
             yield {name: columns[name][legal] for name in self.axes}
+
+    def _column(self, columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        return columns.get(name, np.array([axis(name).length(self.source)]))
 
     def _within(self, name: str, sizes: np.ndarray) -> np.ndarray:
         return (sizes <= axis(name).length(self.source)) & (sizes % self.divisors.hard(self.source, name) == 0)
@@ -125,12 +135,15 @@ def make_space(
     bounds: Bounds | None = None,
     divisors: Divisors | None = None,
     keep: Keep | None = None,
+    loads: Mapping[str, int | str] | None = None,
 ) -> Space:
     """`lists`: the sizes to try, as the papers' spaces; only these axes vary then, and those of `bounds`.
 
     Without lists, layers, hidden, ffn and experts vary between half and all of what is there, and each axis of
     `bounds` between its own ends, the ends with it; heads, query groups and the vocabulary only where they are
     named. Steps and what is legal: `divisors`; of listed sizes those that are not legal go. `keep` fixes an axis.
+    `loads` (a family's `multiples`, by Architecture's fields) leaves out sizes that some version of transformers does
+    not load, where there are others, of axes whose sizes are not listed or kept by name.
 
     Raises InputError for an axis that the model lacks, a size out of range, and an axis that has no legal size.
     """
@@ -141,6 +154,7 @@ def make_space(
     if twice:
         raise InputError(f"'{twice[0]}' is given twice; give it in one of --space, --bounds and --keep")
     student_architecture(source, keep)
+    everywhere = _everywhere(loads or {}, {*lists, *keep})
     sizes: dict[str, tuple[int, ...]] = {name: (_fixed(name, value),) for name, value in keep.items()}
     multiples: dict[str, tuple[Fraction, ...]] = {}
     for name, values in lists.items():
@@ -150,11 +164,25 @@ def make_space(
             sizes[name] = _listed(source, name, values, divisors.hard(source, name))
     for name in bounds if lists else {**dict.fromkeys(_default_axes(source)), **bounds}:
         if name not in keep:
-            sizes[name] = _between(source, name, bounds.get(name), divisors)
-    space = Space(source, {n: sizes[n] for n in AXES if n in sizes}, multiples, divisors)
+            sizes[name] = _between(source, name, bounds.get(name), divisors, everywhere.get(name, 1))
+    for name, of in tuple(everywhere.items()):
+        every = axis(of).length(source) if isinstance(of, str) else of
+        if name in sizes and of not in sizes and all(size % every for size in sizes[name]):
+            del everywhere[name]  # the bounds leave no such size
+    space = Space(source, {n: sizes[n] for n in AXES if n in sizes}, multiples, divisors, everywhere)
     if space.combinations > MOST:
         raise InputError(f"the space has {space.combinations:,} shapes; narrow it to at most {MOST:,}")
     return space
+
+
+def _everywhere(loads: Mapping[str, int | str], named: set[str]) -> dict[str, int | str]:
+    """The same by axes, of those whose sizes the user did not name."""
+    by_size = {cut.size: name for name, cut in AXES.items()}
+    return {
+        by_size[field]: by_size[of] if isinstance(of, str) else of
+        for field, of in loads.items()
+        if by_size[field] not in named
+    }
 
 
 def _default_axes(source: Architecture) -> list[str]:
@@ -205,12 +233,15 @@ def _multiples(source: Architecture, name: str, values: Sizes) -> tuple[Fraction
     return found
 
 
-def _between(source: Architecture, name: str, bounds: tuple[int, int] | None, divisors: Divisors) -> tuple[int, ...]:
+def _between(
+    source: Architecture, name: str, bounds: tuple[int, int] | None, divisors: Divisors, multiple: int | str = 1
+) -> tuple[int, ...]:
     most, least = _length(source, name), _least(source, name)
     low, high = bounds or (max(least, -(-most // 2)), most)
     if not least <= low <= high <= most:
         raise InputError(f"{name}={low}:{high} is not legal; bounds lie within {least}:{most}, the lower one first")
-    step, hard = divisors.step(source, name), divisors.hard(source, name)
+    every = axis(multiple).length(source) if isinstance(multiple, str) else multiple
+    step, hard = divisors.step(source, name, every), divisors.hard(source, name)
     legal = {*range(-(-low // step) * step, high + 1, step)} or {*range(-(-low // hard) * hard, high + 1, hard)}
     legal |= {size for size in {low, high} if size % hard == 0 and (bounds or size == most)}
     return tuple(sorted(legal)) if legal else _none(name, hard, [low, high])

@@ -224,6 +224,6 @@ def test_the_shipped_chain(tmp_path):
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
-    recipe = find("smollm2_135m_to_108m_to_84m_chain").override([f"teacher={tmp_path}"])
+    recipe = find("smollm2_135m_to_108m_to_81m_chain").override([f"teacher={tmp_path}"])
     rows = [line.split() for line in describe_chain(recipe, tmp_path / "run").splitlines()[-3:]]
-    assert rows == [["teacher", "134,515,008"], ["108m", "107,972,928", "30,208"], ["84m", "83,978,944", "60,416"]]
+    assert rows == [["teacher", "134,515,008"], ["108m", "107,972,928", "30,208"], ["81m", "80,979,696", "60,416"]]

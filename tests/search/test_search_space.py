@@ -185,3 +185,47 @@ def test_words():
     assert parse.divisors("fp8=128") == Divisors(128, local=True)
     with pytest.raises(InputError, match="fp8=100 in --divisors is no multiple of 16; the nearest is 96"):
         parse.divisors("fp8=100")
+
+
+# -- sizes that every transformers loads ------------------------------------------------------------------------
+LOADS = {"hidden_size": "num_attention_heads"}
+
+
+def test_hidden_sizes_of_a_llama_are_multiples_of_its_heads():
+    assert make_space(smollm2()).sizes["hidden"] == (320, 384, 448, 512, 576)
+    assert make_space(smollm2(), loads=LOADS).sizes["hidden"] == (288, 360, 432, 504, 576)  # 72 is 8 x 9 heads
+    large = smollm2().replace(hidden_size=4096, num_attention_heads=32, num_query_groups=8)
+    assert make_space(large, loads=LOADS).sizes["hidden"] == make_space(large).sizes["hidden"]
+    odd = smollm2().replace(hidden_size=3072, num_attention_heads=24, num_query_groups=8)
+    assert make_space(odd, loads=LOADS).sizes["hidden"] == tuple(range(1536, 3073, 192))
+
+
+def named_shapes(space):
+    return [dict(zip(block, row, strict=True)) for block in space.blocks() for row in zip(*block.values(), strict=True)]
+
+
+@pytest.mark.parametrize("bounds", [{"heads": (3, 9)}, {"heads": (3, 9), "hidden": (440, 576)}])
+def test_each_shape_loads_where_heads_vary_too(bounds):
+    shapes = named_shapes(make_space(smollm2(), bounds=bounds, loads=LOADS))
+    assert {shape["heads"] for shape in shapes} == {3, 6, 9}
+    assert all(shape["hidden"] % shape["heads"] == 0 for shape in shapes)
+    assert any(s["hidden"] % s["heads"] for s in named_shapes(make_space(smollm2(), bounds=bounds)))
+
+
+def test_what_is_asked_for_by_name_stays():
+    listed = make_space(smollm2(), lists={"hidden": (448, 512), "ffn": (1024,)}, loads=LOADS)
+    assert [shape["hidden"] for shape in named_shapes(listed)] == [448, 512]
+    kept = make_space(smollm2(), lists={"ffn": (1024,)}, keep={"hidden": 448}, loads=LOADS)
+    assert [shape["hidden"] for shape in named_shapes(kept)] == [448]
+    bounded = make_space(smollm2(), bounds={"hidden": (445, 449)}, lists={"ffn": (1024,)}, loads=LOADS)
+    assert {shape["hidden"] for shape in named_shapes(bounded)} == {445, 446, 447, 448, 449}  # none of them loads
+
+
+def test_a_mixtures_widths_are_multiples_of_8():
+    loads = {"hidden_size": 8, "moe_ffn_hidden_size": 8}
+    small = MIXTURE.replace(hidden_size=48, moe_ffn_hidden_size=40)
+    space = make_space(small, loads=loads)
+    assert {axis: all(s % 8 == 0 for s in space.sizes[axis]) for axis in ("hidden", "expert_ffn")} == {
+        "hidden": True, "expert_ffn": True,
+    }  # fmt: skip
+    assert len(space.sizes["hidden"]) > 1

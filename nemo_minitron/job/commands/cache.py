@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing
 from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import family_of, resolve
+from nemo_minitron.families import check_host, family_of, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
@@ -30,6 +30,7 @@ def run_cache(
     from nemo_minitron.nemo.sources import open_source
 
     source = open_source(model)
+    check_host(source.config)
     layout.check(source.architecture)
     layout.check_sequence(settings.sequence_length)
     check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve
+from nemo_minitron.families import check_host, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
@@ -36,6 +36,7 @@ def run_compensate(
     made = PrunePlan.load(plan)
     check_plan(made, source)
     check_solvable(made, ridge, memory)
+    check_host(source.config)
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
     with locked(cache_of(out)):

@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve, written_config
+from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.job.models import identity
@@ -112,7 +113,12 @@ def run_distill(
     check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
-    models = [HFSource(source).architecture, *([open_source(teacher_folder).architecture] if teacher_folder else [])]
+    opened = [HFSource(source), *([open_source(teacher_folder)] if teacher_folder else [])]
+    for model in opened:
+        check_host(model.config)
+    models = [model.architecture for model in opened]
+    if recipe.learns_from_teacher and len(models) > 1:
+        check_vocabularies(models[0], models[1])
     for architecture in models if not recipe.teacher_cache else models[:1]:
         layout.for_depth(architecture.num_layers).check(architecture, training=True)
     depth = models[0].num_layers
@@ -133,6 +139,15 @@ def run_distill(
             layout.for_depth(depth), work / "log.txt", plan=plan,
         )  # fmt: skip
         return export_student(training, source, out)
+
+
+def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
+    """Raises InputError for a pair that does not have one vocabulary: the student learns the teacher's tokens."""
+    if student.vocab_size != teacher.vocab_size:
+        raise InputError(
+            f"the teacher has {teacher.vocab_size:,} tokens in its vocabulary and the student has "
+            f"{student.vocab_size:,}; a student learns from a teacher of the same vocabulary"
+        )
 
 
 def check_out(out: Path, inputs: tuple[Path, ...]) -> None:

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve
+from nemo_minitron.families import check_host, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.processes.launch import launch
@@ -35,6 +35,8 @@ def run_estimate(
     from nemo_minitron.nemo.sources import open_source
 
     source = open_source(model)
+    if calibration.runs:
+        check_host(source.config)
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
     check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
@@ -164,10 +166,12 @@ def _runs(scores: Scores) -> list[dict[str, Any]]:
 # -- what scores say about themselves ------------------------------------------------------------------
 def _examined(scores: Scores) -> Scores:
     """With the diagnostics in its notes."""
+    from nemo_minitron.families import remarks as config_remarks
     from nemo_minitron.importance.diagnostics import remarks, split_half
 
     overlap = [scores.notes["overlap"]] if "overlap" in scores.notes else []
-    found = {"split_half": split_half(scores), "remarks": [*overlap, *remarks(scores)]}
+    of_config = config_remarks(scores.notes["config"]) if "config" in scores.notes else []
+    found = {"split_half": split_half(scores), "remarks": [*overlap, *of_config, *remarks(scores)]}
     return dataclasses.replace(scores, notes=scores.notes | found)
 
 

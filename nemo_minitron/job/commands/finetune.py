@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.files import digest_of, file_digest, write_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve
+from nemo_minitron.families import check_host, resolve
 from nemo_minitron.job.commands.corpus import cache_of
 from nemo_minitron.job.commands.distill import check_out, export_student, finished, teacher_identity
 from nemo_minitron.job.processes.launch import launch
@@ -28,7 +28,9 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
 
     source = resolve(student)
     check_out(out, (source,))
-    architecture = HFSource(source).architecture
+    opened = HFSource(source)
+    check_host(opened.config)
+    architecture = opened.architecture
     layout = layout.for_depth(architecture.num_layers)
     layout.check(architecture, training=True)
     layout.check_sequence(recipe.sequence_length)

@@ -19,13 +19,15 @@ BASELINES = ("", "random", "least")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`plan` is None for an Architecture alone; `rows` are the candidates', best first, `uncut` the model's own."""
+    """`plan` is None for an Architecture alone; `rows` are the candidates', best first, `uncut` the model's own;
+    `remark`: what keeps the student from being loaded somewhere, in one sentence."""
 
     plan: PrunePlan | None
     rows: Sequence[dict[str, Any]] = ()
     uncut: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     combinations: int = 0
     fitting: int = 0
+    remark: str | None = None
 
 
 def run_plan(
@@ -44,7 +46,7 @@ def run_plan(
     `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError, also for sizes
     that the model's Hugging Face class cannot have, where the scores know its config.
     """
-    from nemo_minitron.families import to_hf
+    from nemo_minitron.families import remark_on, to_hf
     from nemo_minitron.search import plan, random_plan
 
     if (scores is None) == (architecture is None):
@@ -52,10 +54,10 @@ def run_plan(
     if baseline not in BASELINES:
         raise InputError(f"baseline '{baseline}' is unknown; legal are random and least")
     known = Scores.load(scores) if scores else None
-    source = known.architecture if known else read_architecture(architecture or Path())
+    source, config = (known.architecture, known.notes.get("config")) if known else read_model(architecture or Path())
     outcome = Outcome(None)
     if search.wanted:
-        outcome, keep = _searched(source, keep, search, known, depth, contiguous)
+        outcome, keep = _searched(source, config, keep, search, known, depth, contiguous)
     elif not keep or known is None:
         raise InputError("there is nothing to plan; give a target, for example --params 84M, or scores and --keep")
     if known is None:
@@ -64,21 +66,24 @@ def run_plan(
         made = random_plan(source, keep=keep, seed=seed)
     else:
         made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
-    if "config" in known.notes:
-        to_hf(made.target, known.notes["config"], made.keep.get("layers"))
+    if config:
+        to_hf(made.target, config, made.keep.get("layers"))
     if search.wanted:
         made.notes["budget"] = [str(target) for target in search.targets()]
-    return dataclasses.replace(outcome, plan=made)
+    return dataclasses.replace(outcome, plan=made, remark=remark_on(made.target, config) if config else None)
 
 
 def _searched(
-    source: Architecture, keep: Mapping[str, int], search: Search, scores: Scores | None, depth: str, contiguous: bool
-) -> tuple[Outcome, dict[str, int]]:
-    """The candidates, and the sizes of the best."""
+    source: Architecture, config: Mapping[str, Any] | None, keep: Mapping[str, int], search: Search,
+    scores: Scores | None, depth: str, contiguous: bool,
+) -> tuple[Outcome, dict[str, int]]:  # fmt: skip
+    """The candidates, and the sizes of the best; `config`: the model's Hugging Face config, where it is known."""
+    from nemo_minitron.families import multiples_of
     from nemo_minitron.search.candidates import cut_of
     from nemo_minitron.search.table import rows_of, source_row
 
-    found = search.run(source, keep, scores, depth=depth, contiguous=contiguous)
+    loads = multiples_of(config) if config else None
+    found = search.run(source, keep, scores, loads=loads, depth=depth, contiguous=contiguous)
     best = found.candidates[0]
     outcome = Outcome(
         None, rows_of(found, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
@@ -87,17 +92,19 @@ def _searched(
     return outcome, cut_of(best, source)
 
 
-def read_architecture(path: Path) -> Architecture:
-    """Of a model's folder, its config.json, or an Architecture's own JSON. Raises InputError."""
+def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
+    """Architecture and Hugging Face config of a model's folder or its config.json; of an Architecture's own JSON the
+    former alone. Raises InputError."""
     from nemo_minitron.families import from_hf
     from nemo_minitron.job.models import config_of
 
     if path.is_dir():
-        return from_hf(config_of(path))
+        config = config_of(path)
+        return from_hf(config), config
     values = read_json(path, "the architecture")
     if not isinstance(values, dict):
         raise InputError(f"the architecture '{path}' is no JSON object of sizes")
-    return Architecture.from_dict(values) if "num_layers" in values else from_hf(values)
+    return (Architecture.from_dict(values), None) if "num_layers" in values else (from_hf(values), values)
 
 
 def write_candidates(folder: Path, outcome: Outcome, cost: str) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,11 @@ LOCK = ".lock"
 def locked(folder: str | Path) -> Iterator[None]:
     """Holds `folder` (made where it is not there); raises InputError where another process does.
 
-    The file `.lock` stays and says who was last; the lock is flock's, on machines that share it.
+    The file `.lock` stays and says who was last; the lock is flock's, on machines that share it. A folder that was made
+    here goes again where the block refuses its input before it has written anything.
     """
     folder = Path(folder)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
         try:
@@ -34,4 +37,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except InputError:
+            if new and [path.name for path in folder.iterdir()] == [LOCK]:  # refused before anything was done
+                shutil.rmtree(folder)
+            raise

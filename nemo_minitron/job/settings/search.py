@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nemo_minitron.search.targets import Target
 
 DTYPES = ("bf16", "fp8")
+Loads = Mapping[str, int | str]  # a family's `multiples`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,31 +102,31 @@ class Search(Counted):
             found.append(targets.flops(parse.count(self.flops, "--flops"), context=self.context))
         return found
 
-    def shapes(self, source: Architecture, keep: Mapping[str, Any]) -> Space:
-        """The space; `keep` fixes axes. Raises InputError as `make_space` does."""
+    def shapes(self, source: Architecture, keep: Mapping[str, Any], loads: Loads | None = None) -> Space:
+        """The space; `keep` fixes axes, `loads` as for `make_space`. Raises InputError as that does."""
         from nemo_minitron.search import make_space, parse
 
         return make_space(
             source, lists=parse.lists(self.space), bounds=parse.bounds(self.bounds),
-            divisors=parse.divisors(self.divisors), keep=keep,
+            divisors=parse.divisors(self.divisors), keep=keep, loads=loads,
         )  # fmt: skip
 
     def run(
         self, source: Architecture, keep: Mapping[str, Any], scores: Scores | None = None,
-        measure: Measure | None = None, **options: Any,
+        measure: Measure | None = None, loads: Loads | None = None, **options: Any,
     ) -> Found:  # fmt: skip
-        """The candidates; `measure` gives a candidate's latency in seconds (None: it is not looked at), `options` are
-        those of `search.search`. Raises InputError where nothing meets the targets."""
+        """The candidates. `measure` gives a candidate's latency in seconds (None: it is not looked at), `loads` is for
+        `make_space`, `options` for `search.search`. Raises InputError where nothing meets the targets."""
         from nemo_minitron.search import parse, search
 
         settings = {"top": self.candidates, "maximal": self.maximal} | options
         if self.latency and measure:
             settings["latency"] = (parse.seconds(self.latency, "--latency"), measure)
-        return search(self.shapes(source, keep), self.targets(), scores, **settings)
+        return search(self.shapes(source, keep, loads), self.targets(), scores, **settings)
 
-    def words(self, source: Architecture, keep: Mapping[str, Any]) -> str:
+    def words(self, source: Architecture, keep: Mapping[str, Any], loads: Loads | None = None) -> str:
         """What is searched and how, in a line."""
-        found = self.run(source, keep)
+        found = self.run(source, keep, loads=loads)
         late = [f"a latency of at most {self.latency}, yet to be measured"] if self.latency else []
         asked, count = " and ".join([*map(str, self.targets()), *late]), len(found.candidates)
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.export import CardFacts
-from nemo_minitron.families import resolve
+from nemo_minitron.families import read_config, remark_on, resolve
 from nemo_minitron.job.lineage import COMPOSED, learned_from
 from nemo_minitron.job.run import Run
 from nemo_minitron.job.stages.compress import PRUNED
@@ -22,6 +22,7 @@ def card_facts(run: Run) -> CardFacts:
     between = f"It was cut from a student of {own.source.parameters():,} parameters, the teacher in the numbers above."
     data = {"name": job.data.name, "license": job.data.licence}
     use = f"calibration and {'prompts, which the teacher continued' if job.generation.wanted else 'distillation'}"
+    sentence = remark_on(plan.target, read_config(run.path(PRUNED)))
     return CardFacts(
         name=job.name,
         base_model=job.base_model or base.name,
@@ -44,7 +45,7 @@ def card_facts(run: Run) -> CardFacts:
         },
         numbers=read_json(run.path("numbers.json"), "the numbers"),
         versions=run.manifest.versions,
-        limits=[between] if job.learns_from else [],
+        limits=[*([between] if job.learns_from else []), *([sentence] if sentence else [])],
         in_place=_in_place(run),
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.axes import AXES
-from nemo_minitron.families import from_hf, resolve, to_hf
+from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
 from nemo_minitron.job.commands.corpus import corpus_identity
 from nemo_minitron.job.commands.distill import run_training, teacher_identity
 from nemo_minitron.job.commands.evaluate import measure
@@ -86,7 +86,7 @@ def candidates(run: Run) -> None:
     config = config_of(job.teacher)
     found = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
-        depth=job.depth,
+        loads=multiples_of(config), depth=job.depth,
     )  # fmt: skip
     run.say(f"    {found.combinations:,} shapes, {found.fitting:,} within the budget, the best {len(found.candidates)}")
     for candidate in found.candidates:

@@ -6,7 +6,7 @@ from pico import pico_llama, pico_mixtral
 
 from nemo_minitron.artifacts import Compensation
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import from_hf, read_config
 from nemo_minitron.job import Data, Job
 from nemo_minitron.job.dry_run import check, space, stage_names
 from nemo_minitron.job.stages.compensate import cut_identity
@@ -65,7 +65,9 @@ def test_depth_and_hidden_leave_nothing_to_solve(teacher, keep):
 def test_disk_for_what_is_solved(teacher):
     """Two fp32 copies of `down` and `o`: the file, and the parts that it is made of."""
     source = from_hf(teacher)
-    both = (space(job(teacher, {"ffn": 48}, f"cutting.compensate={on}"), source) for on in ("true", "false"))
+    both = (
+        space(job(teacher, {"ffn": 48}, f"cutting.compensate={on}"), read_config(teacher)) for on in ("true", "false")
+    )
     heads = source.num_attention_heads * source.head_dim
     assert next(both) - next(both) == 2 * 4 * source.num_layers * source.hidden_size * (48 + heads)
 

@@ -8,7 +8,7 @@ from spaces import PICO
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import from_hf, multiples_of, read_config
 from nemo_minitron.job import Data, Job, Search
 from nemo_minitron.job.dry_run import check, describe
 from nemo_minitron.job.find import find
@@ -54,7 +54,7 @@ def test_targets():
 
 def test_the_dry_run_tells_the_search(job):
     source, target = check(job)
-    found = job.search.run(source, {})
+    found = job.search.run(source, {}, loads=multiples_of(read_config(job.teacher)))
     assert target == found.candidates[0].architecture
     assert 142_500 <= target.parameters() <= 157_500
     text = describe(job)
