@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import translate
+from nemo_minitron.families.numbers import check_numbers
 
 Config = Mapping[str, Any]
 
@@ -90,9 +91,11 @@ class Family:
     """Ends of Hugging Face names that carry no weights."""
 
     def architecture(self, config: Config) -> Architecture:
-        """Raises InputError for a config that lacks a size or has an illegal one."""
+        """Raises InputError for a config that lacks a size or has an illegal one, or a number that no model has."""
         values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
-        return Architecture(**values)
+        found = Architecture(**values)
+        check_numbers(config)
+        return found
 
     def value(self, config: Config, name: str) -> Any:
         """A field of a Hugging Face config; where it is silent, transformers' default."""

@@ -69,9 +69,6 @@ class Distillation(Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("logits_weight", "lm_weight", "intermediate_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not (self.logits_weight or self.lm_weight):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
         if self.patience and not self.validate_every:
