@@ -70,7 +70,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
         recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
         intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
         intermediate_weight=recipe.intermediate_weight or None, plan=settings.get("plan"), seed=recipe.seed,
-        cache=recipe.teacher_cache,
+        cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
     )  # fmt: skip
     callbacks = [
         FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),
