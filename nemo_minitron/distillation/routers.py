@@ -19,8 +19,8 @@ KINDS = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancin
 
 
 def set_routers_loss(config: Any, coefficient: float) -> None:
-    """Before the model is built, and in its layout: what a NeMo config's routers add to the gradient. The config that NeMo saves keeps its
-    own. Raises InputError for a coefficient above 0 where there are no routers.
+    """Before the model is built, and in its layout: what a NeMo config's routers add to the gradient. The config that
+    NeMo saves keeps its own. Raises InputError for a coefficient above 0 where there are no routers.
 
     Megatron-core 0.15 multiplies it, where losses are summed per token, by a rank's own tokens, and divides by those of
     the whole batch: under sequence and context parallelism a rank has but its part, which is made up for here.

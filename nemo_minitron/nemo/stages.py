@@ -62,6 +62,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
 
     from nemo_minitron.nemo.distill import Distillation as DistillationCallback
     from nemo_minitron.nemo.distill import FillStudent
+    from nemo_minitron.nemo.finite import StopWhenNotFinite
     from nemo_minitron.nemo.loss_log import LossLog
     from nemo_minitron.nemo.stop import SaveWhenAsked, StopAfter
 
@@ -75,6 +76,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     callbacks = [
         FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),
         distillation,
+        StopWhenNotFinite(),
         LossLog(str(Path(settings["out"]) / "loss.csv"), recipe.tokens_per_step, parts=distillation),
     ]
     if recipe.patience:

@@ -61,7 +61,7 @@ def run_case(case, folder, out):
 
 
 def keep_the_first_step(made, architecture):
-    """Its gradients, whole and by canonical name, as they come to the optimizer, and the micro-batches of one process."""
+    """Its gradients, whole and by canonical name, as the optimizer gets them, and the micro-batches of one process."""
     import numpy as np
     import torch
 
@@ -91,8 +91,8 @@ def keep_the_first_step(made, architecture):
 
 
 def gradients_of(trainer, architecture):
-    """The sums that Megatron's distributed optimizer reads, as a live model: each data-parallel rank has a part of them,
-    which is gathered first."""
+    """The sums that Megatron's distributed optimizer reads, as a live model: each data-parallel rank has a part of
+    them, which is gathered first."""
     import torch
 
     from nemo_minitron.nemo.live import LiveSource

@@ -1,4 +1,4 @@
-"""The first step of a mixture's distillation by the book: a plain transformers Mixtral in float64, autograd's gradients."""
+"""The first step of a mixture's distillation by the book: a plain transformers Mixtral in float64 and autograd."""
 
 import numpy as np
 import torch
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 def first_step(student, teacher, batches, top_k=None, aux=0.0):
     """Canonical name -> gradient, float64, and the routers' loss; `batches`: arrays [micro-batches, S] by name.
 
-    The loss is the KL's mean over the tokens of all micro-batches that count, plus `aux` times the routers' losses, each
-    micro-batch's by its tokens.
+    The loss is the KL's mean over the tokens of all micro-batches that count, plus `aux` times the routers' losses,
+    each micro-batch's by its tokens.
     """
     from nemo_minitron.pruning import HFSource
 
@@ -54,7 +54,7 @@ def _float64(folder):
 
 
 def _balance(logits, top_k):
-    """Of the Switch Transformer (2101.03961), as Megatron has it: experts x sum of (share of tokens x mean probability)."""
+    """Of the Switch Transformer (2101.03961): experts x sum of (share of tokens x mean probability)."""
     tokens, experts = logits.shape
     chosen = logits.topk(top_k, -1).indices.flatten().bincount(minlength=experts)
     return experts * (chosen / (tokens * top_k) * logits.softmax(-1).mean(0)).sum()

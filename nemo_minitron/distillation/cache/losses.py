@@ -45,8 +45,8 @@ def sampled_cross_entropy(
 
     A cross-entropy, not a KL: its floor is the teacher's entropy, not 0. [..., V/tp] shards -> [...], fp32, in the
     contract of `distillation.losses`: rank r of `group` holds columns r * W to (r + 1) * W, those at and beyond
-    `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP. A kept token that
-    the student excludes (-inf) makes it +inf. Raises ValueError for a temperature that is not positive and finite.
+    `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP. A kept token
+    that the student excludes (-inf) makes it +inf. Raises ValueError for a temperature that is not positive and finite.
     """
     return _Sparse.apply(student_logits, targets.ids, targets.weights, None, temperature, group, vocab_size, in_place)
 
@@ -144,7 +144,8 @@ def _measure(
     logits: Tensor, kept: _Kept, temperature: float, room: Tensor, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[n, V/tp] -> statistics [5, n], float64 (max; sums of exp inside and outside of K; sum of w z; sum of w; exp and
-    z shifted by the max, or by `top`), the exponentials outside of K [n, V/tp], in `room`, 0 inside; those inside [m]."""
+    z shifted by the max, or by `top`), the exponentials outside of K [n, V/tp], in `room`, 0 inside; those inside, [m]
+    """
     z = room[: len(logits)].copy_(logits)
     if temperature != 1:
         z.div_(temperature)
