@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input from outside, told in one sentence; the command line prints it and exits with code 2."""
 
 
+class DivergedError(RuntimeError):
+    """A training whose loss, gradients or weights are no numbers any more; told in one sentence, exit code 1."""
+
+
 def nearest(given: str, legal: Iterable[str]) -> str:
     """The end of a refusal: the legal name closest to `given`, or the list of them when none is close."""
     names = sorted(legal)

@@ -111,3 +111,10 @@ FP8_GRADIENT = 0.4
 
 # Two FP8 linears in two ranks under delayed scaling: the same FP8 values, products summed in another order (96 terms).
 FP8_LAYOUT = 1e-5
+
+# A loss between softmaxes, as a part of it, of whatever size and at any temperature: fp32 sums of at most 509 terms,
+# whose rounding counts in the second order alone (`losses/_softmax.py`). Observed: 6e-4, top-k's at T = 100.
+SMALL_LOSS_FP32 = 2e-3
+
+# First gradients of a pico mixture, through fp32 layers and back, against float64's. Relative to the tensor's largest.
+FIRST_GRADIENT_FP32 = 2e-4

@@ -111,7 +111,7 @@ class Codec:
         return b"".join(part.tobytes() for part in parts)
 
     def decode(self, record: bytes) -> Kept:
-        """Raises InputError for bytes that are no record."""
+        """Raises InputError for bytes that are no record, and for numbers that are no probabilities."""
         rows = self.settings.sequence_length
         at = rows * self._length.itemsize
         lengths = np.frombuffer(record[:at].ljust(at, b"\0"), self._length).astype(np.int64)
@@ -123,6 +123,9 @@ class Codec:
         wide[:, : self.width] = np.frombuffer(record, np.uint8, number * self.width, at).reshape(number, self.width)
         packed = wide.reshape(-1).view("<u8").astype(np.int64)
         at += number * self.width
+        numbers = np.frombuffer(record, "<f4", (len(record) - at) // 4, at)
+        if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
+            raise InputError("a record of the cache holds a probability that is none; make the cache anew")
         return Kept(
             lengths,
             ids=packed & ((1 << self.id_bits) - 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ class Scores:
         return digest_of(about if self.method == ACTIVATION else [*about, self.method])
 
     def save(self, path: str | Path) -> None:
+        """Raises InputError for a number that is not finite."""
         from safetensors.numpy import save_file
+
+        self._check_finite(path)
 
         header = {
             "version": VERSION,
@@ -148,9 +152,17 @@ class Scores:
         for name, shape in expected_shapes(self.architecture).items():
             if name in self.tensors and self.tensors[name].shape != shape:
                 raise InputError(f"'{path}': '{name}' is {self.tensors[name].shape}, the architecture says {shape}")
-        for name, array in self.tensors.items():
-            if not np.isfinite(array).all():
+        self._check_finite(path)
+
+    def _check_finite(self, path: str | Path) -> None:
+        """Of scores, of the statistics behind them and of depth."""
+        for name, array in [*self.tensors.items(), *self.states.items()]:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise InputError(f"'{path}': '{name}' holds a number that is not finite")
+        for criterion, found in self.depth.items():
+            for (first, last), value in found.items():
+                if not math.isfinite(value):
+                    raise InputError(f"'{path}': {criterion} of block {first} to {last} is {value}, no finite number")
 
 
 _PLAIN = ("criterion", "norms", "samples", "tokens", "model_digest", "data_digest", "layout", "notes")

@@ -34,9 +34,11 @@ def compensate(
     """Solve anew what follows a cut of neurons or heads, by least squares on activations: forward passes only."""
     from nemo_minitron.job import Calibration, Layout
     from nemo_minitron.job.commands.compensate import run_compensate
+    from nemo_minitron.job.settings.cutting import Cutting
     from nemo_minitron.job.settings.precision import settle
 
+    cutting = Cutting(ridge=ridge, memory=memory)
     calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
-    found = run_compensate(model, plan, data, out, calibration, layout, ridge=ridge, memory=int(memory * 1e9))
+    found = run_compensate(model, plan, data, out, calibration, layout, ridge=ridge, memory=int(cutting.memory * 1e9))
     print(f"{out}: {len(found.tensors)} matrices, from {samples * sequence_length:,} tokens")

@@ -30,6 +30,7 @@ def distill(
     temperature: Annotated[float, typer.Option("--temperature", help="Of the loss; a cache's must agree.")] = 1.0,
     logits_weight: Annotated[float, typer.Option("--logits-weight", help="0: the LM loss alone.")] = 1.0,
     lm_weight: Annotated[float, typer.Option("--lm-weight", help="Of the language-model loss.")] = 0.0,
+    moe_aux_loss: Annotated[float, typer.Option("--moe-aux-loss-coeff", help="Of routers' load balancing.")] = 0.0,
     intermediate: Annotated[str, typer.Option("--intermediate", help="auto, or pairs such as block:13:29.")] = "",
     plan: Annotated[Optional[Path], typer.Option("--plan", help="The plan that the student comes from.")] = None,
     start: Annotated[str, typer.Option("--start", help="pruned, or random: the baseline.")] = "pruned",
@@ -60,8 +61,9 @@ def distill(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
         warmup_steps=10, loss=loss, temperature=temperature, teacher_cache=teacher_cache, logits_weight=logits_weight,
-        lm_weight=lm_weight, intermediate=intermediate, start=start, correction_tokens=correction_tokens,
-        validate_every=validate_every, patience=patience, precision=settle(precision), save_every=save_every, seed=seed,
+        lm_weight=lm_weight, moe_aux_loss_coeff=moe_aux_loss, intermediate=intermediate, start=start,
+        correction_tokens=correction_tokens, validate_every=validate_every, patience=patience,
+        precision=settle(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
 

@@ -82,6 +82,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
     names = _names(text)
     for name in names:
-        if not name.isdigit():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
             raise InputError(f"'{name}' in --depth-sizes is no size; write whole numbers, for example 1,2,6")
     return tuple(map(int, names))

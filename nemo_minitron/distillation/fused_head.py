@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from nemo_minitron.distillation.losses._per_token import Rule, solve
+from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, solve
 from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_columns
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
 
@@ -60,13 +60,12 @@ def fused_forward_kl(
     """
     if (teacher_logits is None) == (teacher_hidden is None or teacher_weight is None):
         raise ValueError("the teacher is either teacher_logits or teacher_hidden with teacher_weight")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
     if main_grad_scale is not None and not accumulates(student_weight):
         raise ValueError("main_grad_scale wants a weight with an fp32 main_grad, as Megatron's DDP gives it")
     gathered = group if sequence_parallel and ranks(group)[1] > 1 else None
     teacher = _teacher(teacher_hidden, teacher_weight, teacher_logits, student_weight, vocab_size, group, gathered)
-    settings = _Settings(ForwardKL(), temperature, vocab_size, group, gathered, main_grad_scale)
+    settings = _Settings(ForwardKL(temperature > 1), temperature, vocab_size, group, gathered, main_grad_scale)
     return _FusedHead.apply(student_hidden, student_weight, teacher, loss_mask, settings, torch.is_grad_enabled())
 
 
@@ -248,7 +247,7 @@ def _factor(gradient: Tensor, mask: Tensor | None, promised: float | None) -> Te
         factor = (gradient * mask).sum() / (mask * mask).sum().clamp(min=torch.finfo(torch.float32).tiny)
     else:
         factor = gradient.new_tensor(promised)
-    if ((gradient - factor * mask).abs() > 1e-5 * gradient.abs().max()).any():
+    if len(gradient) and ((gradient - factor * mask).abs() > 1e-5 * gradient.abs().max()).any():
         wanted = "multiple of loss_mask: give each token's weight as loss_mask"
         if promised is not None:
             wanted = f"{promised:g} times loss_mask, as main_grad_scale promised: the head's gradient was added so"

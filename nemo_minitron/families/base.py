@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import forms, keys, translate
+from nemo_minitron.families.numbers import check_numbers
 
 Config = Mapping[str, Any]
 
@@ -104,14 +105,16 @@ class Family:
         return frozenset(named | self.reads | self.no_effect)
 
     def architecture(self, config: Config) -> Architecture:
-        """Raises InputError for a config that lacks a size or has an illegal one, and for a key that changes what the
-        model computes and is not read here."""
+        """Raises InputError for a config that lacks a size or has an illegal one, for a number that no model has,
+        and for a key that changes what the model computes and is not read here."""
         kind = config.get("model_type", self.model_type)
         if kind != self.model_type:
             raise InputError(f"the config's model_type is {kind!r}; that of a {self.hf_class} is '{self.model_type}'")
         keys.check_keys(config, self.read, self.hf_class)
         values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
-        return Architecture(**values)
+        found = Architecture(**values)
+        check_numbers(config)
+        return found
 
     def unread(self, config: Config) -> list[str]:
         """The keys of a normalized config that nothing reads, neither transformers' class nor this package."""

@@ -89,6 +89,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_tokens(layout)
     job.distillation.check_batch(job.layout)
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
+    job.distillation.check_mixture(target)
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation)
     benchmarks(job.evaluation.benchmarks)

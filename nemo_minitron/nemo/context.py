@@ -86,7 +86,10 @@ def _defaults(folder: Path) -> dict[str, Any]:
 
 
 def _function(value: Any) -> Any:
-    """The dotted name of a function that is a value, not called; anything else as it is."""
+    """The dotted name of a function that is a value, not called; the number that YAML 1.1 reads as a text for want of
+    a point; anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+e[+-]?[0-9]{1,3}", value):
+        return float(value)
     if isinstance(value, Mapping) and value.get("_call_") is False and "_target_" in value:
         return str(value["_target_"])
     return value

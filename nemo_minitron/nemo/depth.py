@@ -13,9 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.artifacts.files import file_digest
+from nemo_minitron.errors import InputError
 from nemo_minitron.job.settings.calibration import Calibration
 from nemo_minitron.nemo.progress import say
 from nemo_minitron.nemo.trainer import chunks_of, leave_context
+
+LARGEST = 700.0  # a loss whose perplexity float64 can hold
 
 
 class DepthCriteria(Callback):
@@ -61,6 +64,12 @@ class DepthCriteria(Callback):
 
     def _perplexity(self, chunks: list[Any]) -> dict[Block, float]:
         losses = self.scores.depth.get("loss") or self._loss(chunks)
+        (first, last), most = max(losses.items(), key=lambda item: item[1])
+        if most > LARGEST:
+            raise InputError(
+                f"the loss without block {first} to {last} is {most:g}, whose perplexity no number holds; take the "
+                "criterion loss"
+            )
         return {block: math.exp(loss) for block, loss in losses.items()}
 
     def _accuracy(self, chunks: list[Any]) -> dict[Block, float]:

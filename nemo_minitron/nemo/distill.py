@@ -13,10 +13,12 @@ from nemo_minitron.distillation.intermediate import MEASURES, Intermediate
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.distillation.meter import Meter
 from nemo_minitron.distillation.projection import Projection
+from nemo_minitron.distillation.routers import ROUTERS, routers_loss, set_routers_loss
 from nemo_minitron.distillation.step import Objective, distillation_step
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.forward import architecture_of
+from nemo_minitron.job.settings.counted import check_number, check_whole
 from nemo_minitron.nemo.live import fill
 from nemo_minitron.nemo.models import current_layout, load_model
 from nemo_minitron.nemo.random_start import RandomStart
@@ -68,28 +70,37 @@ class Distillation(Callback):
     comes from, a PrunePlan's file, which "auto" and the linear's start need.
     `cache`: a folder of `minitron cache-logits`; then no teacher is loaded, and the loss is the cache's own, at its
     temperature. Training's rows must be the cache's (`nemo.data.rows`), in any order.
+    `moe_aux_loss_coeff`: of the load-balancing loss of a mixture's routers, in the place of what the model's config
+    has, for as long as it is distilled: a loss is what it says it is (`distillation.routers`). Its z-loss is off.
     `parts` are the parts of the last step's loss, by name, once there is more than one, or a cache; NeMo's logger
     has them too.
 
-    Raises InputError for names that are unknown, another vocabulary, a layout that the teacher cannot run in, or
-    gradients that are averaged in the collective.
+    Raises InputError for names that are unknown, numbers that are none, a routers' loss without routers, another
+    vocabulary, a layout that the teacher cannot run in, or gradients that are averaged in the collective.
     """
 
     def __init__(
         self, teacher: str, loss: str = "forward_kl", temperature: float = 1.0, precision: str = "bf16",
         offload: bool = False, *, top_k: int = 100, logits_weight: float = 1.0, lm_weight: float = 0.0,
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
-        plan: str | None = None, seed: int = 1234, cache: str = "",
+        plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
     ) -> None:  # fmt: skip
         for name, value, legal in (("loss", loss, losses.__all__), ("intermediate_loss", intermediate_loss, MEASURES)):
             if value not in legal:
                 raise InputError(f"{name} '{value}' is unknown; {nearest(value, legal)}")
+        for name, number in (
+            ("temperature", temperature), ("logits_weight", logits_weight), ("lm_weight", lm_weight),
+            ("intermediate_weight", intermediate_weight or 0.0), ("moe_aux_loss_coeff", moe_aux_loss_coeff),
+        ):  # fmt: skip
+            check_number(name, number)
+        for name, count in (("top_k", top_k), ("seed", seed)):
+            check_whole(name, count)
         if not (logits_weight or lm_weight):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
         self.source, self.precision, self.offload, self.seed = teacher, precision, offload, seed
         # The vocabulary is the student's own, and known once it is there.
         self.objective = Objective(0, loss, temperature, top_k, logits_weight, lm_weight)
-        self.cache = cache
+        self.cache, self.aux = cache, moe_aux_loss_coeff
         self.pairs, self.measure, self.weight = intermediate, intermediate_loss, intermediate_weight
         self.plan = PrunePlan.load(plan) if plan else None
         self.parts: dict[str, float] = {}
@@ -105,6 +116,7 @@ class Distillation(Callback):
             raise InputError("average_in_collective is on; masked tokens need a sum over ranks, set it to False")
         # Before Megatron's DDP reads it. Else a rank with few tokens would weigh as much as one with many.
         pl_module.config.calculate_per_token_loss = True
+        set_routers_loss(pl_module.config, self.aux)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         student = chunks_of(trainer)
@@ -113,7 +125,7 @@ class Distillation(Callback):
             self._learn_from_cache(pl_module.config)
         elif self.objective.logits_weight or self.pairs:
             self.teacher = self._load(student[0].config.sequence_parallel)
-        if self.pairs or self.cache or len(self.objective.parts) > 1:
+        if self.pairs or self.cache or self.aux or len(self.objective.parts) > 1:
             self._watch(student)
         # Set on the live config, after NeMo recorded its arguments: a checkpoint's context has NeMo's own.
         pl_module.config.forward_step_fn = distillation_step(self.objective, model_inputs, self.teacher, self._meter)
@@ -161,7 +173,8 @@ class Distillation(Callback):
     @property
     def names(self) -> list[str]:
         """The columns that `parts` has."""
-        return [*self._meter.parts, *["alpha"] * (self._intermediate is not None)] if self._meter else []
+        extra = ["alpha"] * (self._intermediate is not None) + [ROUTERS] * bool(self.aux)
+        return [*self._meter.parts, *extra] if self._meter else []
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
         """Before the student's schedule: the teacher's, over the same micro-batches."""
@@ -182,6 +195,8 @@ class Distillation(Callback):
             self.teacher.leave()
         if self._meter is not None:
             self.parts = self._meter.reduce()
+        if self.aux:
+            self.parts[ROUTERS] = routers_loss(step.num_microbatches)
         if self._intermediate is not None:
             self.parts["alpha"] = self._intermediate.alpha  # of this step
             rate = step.trainer.optimizers[0].param_groups[0]["lr"]

@@ -20,6 +20,7 @@ def finetune(settings: dict[str, Any]) -> None:
     from nemo_minitron.nemo.data.module import nemo_tokenizer
     from nemo_minitron.nemo.distill import FillStudent
     from nemo_minitron.nemo.epoch import TwiceTheSamples
+    from nemo_minitron.nemo.finite import StopWhenNotFinite
     from nemo_minitron.nemo.loss_log import LossLog
     from nemo_minitron.nemo.models import nemo_model
     from nemo_minitron.nemo.sources import open_source
@@ -37,7 +38,9 @@ def finetune(settings: dict[str, Any]) -> None:
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
     log = LossLog(str(Path(out) / "loss.csv"), recipe.tokens_per_step)
-    trainer.callbacks[:0] = [FillStudent(settings["student"]), log, TwiceTheSamples(), SaveWhenAsked()]
+    trainer.callbacks[:0] = [
+        FillStudent(settings["student"]), StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()
+    ]  # fmt: skip
     llm.finetune(
         model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()), resume=resume(),
         optim=optim,

@@ -18,6 +18,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.nemo.bits import DTYPES, as_raw, as_tensor
 from nemo_minitron.nemo.mapping import Piece, Shard, is_expert, pieces
+from nemo_minitron.pruning.finite import check_finite
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.pruning.tensors import RAW, TensorSource, whole
 
@@ -64,7 +65,8 @@ def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = N
     """Fills this rank's shards by reading what the plan (or, without one, the identity) gives them.
 
     No rank holds more of the source than the rows of one tensor. Rows of a padded vocabulary become zero.
-    Collective. Raises InputError where a tensor of the model is on no rank, or one on no rank is needed.
+    Collective. Raises InputError where a tensor of the model is on no rank, or one on no rank is needed, and for a
+    weight that is not finite.
     """
     chunks = list(chunks)
     architecture = plan.target if plan else source.architecture
@@ -77,14 +79,15 @@ def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = N
         if getattr(source, "collective", False):
             block = source.read(origin, index)  # every rank takes part, also one that needs nothing of it
             for target, piece in places.get(name, ()):
-                _copy(block[_slices(piece.box)], source.dtype(origin), target, piece)
+                _copy(block[_slices(piece.box)], source.dtype(origin), origin, target, piece)
             continue
         for target, piece in places.get(name, ()):
             part = tuple(i[first:last] for i, (first, last) in zip(index, piece.box, strict=True))
-            _copy(source.read(origin, part), source.dtype(origin), target, piece)
+            _copy(source.read(origin, part), source.dtype(origin), origin, target, piece)
 
 
-def _copy(raw: np.ndarray, dtype: str, target: Tensor, piece: Piece) -> None:
+def _copy(raw: np.ndarray, dtype: str, name: str, target: Tensor, piece: Piece) -> None:
+    check_finite(raw, dtype, name)
     target[_slices(piece.place)] = as_tensor(raw, dtype).to(target)
 
 

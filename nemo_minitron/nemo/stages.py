@@ -62,6 +62,7 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
 
     from nemo_minitron.nemo.distill import Distillation as DistillationCallback
     from nemo_minitron.nemo.distill import FillStudent
+    from nemo_minitron.nemo.finite import StopWhenNotFinite
     from nemo_minitron.nemo.loss_log import LossLog
     from nemo_minitron.nemo.stop import SaveWhenAsked, StopAfter
 
@@ -70,11 +71,12 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
         recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
         intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
         intermediate_weight=recipe.intermediate_weight or None, plan=settings.get("plan"), seed=recipe.seed,
-        cache=recipe.teacher_cache,
+        cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
     )  # fmt: skip
     callbacks = [
         FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),
         distillation,
+        StopWhenNotFinite(),
         LossLog(str(Path(settings["out"]) / "loss.csv"), recipe.tokens_per_step, parts=distillation),
     ]
     if recipe.patience:

@@ -24,7 +24,7 @@ def main() -> None:
     if "MINITRON_LIFELINE" in os.environ:
         threading.Thread(target=_hold_the_lifeline, daemon=True).start()
     settings = json.loads(Path(file).read_text())
-    from nemo_minitron.errors import InputError
+    from nemo_minitron.errors import DivergedError, InputError
 
     try:
         _stages()[stage](settings)
@@ -34,6 +34,9 @@ def main() -> None:
             Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
         print(f"minitron: {error}", file=sys.stderr, flush=True)
         _leave(2)
+    except DivergedError as error:
+        print(f"{DivergedError.__name__}: {error}", file=sys.stderr, flush=True)  # as the cause is looked for
+        _leave(1)
 
 
 def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:

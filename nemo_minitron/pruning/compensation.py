@@ -47,14 +47,17 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
     r = `ridge` times the mean of G_KK's diagonal. Solved in float64. Towards W_K, not towards 0: a ridge without end
     is the plain cut, and where nothing goes, or what goes was always 0, nothing changes.
 
-    Raises InputError for a ridge that is not above 0 and a Gram matrix of another size.
+    Raises InputError for a ridge that is not above 0 and finite, and a Gram matrix of another size or with a number
+    that is not finite.
     """
     origin, (rows, kept) = student_index(plan, name)
     size = shapes_of(plan.source)[origin][1]
-    if not ridge > 0:
-        raise InputError(f"ridge is {ridge}; it must be above 0, for example {RIDGE}")
+    if not (ridge > 0 and math.isfinite(ridge)):
+        raise InputError(f"ridge is {ridge}; it must be above 0, for example {RIDGE}, and finite")
     if gram.shape != (size, size):
         raise InputError(f"the Gram matrix of '{origin}' is {gram.shape}; its input has {size} channels")
+    if not np.isfinite(gram).all():
+        raise InputError(f"the Gram matrix of '{origin}' holds a number that is not finite; calibrate in fp32")
     weights = as_numbers(source.read(origin, (rows, np.arange(size))), source.dtype(origin))
     gone = np.setdiff1d(np.arange(size), kept)
     inner = gram[np.ix_(kept, kept)].astype(np.float64)

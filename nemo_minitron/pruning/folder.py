@@ -20,7 +20,7 @@ from nemo_minitron.pruning.streams import Run, Sink
 from nemo_minitron.pruning.tensors import RAW
 
 MOST = 1024  # buffers of one call, the system's limit
-LEAST = 1 << 20  # bytes of a run of rows, on average, from which on the kernel copies them: short ones take it longer
+LEAST = 1 << 20  # bytes of a run of rows, on average, from which on it is read by itself, not several with one call
 # Bytes of rows in a block: it is read, picked from and written within the processor's cache. Blocks of 16 MB took more
 # than twice the processor time.
 BLOCK = 1 << 20
@@ -75,8 +75,8 @@ class HFSource:
         return block
 
     def stream(self, name: str, index: Index, sink: Sink) -> None:
-        """Puts the outer product of sorted indices into `sink`: whole rows in long runs are copied by the kernel, the
-        rest is read in blocks of rows, picked from, and written. Raises what `read` raises."""
+        """Puts the outer product of sorted indices into `sink`: whole rows in long runs are copied as they are, the
+        rest is read in blocks of rows, picked from, and written. Raises what `read` and `Sink` raise."""
         entry, first = self._place(name)
         rows, *rest = index
         step = math.prod(entry.shape[1:]) * SIZES[entry.dtype]

@@ -24,9 +24,13 @@ class Student:
         if compensation is not None:
             compensation.check(plan)
 
+    def origin(self, name: str) -> str:
+        """The teacher's canonical name of the tensor that this one is cut from."""
+        return origin_of(self.plan, name)
+
     def dtype(self, name: str) -> str:
         """The safetensors name of the dtype that stores the teacher's tensor."""
-        return self.source.dtype(origin_of(self.plan, name))
+        return self.source.dtype(self.origin(name))
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices into the student's tensor."""

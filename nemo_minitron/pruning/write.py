@@ -54,8 +54,8 @@ def write_weights(
     stores; those of `compensation` take the place of the plan's slices. With more than one thread `source` is read
     from each of them. A tensor larger than `shard_size` gets a shard of its own.
 
-    Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, and
-    what `student_index` raises.
+    Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, for a
+    number that is not finite (NaN or an infinity, whatever its dtype), and what `student_index` raises.
     """
     folder, student = Path(folder), Student(source, plan, compensation)
     tensors = _tensors(student, config)
@@ -123,6 +123,7 @@ def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_T
 
 def _fill(file: Path, turn: threading.Lock, position: int, tensor: _Tensor, student: Student) -> None:
     with open(file, "r+b", buffering=0) as stream:
-        sink = Sink(stream.fileno(), position, turn)
         for part in tensor.parts:
+            sink = Sink(stream.fileno(), position, turn, tensor.dtype, student.origin(part))
             student.put(part, sink)
+            position = sink.position

@@ -32,7 +32,7 @@ def seconds(text: str, what: str) -> float:
 
 
 def _quantity(text: str, units: Mapping[str, int | Fraction], what: str, example: str) -> Fraction:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in units:
         raise InputError(f"{what}={text} is no size; write for example {example}")
     return Fraction(found[1]) * units[found[2].upper()]
@@ -110,6 +110,6 @@ def _pairs(text: str, between: str, option: str) -> Iterator[tuple[str, str, str
 
 
 def _whole(value: str, part: str, option: str, example: str) -> int:
-    if not value.strip().isdigit():
+    if not re.fullmatch(r"[0-9]{1,18}", value.strip()):
         raise InputError(f"'{part}' in {option} is no size; write axis=size, for example {example}")
     return int(value)

@@ -60,8 +60,9 @@ def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> Pru
     Each axis and source layer draws from a PCG64 generator of its own, seeded by (seed, axis, layer), so
     that its choice does not depend on what else is cut. Raises InputError as `plan` does.
     """
-    if seed < 0:
-        raise InputError(f"seed={seed} is not legal; legal are whole numbers from 0, the nearest is 0")
+    if not 0 <= seed < 1 << 64:
+        near = 0 if seed < 0 else (1 << 64) - 1
+        raise InputError(f"seed={seed} is not legal; legal are whole numbers of 64 bits from 0, the nearest is {near}")
 
     def draw(name: str, layer: int | None) -> np.ndarray:
         entropy = [seed, zlib.crc32(name.encode()), 0 if layer is None else layer + 1]

@@ -6,6 +6,7 @@ by them. Imported by the tests for the cases and the references.
 
 import itertools
 import json
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,17 @@ CASES = [
     {"loss": loss, "layout": layout, "shape": shape, "temperature": t, "chunk": chunk, "dtype": dtype, "k": k}
     for loss, layout, (shape, t, chunk), dtype in itertools.product(NAMES, LAYOUTS, SHAPES, DTYPES)
     for k in ((1, 40, 600) if loss == "top_k_kl" else (None,))
+]
+SOFTMAXES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl")
+EXCLUDED = ("teacher", "both", "student", "shard", "teacher's shard")  # who has -inf, and where
+EDGES = [
+    {"loss": loss, "edge": edge, "temperature": t, "k": 40 if loss == "top_k_kl" else None}
+    for loss, edge, t in itertools.product(SOFTMAXES, EXCLUDED, (1.0, 3.0))
+]
+EDGES += [
+    {"loss": loss, "edge": f"apart by {apart}", "temperature": t, "k": 40 if loss == "top_k_kl" else None}
+    for loss in SOFTMAXES
+    for apart, t in ((0.03, 10.0), (0.03, 100.0), (3.0, 10.0), (60.0, 2.0), (300.0, 2.0))
 ]
 FUSED = [
     {"layout": layout, "dtype": dtype, "sp": sp, "given": given, "mask": mask, "temperature": 1.0 + mask}
@@ -52,10 +64,17 @@ def reference(name, student, teacher, temperature=1.0, k=None):
         )
     pairs = {"reverse_kl": [(log_s, log_t)], "jensen_shannon": []}.get(name, [(log_t, log_s)])
     if name == "jensen_shannon":
-        middle = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+        neither = torch.isinf(log_s) & torch.isinf(log_t)
+        middle = torch.logaddexp(log_s.masked_fill(neither, 0), log_t.masked_fill(neither, 0)) - math.log(2)
         pairs = [(log_t, middle), (log_s, middle)]
-    kl = [(p.exp() * (p - q)).sum(-1) for p, q in pairs]
+    kl = [_kl(p, q) for p, q in pairs]
     return sum(kl) / len(kl) * temperature**2
+
+
+def _kl(p, q):
+    """sum e^p (p - q), where a p of -inf adds nothing, of logarithms [..., V]; with a derivative there."""
+    nothing = p == -float("inf")
+    return (p.exp() * (p.masked_fill(nothing, 0) - q.masked_fill(nothing, 0))).sum(-1)
 
 
 def random(vocab, shape, dtype, seed=0):
@@ -129,6 +148,51 @@ def run_case(case, calls, rank, world, group):
         "read alone": all(x.allclose(y, 0, 0, equal_nan=True) for x, y in zip((local, theirs), before, strict=True)),
         "collectives": len(calls),
         "dtypes": [str(loss.dtype), str(local.grad.dtype)],
+    }
+
+
+def edge_logits(edge, vocab):
+    """Student and teacher logits [6, V], fp32: close together, far apart, or with -inf for one or both of them."""
+    import torch
+
+    student, teacher, _ = random(vocab, (6,), "float32", seed=7)
+    if edge.startswith("apart by"):
+        return (teacher + student / 3 * float(edge.split()[-1])), teacher
+    third = slice(vocab // 3 + 1, 2 * (vocab // 3))
+    places = {"shard": slice(0, 2 * (vocab // 3) + 2), "teacher's shard": third}.get(edge, slice(5, vocab, 7))
+    for logits, who in ((student, "student"), (teacher, "teacher")):
+        if edge in (who, "both", "shard") or edge == f"{who}'s shard":
+            logits[:, places] = -torch.inf
+    return student, teacher
+
+
+def run_edge(case, rank, world, group):
+    """How far value and gradient are from float64's: the value's error as a part of it, infinities as booleans."""
+    import torch
+
+    from nemo_minitron.distillation import losses
+    from nemo_minitron.distillation.losses import _per_token
+
+    vocab = 509
+    _per_token.CHUNK["cpu"] = 1200  # two rows at TP 1
+    student, teacher = edge_logits(case["edge"], vocab)
+    mine, true = shard(student.movedim(-1, 0), 0, rank, world)
+    theirs, _ = shard(teacher.movedim(-1, 0), 1, rank, world)
+    local = mine.movedim(0, -1).contiguous().requires_grad_()
+    k = [case["k"]] if case["k"] else []
+    loss = getattr(losses, case["loss"])(local, theirs.movedim(0, -1), *k, case["temperature"], group, vocab)
+    loss.sum().backward()
+    exact = student.double().requires_grad_()
+    value = reference(case["loss"], exact, teacher.double(), case["temperature"], case["k"])
+    value.sum().backward()
+    expected, _ = shard(exact.grad.movedim(-1, 0), 0, rank, world)
+    wrong = (local.grad.double() - expected.movedim(0, -1))[..., :true].abs()
+    relative = ((loss.double() - value).abs() / value)[torch.isfinite(value)]
+    return {
+        "infinite": [torch.isinf(value).tolist(), torch.isinf(loss).tolist(), torch.isnan(loss).any().item()],
+        "value": relative.max().item() if len(relative) else 0.0,
+        "gradient": wrong.max().item() if wrong.numel() else 0.0,
+        "largest": exact.grad.abs().max().item(),
     }
 
 
@@ -269,6 +333,11 @@ def main():
         "losses": [{**case, **run_case(case, calls, rank, world, group)} for case in cases],
         "fused": [{**case, **run_fused(case, calls, rank, world, group)} for case in FUSED],
     }
+    results["edges"] = [
+        {**case, **run_edge(case, rank, world, group)}
+        for case in EDGES
+        if "triton" not in sys.argv or case["loss"] == "forward_kl"
+    ]
     results |= {"launches": len(launches), "twice": twice_in_place()}
     if "triton" in sys.argv:
         results["both"] = {dtype: both_losses(group, dtype) for dtype in ("float32", "bfloat16")}

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from losses_worker import CASES, COLLECTIVES, DTYPES, NAMES
+from losses_worker import CASES, COLLECTIVES, DTYPES, EDGES, NAMES
 from ranks import run_ranks
 from test_fused_head import check_fused
-from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32
+from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32, SMALL_LOSS_FP32
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "losses_worker.py"
@@ -57,6 +57,30 @@ def check(case, world):
     assert case["dtypes"] == ["torch.float32", f"torch.{case['dtype']}"], case
     several = COLLECTIVES.get(case["loss"], 1) + (extra_s != extra_t)
     assert case["collectives"] == (several if world > 1 else 0), case
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_edges(world, results):
+    """-inf for one model, both, and a whole shard; small losses at a high temperature; logits very far apart."""
+    for rank in results(world):
+        assert len(rank["edges"]) == len(EDGES)
+        for case in rank["edges"]:
+            check_edge(case)
+
+
+def check_edge(case):
+    """Broken by hand, each of which fails here: -inf minus -inf left in the cross term; a shard's maximum of -inf
+    subtracted; the sums' logarithms in the place of h; the shards' means not joined."""
+    expected, found, not_a_number = case["infinite"]
+    endless = {"forward_kl": "student", "reverse_kl": "teacher"}.get(case["loss"], "nobody")
+    if case["loss"] != "top_k_kl":  # in some rows the teacher's k are not among the student's excluded
+        assert expected == [case["edge"].startswith(endless)] * 6, case
+    assert found == expected, case
+    assert not not_a_number, case
+    assert case["value"] < SMALL_LOSS_FP32, case
+    if not any(expected) or case["loss"] == "forward_kl":
+        allowed = LOG_RATIO_GRADIENT_FP32 if case["loss"] == "reverse_kl" else KL_GRADIENT_FP32
+        assert case["gradient"] < allowed * max(1, case["temperature"], case["largest"]), case
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_fused_head import check_fused
-from test_loss_shards import check
+from test_loss_shards import check, check_edge
 from tolerances import GRADIENT_BF16, KL_GRADIENT_FP32
 
 from nemo_minitron.distillation.losses import _triton
@@ -38,6 +38,8 @@ def test_kernels(world, tmp_path):
         assert found["both"]["bfloat16"] < 2 * GRADIENT_BF16
         for case in found["losses"]:
             check(case, world)
+        for case in found["edges"]:
+            check_edge(case)
         for case in found["fused"]:
             check_fused(case, world)
 

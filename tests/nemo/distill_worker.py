@@ -51,11 +51,65 @@ def run_case(case, folder, out):
         "layout": dataclasses.asdict(layout), "plan": str(folder / case["plan"]),
     }  # fmt: skip
     asked = ways_of_the_head(several=case.get("world") != 1)
+    if case.get("gradients"):
+        keep_the_first_step(made, HFSource(student).architecture)
     for stop in case.get("stops") or [None]:
         stages.distill(settings | {"stop": stop})
         forget()
     if asked:  # on the ranks with a fused head
         (made / "main_grad.json").write_text(json.dumps(sorted(asked)))
+
+
+def keep_the_first_step(made, architecture):
+    """Its gradients, whole and by canonical name, as the optimizer gets them, and the micro-batches of one process."""
+    import numpy as np
+    import torch
+
+    from nemo_minitron.nemo import distill
+    from nemo_minitron.pruning.tensors import whole
+
+    inputs, finish, batches = distill.model_inputs, distill.Distillation.on_megatron_microbatches_end, []
+
+    def seen(batch):
+        if not any(batch is other for other in batches):
+            batches.append(batch)
+        return inputs(batch)
+
+    def end(self, step):
+        distill.model_inputs, distill.Distillation.on_megatron_microbatches_end = inputs, finish
+        finish(self, step)
+        source = gradients_of(step.trainer, architecture)
+        found = {
+            name: source.read(name, whole(shape)).view(np.float32) for name, shape in architecture.shapes().items()
+        }
+        if torch.distributed.get_rank() == 0:
+            np.savez(made / "gradients.npz", **found)
+            rows = {name: torch.cat([b[name] for b in batches]).numpy() for name in ("tokens", "labels", "loss_mask")}
+            np.savez(made / "batches.npz", **rows)
+
+    distill.model_inputs, distill.Distillation.on_megatron_microbatches_end = seen, end
+
+
+def gradients_of(trainer, architecture):
+    """The sums that Megatron's distributed optimizer reads, as a live model: each data-parallel rank has a part of
+    them, which is gathered first."""
+    import torch
+
+    from nemo_minitron.nemo.live import LiveSource
+    from nemo_minitron.nemo.trainer import chunks_of
+
+    for ddp in trainer.strategy.megatron_parallel:
+        while not hasattr(ddp, "expert_parallel_buffers"):
+            ddp = ddp.module
+        for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(torch.distributed.get_world_size(group))[torch.distributed.get_rank(group)]
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, own.clone(), group=group)
+    source = LiveSource(chunks_of(trainer), architecture)
+    shards = source._shards.items()
+    source._shards = {name: [(p.main_grad, piece) for p, piece in places] for name, places in shards}
+    return source
 
 
 def ways_of_the_head(several):

@@ -8,14 +8,16 @@ projection's gradient not summed over the pipeline, or under sequence parallelis
 """
 
 import csv
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mixture64 import farthest, first_step
 from pico import pico_llama, pico_mixtral
 from ranks import run_ranks
-from tolerances import LOSS_LAYOUT_FP32
+from tolerances import FIRST_GRADIENT_FP32, LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
 from nemo_minitron.families import from_hf
@@ -32,7 +34,12 @@ MODELS = {  # name -> its maker, what of it a student keeps
         lambda f: pico_llama(f, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
         {"ffn": 64, "layers": 5, "hidden": 40},
     ),
-    "moe": (lambda f: pico_mixtral(f, num_hidden_layers=4), {"hidden": 40}),
+    "moe": (
+        lambda f: pico_mixtral(
+            f, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, router_aux_loss_coef=0.5
+        ),
+        {"hidden": 40},
+    ),
 }
 BASE = {
     "tokens": 24 * 8 * 4, "sequence_length": 24, "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3,
@@ -42,8 +49,19 @@ RECIPES = {
     "kl": BASE,
     "all": BASE | {"lm_weight": 0.3, "intermediate": "embedding,attention:1:2,mlp:3:5,block:0:1,block:2:4"},
 }
+MIXTURES = [
+    {"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "etp": 1}, {"dp": 2}, {"pp": 2}, {"cp": 2},
+    {"tp": 2, "sp": True, "etp": 1, "ep": 2},
+]  # fmt: skip
+RECIPES |= {"aux": BASE | {"moe_aux_loss_coeff": 0.3}, "top": BASE | {"loss": "top_k_kl", "top_k": 20}}
 LAYOUTS = {  # world size -> model, recipe, layout; a new layout is one entry
-    1: [("three", "kl", {}), ("three", "all", {}), ("four", "kl", {}), ("four", "all", {}), ("moe", "kl", {})],
+    1: [
+        ("three", "kl", {}),
+        ("three", "all", {}),
+        ("four", "kl", {}),
+        ("four", "all", {}),
+        *[("moe", recipe, {}) for recipe in ("kl", "aux", "top")],
+    ],
     2: [
         ("three", "kl", {"pp": 2}),
         ("four", "all", {"pp": 2}),
@@ -53,7 +71,8 @@ LAYOUTS = {  # world size -> model, recipe, layout; a new layout is one entry
         ("four", "kl", {"tp": 2}),
         ("four", "all", {"tp": 2}),
         ("four", "all", {"tp": 2, "sp": True}),
-        ("moe", "kl", {"ep": 2, "dp": 2}),
+        *[("moe", recipe, layout) for recipe in ("kl", "aux") for layout in MIXTURES],
+        ("moe", "top", {"tp": 2, "sp": True}),
     ],
     4: [("four", "all", {"tp": 2, "pp": 2, "sp": True})],
 }
@@ -67,6 +86,7 @@ CASES = [
     {
         "name": _name(model, recipe, layout), "teacher": model, "student": f"{model}-student", "layout": layout,
         "recipe": RECIPES[recipe], "one": f"{model}-{recipe}", "world": world, "plan": f"{model}-plan.json",
+        "gradients": model == "moe",
     }
     for world, layouts in LAYOUTS.items()
     for model, recipe, layout in layouts
@@ -130,6 +150,42 @@ def test_losses_equal_one_process(case, results, one):
     assert len(found["loss"]) == 4
     for name in found.keys() - {"seconds"}:
         np.testing.assert_allclose(found[name], expected[name], rtol=LOSS_LAYOUT_FP32, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def by_the_book(models, results):
+    """Recipe -> gradients and routers' loss of the first step, in float64, on the rows that one process saw."""
+
+    @functools.cache
+    def of(recipe):
+        one = next(case for case in CASES if case["world"] == 1 and case["name"] == f"moe-{recipe}")
+        rows, given = dict(np.load(results(one) / "batches.npz")), one["recipe"]
+        return first_step(
+            models / "moe-student", models / "moe", rows, given.get("top_k"), given.get("moe_aux_loss_coeff", 0.0)
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["gradients"]], ids=lambda case: case["name"])
+def test_a_mixtures_first_gradients_are_those_of_the_loss_that_was_asked_for(case, results, by_the_book):
+    """Routers included: with the model's own router_aux_loss_coef, 0.5 here, theirs would be another by far."""
+    gradients, balance = by_the_book(case["one"].removeprefix("moe-"))
+    found = dict(np.load(results(case) / "gradients.npz"))
+    worst = farthest(found, gradients)
+    assert worst[0][0] < FIRST_GRADIENT_FP32, worst[:5]
+    assert sum("router" in name for name in found) == 4
+    logged = columns(results(case))
+    assert ("moe_aux_loss" in logged) == ("moe_aux_loss_coeff" in case["recipe"])
+    if "moe_aux_loss" in logged:
+        assert logged["moe_aux_loss"][0] == pytest.approx(balance, rel=FIRST_GRADIENT_FP32)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["gradients"]], ids=lambda case: case["name"])
+def test_a_mixtures_checkpoint_keeps_its_own_coefficient(case, results):
+    from nemo_minitron.nemo.checkpoint import CheckpointSource, last_checkpoint
+
+    assert CheckpointSource(last_checkpoint(results(case))).config["router_aux_loss_coef"] == 0.5
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lm_weight" in case["recipe"]], ids=lambda c: c["name"])

@@ -136,7 +136,7 @@ def test_a_student_is_a_source(cut, tmp_path):
         entire = student.read(name, whole(shape))
         written = tmp_path / name
         with open(written, "wb", buffering=0) as stream:
-            student.put(name, Sink(stream.fileno(), 0, threading.Lock()))
+            student.put(name, Sink(stream.fileno(), 0, threading.Lock(), student.dtype(name), name))
         assert written.read_bytes() == entire.tobytes()
         index = tuple(np.flatnonzero(generator.random(n) < 0.5) for n in shape)
         np.testing.assert_array_equal(student.read(name, index), entire[np.ix_(*index)], err_msg=name, strict=True)

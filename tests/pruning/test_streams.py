@@ -1,6 +1,7 @@
-"""Bytes that the kernel copies: the same ones whatever it can, says or refuses; one writer to a file."""
+"""Bytes from file to file: the same ones whatever the system gives at a time, looked through; one writer to a file."""
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -18,63 +19,36 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, folder, prune, streams, write_weights
-from nemo_minitron.pruning.streams import UNABLE, Run, Sink
+from nemo_minitron.pruning.streams import Run, Sink
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.pruning.tensors import whole
 
-BYTES = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
+BYTES = np.random.default_rng(0).integers(0, 100, 300_000, np.uint8)  # finite, whatever dtype is read into them
 
 
-def refuses(number):
-    def call(*_):
-        raise OSError(number, os.strerror(number))
-
-    return call
+def sink(stream, position, dtype="BF16"):
+    return Sink(stream.fileno(), position, threading.Lock(), dtype, "some.weight")
 
 
-whole_call = getattr(os, "copy_file_range", None)
-
-
-def in_pieces(source, target, size, position, place):
-    return whole_call(source, target, min(size, 999), position, place)
-
-
-KERNELS = {
-    "as it is": whole_call,
-    "not there": None,
-    "says 0": lambda *_: 0,
-    **{f"refuses with {errno.errorcode[number]}": refuses(number) for number in UNABLE},
-}
-if whole_call:
-    KERNELS["in pieces"] = in_pieces
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request, monkeypatch):
-    monkeypatch.setattr(streams, "_copy_file_range", KERNELS[request.param])
-
-
-def sink(stream, position):
-    return Sink(stream.fileno(), position, threading.Lock())
-
-
-def test_runs_are_copied(tmp_path, kernel, monkeypatch):
-    """Odd positions, a run longer than a turn, and nothing touched beside them."""
-    monkeypatch.setattr(streams, "TURN", 70_001)
+def test_runs_are_copied(tmp_path, monkeypatch):
+    """A run longer than a buffer, reads that give less than they are asked for, and nothing touched beside them."""
+    preadv = os.preadv
+    monkeypatch.setattr(streams, "BUFFER", 70_000)
+    monkeypatch.setattr(streams.os, "preadv", lambda handle, views, at: preadv(handle, [views[0][:999]], at))
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(BYTES)
     target.write_bytes(bytes(400_000))
     with open(target, "r+b", buffering=0) as stream:
         out = sink(stream, 1001)
-        out.copy(source, [Run(5, 3), Run(17, 200_000), Run(299_999, 1)])
+        out.copy(source, [Run(5, 4), Run(17, 200_000), Run(299_998, 2)])
         out.write(BYTES[:10].view(np.uint16)[::2])
-        assert out.position == 1001 + 200_004 + 6
-    copied = np.concatenate([BYTES[5:8], BYTES[17:200_017], BYTES[-1:], BYTES[[0, 1, 4, 5, 8, 9]]])
+        assert out.position == 1001 + 200_006 + 6
+    copied = np.concatenate([BYTES[5:9], BYTES[17:200_017], BYTES[-2:], BYTES[[0, 1, 4, 5, 8, 9]]])
     expected = bytes(1001) + copied.tobytes()
     assert target.read_bytes() == expected + bytes(400_000 - len(expected))
 
 
-def test_a_source_that_ends_early(tmp_path, kernel):
+def test_a_source_that_ends_early(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(BYTES)
     with open(tmp_path / "target", "wb", buffering=0) as stream, pytest.raises(InputError, match="ends at byte 300000"):
@@ -82,12 +56,40 @@ def test_a_source_that_ends_early(tmp_path, kernel):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_what_is_no_refusal_is_told(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(streams, "_copy_file_range", refuses(number))
+def test_what_the_disk_says_is_told(tmp_path, monkeypatch, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(streams.os, "pwrite", refused)
     source = tmp_path / "source"
     source.write_bytes(BYTES)
     with open(tmp_path / "target", "wb", buffering=0) as stream, pytest.raises(OSError, match=os.strerror(number)):
         sink(stream, 0).copy(source, [Run(0, 10)])
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("dtype", "kind"), [("BF16", np.float32), ("F16", "e"), ("F32", "f"), ("F64", "d")])
+@pytest.mark.parametrize("place", [0, 777, 9_999])
+def test_a_number_that_is_none_is_not_passed_on(tmp_path, dtype, kind, bad, place):
+    """Of every dtype and sign, at the ends and within; the largest finite numbers pass."""
+    values = np.random.default_rng(0).normal(0, 1, 10_000).astype(kind)
+    values[[3, 5]] = np.finfo(kind).max, np.finfo(kind).min
+    for changed in (False, True):
+        if changed:
+            values[place] = np.copysign(bad, -1) if str(bad) == "nan" and place == 777 else bad
+        raw = values.view(f"u{values.itemsize}")
+        raw = (raw >> 16).astype(np.uint16) if dtype == "BF16" else raw  # truncated: the largest stays finite
+        (tmp_path / "source").write_bytes(raw.tobytes())
+        for copy in (True, False):
+            with open(tmp_path / "target", "wb", buffering=0) as stream:
+                out = sink(stream, 0, dtype)
+                put = functools.partial(out.copy, tmp_path / "source", [Run(0, raw.nbytes)]) if copy else None
+                put = put or functools.partial(out.write, raw)
+                if changed:
+                    with pytest.raises(InputError, match=r"'some.weight' hold a number that is not finite"):
+                        put()
+                else:
+                    put()
 
 
 def test_a_writer_that_is_told_less_goes_on(tmp_path, monkeypatch):
@@ -98,12 +100,12 @@ def test_a_writer_that_is_told_less_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "target").read_bytes() == BYTES.tobytes()
 
 
-# -- what a folder leaves to the kernel ----------------------------------------------------------------
+# -- what a folder copies in runs ----------------------------------------------------------------------
 class Noted(Sink):
     """Puts everything into one list of bytes, and counts the runs of each copy."""
 
     def __init__(self):
-        super().__init__(-1, 0, threading.Lock())
+        super().__init__(-1, 0, threading.Lock(), "F32", "noted")
         self.data, self.copies = b"", []
 
     def write(self, block):
@@ -124,7 +126,7 @@ def streamed(source, name, index):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stream_is_what_reading_gives(tmp_path, monkeypatch, dtype):
-    """Whole tensors and ranges of rows go by the kernel, short runs of rows do not, columns never."""
+    """Whole tensors and ranges of rows go in runs, short runs of rows do not, columns never."""
     source = HFSource(pico_llama(tmp_path, dtype=dtype))
     generator = np.random.default_rng(0)
     for name, shape in source.architecture.shapes().items():
@@ -185,7 +187,7 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize("least", [0, 1 << 20])
-def test_the_same_student_whatever_the_kernel_does(tmp_path, monkeypatch, teacher, kernel, least):
+def test_the_same_student_by_runs_and_by_blocks(tmp_path, monkeypatch, teacher, least):
     monkeypatch.setattr(folder, "LEAST", least)
     source = from_hf(teacher)
     depth = PrunePlan(source=source, target=source.replace(num_layers=3), keep={"layers": [1, 2, 4]})
@@ -220,7 +222,6 @@ def test_one_thread_at_a_time_writes_to_a_file(tmp_path, monkeypatch, teacher):
 
         return counted
 
-    monkeypatch.setattr(streams, "_copy_file_range", watched(streams._copy_file_range or (lambda *_: 0)))
     monkeypatch.setattr(streams.os, "pwrite", watched(os.pwrite))
     out = tmp_path / "s"
     out.mkdir()
@@ -229,7 +230,7 @@ def test_one_thread_at_a_time_writes_to_a_file(tmp_path, monkeypatch, teacher):
     assert most == [1]
 
 
-def test_killed_while_the_kernel_copies(tmp_path, teacher):
+def test_killed_while_it_copies(tmp_path, teacher):
     """The old student, byte for byte, and the next cut is not disturbed."""
     student = tmp_path / "s"
     source = from_hf(teacher)
@@ -240,13 +241,13 @@ def test_killed_while_the_kernel_copies(tmp_path, teacher):
     code = f"""
 import os
 from nemo_minitron.pruning import prune, streams
-copy, calls = streams._copy, []
+fill, calls = streams._fill, []
 def killed(*arguments):
     calls.append(arguments)
     if len(calls) == 9:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return copy(*arguments)
-streams._copy = killed
+    return fill(*arguments)
+streams._fill = killed
 prune({str(teacher)!r}, {str(tmp_path / "plan.json")!r}, {str(student)!r}, overwrite=True)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.losses._per_token import CHUNK, scale_rows
+from nemo_minitron.distillation.losses._per_token import CHUNK, check_temperature, scale_rows
+from nemo_minitron.distillation.losses._softmax import finite
 from nemo_minitron.distillation.losses._vocabulary import gather, ranks, true_columns
 
 
@@ -44,7 +45,8 @@ def sampled_cross_entropy(
 
     A cross-entropy, not a KL: its floor is the teacher's entropy, not 0. [..., V/tp] shards -> [...], fp32, in the
     contract of `distillation.losses`: rank r of `group` holds columns r * W to (r + 1) * W, those at and beyond
-    `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP.
+    `vocab_size` are padding, `in_place` gives the student's logits up. One collective a call under TP. A kept token
+    that the student excludes (-inf) makes it +inf. Raises ValueError for a temperature that is not positive and finite.
     """
     return _Sparse.apply(student_logits, targets.ids, targets.weights, None, temperature, group, vocab_size, in_place)
 
@@ -72,6 +74,7 @@ class _Sparse(torch.autograd.Function):
         ctx: Any, logits: Tensor, ids: Tensor, weights: Tensor, tail: Tensor | None, temperature: float, group: Any,
         vocab_size: int | None, in_place: bool,
     ) -> Tensor:  # fmt: skip
+        check_temperature(temperature)
         shape, width = logits.shape[:-1], logits.shape[-1]
         true = width if vocab_size is None else true_columns(vocab_size, width, group)
         flat = logits.detach().reshape(shape.numel(), width)
@@ -102,7 +105,7 @@ def _solve(logits: Tensor, kept: _Kept, temperature: float, group: Any, gradient
     step = max(1, CHUNK[logits.device.type] // max(vocab, 1))
     chunks = [slice(start, start + step) for start in range(0, rows, step)]
     room = torch.empty(min(step, rows), vocab, dtype=torch.float32, device=logits.device)
-    statistics = torch.empty(5, rows, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(5, rows, dtype=torch.float64, device=logits.device)  # what T^2 multiplies is a difference
     sharded = ranks(group)[1] > 1
     for at in chunks:
         part, outside, inside = _measure(logits[at], kept[at], temperature, room)
@@ -113,9 +116,9 @@ def _solve(logits: Tensor, kept: _Kept, temperature: float, group: Any, gradient
         statistics = _combined(gather(statistics, group))
         for at in chunks if gradient is not None else []:
             whole = statistics[:, at]
-            _, outside, inside = _measure(logits[at], kept[at], temperature, room, whole[0])
+            _, outside, inside = _measure(logits[at], kept[at], temperature, room, whole[0].float())
             _write(gradient[at], outside, inside, kept[at], whole, temperature)  # type: ignore[index]
-    return _value(statistics, kept) * temperature**2
+    return (_value(statistics, kept) * temperature**2).float()
 
 
 class _Kept:
@@ -140,22 +143,25 @@ class _Kept:
 def _measure(
     logits: Tensor, kept: _Kept, temperature: float, room: Tensor, top: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[n, V/tp] -> statistics [5, n] (max; sums of exp inside and outside of K; sum of w z; sum of w; exp and z
-    shifted by the max, or by `top`), the exponentials outside of K [n, V/tp], in `room`, 0 inside; those inside [m]."""
+    """[n, V/tp] -> statistics [5, n], float64 (max; sums of exp inside and outside of K; sum of w z; sum of w; exp and
+    z shifted by the max, or by `top`), the exponentials outside of K [n, V/tp], in `room`, 0 inside; those inside, [m]
+    """
     z = room[: len(logits)].copy_(logits)
     if temperature != 1:
         z.div_(temperature)
     if top is None:
         top = z.amax(1) if kept.vocab else z.new_full((len(z),), -torch.inf)  # a rank that holds padding alone
-    z.sub_(top[:, None])
+    z.sub_(finite(top)[:, None])
     rows, columns, weights = kept.entries()
-    zero = z.new_zeros(len(z))
-    weighted = zero.index_add(0, rows, z[rows, columns] * weights)
+    zero = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+    own, weights = z[rows, columns].double(), weights.double()
+    weighted = zero.index_add(0, rows, own * weights)
     exponentials = z.exp_()
     inside = exponentials[rows, columns]
     exponentials[rows, columns] = 0
-    sums = [zero.index_add(0, rows, inside), exponentials.sum(1), weighted, zero.index_add(0, rows, weights)]
-    return torch.stack([top, *sums]), exponentials, inside
+    # of the same z as `weighted`, so that an error in both is one of the second order
+    sums = [zero.index_add(0, rows, own.exp()), exponentials.sum(1).double(), weighted]
+    return torch.stack([top.double(), *sums, zero.index_add(0, rows, weights)]), exponentials, inside
 
 
 def _combined(every: Tensor) -> Tensor:
@@ -163,12 +169,13 @@ def _combined(every: Tensor) -> Tensor:
     top = every[:, 0].amax(0)
     down = every[:, 0] - top  # [tp, n], at most 0; -inf on a rank without vocabulary
     inside, outside = (down.exp() * every[:, i] for i in (1, 2))
-    weighted = every[:, 3] + torch.where(torch.isinf(down), 0.0, down) * every[:, 4]
+    weighted = every[:, 3] + finite(down) * every[:, 4]
     return torch.stack([top, *(part.sum(0) for part in (inside, outside, weighted, every[:, 4]))])
 
 
 def _write(out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, statistics: Tensor, temperature: float) -> None:
     """d loss / d student logits, in `out`; `outside` is overwritten."""
+    statistics = statistics.float()
     total = statistics[1] + statistics[2]
     rows, columns, weights = kept.entries()
     if kept.tail is None:
@@ -181,14 +188,18 @@ def _write(out: Tensor, outside: Tensor, inside: Tensor, kept: _Kept, statistics
 
 
 def _value(statistics: Tensor, kept: _Kept) -> Tensor:
+    """Not yet times T^2, float64. Of top-k the kept weights and the tail are 1 in sum but for their own rounding, which
+    the last term takes back to the second order."""
     _, inside, outside, weighted, _ = statistics
-    normalizer = (inside + outside).log()
-    cross = kept.mass * normalizer - weighted
+    normalizer, weights = (inside + outside).log(), kept.weights.double()
+    mass = weights.sum(1)
+    cross = mass * normalizer - weighted
     if kept.tail is None:
         return cross
-    own = torch.special.xlogy(kept.weights, kept.weights).sum(1) + torch.special.xlogy(kept.tail, kept.tail)
-    return own + cross - kept.tail * (_positive(outside).log() - normalizer)
+    tail = kept.tail.double()
+    own = torch.special.xlogy(weights, weights).sum(1) + torch.special.xlogy(tail, tail)
+    return own + cross - tail * (_positive(outside).log() - normalizer) + (1 - mass - tail)
 
 
 def _positive(mass: Tensor) -> Tensor:
-    return mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    return mass.clamp(min=torch.finfo(torch.float32).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from nemo_minitron.artifacts.logit_cache import CacheHeader, missing, row_key, shard_path, write_shard
 from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
 from nemo_minitron.distillation.cache.sampling import draw, ragged, top, uniforms
+from nemo_minitron.errors import InputError
 
 Records = list[list[bytes]]  # of each row, of each set
 
@@ -86,9 +88,14 @@ def _step(header: CacheHeader, iterator: Iterator[np.ndarray], model: Any) -> tu
 
 
 def _records(header: CacheHeader, logits: Tensor, rows: np.ndarray, places: Tensor) -> Records:
-    """[B, S/cp, V/tp] -> the records of these rows, on the first rank of TP and CP. Collective over both."""
+    """[B, S/cp, V/tp] -> the records of these rows, on the first rank of TP and CP. Collective over both. Raises
+    InputError for logits that are not finite."""
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
     flat = logits[..., : max(0, header.vocab_size - first)].flatten(0, 1)
+    if flat.numel() and not all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(flat)).tolist()):
+        raise InputError(
+            f"the teacher's logits are not finite in {header.settings.precision}; check the model, or cache in fp32"
+        )
     sets = [_whole(found, places) for found in _chosen(header.settings, flat, rows, places, first)]
     if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank():
         return []

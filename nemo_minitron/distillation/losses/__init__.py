@@ -13,7 +13,11 @@ to be ignored is multiplied by 0 afterwards; the fused head (`nemo_minitron.dist
 `in_place`: the gradient is written over the student's logits, which are lost. Memory beyond the inputs is then a
 few small chunks; without it, one gradient more, in the logits' dtype. Backward runs once.
 
-Raised by all: ValueError for shapes that differ, a vocabulary that does not fit and a temperature that is not positive.
+A logit of -inf is a token that a model excludes: forward KL, reverse KL, Jensen-Shannon and top-k KL say what it does
+there; cosine and MSE want finite logits. NaN, and a token that excludes everything, give NaN.
+
+Raised by all: ValueError for shapes that differ, a vocabulary that does not fit and a temperature that is not positive
+and finite.
 """
 
 from nemo_minitron.distillation.losses.cosine import cosine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class Rule:
         raise NotImplementedError
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless it is a number above 0 whose square is one too."""
+    if not (temperature > 0 and math.isfinite(float(temperature) * float(temperature))):
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+
+
 def per_token(
     student: Tensor,
     teacher: Tensor,
@@ -54,8 +61,7 @@ def per_token(
     in_place: bool,
 ) -> Tensor:
     """The loss [...] of logits [..., W]: see the package's contract."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
     same = student.shape if vocab_size is None else student.shape[:-1]
     if same != (teacher.shape if vocab_size is None else teacher.shape[:-1]):
         raise ValueError(f"student logits are {tuple(student.shape)}, teacher's {tuple(teacher.shape)}")

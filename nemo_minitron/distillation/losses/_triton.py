@@ -19,12 +19,12 @@ def usable(logits: Tensor) -> bool:
 
 
 def statistics(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """[rows, W] of any float dtype -> the part of a forward KL [5, rows], fp32 (`_softmax.Whole`), in one read."""
+    """[rows, W] of any float dtype -> the centred part of a forward KL [7, rows], fp32 (`_softmax`), in one read."""
     from nemo_minitron.distillation.losses import _triton_kernels as kernels
 
     rows, width = student.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
-    found = torch.empty(5, rows, dtype=torch.float32, device=student.device)
+    found = torch.empty(7, rows, dtype=torch.float32, device=student.device)
     strides, how = (student.stride(0), teacher.stride(0)), kernels.launch(width, *kernels.STATISTICS)
     if rows:
         kernels.kl_statistics[(rows,)](student, teacher, found, *strides, rows, width, 1 / temperature, **how)

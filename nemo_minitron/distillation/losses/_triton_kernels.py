@@ -17,19 +17,28 @@ def launch(width: int, most: int, warps: int) -> dict[str, int]:
 
 
 @triton.jit
+def _curve(u):
+    """h(u) = e^-u - 1 + u; near 0 by its series, where the difference would lose its digits."""
+    series = u * u * (1 / 2 - u * (1 / 6 - u * (1 / 24 - u * (1 / 120 - u / 720))))
+    return tl.where(tl.abs(u) < 0.25, series, tl.exp(-u) - 1.0 + u)
+
+
+@triton.jit
 def kl_statistics(  # type: ignore[no-untyped-def]
     student, teacher, out, stride_s, stride_t, rows, width, scale, BLOCK: tl.constexpr
 ):
-    """Row -> max s, max t, sum e^s, sum e^t, sum e^t (t - s), each shifted by its max: out [5, rows].
+    """Row -> max s, max t, sum e^s, sum e^t, each shifted by its max, and with u = t - s - c: sum e^t u, sum e^t h(u)
+    (`_softmax`), c: out [7, rows]. The first of the last three is inf where the student alone excludes a token.
 
     s and t are the logits times scale, 1 / T.
 
-    Online: what has been summed is scaled down, and the cross term shifted, whenever a block raises a maximum.
+    Online: what has been summed is scaled down, and c moved, whenever a block raises a maximum; each block has a c of
+    its own, the mean of its t - s.
     """
     row = tl.program_id(0).to(tl.int64)
     # Finite, so that no difference of two of them is not a number; a row without columns keeps them and counts 0.
     max_s, max_t = -1e30, -1e30
-    sum_s, sum_t, cross = 0.0, 0.0, 0.0
+    sum_s, sum_t, first, second, mean, endless = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
@@ -40,17 +49,32 @@ def kl_statistics(  # type: ignore[no-untyped-def]
         down_s, down_t = max_s - top_s, max_t - top_t
         scale_t = tl.exp(down_t)
         exp_t = tl.where(inside, tl.exp(t - top_t), 0.0)
-        apart = (t - top_t) - (s - top_s)
-        # 0 times -1e30 before the first block is 0: nothing has been summed yet.
-        cross = scale_t * (cross + sum_t * (down_t - down_s)) + tl.sum(exp_t * apart, 0)
-        sum_t = scale_t * sum_t + tl.sum(exp_t, 0)
+        excluded = (s == float("-inf")) | (t == float("-inf"))
+        alone = inside & (s == float("-inf")) & (t != float("-inf"))
+        endless = tl.maximum(endless, tl.max(tl.where(alone, 1.0, 0.0), 0))
+        apart = tl.where(inside & (excluded == 0), (t - top_t) - (s - top_s), 0.0)
         sum_s = tl.exp(down_s) * sum_s + tl.sum(tl.where(inside, tl.exp(s - top_s), 0.0), 0)
+        here = tl.sum(exp_t, 0)
+        own = tl.sum(exp_t * apart, 0) / tl.maximum(here, 1e-38)
+        u = tl.where(exp_t > 0.0, apart - own, 0.0)
+        before, at = sum_t * scale_t, mean + (down_t - down_s)
+        sum_t = before + here
+        mean = (before * at + here * own) / tl.maximum(sum_t, 1e-38)
+        # 0 before the first block, where `at` is 1e30: nothing has been summed yet.
+        d, e = tl.where(before > 0.0, at - mean, 0.0), tl.where(here > 0.0, own - mean, 0.0)
+        of_d, of_e = _curve(d), _curve(e)
+        first_b, second_b = tl.sum(exp_t * u, 0), tl.sum(exp_t * _curve(u), 0)
+        second = scale_t * (second * (of_d - d + 1.0) - first * (of_d - d)) + before * of_d
+        second += second_b * (of_e - e + 1.0) - first_b * (of_e - e) + here * of_e
+        first = scale_t * first + before * d + first_b + here * e
         max_s, max_t = top_s, top_t
     tl.store(out + row, max_s)
     tl.store(out + rows + row, max_t)
     tl.store(out + 2 * rows + row, sum_s)
     tl.store(out + 3 * rows + row, sum_t)
-    tl.store(out + 4 * rows + row, cross)
+    tl.store(out + 4 * rows + row, tl.where(endless > 0.0, float("inf"), first))
+    tl.store(out + 5 * rows + row, second)
+    tl.store(out + 6 * rows + row, mean)
 
 
 @triton.jit
@@ -58,7 +82,7 @@ def kl_gradient(  # type: ignore[no-untyped-def]
     out, student, teacher, whole, factors, stride_o, stride_s, stride_t, rows, width, scale, BLOCK: tl.constexpr
 ):
     """T (p_s - p_t) of one row and block of columns, times the row's factor where `factors` [rows] are given; `whole`
-    [5, rows] as `kl_statistics`, of all shards; T is 1 / scale."""
+    [6, rows] is `_softmax.Whole`; T is 1 / scale."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

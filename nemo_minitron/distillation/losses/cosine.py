@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.losses._per_token import Rule, per_token
+from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, per_token
 
 SMALL = 1e-8  # the least length of a vector, as in torch's cosine_similarity
 
@@ -26,8 +26,7 @@ def cosine(
     neither division by T nor its make-up T^2 has a place. One collective a call under TP (two where the teacher's
     padding is another).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
     return per_token(student_logits, teacher_logits, Cosine(), 1.0, group, vocab_size, in_place)
 
 

@@ -22,10 +22,12 @@ def forward_kl(
 ) -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) * T^2 per token: [..., V/tp] shards -> [...], fp32.
 
-    The package's contract. One collective a call under TP (two where the teacher's padding is another). On CUDA, with
-    Triton installed, two kernels that read the logits once each.
+    A token that the teacher excludes (-inf) adds nothing; one that the student alone excludes makes it +inf, with the
+    gradient p_s - p_t. The package's contract. One collective a call under TP (two where the teacher's padding is
+    another). On CUDA, with Triton installed, two kernels that read the logits once each.
     """
-    return per_token(student_logits, teacher_logits, ForwardKL(), temperature, group, vocab_size, in_place)
+    rule = ForwardKL(temperature > 1)
+    return per_token(student_logits, teacher_logits, rule, temperature, group, vocab_size, in_place)
 
 
 class ForwardKL(Softmaxes):
@@ -34,8 +36,7 @@ class ForwardKL(Softmaxes):
     kernels = _triton
 
     def loss(self, whole: Tensor) -> Tensor:
-        w = Whole(*whole)
-        return w.cross / w.sum_t - w.sum_t.log() + w.sum_s.log()
+        return Whole(*whole).kl
 
     def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
         scale_s, scale_t = scales(part, Whole(*whole))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.losses._per_token import Rule, per_token
+from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, per_token
 
 
 def mse(
@@ -23,8 +23,7 @@ def mse(
     The package's contract; `temperature` changes nothing, for T^2 undoes the division of both logits by T. One
     collective a call under TP (two where the teacher's padding is another).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+    check_temperature(temperature)
     return per_token(student_logits, teacher_logits, MeanSquare(), 1.0, group, vocab_size, in_place)
 
 

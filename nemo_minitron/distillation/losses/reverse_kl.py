@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses._per_token import per_token
-from nemo_minitron.distillation.losses._softmax import Softmaxes, Whole, Work, log_ratio_shift, scales
+from nemo_minitron.distillation.losses._softmax import Softmaxes, Whole, Work, scales, shift_of
 
 
 def reverse_kl(
@@ -21,9 +21,12 @@ def reverse_kl(
 ) -> Tensor:
     """KL(softmax(student / T) || softmax(teacher / T)) * T^2 per token: [..., V/tp] shards -> [...], fp32.
 
-    The package's contract. One collective a call under TP (two where the teacher's padding is another).
+    A token that the student excludes (-inf) adds nothing; one that the teacher alone excludes makes it +inf, which has
+    no gradient (NaN). The package's contract. One collective a call under TP (two where the teacher's padding is
+    another).
     """
-    return per_token(student_logits, teacher_logits, ReverseKL(), temperature, group, vocab_size, in_place)
+    rule = ReverseKL(temperature > 1)
+    return per_token(student_logits, teacher_logits, rule, temperature, group, vocab_size, in_place)
 
 
 class ReverseKL(Softmaxes):
@@ -32,10 +35,9 @@ class ReverseKL(Softmaxes):
     weights = "student"
 
     def loss(self, whole: Tensor) -> Tensor:
-        w = Whole(*whole)
-        return w.sum_t.log() - w.sum_s.log() - w.cross / w.sum_s
+        return Whole(*whole).kl
 
     def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
         w = Whole(*whole)
-        above = (log_ratio_shift(part, w) + self.loss(whole))[:, None]
+        above = (shift_of(part, w) - w.mean)[:, None]  # log p_t - log p_s less its mean, which is -KL
         torch.mul(work.exp_s.mul_(-scales(part, w)[0]), work.apart.add_(above), out=out)

@@ -6,12 +6,14 @@ saw top-k lose to the whole KL for k up to 100 (2407.14679, section 4).
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses._per_token import Rule, per_token
+from nemo_minitron.distillation.losses._softmax import finite
 
 
 def top_k_kl(
@@ -27,10 +29,11 @@ def top_k_kl(
 
     [..., V/tp] shards -> [...], fp32. The package's contract. The k largest are of the whole vocabulary; of equal
     logits the first count, in every layout. One collective a call under TP (two where the teacher's padding is
-    another), of 2k + 4 numbers a token. Also raises ValueError for k below 1. From k = V on it is forward_kl.
+    another), of 2k + 4 numbers a token. Infinities as in forward_kl. Also raises ValueError for a k that is no whole
+    number of at least 1. From k = V on it is forward_kl.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}; it must be at least 1")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k is {k}; it must be a whole number of at least 1")
     return per_token(student_logits, teacher_logits, TopK(k), temperature, group, vocab_size, in_place)
 
 
@@ -48,7 +51,8 @@ class TopK(Rule):
         if not s.shape[1]:
             return s.new_full((4 + 2 * self.k, len(s)), -torch.inf), (s, s.new_zeros(s.shape, dtype=torch.int64))
         tops = torch.stack([s.amax(1), t.amax(1)])
-        s, t = (torch.sub(x, top[:, None], out=out) for x, top, out in zip((s, t), tops, room, strict=False))
+        zeros = finite(tops)
+        s, t = (torch.sub(x, zero[:, None], out=out) for x, zero, out in zip((s, t), zeros, room, strict=False))
         first = _largest(t, self.k)  # [n, at most k]
         none = s.new_full((len(s), self.k - first.shape[1]), -torch.inf)
         chosen = [torch.cat([x.gather(1, first), none], 1).t() for x in (t, s)]
@@ -61,8 +65,9 @@ class TopK(Rule):
 
         A candidate that does not count is -inf here; the others are the teacher's logits, relative to max_t.
         """
+        parts = parts.double()  # a small loss is what is left of large logarithms
         k, tp, tops = self.k, len(parts), parts[:, :2].amax(0)
-        down_s, down_t = (parts[:, :2] - tops).unbind(1)  # [tp, n]
+        down_s, down_t = (finite(parts[:, :2]) - tops).unbind(1)  # [tp, n]
         rest_s, rest_t = parts[:, 2] + down_s, parts[:, 3] + down_t
         t, s = (x.flatten(0, 1) for x in (parts[:, 4 : 4 + k] + down_t[:, None], parts[:, 4 + k :] + down_s[:, None]))
         t, order = t.sort(dim=0, descending=True, stable=True)  # stable: by rank, then by column among equals
@@ -71,11 +76,13 @@ class TopK(Rule):
         bucket_t = torch.cat([rest_t, t[k:]]).logsumexp(0)
         log_p_s, log_p_t = torch.cat([s[:k], bucket_s[None]]), torch.cat([t[:k], bucket_t[None]])
         all_s, all_t = log_p_s.logsumexp(0), log_p_t.logsumexp(0)
-        terms = (log_p_t - all_t).exp() * ((log_p_t - all_t) - (log_p_s - all_s))
-        loss = torch.where(torch.isinf(log_p_t), 0.0, terms).sum(0)
-        pull = torch.where(torch.isinf(bucket_t), -torch.inf, bucket_t - all_t - bucket_s)
+        p_t, p_s = (log_p_t - all_t).exp(), (log_p_s - all_s).exp()
+        terms = p_t * ((log_p_t - all_t) - (log_p_s - all_s)) - p_t  # and p_s: 0 in sum, but for what was rounded
+        loss = (torch.where(torch.isinf(log_p_t), 0.0, terms) + p_s).sum(0)
+        none = torch.isinf(bucket_t) | torch.isinf(bucket_s)
+        pull = torch.where(none, -torch.inf, bucket_t - all_t - bucket_s)
         counted = torch.full_like(t, -torch.inf).scatter_(0, order[:k], t[:k]).view(tp, k, -1)[rank]
-        return torch.cat([torch.stack([loss, *tops, all_s, all_t, pull]), counted])
+        return torch.cat([torch.stack([loss, *tops, all_s, all_t, pull]), counted]).float()
 
     def loss(self, whole: Tensor) -> Tensor:
         return whole[0]
@@ -83,7 +90,7 @@ class TopK(Rule):
     def gradient(self, work: tuple[Tensor, Tensor], part: Tensor, whole: Tensor, out: Tensor) -> None:
         s, first = work
         _, max_s, _, all_s, all_t, pull = whole[:6, :, None]
-        s.add_(part[0, :, None] - max_s)
+        s.add_(finite(part[0])[:, None] - max_s)
         p_s, rest = (s - all_s).exp_(), s.add_(pull).exp_()
         counted = whole[6 : 6 + first.shape[1]].t()  # [n, at most k]
         p_t = torch.where(torch.isinf(counted), rest.gather(1, first), (counted - all_t).exp())

@@ -14,6 +14,7 @@ from nemo_minitron.families import check_host, family_of, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.job.settings.counted import check_whole
 from nemo_minitron.job.settings.fp8 import check_tokens
 from nemo_minitron.job.settings.layout import Layout
 
@@ -29,6 +30,8 @@ def run_cache(
     """
     from nemo_minitron.nemo.sources import open_source
 
+    for name, value in (("rows_per_shard", rows_per_shard), ("micro_batch_size", micro_batch_size)):
+        check_whole(name, value)
     source = open_source(model)
     check_host(source.config)
     layout.check(source.architecture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,5 +65,5 @@ def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -
     if not list(solvable(plan)):
         raise InputError("the plan cuts no neurons and no heads, so there is nothing to solve anew; cut without it")
     for name, value in (("ridge", ridge), ("memory", memory)):
-        if not value > 0:
-            raise InputError(f"{name} is {value}; it must be above 0")
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{name} is {value}; it must be above 0 and finite")

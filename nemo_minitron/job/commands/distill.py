@@ -122,6 +122,7 @@ def run_distill(
     for architecture in models if not recipe.teacher_cache else models[:1]:
         layout.for_depth(architecture.num_layers).check(architecture, training=True)
     depth = models[0].num_layers
+    recipe.check_mixture(models[0])
     recipe.check_cache(models[0].vocab_size)
     if recipe.intermediate:
         kept = PrunePlan.load(plan).keep.get("layers") if plan else None

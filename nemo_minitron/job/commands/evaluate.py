@@ -11,6 +11,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.job.commands.corpus import tokenise
 from nemo_minitron.job.models import as_folder, config_of, is_nemo
+from nemo_minitron.job.settings.counted import check_whole
 from nemo_minitron.job.settings.recipe import Evaluation
 
 
@@ -30,6 +31,8 @@ def run_evaluate(
 
     if data is None and not tasks:
         raise InputError("there is nothing to measure; give --data, --tasks or both")
+    if limit is not None:
+        check_whole("limit", limit)
     _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
     numbers: dict[str, Any] = {}

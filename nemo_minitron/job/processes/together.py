@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.job.processes.line import SILENCE, Gone, Line
 from nemo_minitron.job.processes.nodes import Nodes
 
@@ -44,12 +44,14 @@ class Ending:
     log: str = ""
 
     def check(self, stage: str, where: str = "") -> None:
-        """Raises InputError for a refusal, RuntimeError for any other failure."""
+        """Raises InputError for a refusal, DivergedError for a training that diverged, RuntimeError for any other
+        failure."""
         if self.refusal:
             raise InputError(self.refusal)
         if self.code:
             log = f"; all of it is in {self.log}" if self.log else ""
-            raise RuntimeError(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
+            kind = DivergedError if self.cause.startswith(DivergedError.__name__) else RuntimeError
+            raise kind(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
 
 
 Work = Callable[[Order, int, Callable[[Callable[[], None]], None]], Ending]  # (order, node, watch) -> its end

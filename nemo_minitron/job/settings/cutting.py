@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
@@ -20,8 +21,8 @@ class Cutting:
     as fit, one at least.
     `fold_norms` and `head_residual` ("paper", "laco" or none) as in `pruning/compensation.py`.
 
-    Raises InputError for a ridge or a memory that is not above 0, an unknown residual, and a residual of heads that
-    are compensated too.
+    Raises InputError for a ridge or a memory that is not above 0 and finite, an unknown residual, and a residual of
+    heads that are compensated too.
     """
 
     compensate: bool = True
@@ -32,8 +33,8 @@ class Cutting:
 
     def __post_init__(self) -> None:
         for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, MEMORY)):
-            if not value > 0:
-                raise InputError(f"{name} is {value}; it must be above 0, for example {usual}")
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} is {value}; it must be above 0, for example {usual}, and finite")
         if self.head_residual and self.head_residual not in SIGNS:
             raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
         if self.head_residual and self.compensate:

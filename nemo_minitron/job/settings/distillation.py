@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
@@ -24,6 +25,11 @@ class Distillation(Counted):
     with logits_weight=0 the latter alone, the baseline. `intermediate`: "auto" or pairs of states
     (`distillation.layer_map`), compared by `intermediate_loss`; `intermediate_weight` 0 is the paper's dynamic alpha.
     `start`: pruned, or random, the baseline that learns from nothing.
+
+    `moe_aux_loss_coeff`, of a mixture of experts: so much of the routers' load-balancing loss is added, summed over
+    layers, as Megatron's setting of that name does; a distillation's own, whatever the model's config says (Mixtral's
+    router_aux_loss_coef), and 0 unless asked for, since a student that learns from its teacher's logits learns its
+    routing from them.
 
     `teacher_cache`: a folder of `minitron cache-logits`, learned from in the place of a teacher and of `loss`, which
     is a cross-entropy against draws or the KL of the largest, as the cache was made; `temperature` must be its own.
@@ -50,6 +56,7 @@ class Distillation(Counted):
     top_k: int = 100
     logits_weight: float = 1.0
     lm_weight: float = 0.0
+    moe_aux_loss_coeff: float = 0.0
     intermediate: str = ""
     intermediate_loss: str = "cosine"
     intermediate_weight: float = 0.0
@@ -69,9 +76,6 @@ class Distillation(Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("logits_weight", "lm_weight", "intermediate_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not (self.logits_weight or self.lm_weight):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
         if self.patience and not self.validate_every:
@@ -115,6 +119,14 @@ class Distillation(Counted):
         """Raises InputError for micro-batches that student or teacher cannot multiply in FP8."""
         taught = [self.teacher_precision or self.precision] if self.learns_from_teacher else []
         check_tokens(self.sequence_length, self.micro_batch_size, layout, self.precision, *taught)
+
+    def check_mixture(self, student: Architecture) -> None:
+        """Raises InputError for a loss of routers where the student has none."""
+        if self.moe_aux_loss_coeff and not student.num_moe_experts:
+            raise InputError(
+                f"moe_aux_loss_coeff is {self.moe_aux_loss_coeff:g} and the student is no mixture of experts; the "
+                "nearest legal value is 0"
+            )
 
     def check_states(self, student_layers: int, teacher_layers: int) -> None:
         """Raises InputError for intermediate states that are none of such models."""

@@ -41,8 +41,8 @@ class Layout:
         """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run (or train) it."""
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}, at most {MOST}")
         if not legal_tp(architecture, self.tp):
             raise InputError(
                 f"tp={self.tp} does not divide {_sizes(architecture)}; the nearest legal tp is "
@@ -156,6 +156,7 @@ class Layout:
         return True
 
 
+MOST = 1 << 20  # ranks: more than any machine has
 LEAST = dict.fromkeys(("tp", "pp", "vp", "cp", "ep", "dp"), 1) | dict.fromkeys(("etp", "first_stage", "last_stage"), 0)
 
 

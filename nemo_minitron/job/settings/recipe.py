@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.settings.calibration import Calibration
-from nemo_minitron.job.settings.counted import Counted
+from nemo_minitron.job.settings.counted import Counted, check_whole
 from nemo_minitron.job.settings.cutting import Cutting
 from nemo_minitron.job.settings.distillation import Distillation
 from nemo_minitron.job.settings.generation import Generation
@@ -95,8 +95,8 @@ class Job:
     generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rounds, int) and self.rounds < 1:
-            raise InputError(f"rounds is {self.rounds}; the nearest legal value is 1")
+        for name in ("rounds", "seed"):
+            check_whole(name, getattr(self, name))
         if self.search.wanted and self.rounds != 1:
             raise InputError(f"rounds={self.rounds} needs sizes in keep, and a search finds those of one cut")
         alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
@@ -201,7 +201,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
         if not legal:
             raise InputError(f"'{key}' is {value!r}; it must be {'an' if name == 'int' else 'a'} {name}")
-        return float(value) if name == "float" else value
+        return _number(value, key) if name == "float" else value
     if get_origin(kind) is tuple:
         return _sequence(get_args(kind)[0], value, key)
     if isinstance(value, Mapping):
@@ -209,6 +209,13 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     if value is not None and not isinstance(value, str):
         raise InputError(f"'{key}' is {value!r}; it must be a text")
     return value
+
+
+def _number(value: int | float, key: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"'{key}' is a whole number of {int(value).bit_length()} bits; no float is near it") from None
 
 
 def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:

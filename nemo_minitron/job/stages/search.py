@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.axes import AXES
+from nemo_minitron.errors import DivergedError
 from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
 from nemo_minitron.job.commands.corpus import corpus_identity
 from nemo_minitron.job.commands.distill import run_training, teacher_identity
@@ -191,18 +193,24 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
     folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
     known = _known(folder / CURVE, identity)
-    if known is None or len(known["losses"]) < steps:
+    if known is None or (len(known["losses"]) < steps and not known.get("diverged")):
         run.say(f"    {name}: to step {steps}")
         student = _student(run, name)
         learned = learned_from(run.job)
         layout, _ = run.job.layout.for_student(from_hf(student), from_hf(config_of(learned)))
-        run_training(
-            student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
-            run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),
-        )  # fmt: skip
-        known = {"identity": identity, "losses": _losses(folder / TRAINING / "loss.csv")}
+        known, diverged = {"identity": identity}, False
+        try:
+            run_training(
+                student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
+                run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),
+            )  # fmt: skip
+        except DivergedError as error:  # this candidate has lost; the others go on
+            run.say(f"    {name}: {error}")
+            diverged = True
+        known |= {"losses": _losses(folder / TRAINING / "loss.csv"), "diverged": diverged}
         write_json(folder / CURVE, known)
-    return list(enumerate(known["losses"][:steps], 1))
+    losses = [*known["losses"], *[math.inf] * (steps - len(known["losses"]))]  # of one that diverged
+    return list(enumerate(losses[:steps], 1))
 
 
 def _texts(run: Run, train: Path) -> Any:
