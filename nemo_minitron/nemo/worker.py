@@ -5,6 +5,7 @@ Nothing heavy is imported at module level: saving a checkpoint starts a helper t
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -23,8 +24,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, which ignores it, sends it to end this process
     if "MINITRON_LIFELINE" in os.environ:
         threading.Thread(target=_hold_the_lifeline, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1)  # the launcher of a stage that has stalled asks where all threads are
     settings = json.loads(Path(file).read_text())
     from nemo_minitron.errors import InputError
+    from nemo_minitron.nemo.beat import begin
+
+    if "MINITRON_LIFELINE" in os.environ:
+        begin()
 
     try:
         _stages()[stage](settings)
@@ -34,6 +40,12 @@ def main() -> None:
             Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
         print(f"minitron: {error}", file=sys.stderr, flush=True)
         _leave(2)
+    except Exception as error:
+        from nemo_minitron.job.processes.output import tell
+        from nemo_minitron.nemo.failure import words
+
+        tell(rank=int(os.environ.get("RANK", "0")), error=words(error, settings))
+        raise
 
 
 def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
@@ -43,8 +55,9 @@ def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
     import nemo_minitron.backend as backend
 
     backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
-    from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
+    from nemo_minitron.nemo import beat, cache, compensate, estimate, finetune, prune, stages
 
+    beat.count_layers()
     gc.freeze()
     gc.enable()
     run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
