@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import SECONDS, Stall
+from nemo_minitron.cli.options import Stall
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.processes.stall import SECONDS
 
 if TYPE_CHECKING:
     from nemo_minitron.job import Job

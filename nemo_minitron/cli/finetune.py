@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import SECONDS, Cp, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.cli.options import Cp, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 
 def finetune(

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.cli.options import SECONDS, Stall
+from nemo_minitron.cli.options import Stall
+from nemo_minitron.job.processes.stall import SECONDS
 
 RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
 

@@ -18,9 +18,10 @@ _layers = [0]
 
 
 def begin() -> None:
-    """Says it from now on, in a thread."""
+    """Says it now, and from now on in a thread."""
     timeout = stall_timeout()
     if timeout:
+        _tell(0)
         threading.Thread(target=_say, args=(timeout / EVERY,), daemon=True).start()
 
 
@@ -29,9 +30,13 @@ def _say(seconds: float) -> None:
     while True:
         place = _place()
         changes, before = changes + (place != before), place
-        mark = [changes, len(sys.modules), _layers[0], *_moved()]
-        tell(rank=int(os.environ.get("RANK", "0")), pid=os.getpid(), layers=_layers[0], mark=mark)
+        _tell(changes)
         time.sleep(seconds)
+
+
+def _tell(changes: int) -> None:
+    mark = [changes, len(sys.modules), _layers[0], *_moved()]
+    tell(rank=int(os.environ.get("RANK", "0")), pid=os.getpid(), layers=_layers[0], mark=mark)
 
 
 def _place() -> Any:

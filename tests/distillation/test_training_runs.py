@@ -2,27 +2,17 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
-import torch
+from checkpoints import save_small
 from pico import pico_llama
-from torch.distributed import checkpoint
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
 from nemo_minitron.job.commands import distill
 
 RECIPE = Distillation(tokens=64, sequence_length=8, global_batch_size=2)  # 4 steps
-
-
-def save_checkpoint(folder):
-    """As a training leaves one, of one small tensor."""
-    state, files = {"w": torch.arange(1000.0)}, {"weights/metadata.json": "{}", "context/io.json": "{}"}
-    (folder / "context").mkdir(parents=True)
-    checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(folder / "weights"), no_dist=True)
-    torch.save({}, folder / "weights" / "common.pt")
-    for name, text in files.items():
-        (folder / name).write_text(text)
 
 
 class Launched:
@@ -38,7 +28,7 @@ class Launched:
         step = self.ends_at or settings["stop"] or recipe.steps
         out = distill.Path(settings["out"])
         last = f"nemo/checkpoints/step={step - 1}-last"
-        save_checkpoint(out / last)
+        save_small(out / last)
         early = {"stopped": step} if self.ends_at else {}
         (out / "last.json").write_text(json.dumps({"checkpoint": last, **early}))
 
@@ -84,6 +74,35 @@ def test_one_that_ended_early_is_finished(train):
     early = dataclasses.replace(RECIPE, validate_every=1, patience=1)
     assert len(train(early)) == 1
     assert len(train(early)) == 1
+
+
+@pytest.mark.parametrize("change", ["gone", "cut", "other bytes"])
+def test_a_finished_training_whose_checkpoint_is_damaged_is_begun_again(train, tmp_path, change):
+    train()
+    (chunk,) = (tmp_path / "out" / "nemo" / "checkpoints").rglob("*.distcp")
+    if change == "gone":
+        chunk.unlink()
+    elif change == "cut":
+        os.truncate(chunk, 1000)
+    else:
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    assert len(train()) == 2
+    assert len(train()) == 2
+
+
+def test_one_that_went_on_does_not_miss_the_checkpoint_of_its_stop(train, capsys):
+    train(stop=2)
+    train()
+    train()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_a_damaged_record_of_the_last_checkpoint_is_written_anew(train, tmp_path, text):
+    train()
+    (tmp_path / "out" / "last.json").write_text(text)
+    assert len(train()) == 1
+    assert json.loads((tmp_path / "out" / "last.json").read_text()) == {"checkpoint": "nemo/checkpoints/step=3-last"}
 
 
 def test_a_corrected_teacher_is_trained_first_and_then_taught_from(train, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
 from nemo_minitron.job.dry_run import check, check_space
@@ -31,6 +32,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)
+    sweep(folder)
     check_space(job, folder)
     with locked(folder):
         run = open_run(job, folder)
@@ -47,6 +49,7 @@ def _run_chain(job: Job, folder: Path, until: str, overwrite: bool) -> Path:
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)
+    sweep(folder)
     check_chain_space(job, folder)
     with locked(folder):
         write_json(folder / "recipe.json", job.as_dict())

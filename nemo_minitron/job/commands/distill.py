@@ -54,7 +54,11 @@ def run_training(
         "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
     }  # fmt: skip
     (out / WHOLE).unlink(missing_ok=True)
-    launch("distill", settings, layout.processes, log)
+    try:
+        launch("distill", settings, layout.processes, log)
+    except RuntimeError:
+        _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
+        raise
     write_json(out / WHOLE, sealed(out, left_by_training(out)))
 
 

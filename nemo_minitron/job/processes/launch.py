@@ -124,7 +124,7 @@ def _follow(
         with _saved_when_told(process, saving):
             stall = _wait(process, output)
             reader.join(PATIENCE)  # a helper of a rank that was killed may hold the output open for ever
-            return process.returncode or bool(stall), stall
+            return (1 if stall else process.returncode), stall
     finally:
         _end(process)
 

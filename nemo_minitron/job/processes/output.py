@@ -17,7 +17,7 @@ TAIL = 200  # lines of output that a message may come from
 MARK = "  ~minitron "  # a line of a worker to its launcher: JSON behind it
 PROGRESS = "  > "
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
-_WARNING = re.compile(r"[\w.]*Warning\b|warnings\.warn|\[[A-Z]+\s*\]|\s")
+_REMARK = re.compile(r"\s|.*Warning:|\[W")  # a warning, the line behind it that it points to, one of torch's
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class Output:
         for rank, error in self.failures.items():
             return f"rank {rank}: {error}"
         errors = [line for line in self.tail if _ERROR.match(line)]
-        words = [line for line in self.tail if line.strip() and not _WARNING.match(line)]
+        words = [line for line in self.tail if line.strip() and not _REMARK.match(line)]
         return (errors[:1] or words[-1:] or ["it printed nothing"])[0].strip()
 
 

@@ -14,6 +14,7 @@ from nemo_minitron.job.processes.output import Rank
 
 VARIABLE = "MINITRON_STALL_TIMEOUT"
 SECONDS = 600
+START = 60  # seconds that processes have to say the first thing
 EVERY = 20  # times that a rank says within the timeout how far it is
 
 
@@ -35,7 +36,7 @@ def stalled(ranks: Mapping[int, Rank], begun: float, timeout: float) -> str:
     """
     latest = max([begun, *(rank.since for rank in ranks.values())])
     silent = time.monotonic() - latest
-    if not timeout or silent < timeout:
+    if not timeout or silent < (timeout if ranks else max(timeout, START)):
         return ""
     if not ranks:
         return f"no rank has said how far it is for {silent:.0f} s"
