@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import digest_of
-from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing
+from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
 from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.errors import InputError
@@ -44,6 +44,9 @@ def run_cache(
             source.architecture.vocab_size, rows, rows_per_shard,
         )  # fmt: skip
         header = _opened(header, out)
+        for path in torn(out, header):
+            print(f"{path} is damaged and is made again", flush=True)
+            path.unlink()
         if missing(out, header):
             values = {
                 "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
