@@ -11,15 +11,17 @@ _FAILED = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.MU
 _OURS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # what torchrun ends the other ranks with
 
 
-def killed(code: int, lines: Iterable[str], before: int) -> str:
+def killed(code: int, lines: Iterable[str], before: int, alone: bool = True) -> str:
     """The rank that a signal ended, by torchrun's table of failures or the exit code of one process; else nothing.
 
-    `before`: `oom_kills()` as the stage began.
+    `before`: `oom_kills()` as the stage began. `alone`: the exit code is rank 0's, not torchrun's.
     """
-    found = [(int(rank), int(exit_code)) for rank, exit_code in _FAILED.findall("".join(lines))]
-    signals = [(rank, number) for rank, number in found if number < 0 and number not in _OURS]
+    found = [(int(rank), int(exit_code)) for rank, exit_code in _FAILED.findall("".join(lines))]  # the first one first
+    signals = [(rank, number) for rank, number in found[:1] if number < 0 and number not in _OURS]
+    # Nobody else kills: a rank that loses its peers aborts itself, after the one whose error it is.
+    signals += [(rank, number) for rank, number in found if number == -signal.SIGKILL]
     if not signals and code < 0:
-        signals = [(0, code)]
+        return f"{'rank 0' if alone else 'torchrun'} was killed by {_name(-code)}{_reason(-code, before)}"
     if not signals:
         return ""
     rank, number = signals[0]

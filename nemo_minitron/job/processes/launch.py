@@ -64,7 +64,7 @@ def run(order: Order, node: int, watch: Callable[[Callable[[], None]], None]) ->
         environment = _environment(order) | {ERRORS: str(scratch)}
         code, stall = _follow(command, environment, output, watch, order.each if order.stage in SAVING else 0)
         refusals = [path.read_text() for path in sorted(scratch.glob("refused-*"))]
-    cause = stall or killed(code, output.tail, killed_before) or output.cause()
+    cause = stall or killed(code, output.tail, killed_before, _alone(order)) or output.cause()
     if output.lost:
         print(output.lost, file=sys.stderr, flush=True)
         return Ending(code, refusals[0] if refusals else "", f"{cause}; {output.lost}")
@@ -76,9 +76,14 @@ def _log(log: str, node: int) -> Path | None:
     return path.with_name(f"{path.stem}-node{node}{path.suffix}") if path and node else path
 
 
+def _alone(order: Order) -> bool:
+    """One process, which needs no torchrun."""
+    return order.each * order.nodes == 1
+
+
 def _python(order: Order, node: int) -> list[str]:
     """Nodes have fixed ranks: the first one has rank 0, which says how far a stage is."""
-    if order.each * order.nodes == 1:
+    if _alone(order):
         return [sys.executable]
     command = [*DEAF, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(order.each)]
     if _torch() >= (2, 10):
@@ -102,7 +107,7 @@ def _environment(order: Order) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // order.each)
     wanted = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
     found = wanted | {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if order.each * order.nodes == 1 else {}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if _alone(order) else {}
     slurm = {"SLURM_JOB_NAME": "interactive"} if "SLURM_NTASKS" in found else {}
     return found | alone | slurm | {LIFELINE: "1"}
 

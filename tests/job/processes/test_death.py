@@ -12,6 +12,7 @@ from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.output import Rank
 from nemo_minitron.job.processes.stall import stalled
 
+OUT_OF_MEMORY = "was killed by SIGKILL, as the system does where memory ran out"
 TABLE = """
 Root Cause (first observed failure):
 [0]:
@@ -91,11 +92,13 @@ def processes(place):
 @pytest.mark.parametrize(
     ("code", "lines", "words"),
     [
-        (1, TABLE.format(1, -9), "rank 1 was killed by SIGKILL, as the system does where memory ran out"),
-        (1, TABLE.format(0, 1) + TABLE.format(5, -11), "rank 5 was killed by SIGSEGV"),
+        (1, TABLE.format(1, -9), f"rank 1 {OUT_OF_MEMORY}"),
+        (1, TABLE.format(0, 1) + TABLE.format(5, -9), f"rank 5 {OUT_OF_MEMORY}"),
+        (1, TABLE.format(0, 1) + TABLE.format(5, -6), ""),  # it has lost rank 0, whose error is told
+        (1, TABLE.format(5, -11) + TABLE.format(0, 1), "rank 5 was killed by SIGSEGV"),
         (1, TABLE.format(0, -15), ""),  # as torchrun ends the others
         (1, TABLE.format(0, 1), ""),
-        (-9, "", "rank 0 was killed by SIGKILL, as the system does where memory ran out"),
+        (-9, "", f"rank 0 {OUT_OF_MEMORY}"),
         (-6, "", "rank 0 was killed by SIGABRT"),
         (2, "ValueError: it\n", ""),
     ],
@@ -109,6 +112,7 @@ def test_a_kill_for_lack_of_memory_is_said(monkeypatch):
     monkeypatch.setattr(death, "oom_kills", lambda: 4)
     assert killed(-9, [], 3).endswith("SIGKILL: it ran out of memory, and the system's out-of-memory killer ended it")
     assert killed(-11, [], 3) == "rank 0 was killed by SIGSEGV"
+    assert killed(-11, [], 3, alone=False) == "torchrun was killed by SIGSEGV"
 
 
 def test_any_ranks_progress_counts_and_the_one_behind_is_named():
