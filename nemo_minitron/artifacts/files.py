@@ -8,45 +8,49 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.artifacts.temporary import BESIDE, beside
+from nemo_minitron.errors import DISK, InputError
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; it takes the name only if the block ends well."""
+    """Yields a temporary path; the file takes the name `path` only if the block ends well, and is on the disk then.
+
+    Raises OSError that names `path` where the disk is full or fails.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with naming(path), beside(path) as folder:
+        temporary = folder / path.name
+        temporary.touch()
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # not before: a writer may have made the file anew
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it replaces `path` only if the block ends well.
+def atomic_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder; it replaces `path` only if the block ends well.
 
     A kill at any moment leaves the old folder or the new one at `path`, where the file system can exchange two names;
-    elsewhere there is a moment between them at which a kill leaves the old one under a hidden name.
+    elsewhere there is a moment between them at which a kill leaves the old one under a hidden name. `durable`: it is
+    on the disk before it takes the name, as one that replaces another always is; else it gets there as with `cp`.
+    Raises OSError that names `path` where the disk is full or fails.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.chmod(temporary, 0o777 & ~_umask())
-    try:
+    with naming(path), beside(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
+        if durable or path.exists():
+            sync_tree(temporary)
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         if not path.exists():
             os.replace(temporary, path)
@@ -54,8 +58,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(path, old)
             os.replace(temporary, path)
             shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the disk that name no file, or a temporary one, name `path`; so do those of libraries in Rust."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None) if isinstance(error, OSError) else _number(error)
+        name = getattr(error, "filename", None)
+        if number is not None and (BESIDE in str(name) or (name is None and number in DISK)):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _number(error: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -92,9 +113,24 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, are on the disk afterwards."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """All files and folders in a folder, and its own names."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(place, name))
+        sync(Path(place))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -139,6 +175,11 @@ def file_digest(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def bytes_in(folder: Path) -> int:
+    """What a folder takes of its disk."""
+    return sum(os.lstat(Path(place, name)).st_blocks * 512 for place, _, files in os.walk(folder) for name in files)
 
 
 def need_space(folder: str | Path, size: int) -> None:

@@ -100,6 +100,28 @@ def missing(folder: str | Path, header: CacheHeader) -> list[int]:
     return [shard for shard in range(header.shards) if not shard_path(folder, shard).is_file()]
 
 
+def torn(folder: str | Path, header: CacheHeader) -> list[Path]:
+    """Shards that are there and not as long as they say themselves."""
+    sets = header.settings.stored_sets
+    there = [path for shard in range(header.shards) if (path := shard_path(folder, shard)).is_file()]
+    return [path for path in there if _numbers(path, _rows(path), sets) is None]
+
+
+def _rows(path: Path) -> int:
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _numbers(path: Path, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of a shard of so many rows their keys and where the records end; None where it is another one, or torn."""
+    size, there = 8 * (1 + rows + rows * sets), path.stat().st_size
+    if there < size or _rows(path) != rows:
+        return None
+    with open(path, "rb") as file:
+        numbers = np.frombuffer(file.read(size), "<u8")
+    return (numbers[1 : rows + 1], numbers[rows + 1 :]) if there == size + int(numbers[-1]) else None
+
+
 def write_shard(path: Path, keys: Sequence[int], records: Sequence[Sequence[bytes]]) -> None:
     """`records[row][set]`, in the order of `keys`. Whole or not at all."""
     ends = np.cumsum([len(record) for row in records for record in row], dtype=np.uint64)
@@ -157,11 +179,8 @@ class LogitCache:
             os.close(file)
 
     def _index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        path, rows = shard_path(self.folder, shard), len(self.header.rows_of(shard))
-        records = rows * self.header.settings.stored_sets
-        size = 8 * (1 + rows + records)
-        with open(path, "rb") as file:
-            numbers = np.frombuffer(file.read(size).ljust(size, b"\0"), "<u8")
-        if numbers[0] != rows or path.stat().st_size != size + int(numbers[-1]):
-            raise InputError(f"'{path}' is damaged; delete it and run the same minitron cache-logits again")
-        return numbers[1 : rows + 1], numbers[rows + 1 :]
+        path = shard_path(self.folder, shard)
+        found = _numbers(path, len(self.header.rows_of(shard)), self.header.settings.stored_sets)
+        if found is None:
+            raise InputError(f"'{path}' is damaged; run the same minitron cache-logits again")
+        return found

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 
 def cache_logits(
@@ -38,6 +39,7 @@ def cache_logits(
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Keep a few tokens of the teacher's distribution at each position; run again after a kill, it goes on."""
     from nemo_minitron.artifacts.logit_records import CacheSettings

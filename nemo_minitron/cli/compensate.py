@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 
 def compensate(
@@ -30,6 +31,7 @@ def compensate(
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Solve anew what follows a cut of neurons or heads, by least squares on activations: forward passes only."""
     from nemo_minitron.job import Calibration, Layout

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
+from nemo_minitron.cli.options import Stall
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.processes.stall import SECONDS
 
 if TYPE_CHECKING:
     from nemo_minitron.job import Job
@@ -21,6 +23,7 @@ def compress(
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. distillation.tokens=2000")] = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="The run folder [default: runs/NAME].")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and load nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do stages of another recipe again there.")] = False,
     tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel size; layout.tp of the recipe.")] = None,
     pp: Annotated[Optional[int], typer.Option("--pp", help="Pipeline stages; layout.pp.")] = None,
     vp: Annotated[Optional[int], typer.Option("--vp", help="Virtual stages a pipeline stage; layout.vp.")] = None,
@@ -32,6 +35,7 @@ def compress(
     node_rank: Rank = None,
     rendezvous: Meeting = None,
     executor: Annotated[Optional[str], typer.Option("--executor", help=EXECUTOR)] = None,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """The whole job, resumable, into one run folder."""
     from nemo_minitron.job.chain import describe_chain
@@ -53,13 +57,15 @@ def compress(
         if dry_run:
             print(text if executor else f"{text}\nnothing was loaded or written")
         if executor:
-            command = ["compress", recipe, *own, "--out", str(folder.absolute())]
+            command = ["compress", recipe, *own, "--out", str(folder.absolute()), *["--overwrite"] * overwrite]
+            command += ["--stall-timeout", str(stall_timeout)] if stall_timeout != SECONDS else []
             _hand_over(made, job.name, command, dry_run)
         return
     from nemo_minitron.job.commands.compress import run_compress
 
     place = (nodes, node_rank, rendezvous)
-    on_nodes(place, job.layout, ["compress", job.as_dict()], folder, lambda: run_compress(job, folder))
+    same = ["compress", job.as_dict(), overwrite]
+    on_nodes(place, job.layout, same, folder, lambda: run_compress(job, folder, overwrite=overwrite))
 
 
 def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:

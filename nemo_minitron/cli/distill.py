@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 
 def distill(
@@ -51,6 +52,7 @@ def distill(
     nodes: Count = None,
     node_rank: Rank = None,
     rendezvous: Meeting = None,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
     from nemo_minitron.job import Distillation, Layout

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated"
 AXES = "Axes with commas: ffn, heads, query_groups, hidden, experts, layers ...; all unless given."
@@ -49,6 +50,7 @@ def estimate(
     nodes: Count = None,
     node_rank: Rank = None,
     rendezvous: Meeting = None,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Score what matters, with forward passes only; run again after a kill, it goes on."""
     from nemo_minitron.job import Calibration, Layout

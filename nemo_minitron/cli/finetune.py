@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Dp, Ep, Length, Pp, Precision, Seed, Sp, Tp, Vp
+from nemo_minitron.cli.options import Cp, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.job.processes.stall import SECONDS
 
 
 def finetune(
@@ -30,6 +31,7 @@ def finetune(
     dp: Dp = 1,
     sp: Sp = False,
     seed: Seed = 1234,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Instruction tuning by NeMo's llm.finetune; run again after a kill, it goes on."""
     from nemo_minitron.job import Layout

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.job.processes.stall import VARIABLE
 from nemo_minitron.precisions import PRECISIONS
 
 SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"
@@ -22,3 +24,13 @@ Sp = Annotated[bool, typer.Option("--sp", help="Sequence parallelism within tens
 Precision = Annotated[str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}, or auto.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a sample.")]
 Seed = Annotated[int, typer.Option("--seed")]
+
+
+def _set_stall(seconds: int) -> int:
+    """For whatever starts processes; the environment reaches the workers too."""
+    os.environ[VARIABLE] = str(seconds)
+    return seconds
+
+
+_STALL = "Seconds without progress of any rank until a stage is ended; 0: no limit."
+Stall = Annotated[int, typer.Option("--stall-timeout", min=0, envvar=VARIABLE, callback=_set_stall, help=_STALL)]

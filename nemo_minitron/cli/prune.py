@@ -7,6 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.options import Stall
+from nemo_minitron.job.processes.stall import SECONDS
+
 RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
 
 
@@ -19,6 +22,7 @@ def prune(
     head_residual: Annotated[Optional[str], typer.Option(help=RESIDUAL)] = None,
     scores: Annotated[Optional[Path], typer.Option(help="Of `minitron estimate`: the order of the heads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    stall_timeout: Stall = SECONDS,
 ) -> None:
     """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
     from nemo_minitron.families import remark_on, remarks

@@ -17,7 +17,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space, read_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, lines_of, space
+from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
 from nemo_minitron.job.models import teacher_config
 from nemo_minitron.job.settings.precision import settled
 from nemo_minitron.job.settings.recipe import Job
@@ -88,7 +88,12 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
 
 def check_chain_space(job: Job, folder: Path) -> None:
     """Raises InputError where the disk cannot hold all steps."""
-    need_space(folder, sum(space(step.job, step.known[step.job.teacher]) for step in checked(job, folder)))
+    steps = zip(job.chain, checked(job, folder), strict=True)
+    need_space(folder, sum(_space_of(made, folder / step.name) for step, made in steps))
+
+
+def _space_of(step: Checked, folder: Path) -> int:
+    return space_left(step.job, step.known[step.job.teacher], folder)
 
 
 def describe_chain(job: Job, folder: Path) -> str:

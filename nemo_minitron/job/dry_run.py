@@ -9,7 +9,8 @@ from typing import Any
 
 from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts.files import need_space
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.files import bytes_in, need_space
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, words
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -102,18 +103,38 @@ def check_space(job: Job, folder: str | Path) -> None:
     """Raises InputError where the disk cannot hold the run: three students and two training checkpoints, in a search
     a student and a checkpoint of each candidate that is distilled, and what is solved for each candidate.
 
-    A checkpoint holds bf16 weights, their fp32 master copies and two moments.
+    A checkpoint holds bf16 weights, their fp32 master copies and two moments. What is there already counts.
     """
-    need_space(folder, space(job, config_of(job.teacher)))
+    need_space(folder, space_left(job, config_of(job.teacher), Path(folder)))
 
 
 def space(job: Job, config: Mapping[str, Any]) -> int:
     """Bytes of a run of a teacher of this config; between rounds the model that is scored takes them for a while."""
+    return sum(parts_of(job, config).values())
+
+
+def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
+    """Bytes that a run still needs: nothing for stages that are done, else less what lies where they write."""
+    manifest = Manifest.open(folder / "manifest.json")
+    done = {stage["name"] for stage in manifest.stages}
+    parts = {place: size for (stage, place), size in parts_of(job, config).items() if stage not in done}
+    return sum(max(0, size - bytes_in(folder / place)) for place, size in parts.items())
+
+
+def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """(stage, where it writes) -> bytes, of what is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
     trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
     solved = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # and the parts of one
-    return target.parameters() * (3 * 2 + 2 * 14 + trained * distilled) + solved
+    student = 2 * target.parameters()
+    return {
+        ("prune", "checkpoints/pruned"): student,
+        ("prune", "checkpoints/random"): student,
+        ("rank" if distilled else "compensate", "search"): trained * distilled * target.parameters() + solved,
+        ("distill", "checkpoints/distilled"): 2 * 14 * target.parameters(),
+        ("export", "student"): student,
+    }
 
 
 def training_memory(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
+from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, on_disk, read_config, resolve, written_config
 
@@ -79,8 +79,8 @@ def as_folder(model: str | Path) -> Iterator[Path]:
     if not is_nemo(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        yield convert(path, Path(scratch) / path.name)
+    with apart() as scratch:
+        yield convert(path, scratch / path.name)
 
 
 def convert(checkpoint: Path, out: Path) -> Path:
@@ -103,6 +103,12 @@ def convert(checkpoint: Path, out: Path) -> Path:
         for file in tokenizer_files(source.folder):
             shutil.copyfile(file, folder / file.name)
     return out
+
+
+def clear_torn(folder: Path) -> None:
+    """Removes a student of a run that has lost its config: it would not be taken for a model, and so not replaced."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        shutil.rmtree(folder)
 
 
 def identity(architecture: Any) -> PrunePlan:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.artifacts.files import digest_of, write_json
+from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.whole import take_away
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.processes.lock import LOCK
 from nemo_minitron.job.settings.recipe import Job
@@ -31,7 +34,7 @@ class Run:
 
     def say(self, line: str) -> None:
         print(line, flush=True)
-        with open(self.path("log.txt"), "a") as log:
+        with contextlib.suppress(OSError), open(self.path("log.txt"), "a") as log:  # a full disk: what it tells is lost
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
@@ -39,7 +42,8 @@ class Run:
 class Stage:
     """`inputs(run)`: plain values that decide the result, besides the stages it comes `after`.
 
-    `outputs`: files in the run folder that must be there for the stage to count as done.
+    `outputs`: files in the run folder that must be there for the stage to count as done; `also(run)`: what else it
+    has left when it is done, files or whole folders. All of it must be there in full.
     """
 
     name: str
@@ -47,6 +51,11 @@ class Stage:
     inputs: Callable[[Run], Any]
     after: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    also: Callable[[Run], Iterable[str]] = lambda run: ()
+
+    def left(self, run: Run) -> list[str]:
+        """Everything that it has left in the run folder."""
+        return [*self.outputs, *self.also(run)]
 
 
 def check_folder(folder: Path) -> None:
@@ -56,6 +65,57 @@ def check_folder(folder: Path) -> None:
     held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     if held and "recipe.json" not in held:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")
+
+
+def check_recipe(job: Job, folder: Path) -> None:
+    """Raises InputError for a folder in which another recipe's stages are done: they would be done anew, and what
+    they have made would go. A layout is no part of a recipe here, a run may go on in another one."""
+    if not used(folder):
+        return
+    differing = _differing(job.as_dict(), _recipe_of(folder))
+    if differing:
+        raise InputError(
+            f"'{folder}' holds a run of another recipe: {differing[0]}"
+            + (f", and {len(differing) - 1} more settings" if len(differing) > 1 else "")
+            + "; give another folder with --out, or --overwrite to do again there what rests on them"
+        )
+
+
+def used(folder: Path) -> bool:
+    """Whether a run folder, or one of a chain's steps in it, has finished stages."""
+    found = [folder / "manifest.json", *folder.glob("*/manifest.json")]
+    return any(file.is_file() and Manifest.open(file).stages for file in found)
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """As it is written there; settings that an earlier version did not have are at their defaults."""
+    written = read_json(folder / "recipe.json", "the recipe")
+    try:
+        return Job.from_dict(written).as_dict()
+    except InputError:  # of another version
+        return written if isinstance(written, dict) else {}
+
+
+def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
+    """Settings that are not the same, in words."""
+    if isinstance(wanted, dict) and isinstance(there, dict):
+        names = [key for key in wanted | there if f"{name}{key}" != "layout"]
+        found = [_differing(wanted.get(key), there.get(key), f"{name}{key}.") for key in names]
+        return [line for lines in found for line in lines]
+    same = json.dumps(wanted) == json.dumps(there) or _one_place(wanted, there)
+    return [] if same else [f"{name.rstrip('.')} is {_short(there)} there and {_short(wanted)} here"]
+
+
+def _one_place(one: Any, other: Any) -> bool:
+    """Whether two texts are paths of the same file or folder, one from here, the other absolute."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def open_run(job: Job, folder: str | Path) -> Run:
@@ -85,8 +145,21 @@ def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:
     for later in stages:
         if stale & set(later.after):
             stale.add(later.name)
-    run.manifest.stages = [entry for entry in run.manifest.stages if entry["name"] not in stale]
-    run.manifest.save()
+    run.manifest.strike(stale)
+
+
+def _done(run: Run, stage: Stage, digest: str, title: str) -> bool:
+    """Whether a stage was done from the same inputs and all that it left is there in full; says what is not."""
+    if not run.manifest.done(stage.name, digest):
+        return False
+    wrong = run.manifest.damaged(stage.name, stage.outputs)
+    for name, why in wrong.items():
+        run.say(f"{title}: done before, but {run.path(name)} {why}")
+    take_away(run.folder, wrong)
+    if not wrong and not run.manifest.knows(stage.name, stage.outputs):  # of a version that sealed no files
+        run.manifest.seal(stage.name, stage.left(run))
+        run.manifest.save()
+    return not wrong
 
 
 def _needed(stages: Sequence[Stage], until: str) -> list[Stage]:
@@ -108,8 +181,7 @@ def execute(run: Run, stages: Sequence[Stage], until: str = "") -> None:
         upstream = [digests[name] for name in stage.after]
         digests[stage.name] = digest_of([stage.name, stage.inputs(run), upstream])
         title = f"[{number}/{len(wanted)}] {stage.name}"
-        there = all(run.path(output).exists() for output in stage.outputs)
-        if there and run.manifest.done(stage.name, digests[stage.name]):
+        if _done(run, stage, digests[stage.name], title):
             run.say(f"{title}: done before, skipped")
             continue
         _forget(run, stage, stages)
@@ -117,5 +189,5 @@ def execute(run: Run, stages: Sequence[Stage], until: str = "") -> None:
         start = time.perf_counter()
         stage.run(run)
         seconds = time.perf_counter() - start
-        run.manifest.finish(stage.name, seconds, digests[stage.name])
+        run.manifest.finish(stage.name, seconds, digests[stage.name], stage.left(run))
         run.say(f"{title}: {seconds:.1f} s")

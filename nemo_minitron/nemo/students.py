@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.families.base import nemo_sizes
 from nemo_minitron.nemo.live import LiveSource, fill
 from nemo_minitron.nemo.mapping import padded_vocab
@@ -29,18 +30,17 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
     student = student_module(module, plan, layout.tp)
     chunks = build(student.config, layout)
     fill(chunks, open_source(teacher) if teacher else LiveSource(live, plan.source), plan)
-    partial = path.with_name(f".{path.name}.partial")
     rank_zero = torch.distributed.get_rank() == 0
-    if rank_zero:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "weights").mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save({"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}, str(partial / "weights"))
-    torch.distributed.barrier()
-    if rank_zero:
-        _write_context(trainer, student, partial / "context")
-        shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
+    with atomic_folder(path) if rank_zero else contextlib.nullcontext() as partial:
+        if partial is not None:
+            (partial / "weights").mkdir()
+        place = [str(partial)]
+        torch.distributed.broadcast_object_list(place, 0)
+        state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
+        dist_checkpointing.save(state, str(Path(place[0], "weights")))
+        torch.distributed.barrier()
+        if partial is not None:
+            _write_context(trainer, student, partial / "context")
     torch.distributed.barrier()
 
 

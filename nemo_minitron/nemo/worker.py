@@ -5,6 +5,7 @@ Nothing heavy is imported at module level: saving a checkpoint starts a helper t
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -23,8 +24,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, which ignores it, sends it to end this process
     if "MINITRON_LIFELINE" in os.environ:
         threading.Thread(target=_hold_the_lifeline, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1)  # the launcher of a stage that has stalled asks where all threads are
     settings = json.loads(Path(file).read_text())
     from nemo_minitron.errors import DivergedError, InputError
+    from nemo_minitron.nemo.beat import begin
+
+    if "MINITRON_LIFELINE" in os.environ:
+        begin()
 
     try:
         _stages()[stage](settings)
@@ -35,8 +41,20 @@ def main() -> None:
         print(f"minitron: {error}", file=sys.stderr, flush=True)
         _leave(2)
     except DivergedError as error:
-        print(f"{DivergedError.__name__}: {error}", file=sys.stderr, flush=True)  # as the cause is looked for
+        _tell(f"{DivergedError.__name__}: {error}")
         _leave(1)
+    except Exception as error:
+        from nemo_minitron.nemo.failure import words
+
+        _tell(words(error, settings))
+        raise
+
+
+def _tell(error: str) -> None:
+    """The launcher what ended this rank."""
+    from nemo_minitron.job.processes.output import tell
+
+    tell(rank=int(os.environ.get("RANK", "0")), error=error)
 
 
 def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
@@ -46,8 +64,9 @@ def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
     import nemo_minitron.backend as backend
 
     backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
-    from nemo_minitron.nemo import cache, compensate, estimate, finetune, prune, stages
+    from nemo_minitron.nemo import beat, cache, compensate, estimate, finetune, prune, stages
 
+    beat.count_layers()
     gc.freeze()
     gc.enable()
     run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}

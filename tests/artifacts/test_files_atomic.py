@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,21 @@ def test_file_keeps_the_old_when_stopped(tmp_path):
         _stopped(atomic_file(file), lambda temporary: temporary.write_text("half"))
     assert read_json(file, "it") == 1
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("block", [atomic_file, atomic_folder])
+def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path, block):
+    """As the system says it, of no file; and of the hidden one. Other errors stay as they are."""
+    full = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught, block(tmp_path / "a"):
+        full.write_text("x")
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError) as caught, block(tmp_path / "a") as temporary:
+        (temporary.parent / "not" / "there").touch()
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="elsewhere"), block(tmp_path / "a"):
+        (tmp_path / "elsewhere").read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_has_an_item_a_line_and_numbers_on_one(tmp_path):

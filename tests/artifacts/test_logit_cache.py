@@ -16,6 +16,7 @@ from nemo_minitron.artifacts.logit_cache import (
     data_digest,
     row_key,
     shard_path,
+    torn,
     write_shard,
 )
 from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
@@ -148,6 +149,7 @@ def test_what_is_not_whole_is_refused(tmp_path):
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(InputError, match=r"shard-00001\.logits' is damaged"):
             LogitCache(tmp_path / "cut")
+        assert torn(tmp_path / "cut", CacheHeader.load(tmp_path / "cut")) == [file]
     with pytest.raises(InputError, match="does not exist"):
         LogitCache(tmp_path / "none")
 

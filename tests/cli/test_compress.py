@@ -81,7 +81,7 @@ def test_the_student_learns_what_the_teacher_wrote(world):
     shutil.copytree(world / "run", world / "written")
     asked = ["generation.documents=24", "generation.prompt_tokens=8", "generation.new_tokens=40"]
     loss = ["distillation.logits_weight=0", "distillation.lm_weight=1"]
-    output = minitron(world, "compress", "recipe.py", "--out", "written", *asked, *loss)
+    output = minitron(world, "compress", "recipe.py", "--out", "written", "--overwrite", *asked, *loss)
     assert output.count("done before, skipped") == 6
     assert "[7/11] generate ..." in output
     data, training = world / "written" / "data", world / "written" / "checkpoints" / "distilled"

@@ -35,7 +35,7 @@ def started(folder, scratch, command):
     return subprocess.Popen(
         [sys.executable, "-m", "nemo_minitron.cli", *map(str, command)], cwd=folder, text=True,
         env=os.environ | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
     )  # fmt: skip
 
 
@@ -79,12 +79,43 @@ def test_no_worker_outlives_the_command(teacher, tmp_path, number, code):
     assert not (tmp_path / "scores.safetensors").exists()
 
 
+def rank_of(pid):
+    """What torchrun has told a worker."""
+    values = dict(item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item)
+    return values.get("RANK")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "estimate ended with exit code 1: rank 1 was killed by SIGKILL"),
+        (signal.SIGSTOP, "estimate ended with exit code 1: rank 1 has made no progress for 1"),
+    ],
+)
+def test_a_rank_that_dies_or_stalls_is_named(teacher, tmp_path, number, words):
+    """The other rank waits for it in a collective, for half an hour if nobody ends it."""
+    command = ["estimate", "teacher", "--data", "corpus.jsonl", "--tp", RANKS, "--samples", 64]
+    command += ["--sequence-length", 32, "--stall-timeout", 15, "--out", tmp_path / "scores.safetensors"]
+    process = started(teacher, tmp_path, command)
+    until(lambda: len(workers(tmp_path)) > RANKS or process.poll() is not None, 300)
+    assert process.poll() is None, process.communicate()
+    victim = next(pid for pid in workers(tmp_path) if rank_of(pid) == "1")
+    os.kill(victim, number)
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode == 1, error
+    assert words in error
+    assert "Traceback" not in error
+    assert workers(tmp_path) == []
+
+
 def rows(file):
     return file.read_text().splitlines()[1:] if file.exists() else []
 
 
-def test_a_preempted_training_saves_and_goes_on(teacher, tmp_path):
-    """SIGTERM reaches `minitron` and its worker, as Slurm sends it. No step but the last would be saved without it:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_preempted_training_saves_and_goes_on(teacher, tmp_path, number, code):
+    """SIGTERM reaches `minitron` and its worker, as Slurm sends it; Ctrl-C reaches the command's process group.
+    No step but the last would be saved without it:
     then the second run would begin at step 1 and write all rows anew."""
     prune(teacher / "teacher", random_plan(from_hf(teacher / "teacher"), keep={"ffn": 64}), tmp_path / "pruned")
     command = ["distill", tmp_path / "pruned", "--teacher", "teacher", "--data", "corpus.jsonl", "--precision", "fp32"]
@@ -92,10 +123,13 @@ def test_a_preempted_training_saves_and_goes_on(teacher, tmp_path):
     process = started(teacher, tmp_path, command)
     losses = tmp_path / ".student.work" / "training" / "loss.csv"
     until(lambda: len(rows(losses)) > 4 or process.poll() is not None, 300)
-    for victim in (process.pid, *workers(tmp_path)):
-        os.kill(victim, signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        for victim in (process.pid, *workers(tmp_path)):
+            os.kill(victim, number)
     output = "".join(process.communicate(timeout=120))
-    assert process.returncode == 143, output
+    assert process.returncode == code, output
     assert "told to stop, saved" in output
     first = rows(losses)
     assert 4 < len(first) < STEPS

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
+from checkpoints import save_small
 from pico import pico_llama
 
 from nemo_minitron.errors import InputError
@@ -26,7 +28,7 @@ class Launched:
         step = self.ends_at or settings["stop"] or recipe.steps
         out = distill.Path(settings["out"])
         last = f"nemo/checkpoints/step={step - 1}-last"
-        (out / last).mkdir(parents=True)
+        save_small(out / last)
         early = {"stopped": step} if self.ends_at else {}
         (out / "last.json").write_text(json.dumps({"checkpoint": last, **early}))
 
@@ -72,6 +74,35 @@ def test_one_that_ended_early_is_finished(train):
     early = dataclasses.replace(RECIPE, validate_every=1, patience=1)
     assert len(train(early)) == 1
     assert len(train(early)) == 1
+
+
+@pytest.mark.parametrize("change", ["gone", "cut", "other bytes"])
+def test_a_finished_training_whose_checkpoint_is_damaged_is_begun_again(train, tmp_path, change):
+    train()
+    (chunk,) = (tmp_path / "out" / "nemo" / "checkpoints").rglob("*.distcp")
+    if change == "gone":
+        chunk.unlink()
+    elif change == "cut":
+        os.truncate(chunk, 1000)
+    else:
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    assert len(train()) == 2
+    assert len(train()) == 2
+
+
+def test_one_that_went_on_does_not_miss_the_checkpoint_of_its_stop(train, capsys):
+    train(stop=2)
+    train()
+    train()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_a_damaged_record_of_the_last_checkpoint_is_written_anew(train, tmp_path, text):
+    train()
+    (tmp_path / "out" / "last.json").write_text(text)
+    assert len(train()) == 1
+    assert json.loads((tmp_path / "out" / "last.json").read_text()) == {"checkpoint": "nemo/checkpoints/step=3-last"}
 
 
 def test_a_corrected_teacher_is_trained_first_and_then_taught_from(train, folder):

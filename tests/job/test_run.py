@@ -1,6 +1,8 @@
 """The order of stages: what is done is skipped, what changed is done again, a failure leaves what was done."""
 
+import dataclasses
 import json
+import os
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job
 from nemo_minitron.job.processes.launch import launch
-from nemo_minitron.job.run import Stage, execute, open_run
+from nemo_minitron.job.run import Stage, check_recipe, execute, open_run
 
 JOB = Job(name="pico", teacher="t", data=Data("a", "b"), keep={"ffn": 64})
 
@@ -64,6 +66,105 @@ def test_a_missing_output_is_made_again(tmp_path):
     (tmp_path / "run" / "two.txt").unlink()
     execute(open_run(JOB, tmp_path / "run"), stages(done))
     assert done == ["one", "two", "three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: os.truncate(file, 1), "has 1 of its 3 bytes"),
+        (lambda file: file.write_text("TWO"), "was changed"),
+        (lambda file: file.unlink(), "is gone"),
+    ],
+)
+def test_a_damaged_output_is_made_again_and_named(tmp_path, capsys, change, said):
+    done, file = [], tmp_path / "run" / "two.txt"
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    change(file)
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three", "two"]
+    assert f"[2/3] two: done before, but {file} {said}" in capsys.readouterr().out
+    assert file.read_text() == "two"
+
+
+def test_everything_a_stage_left_counts_and_no_stage_trusts_damaged_files(tmp_path):
+    """A folder whole; what is damaged is gone when the stage runs again, so that it cannot go on from there."""
+    seen = []
+
+    def work(run):
+        run.path("made").mkdir(exist_ok=True)
+        seen.append(sorted(path.name for path in run.path("made").iterdir()))
+        for name in ("a", "b"):
+            run.path("made", name).write_text(name)
+
+    stage = Stage("make", work, lambda run: None, (), (), lambda run: ["made"])
+    for _ in range(2):
+        execute(open_run(JOB, tmp_path / "run"), [stage])
+    (tmp_path / "run" / "made" / "b").write_text("c")
+    execute(open_run(JOB, tmp_path / "run"), [stage])
+    assert seen == [[], ["a"]]
+
+
+def test_what_rests_on_a_stage_that_is_done_again_does_not_trust_damaged_files_either(tmp_path):
+    done, run = [], tmp_path / "run"
+    execute(open_run(JOB, run), stages(done))
+    for name in ("one.txt", "two.txt"):
+        (run / name).write_text("?")
+    with pytest.raises(RuntimeError, match="one"):
+        execute(open_run(JOB, run), stages(done, fail=("one",)))
+    assert sorted(path.name for path in run.glob("*.txt")) == ["log.txt", "three.txt"]
+
+
+def test_a_run_of_an_earlier_version_is_taken_as_it_is_and_sealed(tmp_path):
+    done, manifest = [], tmp_path / "run" / "manifest.json"
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "files": {}}))
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three"]
+    assert sorted(json.loads(manifest.read_text())["files"]) == ["one.txt", "three.txt", "two.txt"]
+
+
+def test_another_recipe_is_refused_in_a_used_folder(tmp_path):
+    """Other settings, or another teacher; not another layout, nor the same folder by its absolute name."""
+    run, done = tmp_path / "run", []
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    job = dataclasses.replace(JOB, teacher=str(teacher))
+    check_recipe(job, run)
+    execute(open_run(job, run), stages(done))
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    check_recipe(job.override(["layout.tp=2"]), run)
+    check_recipe(dataclasses.replace(job, teacher=os.path.relpath(teacher)), run)
+    with pytest.raises(InputError, match=r"keep.ffn is 64 there and 32 here; give another folder.*or --overwrite"):
+        check_recipe(job.override(["keep.ffn=32"]), run)
+    with pytest.raises(InputError, match=r"name is .*, and 2 more settings; give"):
+        check_recipe(job.override(["name=x", "seed=3", "distillation.loss=mse"]), run)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_recipe_that_failed_before_its_first_stage_may_be_mended(tmp_path):
+    with pytest.raises(RuntimeError, match="one"):
+        execute(open_run(JOB, tmp_path / "run"), stages([], fail=("one",)))
+    check_recipe(JOB.override(["keep.ffn=32"]), tmp_path / "run")
+
+
+def test_a_recipe_of_an_earlier_version_is_the_same_with_its_defaults(tmp_path):
+    execute(open_run(JOB, tmp_path / "run"), stages([]))
+    file = tmp_path / "run" / "recipe.json"
+    values = json.loads(file.read_text())
+    del values["distillation"]["loss"]
+    file.write_text(json.dumps(values))
+    check_recipe(JOB, tmp_path / "run")
+    with pytest.raises(InputError, match=r"distillation.loss is \"forward_kl\" there and \"mse\" here"):
+        check_recipe(JOB.override(["distillation.loss=mse"]), tmp_path / "run")
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+    done = []
+    execute(open_run(JOB, tmp_path / "run"), stages(done))
+    assert done == ["one", "two", "three"]
 
 
 def test_a_failure_keeps_what_was_done(tmp_path):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import digest_of
-from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing
+from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
 from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
@@ -47,6 +48,9 @@ def run_cache(
             source.architecture.vocab_size, rows, rows_per_shard,
         )  # fmt: skip
         header = _opened(header, out)
+        for path in torn(out, header):
+            print(f"{path} is damaged and is made again", flush=True)
+            path.unlink()
         if missing(out, header):
             values = {
                 "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
@@ -102,8 +106,7 @@ def _opened(header: CacheHeader, out: Path) -> CacheHeader:
         out.mkdir(parents=True, exist_ok=True)
         header.save(out)
     begun = CacheHeader.load(out)
-    for leftover in out.glob(".*.logits.*"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    sweep(out)
     begun.check(out, model=header.model)
     for name, value in header.settings.identity().items():
         begun.check(out, **{name: value})

@@ -10,7 +10,8 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
+from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
+from nemo_minitron.artifacts.whole import damaged, sealed, take_away
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
@@ -21,6 +22,8 @@ from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
 from nemo_minitron.job.settings.layout import Layout
 from nemo_minitron.job.settings.recipe import Distillation
+
+LAST, WHOLE = "last.json", "whole.json"  # where a training's last checkpoint lies; sizes and digests of its files
 
 
 def run_training(
@@ -38,7 +41,7 @@ def run_training(
     cut = json.loads(plan.read_text()) if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     mark = out / "settings.json"
-    if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+    if out.exists() and not made_with(mark, identity):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
@@ -51,7 +54,21 @@ def run_training(
         "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
         "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
     }  # fmt: skip
-    launch("distill", settings, layout.processes, log)
+    (out / WHOLE).unlink(missing_ok=True)
+    try:
+        launch("distill", settings, layout.processes, log)
+    except RuntimeError:
+        _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
+        raise
+    write_json(out / WHOLE, sealed(out, left_by_training(out)))
+
+
+def made_with(mark: Path, identity: str) -> bool:
+    """Whether a training's folder says that it was begun with these settings."""
+    try:
+        return mark.is_file() and read_json(mark, "the identity of a training") == identity
+    except InputError:
+        return False
 
 
 def _learned(teacher: str | None, recipe: Distillation, train: Path, student: Path) -> Any:
@@ -81,22 +98,55 @@ def _corrected(
 
 def finished(out: Path, steps: int) -> bool:
     """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
-    half-saved is cleared for the next try."""
-    mark = out / "last.json"
-    noted = json.loads(mark.read_text()) if mark.is_file() else {}
-    if "stopped" in noted:
+    half-saved or half-removed is cleared for the next try, which goes on from the one before."""
+    mark = out / LAST
+    noted = _noted(mark)
+    saved = {step: str(path.relative_to(out)) for step, path in _saved(out).items()}
+    if "stopped" in noted and noted.get("checkpoint") in saved.values():
         return True
-    folder = out / "nemo" / "checkpoints"
-    for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
-        shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
-        marker.unlink()
-    saved = {int(path.name.split("=")[1].removesuffix("-last")) + 1: path for path in folder.glob("step=*-last")}
-    last = max(saved, default=0)  # NeMo counts steps from 0
+    last = max(saved, default=0)
     if last < steps:
+        mark.unlink(missing_ok=True)
         return False
-    if noted != (found := {"checkpoint": str(saved[last].relative_to(out))}):
+    if noted != (found := {"checkpoint": saved[last]}):
         write_json(mark, found)
     return True
+
+
+def _noted(mark: Path) -> dict[str, Any]:
+    """What was written down of the last checkpoint; nothing where that is damaged."""
+    try:
+        noted = read_json(mark, "the record of the last checkpoint") if mark.is_file() else {}
+    except InputError:
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _saved(out: Path) -> dict[int, Path]:
+    """The whole checkpoint of a training, by its step; the damaged ones are told of and go."""
+    folder = out / "nemo" / "checkpoints"
+    if not folder.is_dir():
+        return {}
+    from nemo_minitron.nemo.saved import keep_whole
+
+    wrong = damaged(out, {name: seal for name, seal in _noted(out / WHOLE).items() if _of_checkpoint(out, name)})
+    take_away(out, wrong)
+    kept, lines = keep_whole(folder)
+    for line in [*(f"{out / name} {why}" for name, why in wrong.items()), *lines]:
+        print(f"    {line}", flush=True)
+    return kept
+
+
+def _of_checkpoint(out: Path, name: str) -> bool:
+    """Whether a file belongs to a checkpoint that is there: earlier ones went as the training went on."""
+    parts = Path(name).parts
+    return parts[:2] == ("nemo", "checkpoints") and out.joinpath(*parts[:3]).is_dir()
+
+
+def left_by_training(out: Path) -> list[str]:
+    """Of a finished training's folder: its last checkpoint and its records."""
+    checkpoint = _noted(out / LAST).get("checkpoint")
+    return [LAST, "loss.csv", "validation.csv", *([checkpoint] if checkpoint else [])]
 
 
 def run_distill(
@@ -174,7 +224,7 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
 
     stored = HFSource(base)
     source = Converted(CheckpointSource(last_checkpoint(training)), stored)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, durable=True) as folder:
         for file in sorted(base.iterdir()):
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
                 shutil.copy2(file, folder / file.name)

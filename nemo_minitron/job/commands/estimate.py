@@ -97,7 +97,9 @@ def _without_running(model: str, calibration: Calibration) -> Scores:
 def _forget_others(work: Path, marks: dict[str, str]) -> None:
     """Removes what other settings, another model or other text have left, and writes down what comes now."""
     file = work / "marks.json"
-    before = read_json(file, "the marks") if file.exists() else {}
+    before = _marks(file)
+    for name in (STATISTICS, SCANNED):
+        _drop_damaged(work / name)
     if before.get(STATISTICS) != marks[STATISTICS]:
         (work / STATISTICS).unlink(missing_ok=True)
     scanned = _scanned(work)
@@ -105,6 +107,24 @@ def _forget_others(work: Path, marks: dict[str, str]) -> None:
         kept = {name: found for name, found in scanned.depth.items() if before.get(name) == (before | marks).get(name)}
         dataclasses.replace(scanned, depth=kept).save(work / SCANNED)
     write_json(file, before | marks)
+
+
+def _marks(file: Path) -> dict[str, str]:
+    """What the files beside it were made with; nothing where that is not to be read, and then they are made again."""
+    try:
+        found = read_json(file, "the marks") if file.exists() else {}
+    except InputError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _drop_damaged(file: Path) -> None:
+    try:
+        if file.exists():
+            Scores.load(file)
+    except InputError as error:
+        print(f"    {error}; it is made again", flush=True)
+        file.unlink()
 
 
 def _scanned(work: Path) -> Scores | None:

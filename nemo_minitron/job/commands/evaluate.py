@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.job.commands.corpus import tokenise
@@ -36,9 +36,9 @@ def run_evaluate(
     _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
     numbers: dict[str, Any] = {}
-    with as_folder(model) as folder, tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+    with as_folder(model) as folder, apart() as scratch:
         if data is not None:
-            tokens = tokenise(held_out(data), folder, Path(scratch) / "corpus")
+            tokens = tokenise(held_out(data), folder, scratch / "corpus")
             numbers = measure(folder, tokens, settings) | {"corpus": held_out(data)}
             if draft_of is not None:
                 numbers["draft"] = accepted(draft_of, folder, tokens, settings)

@@ -8,11 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.files import digest_of, file_digest, write_json
+from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
+from nemo_minitron.artifacts.whole import sealed
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
 from nemo_minitron.job.commands.corpus import cache_of
-from nemo_minitron.job.commands.distill import check_out, export_student, finished, teacher_identity
+from nemo_minitron.job.commands.distill import (
+    WHOLE,
+    check_out,
+    export_student,
+    finished,
+    left_by_training,
+    made_with,
+    teacher_identity,
+)
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.lock import locked
 from nemo_minitron.job.settings.finetuning import Finetuning
@@ -46,7 +55,9 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
                 "student": str(source), "data": str(training / "data"), "out": str(training),
                 "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
             }  # fmt: skip
+            (training / WHOLE).unlink(missing_ok=True)
             launch("finetune", settings, layout.processes, work / "log.txt")
+            write_json(training / WHOLE, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
         return export_student(training, source, out)
 
@@ -54,12 +65,15 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
 def _begin(training: Path, made_of: list[Any], data: Path) -> None:
     """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
     identity, mark = digest_of(made_of), training / "settings.json"
-    if training.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+    if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
-    if not mark.is_file():
-        (training / "data").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data, training / "data" / "training.jsonl")
-        write_json(mark, identity)
+    rows = training / "data" / "training.jsonl"
+    for index in rows.parent.glob(f"{rows.name}.idx*"):  # NeMo writes it in place: a kill leaves half of it
+        index.unlink()
+    if not rows.is_file() or file_digest(rows) != file_digest(data):
+        with atomic_file(rows) as copy:
+            shutil.copyfile(data, copy)
+    write_json(mark, identity)
 
 
 def check_rows(data: Path) -> int:

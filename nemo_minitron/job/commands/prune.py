@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
+from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.job.models import is_nemo
@@ -48,8 +48,8 @@ def run_prune(
         return from_hf(prune(path, made, out, compensation=compensation, overwrite=overwrite))
     from nemo_minitron.job.processes.launch import launch
 
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        file = Path(scratch) / "compensation.safetensors"
+    with apart() as scratch:
+        file = scratch / "compensation.safetensors"
         if compensation is not None:
             compensation.save(file)
         settings = {"model": str(path), "plan": str(plan), "out": str(out)}

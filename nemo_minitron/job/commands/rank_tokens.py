@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.commands.corpus import tokenise
 from nemo_minitron.pruning.tensors import source_digest
@@ -25,8 +25,8 @@ def rank_tokens(model: str, data: str, out: Path) -> Scores:
     scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
     if scores.model_digest not in (None, digest):
         raise InputError(f"the scores '{out}' are of another model; give another --out")
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        counts = count_tokens(tokenise(data, source.folder, Path(scratch) / "corpus"), source.architecture.vocab_size)
+    with apart() as scratch:
+        counts = count_tokens(tokenise(data, source.folder, scratch / "corpus"), source.architecture.vocab_size)
     notes = {"vocab": {"tokens": int(counts.sum()), "seen": int((counts > 0).sum()), "data": data}}
     tensors = scores.tensors | {"vocab": vocabulary.scores(counts)}
     scores = dataclasses.replace(scores, tensors=tensors, notes=scores.notes | notes)

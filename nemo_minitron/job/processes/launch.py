@@ -14,19 +14,23 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.files import naming
+from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.job.processes.death import killed, oom_kills
+from nemo_minitron.job.processes.output import Output
+from nemo_minitron.job.processes.stall import ask_for_stacks, kill, stall_timeout, stalled
 from nemo_minitron.job.processes.together import Ending, Order, leading
 
 WORKER = "nemo_minitron.nemo.worker"
 ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
 LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
-TAIL = 200  # lines of output that a message may come from
 SAVING = ("distill", "finetune")  # stages whose processes save what they have when they are told to stop
 # Slurm sends SIGTERM to every process of a step: torchrun would end its workers before they have saved.
 DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "minitron")
@@ -51,15 +55,20 @@ def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | Non
 def run(order: Order, node: int, watch: Callable[[Callable[[], None]], None]) -> Ending:
     """This host's processes of an order; `watch` is given a function that ends them. The log of a node that is not
     the first has its number."""
-    log = _log(order.log, node)
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        file = Path(scratch) / "settings.json"
-        file.write_text(json.dumps(order.settings))
+    output, killed_before = Output(_log(order.log, node)), oom_kills()
+    with apart() as scratch:
+        file = scratch / "settings.json"
+        with naming(file):
+            file.write_text(json.dumps(order.settings))
         command = [*_python(order, node), "-m", WORKER, order.stage, str(file)]
-        environment = _environment(order) | {ERRORS: scratch}
-        code, tail = _follow(command, environment, log, watch, order.each if order.stage in SAVING else 0)
-        refusals = [path.read_text() for path in sorted(Path(scratch).glob("refused-*"))]
-    return Ending(code, refusals[0] if refusals else "", _cause(tail), str(log or ""))
+        environment = _environment(order) | {ERRORS: str(scratch)}
+        code, stall = _follow(command, environment, output, watch, order.each if order.stage in SAVING else 0)
+        refusals = [path.read_text() for path in sorted(scratch.glob("refused-*"))]
+    cause = stall or killed(code, output.tail, killed_before, _alone(order)) or output.cause()
+    if output.lost:
+        print(output.lost, file=sys.stderr, flush=True)
+        return Ending(code, refusals[0] if refusals else "", f"{cause}; {output.lost}")
+    return Ending(code, refusals[0] if refusals else "", cause, str(output.log or ""))
 
 
 def _log(log: str, node: int) -> Path | None:
@@ -67,9 +76,14 @@ def _log(log: str, node: int) -> Path | None:
     return path.with_name(f"{path.stem}-node{node}{path.suffix}") if path and node else path
 
 
+def _alone(order: Order) -> bool:
+    """One process, which needs no torchrun."""
+    return order.each * order.nodes == 1
+
+
 def _python(order: Order, node: int) -> list[str]:
     """Nodes have fixed ranks: the first one has rank 0, which says how far a stage is."""
-    if order.each * order.nodes == 1:
+    if _alone(order):
         return [sys.executable]
     command = [*DEAF, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(order.each)]
     if _torch() >= (2, 10):
@@ -93,75 +107,78 @@ def _environment(order: Order) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // order.each)
     wanted = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
     found = wanted | {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if order.each * order.nodes == 1 else {}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if _alone(order) else {}
     slurm = {"SLURM_JOB_NAME": "interactive"} if "SLURM_NTASKS" in found else {}
     return found | alone | slurm | {LIFELINE: "1"}
 
 
-def _cause(lines: list[str]) -> str:
-    """The first rank's exception among a job's last lines: later ones are of ranks that it took along."""
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (errors or lines or ["it printed nothing"])[0].strip()
-
-
 def _follow(
-    command: list[str], environment: dict[str, str], log: Path | None, watch: Callable[[Callable[[], None]], None],
+    command: list[str], environment: dict[str, str], output: Output, watch: Callable[[Callable[[], None]], None],
     saving: int,
-) -> tuple[int, list[str]]:  # fmt: skip
-    """Passes lines of progress ('  > ...') on to the screen; keeps the last lines for a message. `saving`: how many
-    processes save when SIGTERM comes; 0 for none."""
+) -> tuple[int, str]:  # fmt: skip
+    """The exit code, and which rank has held the others for too long, if one has. `saving`: how many processes save
+    what they have when they are told to stop; 0 for none. A terminal's Ctrl-C reaches this process alone."""
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
+        errors="replace", start_new_session=True,
     )  # fmt: skip
-    last: list[str] = []
-    reader = threading.Thread(target=_read, args=(process, log, last), daemon=True)
+    reader = threading.Thread(target=output.read, args=(process.stdout,), daemon=True)
     reader.start()
     watch(lambda: _let_go(process))
     try:
-        with _saved_at_sigterm(process, saving):
-            code = process.wait()
+        with _saved_when_told(process, saving):
+            stall = _wait(process, output)
             reader.join(PATIENCE)  # a helper of a rank that was killed may hold the output open for ever
-            return code, last[-TAIL:]
+            return (1 if stall else process.returncode), stall
     finally:
         _end(process)
 
 
-def _read(process: subprocess.Popen[str], log: Path | None, last: list[str]) -> None:
-    assert process.stdout
-    with open(log or os.devnull, "a") as file:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if line.startswith("  > "):
-                print(line[2:], end="", flush=True)
-            last[:] = [*last[1 - TAIL :], line]
+def _wait(process: subprocess.Popen[str], output: Output) -> str:
+    """Until they have ended; or until none of them makes progress any more, and then says which holds the others."""
+    timeout, begun = stall_timeout(), time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+            return ""
+        if stall := stalled(output.ranks, begun, timeout):
+            ask_for_stacks(output.ranks, process.pid)
+            kill(output.ranks, process.pid)
+            _end(process)
+            return f"{stall}; --stall-timeout sets for how long it may"
 
 
 @contextlib.contextmanager
-def _saved_at_sigterm(process: subprocess.Popen[str], saving: int) -> Iterator[None]:
-    """The first SIGTERM waits until the processes have saved what they have and ended; a second one does not."""
-    before = signal.getsignal(signal.SIGTERM)
-    if not saving or before == signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+def _saved_when_told(process: subprocess.Popen[str], saving: int) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C waits until the processes have saved what they have and ended; a second one does
+    not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    if not saving or not heard or threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = threading.Event()
+    asked: list[int] = []
+
+    def let_go() -> None:
+        for number in heard:
+            signal.signal(number, before[number])
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
-        print("told to stop: saves a checkpoint first", flush=True)
+        asked.append(number)
+        let_go()
+        print("told to stop: saves a checkpoint first; told again, it ends at once", flush=True)
         with contextlib.suppress(OSError, ValueError):  # they have ended by themselves
             assert process.stdin
             os.write(process.stdin.fileno(), b"s" * saving)
 
-    signal.signal(signal.SIGTERM, ask)
+    for number in heard:
+        signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if asked.is_set():
-            signal.raise_signal(signal.SIGTERM)
+        let_go()
+        if asked:
+            signal.raise_signal(asked[0])
 
 
 def _let_go(process: subprocess.Popen[str]) -> None:

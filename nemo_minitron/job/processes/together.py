@@ -50,7 +50,7 @@ class Ending:
             raise InputError(self.refusal)
         if self.code:
             log = f"; all of it is in {self.log}" if self.log else ""
-            kind = DivergedError if self.cause.startswith(DivergedError.__name__) else RuntimeError
+            kind = DivergedError if f"{DivergedError.__name__}: " in self.cause else RuntimeError  # behind its rank
             raise kind(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
 
 

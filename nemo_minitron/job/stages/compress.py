@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
-from nemo_minitron.job.commands.distill import export_student, run_training, teacher_identity
+from nemo_minitron.job.commands.distill import export_student, left_by_training, run_training, teacher_identity
 from nemo_minitron.job.commands.estimate import calibrate, lines
 from nemo_minitron.job.commands.evaluate import measure
-from nemo_minitron.job.lineage import learned_from, plan_of_learned
-from nemo_minitron.job.models import TEACHER, config_of, convert, is_nemo, teacher_folder
+from nemo_minitron.job.lineage import COMPOSED, learned_from, plan_of_learned
+from nemo_minitron.job.models import TEACHER, clear_torn, config_of, convert, is_nemo, teacher_folder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.settings.recipe import Job
@@ -28,14 +29,17 @@ from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.nemo.sources import open_source
 
 PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
+CARD = "student/README.md"
 
 
 def stages(job: Job) -> list[Stage]:
     """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
+    measured, cuts = ("numbers.json", "samples.json"), _made(PRUNED, *[RANDOM] * job.evaluation.random_baseline)
     random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
     nemo = is_nemo(resolve(job.teacher))
-    first = [Stage("convert", convert_teacher, _convert_inputs, outputs=(f"{TEACHER}/config.json",))] if nemo else []
-    data = Stage("data", tokenise, _data_inputs, ("convert",) if nemo else (), corpora.outputs(job.data))
+    converting = Stage("convert", convert_teacher, _convert_inputs, (), (f"{TEACHER}/config.json",), _made(TEACHER))
+    first = [converting] if nemo else []
+    data = Stage("data", tokenise, _data_inputs, ("convert",) * nemo, corpora.outputs(job.data), corpora.sidecars)
     searching = search_stages(job) if job.search.wanted else []
     solving = [SOLVE] if solves(job) and not searching else []
     planned = "compensate" if solving else "plan"
@@ -51,15 +55,25 @@ def stages(job: Job) -> list[Stage]:
         *rounds,
         Stage("plan", plan, _plan_inputs, (scored,), (PLAN,)),
         *solving,
-        Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random)),
-        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), ("numbers.json", "samples.json")),
+        Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random), cuts),
+        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), measured),
         *writing,
-        Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",)),
-        Stage("export", export, lambda run: None, ("distill",), ("student/config.json",)),
-        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), ("numbers.json",)),
+        Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",), _trained),
+        Stage("export", export, lambda run: None, ("distill",), ("student/config.json",), _made("student")),
+        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), measured),
         *([MEASURE] if job.evaluation.benchmarks else []),
-        Stage("report", report, lambda run: run.job.as_dict(), ("evaluate student",), ("report.html",)),
+        Stage("report", report, _report_inputs, ("evaluate student",), ("report.html", CARD), _made("figures")),
     ]
+
+
+# -- what a stage leaves besides the files that must be there -----------------------------------------
+def _made(*folders: str) -> Callable[[Run], tuple[str, ...]]:
+    return lambda run: folders
+
+
+def _trained(run: Run) -> list[str]:
+    """Of a training's folder the last checkpoint and the records; not the index of its samples, nor the logs."""
+    return [f"{DISTILLED}/{name}" for name in left_by_training(run.path(DISTILLED))] + [COMPOSED]
 
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
@@ -97,6 +111,10 @@ def _distill_inputs(run: Run) -> Any:
     if run.job.learns_from:
         held["learned"] = [teacher_identity(run.job.learns_from), *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | held
+
+
+def _report_inputs(run: Run) -> Any:
+    return run.job.as_dict()
 
 
 # -- the stages ----------------------------------------------------------------------------------------
@@ -144,6 +162,8 @@ def prune(run: Run) -> None:
     teacher, made = teacher_folder(run), PrunePlan.load(run.path(PLAN))
     plan = winner(run) if run.job.search.wanted else run.path(PLAN)
     compensation = compensation_of_run(run, HFSource(teacher), plan)
+    for torn in (PRUNED, RANDOM):
+        clear_torn(run.path(torn))
     cut(teacher, made, run.path(PRUNED), compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
         chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)

@@ -58,6 +58,11 @@ def outputs(data: Data) -> tuple[str, ...]:
     return (RECORD, *(f"data/{split}{end}" for split in sorted(made) for end in (".bin", ".idx")))
 
 
+def sidecars(run: Run) -> list[str]:
+    """What says of the tokens in the run folder what they were made of."""
+    return [f"data/{split}.json" for split in sources(run.job.data)]
+
+
 def identity(source: str) -> Any:
     """What a source holds: a file's digest, sizes and times of indexed files or a folder's; a name as it is."""
     from nemo_minitron.nemo.data import prefix_of

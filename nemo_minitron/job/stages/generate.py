@@ -111,4 +111,4 @@ def trained_on(run: Run) -> Path:
 
 
 OUTPUTS = (f"{RECORD}.json", *(f"{GENERATED}{end}" for end in (".jsonl", ".bin", ".idx")))
-WRITE = Stage("generate", generate, inputs, ("data",), OUTPUTS)
+WRITE = Stage("generate", generate, inputs, ("data",), OUTPUTS, lambda run: [f"{GENERATED}.json"])

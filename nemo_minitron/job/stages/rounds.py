@@ -16,7 +16,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
 from nemo_minitron.families import from_hf, to_hf
 from nemo_minitron.job.commands.estimate import calibrate, lines
-from nemo_minitron.job.models import teacher_folder
+from nemo_minitron.job.models import clear_torn, teacher_folder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.settings.recipe import Job
@@ -98,6 +98,7 @@ def score_again(run: Run, number: int) -> None:
     plan = cut_of(run, number - 1)[0]
     plan.save(folder / PLAN)
     run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored anew")
+    clear_torn(folder / "model")
     model = prune(teacher, plan, folder / "model", overwrite=True)
     job, _ = job_of(run.job, from_hf(teacher), number)
     tokens, log = Tokens(corpora.prefix(run, "calibration")), run.path("log.txt")

@@ -11,24 +11,25 @@ import csv
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.whole import damaged, sealed
 from nemo_minitron.axes import AXES
-from nemo_minitron.errors import DivergedError
+from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
 from nemo_minitron.job.commands.corpus import corpus_identity
 from nemo_minitron.job.commands.distill import run_training, teacher_identity
 from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
-from nemo_minitron.job.models import config_of, teacher_folder
+from nemo_minitron.job.models import clear_torn, config_of, teacher_folder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.stages.compensate import PLAN, compensation_of_run, cut_identity, solve_plans, solves
+from nemo_minitron.job.stages.compensate import PLAN, SOLVED, compensation_of_run, cut_identity, solve_plans, solves
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -39,15 +40,22 @@ NUMBERS, CURVE, STUDENT, TRAINING = "numbers.json", "curve.json", "student", "di
 
 def search_stages(job: Job) -> list[Stage]:
     """Between `estimate` and `plan`; the plan comes after `rank`."""
-    solve = Stage("compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",))
+    solve = Stage("compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(SOLVED))
     solving = [solve] if solves(job) else []
     before = solving[0].name if solving else "candidates"
     return [
-        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (CANDIDATES,)),
+        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (CANDIDATES,), _each(PLAN)),
         *solving,
-        Stage("measure", measure_all, _measure_inputs, ("data", before), (MEASURED,)),
-        Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (RANKS,)),
+        Stage("measure", measure_all, _measure_inputs, ("data", before), (MEASURED,), _each(NUMBERS)),
+        Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (RANKS,), _each(CURVE)),
     ]
+
+
+def _each(name: str) -> Callable[[Run], list[str]]:
+    """A stage leaves a file of that name for each candidate, or for those that it chose."""
+    return lambda run: [
+        f"search/{row['name']}/{name}" for row in read_json(run.path(CANDIDATES), "the candidates")
+    ]  # fmt: skip
 
 
 def _candidates_inputs(run: Run) -> Any:
@@ -145,8 +153,11 @@ def _loss(run: Run, name: str) -> float:
 
 def _known(path: Path, identity: str) -> Any:
     """What a file holds, if it was made of the same things."""
-    held = read_json(path, "a candidate's file") if path.is_file() else {}
-    return held if held.get("identity") == identity else None
+    try:
+        held = read_json(path, "a candidate's file") if path.is_file() else {}
+    except InputError:  # damaged: it is made again
+        return None
+    return held if isinstance(held, dict) and held.get("identity") == identity else None
 
 
 def _plan(run: Run, name: str) -> PrunePlan:
@@ -158,15 +169,17 @@ def _cut(run: Run, name: str) -> list[Any]:
 
 
 def _student(run: Run, name: str) -> Path:
-    """The candidate as a Hugging Face folder, cut where it is not there, or is of another plan."""
+    """The candidate as a Hugging Face folder, cut where it is not there in full, or is of another plan."""
     from nemo_minitron.pruning import HFSource, prune
 
     folder, mark = run.path("search", name, STUDENT), run.path("search", name, "cut.json")
     identity, teacher = digest_of(_cut(run, name)), teacher_folder(run)
-    if not folder.is_dir() or _known(mark, identity) is None:
+    known = _known(mark, identity)
+    if known is None or not folder.is_dir() or damaged(folder, known["files"]):
+        clear_torn(folder)
         compensation = compensation_of_run(run, HFSource(teacher), folder.with_name(PLAN))
         prune(teacher, _plan(run, name), folder, compensation=compensation, overwrite=True)
-        write_json(mark, {"identity": identity})
+        write_json(mark, {"identity": identity, "files": sealed(folder, ["."])})
     return folder
 
 

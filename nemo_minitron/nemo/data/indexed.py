@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 import nemo_minitron.backend as backend
+from nemo_minitron.artifacts.files import naming, sync_tree
+from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo.data.text import JSONL, TEXT, documents, parted
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer, tokenizer_digest
@@ -164,12 +165,12 @@ def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
 
 def _write(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> None:
     """Writes the three files beside their names, then renames them; the sidecar goes first and comes last."""
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
-        partial = Path(folder) / prefix.name
+    with naming(prefix), beside(prefix) as folder:
+        partial = folder / prefix.name
         corpus = _tokenise(source, tokenizer, partial, split, field)
         _with(partial, ".json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
         _with(prefix, ".json").unlink(missing_ok=True)
+        sync_tree(folder)
         for end in (".bin", ".idx", ".json"):
             os.replace(_with(partial, end), _with(prefix, end))
 

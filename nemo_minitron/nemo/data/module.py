@@ -7,13 +7,15 @@ of one shuffled order, whatever the data-parallel size; only who gets which diff
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts.files import naming, sync_tree
+from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
@@ -105,15 +107,14 @@ def _tokenizer_copy(source: Path, folder: Path) -> Path:
     target = folder / f"tokenizer-{digest.hexdigest()[:16]}"
     if target.is_dir():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=folder))
-    for file in files:
-        shutil.copyfile(file, partial / file.name)
-    partial.chmod(0o755)
-    try:
-        os.rename(partial, target)
-    except OSError:  # another process was first, with the same bytes
-        shutil.rmtree(partial)
+    with naming(target), beside(target) as hidden:
+        partial = hidden / target.name
+        partial.mkdir()
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+        sync_tree(partial)
+        with contextlib.suppress(OSError):  # another process was first, with the same bytes
+            os.rename(partial, target)
     return target
 
 

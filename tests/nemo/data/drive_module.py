@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -38,6 +39,24 @@ def made(folder: Path, **options):
     module = data_module(folder / "train", folder / "test", tokenizer=folder / "tokenizer", **(sizes | options))
     module.build(STEPS, STEPS, 1.0, 1)
     return module
+
+
+def torn(folder: Path, index: Path) -> dict[str, bool]:
+    """Damage to Megatron's files of an index -> whether the next process deals the same samples all the same."""
+    straight, found = dealt(made(folder), made(folder)._train_ds, 1), {}
+    ways = {
+        "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+        "empty": lambda file: os.truncate(file, 0),
+        "blank": lambda file: file.write_bytes(file.read_bytes()[:128].ljust(file.stat().st_size, b"\0")),
+        "gone": lambda file: file.unlink(),
+    }
+    for name, damage in ways.items():
+        for kind in ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt", "whole.json"):
+            for file in index.glob(f"*-train-{kind}"):
+                damage(file)
+                module = made(folder)
+                found[f"{kind} {name}"] = dealt(module, module._train_ds, 1) == straight
+    return found
 
 
 def context_of(module, folder: Path) -> list[str]:
@@ -104,6 +123,7 @@ def main() -> None:
         "validation": [len(module._validation_ds), len(module._test_ds)],
         "vocabulary": module.tokenizer.vocab_size,
         "index": module.index_mapping_dir,
+        "torn": torn(folder, Path(module.index_mapping_dir)),
         "context": context_of(module, folder / "context"),
         "fit": fitted(folder),
     }

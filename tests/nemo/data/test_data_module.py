@@ -85,6 +85,13 @@ def test_the_context_carries_the_tokenizer_and_no_weights(result):
 
 
 @slow
+def test_a_torn_index_is_built_anew(result):
+    """Half of a file, as a kill leaves it, or blocks without content, as a power cut does."""
+    assert len(result["torn"]) == 20
+    assert all(result["torn"].values()), result["torn"]
+
+
+@slow
 def test_the_index_lies_beside_the_corpus_under_its_digest(result, folder):
     index = Path(result["index"])
     assert index.parent == folder / "train.index"

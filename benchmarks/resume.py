@@ -1,0 +1,130 @@
+"""What the check that all stages are whole costs a run that is done: `minitron compress` again, before and after.
+
+    python benchmarks/resume.py RUN RECIPE --student 0.5 [--before CHECKOUT]
+
+RUN is a finished run folder of RECIPE; it is copied, and its weights are made as large as asked: the pruned and the
+random student and the student, each `--student` GB, and seven times that in the training's checkpoint. Of the copy the
+manifest's seals are made anew. Seconds of the whole command, of the check alone with all files in the page cache and
+with none, and of sealing the student (sizes, digest, and the wait for the disk). CHECKOUT: another version, whose
+command is timed on the same folder in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+from nemo_minitron.artifacts import Manifest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = 1 << 20
+
+
+def enlarge(file: Path, size: int) -> None:
+    """The file, as long as asked, with bytes that no file system can leave out."""
+    block = os.urandom(BLOCK)
+    with open(file, "r+b") as stream:
+        stream.seek(0, os.SEEK_END)
+        while stream.tell() < size:
+            stream.write(block[: size - stream.tell()])
+
+
+def enlarged(run: Path, size: int) -> None:
+    for folder in ("checkpoints/pruned", "checkpoints/random", "student"):
+        enlarge(run / folder / "model.safetensors", size)
+    chunk = max((run / "checkpoints" / "distilled").rglob("*.distcp"), key=lambda file: file.stat().st_size)
+    enlarge(chunk, 7 * size)
+    manifest = Manifest.open(run / "manifest.json")
+    for name in [stage["name"] for stage in manifest.stages]:
+        manifest.seal(name, [path for path, entry in manifest.files.items() if entry["stage"] == name])
+    manifest.save()
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def out_of_cache(folder: Path) -> None:
+    for file in filter(Path.is_file, folder.rglob("*")):
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def again(run: Path, recipe: Path, checkout: Path) -> float:
+    """Seconds of the command that finds everything done."""
+    command = [sys.executable, "-m", "nemo_minitron.cli", "compress", recipe.name, "--out", str(run)]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=recipe.parent, env=environment, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    assert done.stdout.count("done before, skipped") == 10, done.stdout
+    return seconds
+
+
+def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[str, Any]:
+    manifest = Manifest.open(run / "manifest.json")
+
+    def check() -> None:
+        assert not any(manifest.damaged(stage["name"]) for stage in manifest.stages)
+
+    cold = []
+    for _ in range(repeat):
+        out_of_cache(run)
+        cold.append(timed(check))
+    warm = [timed(check) for _ in range(repeat)]
+    sealing = timed(lambda: manifest.seal("export", ["student"]))
+    versions = {"after": ROOT} | ({"before": before} if before else {})
+    commands: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(repeat):
+        for name, checkout in versions.items():
+            commands[name].append(again(run, recipe, checkout))
+    return {
+        "files": len(manifest.files), "gigabytes": sum(entry["bytes"] for entry in manifest.files.values()) / 1e9,
+        "the check alone, page cache": statistics.median(warm),
+        "the check alone, from the disk": statistics.median(cold),
+        "sealing the student again, on the disk already": sealing,
+        "the command": {name: {"median": statistics.median(each), "all": each} for name, each in commands.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--student", type=float, default=0.5, help="gigabytes")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="a checkout of another version")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.run.parent) as folder:
+        run = Path(folder) / "run"
+        shutil.copytree(arguments.run, run)
+        enlarged(run, int(arguments.student * 1e9))
+        found = measured(run.resolve(), arguments.recipe.resolve(), arguments.before, arguments.repeat)
+    result = {
+        "command": " ".join(["python benchmarks/resume.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(), "machine": common.machine(("numpy",)),
+        "student gigabytes": arguments.student, "seconds": found,
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    (RESULTS / f"{datetime.date.today().isoformat()}_resume.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Whether files are still what they were when they were finished: their sizes and a cheap digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import sync
+
+SMALL = 4 << 20  # bytes that are read whole; of a larger file pieces, so that a student of any size takes milliseconds
+PIECES, PIECE = 256, 4096
+
+Seal = dict[str, Any]  # {"bytes": size, "digest": of the bytes}
+
+
+def seal(file: Path) -> Seal:
+    """A file's size and the digest of its bytes; of a large one the digest of 256 pieces, first and last included."""
+    with open(file, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.blake2b(digest_size=16)
+        for position, length in _pieces(size):
+            digest.update(os.pread(stream.fileno(), length, position))
+    return {"bytes": size, "digest": digest.hexdigest()}
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    if size <= SMALL:
+        yield 0, size
+        return
+    for number in range(PIECES):
+        yield number * (size - PIECE) // (PIECES - 1), PIECE
+
+
+def sealed(folder: Path, paths: Iterable[str]) -> dict[str, Seal]:
+    """Seals of files, and of all files in folders, by their paths in `folder`; they are on the disk afterwards."""
+    found, places = {}, set()
+    for file in sorted({file for path in paths for file in _files(folder / path)}):
+        sync(file)
+        found[file.relative_to(folder).as_posix()] = seal(file)
+        places |= {place for place in file.parents if folder == place or folder in place.parents}
+    for place in sorted(places):
+        sync(place)
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] if path.is_file() else []
+
+
+def damaged(folder: Path, seals: Mapping[str, Seal]) -> dict[str, str]:
+    """Files that are not what their seals say -> what is wrong with them, in words."""
+    words = {name: _wrong(folder / name, expected) for name, expected in seals.items()}
+    return {name: why for name, why in words.items() if why}
+
+
+def _wrong(file: Path, expected: Seal) -> str:
+    if not file.is_file():
+        return "is gone"
+    if (size := file.stat().st_size) != expected["bytes"]:
+        return f"has {size:,} of its {expected['bytes']:,} bytes"
+    return "" if seal(file) == {name: expected[name] for name in ("bytes", "digest")} else "was changed"
+
+
+def take_away(folder: Path, names: Iterable[str]) -> None:
+    """Removes damaged files, so that nothing which goes on from what is there trusts them."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

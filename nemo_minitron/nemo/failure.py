@@ -1,0 +1,49 @@
+"""What ended a worker, in one line: a full disk and its path, memory, or the error as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import DISK, first_line
+
+FULL = 1 << 20  # free bytes under which a disk is full
+LONGEST = 1000  # characters: a line of this length reaches the launcher in one piece
+_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
+_WRITES = re.compile(r"No space left|PytorchStreamWriter|os error 28|Disk quota|File too large")
+
+
+def words(error: BaseException, settings: dict[str, Any]) -> str:
+    """Of an error and all that led to it."""
+    chain = list(_chain(error))
+    place = next((settings[name] for name in ("out", "work") if name in settings), "")
+    for one in chain:
+        if isinstance(one, OSError) and one.errno in DISK:
+            return f"{os.strerror(one.errno)}: '{one.filename or place}' could not be written"
+    for one in chain:
+        if _WRITES.search(str(one)):
+            return f"'{place}' could not be written: {_why(place) or first_line(one)}"[:LONGEST]
+    for one in chain:
+        if isinstance(one, MemoryError) or _MEMORY.search(str(one)):
+            return f"it ran out of memory ({type(one).__name__}: {first_line(one)})"[:LONGEST]
+    return f"{type(error).__name__}: {first_line(error)}"[:LONGEST]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _why(place: str) -> str:
+    """That the disk is full, where it is."""
+    there = Path(place).absolute()
+    while not there.exists():
+        there = there.parent
+    return "No space left on device" if shutil.disk_usage(there).free < FULL else ""

@@ -1,0 +1,127 @@
+"""A rank that a signal ends, or that makes no progress, is named: real processes, torchrun among them."""
+
+import os
+import time
+
+import pytest
+
+from nemo_minitron.job.processes import death
+from nemo_minitron.job.processes import launch as launching
+from nemo_minitron.job.processes.death import killed
+from nemo_minitron.job.processes.launch import launch
+from nemo_minitron.job.processes.output import Rank
+from nemo_minitron.job.processes.stall import stalled
+
+OUT_OF_MEMORY = "was killed by SIGKILL, as the system does where memory ran out"
+TABLE = """
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-28_10:00:00
+  host      : here
+  rank      : {0} (local_rank: {0})
+  exitcode  : {1} (pid: 12)
+  error_file: <N/A>
+"""
+WORKER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+from nemo_minitron.nemo import beat
+beat.begin()
+rank = int(os.environ["RANK"])
+if rank == int(sys.argv[1][-1]):
+    if sys.argv[1].startswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1].startswith("stopped"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[1].startswith("crashed"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(600)
+beat._layers[0] += 5
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    (tmp_path / "pico_worker.py").write_text(WORKER)
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{tmp_path}{os.pathsep}{os.path.dirname(os.path.dirname(launching.__file__))}/../.."
+    )
+    monkeypatch.setattr(launching, "WORKER", "pico_worker")
+    monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("killed 1", "killed 1 ended with exit code 1: rank 1 was killed by SIGKILL.*memory"),
+        ("crashed 0", "rank 0 was killed by SIGSEGV; "),
+        ("stopped 0", r"rank 0 has made no progress for [345] s \(process \d+, a signal has stopped it\)"),
+        ("waiting 1", r"rank 1 has made no progress for [345] s \(process \d+\); --stall-timeout"),
+    ],
+)
+@pytest.mark.slow
+def test_the_rank_is_named_soon(stage, words, worker, tmp_path):
+    """The other rank sleeps for ten minutes."""
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=words):
+        launch(stage, {}, 2, tmp_path / "log.txt")
+    assert time.monotonic() - start < 120
+    assert not processes(str(tmp_path))
+
+
+def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path):
+    with pytest.raises(RuntimeError, match=r"stopped 0 ended with exit code 1: rank 0 .* a signal has stopped it"):
+        launch("stopped 0", {}, 1, tmp_path / "log.txt")
+    assert not processes(str(tmp_path))
+
+
+def processes(place):
+    """Those whose environment names a folder."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if f"PYTHONPATH={place}".encode() in file.read() and int(pid) != os.getpid():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "words"),
+    [
+        (1, TABLE.format(1, -9), f"rank 1 {OUT_OF_MEMORY}"),
+        (1, TABLE.format(0, 1) + TABLE.format(5, -9), f"rank 5 {OUT_OF_MEMORY}"),
+        (1, TABLE.format(0, 1) + TABLE.format(5, -6), ""),  # it has lost rank 0, whose error is told
+        (1, TABLE.format(5, -11) + TABLE.format(0, 1), "rank 5 was killed by SIGSEGV"),
+        (1, TABLE.format(0, -15), ""),  # as torchrun ends the others
+        (1, TABLE.format(0, 1), ""),
+        (-9, "", f"rank 0 {OUT_OF_MEMORY}"),
+        (-6, "", "rank 0 was killed by SIGABRT"),
+        (2, "ValueError: it\n", ""),
+    ],
+)
+def test_signals_in_words(code, lines, words, monkeypatch):
+    monkeypatch.setattr(death, "oom_kills", lambda: 3)
+    assert killed(code, lines.splitlines(keepends=True), 3) == words
+
+
+def test_a_kill_for_lack_of_memory_is_said(monkeypatch):
+    monkeypatch.setattr(death, "oom_kills", lambda: 4)
+    assert killed(-9, [], 3).endswith("SIGKILL: it ran out of memory, and the system's out-of-memory killer ended it")
+    assert killed(-11, [], 3) == "rank 0 was killed by SIGSEGV"
+    assert killed(-11, [], 3, alone=False) == "torchrun was killed by SIGSEGV"
+
+
+def test_any_ranks_progress_counts_and_the_one_behind_is_named():
+    now = time.monotonic()
+    ranks = {0: Rank(1, layers=9, since=now - 50), 1: Rank(1, layers=7, since=now - 20)}
+    assert stalled(ranks, now - 99, 30) == ""
+    assert stalled(ranks, now - 99, 0) == ""
+    assert stalled(ranks, now - 99, 10).startswith("rank 1 has made no progress for 20 s")
+    ranks[1].layers = 9
+    assert stalled(ranks, now - 99, 10) == "rank 0 has made no progress for 20 s (process 1), nor has any other rank"
+    assert stalled({}, now - 99, 100) == ""
+    assert stalled({}, now - 99, 90) == "no rank has said how far it is for 99 s"
