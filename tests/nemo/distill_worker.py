@@ -53,11 +53,63 @@ def run_case(case, folder, out):
     asked = ways_of_the_head(several=case.get("world") != 1)
     if case.get("gradients"):
         keep_the_first_step(made, HFSource(student).architecture)
+    if case.get("diverges"):
+        diverge(case, settings, made)
+        return
     for stop in case.get("stops") or [None]:
         stages.distill(settings | {"stop": stop})
         forget()
     if asked:  # on the ranks with a fused head
         (made / "main_grad.json").write_text(json.dumps(sorted(asked)))
+
+
+def diverge(case, settings, made):
+    """The last rank's numbers of step 3 become NaN: its loss, its gradients, or a weight after the step. Leaves what
+    each rank says. Lightning takes the process group down with it, so this is a worker's last case."""
+    import torch
+
+    from nemo_minitron.distillation import step as steps
+    from nemo_minitron.errors import DivergedError
+    from nemo_minitron.nemo import distill, loss_log, stages
+    from nemo_minitron.nemo.trainer import chunks_of
+
+    rank, seen = torch.distributed.get_rank(), []
+    last = rank == torch.distributed.get_world_size() - 1
+
+    def spoil(home, name, change):
+        original = getattr(home, name)
+
+        def spoilt(self, *given, **options):
+            result = original(self, *given, **options)
+            seen.append(1)
+            return change(result, len(seen), *given)
+
+        setattr(home, name, spoilt)
+
+    def loss(result, count, *_):
+        dealt = case["recipe"]["global_batch_size"] // case["layout"].get("dp", 1)
+        return result * float("nan") if last and count > 2 * dealt else result
+
+    def gradient(result, count, step):
+        if last and count == 3:
+            next(chunks_of(step.trainer)[0].parameters()).main_grad.view(-1)[:] = float("nan")
+
+    def weights(result, count, trainer, *_):
+        if last and count == 3:
+            next(chunks_of(trainer)[0].parameters()).data.view(-1)[0] = float("inf")
+
+    places = {
+        "loss": (steps.Objective, "total", loss),
+        "gradient": (distill.Distillation, "on_megatron_microbatches_end", gradient),
+        "weights": (loss_log.LossLog, "on_train_batch_end", weights),
+    }
+    spoil(*places[case["diverges"]])
+    try:
+        stages.distill(settings)
+        said = "nothing"
+    except DivergedError as error:
+        said = str(error)
+    (made / f"said-{rank}.json").write_text(json.dumps(said))
 
 
 def keep_the_first_step(made, architecture):
@@ -84,7 +136,8 @@ def keep_the_first_step(made, architecture):
         }
         if torch.distributed.get_rank() == 0:
             np.savez(made / "gradients.npz", **found)
-            rows = {name: torch.cat([b[name] for b in batches]).numpy() for name in ("tokens", "labels", "loss_mask")}
+        if torch.distributed.get_world_size() == 1:
+            rows = {name: torch.cat([b[name] for b in batches]).numpy() for name in ("tokens", "loss_mask")}
             np.savez(made / "batches.npz", **rows)
 
     distill.model_inputs, distill.Distillation.on_megatron_microbatches_end = seen, end
@@ -216,7 +269,8 @@ def main():
     start_each_time()
     for case in cases:
         run_case(case, folder, out)
-    torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     if len(sys.argv) > 4:  # the last: Lightning takes a process group down with a trainer that failed
         from nemo_minitron.nemo.checkpoint import last_checkpoint
 

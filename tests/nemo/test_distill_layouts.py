@@ -91,6 +91,13 @@ CASES = [
     for world, layouts in LAYOUTS.items()
     for model, recipe, layout in layouts
 ]  # fmt: skip
+DIVERGING = {  # world size -> its last case, in which a number of step 3 is none, on the last rank alone
+    world: {
+        "name": f"diverges-{what}", "teacher": "four", "student": "four-student", "plan": "four-plan.json",
+        "recipe": BASE | {"save_every": 1}, "layout": layout, "diverges": what,
+    }
+    for world, what, layout in ((1, "weights", {}), (2, "loss", {"pp": 2}), (4, "gradient", {"tp": 2, "dp": 2}))
+}  # fmt: skip
 SPREAD = [case for case in CASES if case["world"] > 1]
 each_layout = pytest.mark.parametrize("case", SPREAD, ids=lambda case: case["name"])
 
@@ -118,8 +125,8 @@ def results(models, tmp_path_factory):
         world = case["world"]
         if world not in done:
             done[world] = tmp_path_factory.mktemp(f"world{world}")
-            cases = json.dumps([case for case in CASES if case["world"] == world])
-            run_ranks(world, WORKER, models, cases, done[world])
+            cases = [*(case for case in CASES if case["world"] == world), DIVERGING[world]]
+            run_ranks(world, WORKER, models, json.dumps(cases), done[world])
         return done[world] / case["name"]
 
     return of
@@ -197,6 +204,29 @@ def test_parts_make_up_the_loss(case, results):
     alpha = found["logits"] / sum(found[name] for name in parts[2:])
     np.testing.assert_allclose(found["alpha"], [1.0, *alpha[:-1]], rtol=1e-4)  # of the step before
     assert all((values[0] != values).any() for name, values in found.items() if name in parts)
+
+
+@pytest.mark.parametrize("world", DIVERGING)
+def test_a_training_that_diverges_stops_at_that_step_on_all_ranks(world, results):
+    """Its weights of step 3 are not saved; those of step 2 are there, and loss.csv holds numbers alone."""
+    case = DIVERGING[world]
+    folder = results({"world": world, "name": case["name"]})
+    said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world)]
+    number = {"weights": "weights", "loss": "the loss is nan", "gradient": "the gradients' norm is nan"}
+    for sentence in said:
+        assert sentence.startswith("training stopped at step 3: ")
+        assert number[case["diverges"]] in sentence
+        assert "at learning rate 0.000" in sentence
+        assert "a learning rate that is too high" in sentence
+        assert "the last good checkpoint stays: " in sentence
+        assert "step=1" in sentence  # NeMo counts from 0
+    logged = columns(folder)
+    assert list(logged["step"]) == [1, 2, 3][: 3 if case["diverges"] == "weights" else 2]
+    assert np.isfinite(logged["loss"]).all()
+    saved = {path.name for path in (folder / "nemo" / "checkpoints").iterdir()}
+    whole = [name for name in saved if name.endswith("-last") and f"{name}-unfinished" not in saved]
+    assert len(whole) == 1
+    assert whole[0].startswith("step=1")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
