@@ -12,7 +12,8 @@ from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import resolve
+from nemo_minitron.families import read_config, resolve
+from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files, without_code
 from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.job.models import identity
@@ -100,7 +101,7 @@ def finished(out: Path, steps: int) -> bool:
 
 def run_distill(
     student: str, teacher: str | None, data: str, out: Path, recipe: Distillation, layout: Layout, *,
-    validation: str | None = None, plan: Path | None = None,
+    validation: str | None = None, plan: Path | None = None, skip_bad_lines: bool = False,
 ) -> Path:  # fmt: skip
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
@@ -125,8 +126,11 @@ def run_distill(
     recipe.check_batch(layout)
     work = cache_of(out)
     with locked(work):
-        train = tokenise(data, source, work / "train").prefix
-        held_out = tokenise(validation, source, work / "validation").prefix if validation else train
+        rows = models[0].vocab_size
+        train = tokenise(data, source, work / "train", rows, skip_bad_lines).prefix
+        held_out = train
+        if validation:
+            held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines).prefix
         training = work / "training"
         run_training(
             source, str(teacher_folder) if teacher_folder else None, (train, held_out), training, recipe,
@@ -159,9 +163,8 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
     stored = HFSource(base)
     source = Converted(CheckpointSource(last_checkpoint(training)), stored)
     with atomic_folder(out) as folder:
-        for file in sorted(base.iterdir()):
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
-                shutil.copy2(file, folder / file.name)
+        copy_side_files(base, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
+        write_json(folder / "config.json", without_code(read_config(base)))
         write_weights(source, identity(stored.architecture), folder, stored.config)
         finish_folder(folder, base_folder=base)
         if (training / "loss.csv").exists():

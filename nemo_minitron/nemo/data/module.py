@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError, first_line
-from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.families import on_disk
+from nemo_minitron.families.tokenizer import copy_tokenizer
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer
 
@@ -89,31 +89,30 @@ def nemo_tokenizer(source: Any, folder: str | Path) -> Any:
         return source
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    where = _tokenizer_copy(Path(source), Path(folder)) if Path(source).is_dir() else source
+    lies = on_disk(source)
+    where = _tokenizer_copy(lies, Path(folder)) if lies is not None and lies.is_dir() else source
     try:
-        return AutoTokenizer(str(where), use_fast=True)
+        return AutoTokenizer(str(where), use_fast=True, trust_remote_code=False)
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
         raise InputError(f"'{source}' gives no tokenizer: {first_line(error)}") from error
 
 
 def _tokenizer_copy(source: Path, folder: Path) -> Path:
     """A folder with the tokenizer's files alone, named by their content: made once, never changed."""
-    files = [*tokenizer_files(source), *source.glob("config.json")]  # the config says which class of tokenizer
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    target = folder / f"tokenizer-{digest.hexdigest()[:16]}"
-    if target.is_dir():
-        return target
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=folder))
-    for file in files:
-        shutil.copyfile(file, partial / file.name)
-    partial.chmod(0o755)
-    try:
-        os.rename(partial, target)
-    except OSError:  # another process was first, with the same bytes
-        shutil.rmtree(partial)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder, ignore_cleanup_errors=True) as scratch:
+        partial = Path(scratch) / "tokenizer"
+        partial.mkdir()
+        copy_tokenizer(source, partial)
+        digest = hashlib.sha256()
+        for file in sorted(file for file in partial.rglob("*") if file.is_file()):
+            digest.update(str(file.relative_to(partial)).encode() + b"\0" + file.read_bytes())
+        target = folder / f"tokenizer-{digest.hexdigest()[:16]}"
+        try:
+            os.rename(partial, target)
+        except OSError:  # it is there, or another process was first: with the same bytes
+            if not target.is_dir():
+                raise
     return target
 
 
