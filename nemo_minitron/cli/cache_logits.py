@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, SkipBadLines, Sp, Stall, Tp, Vp
 from nemo_minitron.job.processes.stall import SECONDS
 
 
@@ -38,6 +38,7 @@ def cache_logits(
     ep: Ep = 1,
     dp: Dp = 1,
     sp: Sp = False,
+    skip_bad_lines: SkipBadLines = False,
     seed: Seed = 1234,
     stall_timeout: Stall = SECONDS,
 ) -> None:
@@ -53,7 +54,7 @@ def cache_logits(
     )  # fmt: skip
     header = run_cache(
         model, data, out, settings, Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp), samples=samples,
-        rows_per_shard=rows_per_shard, micro_batch_size=micro_batch_size,
+        rows_per_shard=rows_per_shard, micro_batch_size=micro_batch_size, skip_bad_lines=skip_bad_lines,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in out.glob("*.logits"))
     tokens = header.rows * sequence_length

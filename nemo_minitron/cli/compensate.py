@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.cli.options import (
+    Cp,
+    Data,
+    Dp,
+    Ep,
+    Etp,
+    Length,
+    Pp,
+    Precision,
+    Seed,
+    SkipBadLines,
+    Sp,
+    Stall,
+    Tp,
+    Vp,
+)
 from nemo_minitron.job.processes.stall import SECONDS
 
 
@@ -30,6 +45,7 @@ def compensate(
     etp: Etp = 0,
     dp: Dp = 1,
     sp: Sp = False,
+    skip_bad_lines: SkipBadLines = False,
     seed: Seed = 1234,
     stall_timeout: Stall = SECONDS,
 ) -> None:
@@ -42,5 +58,8 @@ def compensate(
     cutting = Cutting(ridge=ridge, memory=memory)
     calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
-    found = run_compensate(model, plan, data, out, calibration, layout, ridge=ridge, memory=int(cutting.memory * 1e9))
+    found = run_compensate(
+        model, plan, data, out, calibration, layout, ridge=ridge, memory=int(cutting.memory * 1e9),
+        skip_bad_lines=skip_bad_lines,
+    )  # fmt: skip
     print(f"{out}: {len(found.tensors)} matrices, from {samples * sequence_length:,} tokens")

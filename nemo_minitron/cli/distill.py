@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, SkipBadLines, Sp, Stall, Tp, Vp
 from nemo_minitron.job.processes.stall import SECONDS
 
 
@@ -48,6 +48,7 @@ def distill(
     ep: Ep = 1,
     dp: Dp = 1,
     sp: Sp = False,
+    skip_bad_lines: SkipBadLines = False,
     seed: Seed = 1234,
     nodes: Count = None,
     node_rank: Rank = None,
@@ -70,7 +71,10 @@ def distill(
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
 
     def command() -> None:
-        run_distill(student, teacher, data, out, settings, layout, validation=validation, plan=plan)
+        run_distill(
+            student, teacher, data, out, settings, layout, validation=validation, plan=plan,
+            skip_bad_lines=skip_bad_lines,
+        )  # fmt: skip
         print(f"{out}: distilled on {settings.steps * sequence_length * global_batch_size:,} tokens")
 
     job = ["distill", student, teacher, data, vars(settings), vars(layout), validation, str(plan)]

@@ -8,7 +8,22 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Etp, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
+from nemo_minitron.cli.options import (
+    Cp,
+    Data,
+    Dp,
+    Ep,
+    Etp,
+    Length,
+    Pp,
+    Precision,
+    Seed,
+    SkipBadLines,
+    Sp,
+    Stall,
+    Tp,
+    Vp,
+)
 from nemo_minitron.job.processes.stall import SECONDS
 
 CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated"
@@ -46,6 +61,7 @@ def estimate(
     etp: Etp = 0,
     dp: Dp = 1,
     sp: Sp = False,
+    skip_bad_lines: SkipBadLines = False,
     seed: Seed = 1234,
     nodes: Count = None,
     node_rank: Rank = None,
@@ -66,7 +82,7 @@ def estimate(
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
 
     def command() -> None:
-        scores = run_estimate(model, data, out, calibration, layout, merge)
+        scores = run_estimate(model, data, out, calibration, layout, merge, skip_bad_lines)
         print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
         for line in lines(scores):
             print(f"  {line}")

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.cli.options import HeldOut, Length, Precision
+from nemo_minitron.cli.options import HeldOut, Length, Precision, SkipBadLines
 
 
 def evaluate(
@@ -15,6 +15,7 @@ def evaluate(
         str, typer.Argument(help="Hugging Face folder, hub id, or NeMo checkpoint (converted for the time it takes).")
     ],
     data: HeldOut = None,
+    skip_bad_lines: SkipBadLines = False,
     tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks: NAME, FILE.yaml, base, instruct.")] = "",
     limit: Annotated[Optional[int], typer.Option("--limit", help="Documents of each task.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="At most so many tokens.")] = 16_384,
@@ -39,7 +40,7 @@ def evaluate(
 
     settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    numbers = run_evaluate(model, data, settings, names, limit, draft_of, draft_out)
+    numbers = run_evaluate(model, data, settings, names, limit, draft_of, draft_out, skip_bad_lines)
     if as_json:
         print(json.dumps(numbers))
         return

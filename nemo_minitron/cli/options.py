@@ -13,6 +13,9 @@ from nemo_minitron.precisions import PRECISIONS
 SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"
 Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.")]
 HeldOut = Annotated[Optional[str], typer.Option("--data", help=f"{SOURCES}; the test split unless given.")]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be read, and count them.")
+]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Vp = Annotated[int, typer.Option("--vp", help="Virtual stages a pipeline stage.")]

@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli.options import Data
+from nemo_minitron.cli.options import Data, SkipBadLines
 
 
 def rank_tokens(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="Scores, to which it is added.")] = Path("scores.safetensors"),
+    skip_bad_lines: SkipBadLines = False,
 ) -> None:
     """Count a corpus' tokens, for plans that keep fewer (`minitron plan --keep vocab=N`)."""
     from nemo_minitron.job.commands.rank_tokens import rank_tokens as run
 
-    scores = run(model, data, out)
+    scores = run(model, data, out, skip_bad_lines)
     found = scores.notes["vocab"]
     print(f"{out}: {found['seen']:,} of {len(scores['vocab']):,} tokens occur in {found['tokens']:,}")

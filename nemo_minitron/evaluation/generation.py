@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.model import load
+from nemo_minitron.families import from_hf
+from nemo_minitron.families.tokenizer import check_ids, open_tokenizer
 
 
 def generate(
@@ -20,11 +24,12 @@ def generate(
     One prompt at a time: a batch would need padding. Sampling settings of the folder's generation config
     are left aside. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder)
     encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids.shape[-1]:
             raise InputError(f"the prompt {prompt!r} has no token; give at least one word")
+        check_ids(ids.numpy(), tokenizer, from_hf(folder).vocab_size, prompt)
     model = load(folder, precision)
     _settle(model, tokenizer, max_new_tokens, do_sample=False)
     return [_continue(model, tokenizer, ids) for ids in encoded]
@@ -51,10 +56,11 @@ def sample(
     `seed` and its place: those that `skip(first)` leaves out change nothing in the others. Raises InputError for a
     folder without model or tokenizer, and for a prompt without a token.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder)
     for place, ids in enumerate(prompts):
         if not len(ids):
             raise InputError(f"prompt {place + 1} of {len(prompts)} has no token; give at least one word")
+        check_ids(np.array(ids), tokenizer, from_hf(folder).vocab_size, f"prompt {place + 1}")
     left = [(first, rows) for first, rows in _batches(prompts, batch_size) if not skip(first)]
     if not left:
         return
@@ -73,7 +79,6 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[int,
 
 
 def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]) -> list[Written]:
-    import numpy as np
     import torch
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
@@ -85,16 +90,10 @@ def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]
     return [Written(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a folder. Raises InputError where there is none that transformers can load."""
-    from transformers import AutoTokenizer
-
+def _tokenizer(folder: str | Path) -> Any:
     if not Path(folder).is_dir():
         raise InputError(f"the model folder '{folder}' does not exist")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
-        raise InputError(f"'{folder}' has no tokenizer that transformers can load ({error})") from error
+    return open_tokenizer(folder)
 
 
 def _settle(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.evaluation.model import dtype_name
+from nemo_minitron.families.side_files import without_code
 
 
 def forward_seconds(
@@ -24,9 +25,11 @@ def forward_seconds(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = {name: value for name, value in config.items() if name != "model_type"}
+    known = {name: value for name, value in without_code(config).items() if name != "model_type"}
     with device:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **known), trust_remote_code=False
+        )
         tokens = torch.zeros((batch, context), dtype=torch.long)
     model = model.to(getattr(torch, dtype)).eval()
     took = []

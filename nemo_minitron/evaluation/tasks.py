@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.evaluation.benchmarks import BENCHMARKS, CODE, SETS, benchmarks
-from nemo_minitron.evaluation.generation import load_tokenizer
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
+from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
 
 YAML = (".yaml", ".yml")
 
@@ -35,21 +36,39 @@ def run_tasks(
     lm_eval, manager, by_shots = _find(tasks)
     from lm_eval.models.huggingface import HFLM
 
-    # not by its path: lm-eval would read the folder's config as transformers alone does
-    model = HFLM(pretrained=load(folder, precision), tokenizer=load_tokenizer(folder), batch_size=batch_size)
     found: dict[str, dict[str, Any]] = {}
-    for shots, names in by_shots.items():
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=names,
-            num_fewshot=shots,
-            task_manager=manager,
-            limit=limit,
-            **({"confirm_run_unsafe_code": True} if _may_run_programs() else {}),
-        )["results"]
-        for task, row in results.items():
-            found[task] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    with _ids_within(folder) as tokenizer:
+        # not by its path: lm-eval would read the folder's config as transformers alone does
+        model = HFLM(pretrained=load(folder, precision), tokenizer=tokenizer, batch_size=batch_size)
+        for shots, names in by_shots.items():
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=names,
+                num_fewshot=shots,
+                task_manager=manager,
+                limit=limit,
+                **({"confirm_run_unsafe_code": True} if _may_run_programs() else {}),
+            )["results"]
+            for task, row in results.items():
+                found[task] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
     return found
+
+
+@contextlib.contextmanager
+def _ids_within(folder: str | Path) -> Iterator[Any]:
+    """The tokenizer; a failure inside is said to be its own where it has tokens that the model has no row for, since
+    lm-eval hands them on unchecked."""
+    tokenizer, rows = open_tokenizer(folder), from_hf(folder).vocab_size
+    try:
+        yield tokenizer
+    except (IndexError, RuntimeError) as error:
+        largest = largest_id(tokenizer)
+        if largest < rows:
+            raise
+        raise InputError(
+            f"the model '{folder}' failed on lm-eval's texts ({first_line(error)}): its tokenizer has tokens up to "
+            f"{largest} and it has rows for 0 to {rows - 1}; resize its embedding, or mend the tokenizer"
+        ) from error
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
-from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.families.side_files import SETTINGS, TOKENIZER, copy_side_file, side_files
 
 TIED = "lm_head.weight"  # some folders store a tied head too
 
@@ -24,11 +24,11 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
     architecture = from_hf(folder)
     _check_weights(folder, architecture)
     same_vocabulary = architecture.vocab_size == from_hf(base).vocab_size
-    for file in tokenizer_files(base):
-        _take_tokenizer_file(folder / file.name, file, same_vocabulary)
-    generation = "generation_config.json"
-    if (base / generation).is_file() and not (folder / generation).exists():
-        shutil.copyfile(base / generation, folder / generation)
+    for name, file in side_files(base, TOKENIZER):
+        _take_tokenizer_file(folder / name, file, same_vocabulary)
+    for name, file in side_files(base, SETTINGS):
+        if not (folder / name).exists():
+            copy_side_file(file, folder / name)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -36,11 +36,17 @@ def _take_tokenizer_file(own: Path, base: Path, same_vocabulary: bool) -> None:
     if not own.exists():
         if not same_vocabulary:
             raise InputError(f"the student has another vocabulary than its base and no '{own.name}' of its own")
-        shutil.copyfile(base, own)
-    elif same_vocabulary and own.read_bytes() != base.read_bytes():
+        copy_side_file(base, own)
+    elif same_vocabulary and own.read_bytes() not in (base.read_bytes(), _as_copied(base)):
         raise InputError(
             f"the student's '{own.name}' is not the base's although the vocabulary is; copy it from '{base.parent}'"
         )
+
+
+def _as_copied(file: Path) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        copy_side_file(file, Path(scratch) / file.name)
+        return (Path(scratch) / file.name).read_bytes()
 
 
 def _check_weights(folder: Path, architecture: Architecture) -> None:

@@ -21,6 +21,7 @@ from nemo_minitron.families.nemotron import Nemotron
 from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
+from nemo_minitron.families.side_files import without_code
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: never a pickle
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
@@ -99,8 +100,9 @@ def to_hf(
 
 
 def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as a student's config.json has it: transformers 4 and 5 read the same model from it."""
-    return family_of(config).written(normalized(config))
+    """A config as a student's config.json has it: transformers 4 and 5 read the same model from it, and it names no
+    code."""
+    return family_of(config).written(normalized(without_code(config)))
 
 
 def multiples_of(config: Mapping[str, Any]) -> Mapping[str, int | str]:

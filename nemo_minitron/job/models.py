@@ -88,7 +88,7 @@ def convert(checkpoint: Path, out: Path) -> Path:
 
     Raises InputError for a damaged checkpoint, one without its tokenizer, or too small a disk.
     """
-    from nemo_minitron.families.tokenizer import tokenizer_files
+    from nemo_minitron.families.side_files import TOKENIZER, copy_side_files
     from nemo_minitron.nemo.checkpoint import CheckpointSource
     from nemo_minitron.nemo.data import load_tokenizer
     from nemo_minitron.pruning.write import write_weights
@@ -100,8 +100,7 @@ def convert(checkpoint: Path, out: Path) -> Path:
     with atomic_folder(out) as folder:
         write_weights(source, identity(source.architecture), folder, source.config)
         write_json(folder / "config.json", written_config(source.config | ends | {"torch_dtype": dtype}))
-        for file in tokenizer_files(source.folder):
-            shutil.copyfile(file, folder / file.name)
+        copy_side_files(source.folder, folder, TOKENIZER)
     return out
 
 

@@ -19,6 +19,7 @@ import yaml
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of_nemo
+from nemo_minitron.families.side_files import TOKENIZER_CONFIG, check_link, copy_side_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,29 @@ def tokenizer_folder(checkpoint: str | Path) -> Path:
 def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:
     """Copies a checkpoint's context with other fields of the model's config, all of it as data.
 
-    What NeMo recorded beside them (classes, optimizer, trainer, tokenizer) comes along as it is.
-    Raises InputError as `read_context`.
+    What NeMo recorded beside them (classes, optimizer, trainer) comes along as it is, the tokenizer without code of
+    its own. Raises InputError as `read_context`, and for a symbolic link out of the context's folder.
     """
     read_context(source)
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=lambda folder, names: _code(Path(source), Path(folder), names))
+    for file in Path(target).rglob(TOKENIZER_CONFIG):
+        copy_side_file(file, file)
     record = read_json(Path(target) / "io.json", "the NeMo checkpoint's context")
     graph = _Graph(record["objects"])
-    graph.set(graph.child(graph.child(record["root"]["key"], "model"), "config"), sizes)
+    model = graph.child(record["root"]["key"], "model")
+    graph.set(graph.child(model, "config"), sizes)
+    graph.distrust_tokenizers()
     write_json(Path(target) / "io.json", record)
     written = yaml.safe_load((Path(target) / "model.yaml").read_text())
     written["config"] |= sizes
     (Path(target) / "model.yaml").write_text(yaml.safe_dump(written))
+
+
+def _code(context: Path, folder: Path, names: list[str]) -> list[str]:
+    """Of a folder within a context, what is not copied."""
+    for name in names:
+        check_link(folder / name, context)
+    return [name for name in names if name.endswith(".py") or name == "__pycache__"]
 
 
 def _defaults(folder: Path) -> dict[str, Any]:
@@ -125,6 +137,13 @@ class _Graph:
             else:
                 items.append([label, leaf])
                 names.append([f"Index(index={len(names)})", name])
+
+    def distrust_tokenizers(self) -> None:
+        """No tokenizer that is loaded from this record runs code beside its files."""
+        for recorded in self.objects.values():
+            for name, value in recorded["items"]:
+                if name == "Attr(name='trust_remote_code')" and value["type"] == "leaf":
+                    value["value"] = False
 
     def class_of(self, key: str) -> str:
         metadata = self.objects[key]["metadata"]["key"]

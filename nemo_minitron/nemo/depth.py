@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts import Scores
@@ -73,12 +74,19 @@ class DepthCriteria(Callback):
         return {block: math.exp(loss) for block, loss in losses.items()}
 
     def _accuracy(self, chunks: list[Any]) -> dict[Block, float]:
+        from nemo_minitron.families.tokenizer import check_ids
         from nemo_minitron.importance.depth import multiple_choice, read_items
         from nemo_minitron.nemo.data import load_tokenizer
 
         tokenizer, items = load_tokenizer(self.source.folder), read_items(self.calibration.items)
+
+        def tokens_of(text: str) -> list[int]:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            check_ids(np.array(ids, np.int64), tokenizer, self.vocab_size, self.calibration.items)
+            return ids
+
         found = multiple_choice(
-            chunks, items, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            chunks, items, tokens_of,
             self.calibration.depth_sizes, batch_size=self.calibration.batch_size, vocab_size=self.vocab_size,
         )  # fmt: skip
         self.scores.notes["accuracy"] = {

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf, written_config
+from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_side_files
 from nemo_minitron.pruning.folder import HFSource
 from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 
 PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
-OWN_FILES = ("config.json", PLAN, COMPENSATION)  # written anew, not copied
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 def prune(
@@ -32,20 +29,24 @@ def prune(
 ) -> Path:
     """Cuts a Hugging Face folder (or hub id) as `plan` says; returns the student's folder.
 
-    Weights keep their dtype; configs, tokenizer and other small files come along, model cards do not; the
-    plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are rounded to the teacher's dtype and
-    taken in place of the plan's slices. A plan that cuts the vocabulary cuts tokenizer.json with it, and renumbers
-    tokens in the configs (`vocabulary.py`). The folder appears whole or not at all.
+    Weights keep their dtype; the tokenizer, the generation config and the licence come along (`families/side_files.py`
+    says what, and why), and no code; the plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are
+    rounded to the teacher's dtype and taken in place of the plan's slices. A plan that cuts the vocabulary cuts
+    tokenizer.json with it, and renumbers tokens in the configs (`vocabulary.py`). The folder appears whole or not at
+    all.
 
     Raises InputError for a damaged teacher, plan or compensation, ones made for another model or plan, a student's
-    folder that is not empty (without `overwrite`) or overlaps the teacher's, and a disk that is too small or fails.
+    folder that is not empty (without `overwrite`) or overlaps the teacher's, a link out of the teacher's folder, and a
+    disk that is too small or fails.
     """
     source_folder, student = resolve(teacher), Path(student)
     _check_place(source_folder, student, overwrite)
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
     source = HFSource(source_folder)
     check_plan(plan, source)
-    tokenizer = Vocabulary(source_folder).cut(plan.keep["vocab"]) if "vocab" in plan.keep else None
+    tokenizer = (
+        Vocabulary(source_folder, plan.source.vocab_size).cut(plan.keep["vocab"]) if "vocab" in plan.keep else None
+    )
     config = to_hf(plan.target, source.config, plan.keep.get("layers"))
     if isinstance(compensation, (str, Path)):
         compensation = Compensation.load(compensation)
@@ -54,7 +55,7 @@ def prune(
             write_weights(
                 source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2
             )  # fmt: skip
-            _copy_side_files(source_folder, folder)
+            copy_side_files(source_folder, folder, TOKENIZER, SETTINGS, TERMS)
             write_json(folder / "config.json", written_config(config))
             if tokenizer is not None:
                 write_tokenizer(tokenizer, plan.keep["vocab"], folder)
@@ -99,10 +100,3 @@ def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:
         raise InputError(f"the student's folder '{student}' is not empty; choose another, or overwrite it")
     if not (target / "config.json").is_file():
         raise InputError(f"'{student}' is no model folder (it has no config.json), so it is not overwritten")
-
-
-def _copy_side_files(teacher: Path, student: Path) -> None:
-    for pattern in SIDE_FILES:
-        for file in sorted(teacher.glob(pattern)):
-            if file.is_file() and file.name not in OWN_FILES and not file.name.endswith(WEIGHTS):
-                shutil.copyfile(file, student / file.name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import numpy as np
 
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.errors import InputError
+from nemo_minitron.families.side_files import OTHER_VOCABULARIES, side_files
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-STALE = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.txt")
-"""Files of slow tokenizers, which say the same as tokenizer.json and would now lie."""
+NAMING = ("config.json", "generation_config.json", "tokenizer_config.json")
+"""Files that are copied to a student and name tokens by their ids, besides tokenizer.json."""
+IDS = ("token_id", "token_ids", "suppress_tokens", "words_ids")
+"""How the keys of a config end that hold an id, ids, or lists of ids: `eos_token_id`, `bad_words_ids`, ..."""
 CHUNK = 1 << 24  # tokens counted at a time
 
 
@@ -44,21 +47,22 @@ def count_tokens(tokens: Any, vocab_size: int) -> np.ndarray:
 class Vocabulary:
     """The tokenizer.json of a model folder, and which of its tokens hang together.
 
+    `vocab_size`: rows of the model's embedding; tokens beyond it cannot be used, and are no part of it.
     `tokens`: text -> id, added tokens included; `required`: ids that always stay. Raises InputError for a folder
     without tokenizer.json and for models other than byte-level or byte-fallback BPE and Unigram.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, vocab_size: int) -> None:
+        self.folder, self.rows = Path(folder), range(vocab_size)
         self.values = read_json(self.folder / "tokenizer.json", "the tokenizer")
         try:
             self.model = self.values["model"]
             self.kind = self.model["type"]
             self._check()
-            self.added = {token["content"]: token["id"] for token in self.values["added_tokens"]}
+            self.added = {t["content"]: t["id"] for t in self.values["added_tokens"] if t["id"] in self.rows}
             listed = self.model["vocab"]
             own = dict(listed) if self.kind == "BPE" else {token: i for i, (token, _) in enumerate(listed)}
-            self.tokens: dict[str, int] = own | self.added
+            self.tokens = {token: i for token, i in (own | self.added).items() if i in self.rows}
             self.required = self._required()
             self._ranks = {pair: rank for rank, pair in enumerate(self._merges())}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -84,10 +88,12 @@ class Vocabulary:
         return required | {i for token, i in self.tokens.items() if len(token) == 1}
 
     def _named(self) -> Iterator[int]:
-        for name in ("config.json", "generation_config.json"):
+        """Ids in the files that are copied. Those beyond the embedding name no token of this model."""
+        for name in NAMING:
             if (self.folder / name).is_file():
-                for _, ids in _named_ids(read_json(self.folder / name, "the config")):
-                    yield from ids
+                found: list[int] = []
+                renumbered(read_json(self.folder / name, "the config"), found.append)
+                yield from (i for i in found if i in self.rows)
 
     def _merges(self) -> list[tuple[str, str]]:
         """In the order of their ranks; older files write a pair as one text."""
@@ -160,6 +166,7 @@ class Vocabulary:
             model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
             if model.get("unk_id") is not None:
                 model["unk_id"] = new[model["unk_id"]]
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] in self.rows]
         for token in values["added_tokens"]:
             token["id"] = new[token["id"]]
         for part in ("post_processor", "padding"):
@@ -171,34 +178,45 @@ def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Pat
     """Puts a tokenizer that was cut into `student`, and the new ids into the configs that were copied there."""
     new = {old: i for i, old in enumerate(kept)}
     write_json(student / "tokenizer.json", tokenizer)
-    for name in STALE:
-        (student / name).unlink(missing_ok=True)
-    for name in ("config.json", "generation_config.json"):
+    for _, file in side_files(student, OTHER_VOCABULARIES):
+        file.unlink()
+    for name in NAMING:
         if (student / name).is_file():
-            values = read_json(student / name, "the config")
-            for key, _ in list(_named_ids(values)):
-                values[key] = _mapped(values[key], new)
-            write_json(student / name, values)
-    file = student / "tokenizer_config.json"
-    if file.is_file():
-        values = read_json(file, "the tokenizer's config")
-        decoder = values.get("added_tokens_decoder", {})
-        values["added_tokens_decoder"] = {str(new[int(i)]): token for i, token in decoder.items()}
-        write_json(file, values)
+            write_json(student / name, renumbered(read_json(student / name, "the config"), new.get))
 
 
-def _named_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
-    """Fields of a config that name tokens, and their ids; -1 and null name none."""
-    for key, value in config.items():
-        if key.endswith(("token_id", "token_ids", "suppress_tokens")):
-            ids = value if isinstance(value, list) else [value]
-            yield key, [i for i in ids if type(i) is int and i >= 0]
-
-
-def _mapped(value: Any, new: Mapping[int, int]) -> Any:
+def renumbered(value: Any, number: Callable[[int], Any]) -> Any:
+    """A config, at any depth, with `number(id)` in place of each id. Where that is None, the token goes: its entry of a
+    list or of `added_tokens_decoder`, a sequence that it is part of, and from a field, which is then null."""
     if isinstance(value, list):
-        return [_mapped(i, new) for i in value]
-    return new[value] if type(value) is int and value >= 0 else value
+        return [renumbered(part, number) for part in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, part in value.items():
+        if key.endswith(IDS):
+            found[key] = _mapped(part, number)
+        elif key == "added_tokens_decoder" and isinstance(part, dict):
+            ids = {number(int(i)): token for i, token in part.items()}
+            found[key] = {str(i): token for i, token in ids.items() if i is not None}
+        elif key == "forced_decoder_ids" and isinstance(part, list):
+            found[key] = [[place, new] for place, i in part if not _lost(i, new := _mapped(i, number))]
+        elif key == "sequence_bias" and isinstance(part, list):
+            found[key] = [[new, bias] for ids, bias in part if not _lost(ids, new := _mapped(ids, number))]
+        else:
+            found[key] = renumbered(part, number)
+    return found
+
+
+def _mapped(value: Any, number: Callable[[int], Any]) -> Any:
+    """Ids, at any depth of lists; -1 and null name none."""
+    if isinstance(value, list):
+        return [new for i in value if not _lost(i, new := _mapped(i, number))]
+    return number(value) if type(value) is int and value >= 0 else value
+
+
+def _lost(old: Any, new: Any) -> bool:
+    return (new is None and old is not None) or (isinstance(old, list) and len(new) < len(old))
 
 
 def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) -> Any:

@@ -15,13 +15,13 @@ MIXED = {"architectures": ["Qwen2ForCausalLM"], **SIZES, "use_sliding_window": T
 
 @pytest.mark.parametrize("known", [True, False])
 def test_sizes_that_the_models_class_cannot_have(known, tmp_path):
-    """Three of six layers look back over a window: a Qwen2's config does not say which ones stay."""
-    config = MIXED | {"max_window_layers": 3}
+    """Each of six layers has a value of its own under a key that nobody reads: which one goes with a layer?"""
+    config = MIXED | {"max_window_layers": 3, "my_scales": [1, 2, 3, 4, 5, 6]}
     notes = {"config": config} if known else {}
     scores = Scores(from_hf(config), {"layers": np.arange(6, dtype=np.float32)}, notes=notes)
     scores.save(tmp_path / "scores.safetensors")
     if not known:  # scores of an older version: the cut itself refuses
         assert run_plan(tmp_path / "scores.safetensors", {"layers": 4}, Search()).plan is not None
         return
-    with pytest.raises(InputError, match="cannot be cut to 4; the nearest legal number is 6"):
+    with pytest.raises(InputError, match="my_scales has one value for each of the 6 layers"):
         run_plan(tmp_path / "scores.safetensors", {"layers": 4}, Search())

@@ -104,7 +104,7 @@ def test_a_student_is_aligned_and_stays_a_plain_folder(world):
         ('{"input": "a", "output": "b"}\n{"input": "a"}', "line 2 lacks a text 'input' or 'output'"),
         ('{"input": "a", "output": 3}', "line 1 lacks"),
         ("[1]", "line 1 lacks"),
-        ("\n{", "line 2 is no JSON"),
+        ("\n{", "line 2 is not JSON"),
     ],
 )
 def test_rows_that_are_none(tmp_path, text, words):

@@ -84,7 +84,7 @@ def plan_of(folder, made, size):
     """Of the `size` best tokens of another text."""
     source = from_hf(folder)
     counts = count_tokens(Stream(made.encode(text(1), add_special_tokens=False).ids), source.vocab_size)
-    scores = Vocabulary(folder).scores(counts)
+    scores = Vocabulary(folder, source.vocab_size).scores(counts)
     assert sorted(scores) == list(range(1, source.vocab_size + 1))
     kept = sorted(np.argsort(-scores)[:size].tolist())
     return PrunePlan(source=source, target=source.replace(vocab_size=size), keep={"vocab": kept})
@@ -175,7 +175,7 @@ def test_counts():
 def test_parts(tmp_path):
     """By hand: 'that' is made of th, at (or ha, ...) as the merges say; rows without a token come last."""
     made = teacher_of(tmp_path, "byte-level BPE")
-    vocabulary = Vocabulary(tmp_path)
+    vocabulary = Vocabulary(tmp_path, 332)
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
     for left, right in merges:
         assert {made.token_to_id(left), made.token_to_id(right)} <= vocabulary.parts(left + right)
@@ -191,7 +191,7 @@ def test_what_is_refused(tmp_path):
 
     made = teacher_of(tmp_path / "t", "byte-level BPE")
     source = from_hf(tmp_path / "t")
-    first = sorted(Vocabulary(tmp_path / "t").required)
+    first = sorted(Vocabulary(tmp_path / "t", source.vocab_size).required)
 
     def refused(kept, message):
         plan = PrunePlan(source=source, target=source.replace(vocab_size=len(kept)), keep={"vocab": sorted(kept)})

@@ -36,7 +36,7 @@ def read_items(path: str | Path) -> list[Item]:
 def _item(line: str, where: str) -> Item:
     try:
         read = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no JSON ({error})") from None
     missing = [key for key in ("context", "choices", "answer") if not isinstance(read, dict) or key not in read]
     if missing:
@@ -46,6 +46,8 @@ def _item(line: str, where: str) -> Item:
         raise InputError(f"{where}: context is {context!r}; it must be a text")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise InputError(f"{where}: choices are {choices!r}; they must be a list of at least two texts, none empty")
+    if any("\ud800" <= character <= "\udfff" for text in (context, *choices) for character in text):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no character; mend the text")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         near = min(max(answer, 0), len(choices) - 1) if isinstance(answer, int) else 0
         raise InputError(f"{where}: answer is {answer!r}; legal are 0 to {len(choices) - 1}, the nearest is {near}")

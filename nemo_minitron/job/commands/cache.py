@@ -22,7 +22,7 @@ from nemo_minitron.job.settings.layout import Layout
 
 def run_cache(
     model: str, data: str, out: Path, settings: CacheSettings, layout: Layout, *, samples: int | None = None,
-    rows_per_shard: int = 256, micro_batch_size: int = 1, log: Path | None = None,
+    rows_per_shard: int = 256, micro_batch_size: int = 1, log: Path | None = None, skip_bad_lines: bool = False,
 ) -> CacheHeader:  # fmt: skip
     """`minitron cache-logits`: makes `out`, or what is missing of it; the folder must be one that all ranks see.
 
@@ -41,7 +41,7 @@ def run_cache(
     _check_out(out)
     work = cache_of(out)
     with locked(work):
-        tokens = tokenise(data, source.folder, work / "train")
+        tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
         rows = whole_rows(tokens, settings.sequence_length, samples)
         header = CacheHeader(
             settings, teacher_digest(model), corpus_digest(tokens, rows, settings.sequence_length),

@@ -25,7 +25,7 @@ ROWS = ("samples", "sequence_length", "batch_size", "precision", "seed")
 
 def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES,
+    ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False,
 ) -> Compensation:  # fmt: skip
     """`minitron compensate`: leaves `out`, for `minitron prune --compensation`. Of `calibration` it takes the rows.
 
@@ -41,7 +41,9 @@ def run_compensate(
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
     with locked(cache_of(out)):
-        tokens = tokenise(data, source.folder, cache_of(out) / "calibration")
+        tokens = tokenise(
+            data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
+        )
         solve_for(model, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 

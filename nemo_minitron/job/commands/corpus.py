@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 
-def tokenise(data: str, model: str | Path, prefix: Path) -> Any:
-    """Text -> `.bin/.idx` with the model's tokenizer, once; gives the Tokens."""
+def tokenise(data: str, model: str | Path, prefix: Path, vocab_size: int, skip_bad_lines: bool = False) -> Any:
+    """Text -> `.bin/.idx` with the tokenizer in the folder `model`, once; gives the Tokens, all of them below
+    `vocab_size`. Says on stderr how many bad lines were left out. Raises InputError as `nemo.data.build`."""
     from nemo_minitron.nemo.data import build, load_tokenizer
 
-    return build(data, load_tokenizer(model), prefix)
+    tokens = build(data, load_tokenizer(model), prefix, vocab_size=vocab_size, skip_bad_lines=skip_bad_lines)
+    if words := left_out(tokens, data):
+        print(f"minitron: {words}", file=sys.stderr)
+    return tokens
+
+
+def left_out(tokens: Any, data: str) -> str:
+    """What is said of bad lines that were skipped; "" where there were none."""
+    if tokens.corpus is None or not tokens.corpus.skipped:
+        return ""
+    return f"{tokens.corpus.skipped:,} bad lines of '{data}' are left out; the first: {tokens.corpus.first_skipped}"
 
 
 def cache_of(out: Path) -> Path:

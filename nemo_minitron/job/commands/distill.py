@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.whole import damaged, sealed, take_away
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
+from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
 from nemo_minitron.job.commands.cache import check_cache
 from nemo_minitron.job.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.job.models import identity
@@ -151,7 +152,7 @@ def left_by_training(out: Path) -> list[str]:
 
 def run_distill(
     student: str, teacher: str | None, data: str, out: Path, recipe: Distillation, layout: Layout, *,
-    validation: str | None = None, plan: Path | None = None,
+    validation: str | None = None, plan: Path | None = None, skip_bad_lines: bool = False,
 ) -> Path:  # fmt: skip
     """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
     from nemo_minitron.nemo.sources import open_source
@@ -182,8 +183,11 @@ def run_distill(
     recipe.check_batch(layout)
     work = cache_of(out)
     with locked(work):
-        train = tokenise(data, source, work / "train").prefix
-        held_out = tokenise(validation, source, work / "validation").prefix if validation else train
+        rows = models[0].vocab_size
+        train = tokenise(data, source, work / "train", rows, skip_bad_lines).prefix
+        held_out = train
+        if validation:
+            held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines).prefix
         training = work / "training"
         run_training(
             source, str(teacher_folder) if teacher_folder else None, (train, held_out), training, recipe,
@@ -225,9 +229,7 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
     stored = HFSource(base)
     source = Converted(CheckpointSource(last_checkpoint(training)), stored)
     with atomic_folder(out, durable=True) as folder:
-        for file in sorted(base.iterdir()):
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "README.md")):
-                shutil.copy2(file, folder / file.name)
+        copy_side_files(base, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
         write_json(folder / "config.json", written_config(stored.config))
         write_weights(source, identity(stored.architecture), folder, stored.config)
         finish_folder(folder, base_folder=base)

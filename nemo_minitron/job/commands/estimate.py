@@ -25,8 +25,9 @@ from nemo_minitron.search.depth import HIGHER_IS_BETTER
 
 
 def run_estimate(
-    model: str, data: str, out: Path, calibration: Calibration, layout: Layout, merge: Path | None = None
-) -> Scores:
+    model: str, data: str, out: Path, calibration: Calibration, layout: Layout, merge: Path | None = None,
+    skip_bad_lines: bool = False,
+) -> Scores:  # fmt: skip
     """`minitron estimate`: Scores of a model into `out`, with `merge` those of another run's samples too.
 
     What is gathered stays in a hidden folder beside `out`: the same command goes on from there, or has nothing left
@@ -43,7 +44,7 @@ def run_estimate(
     calibration.check(source.architecture, layout)
     other, work = Scores.load(merge) if merge else None, cache_of(out)
     with locked(work):
-        tokens = tokenise(data, source.folder, work / "calibration")
+        tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         if other is not None:
             check_overlap(other, calibration, data_digest(tokens))
         scores = calibrate(model, tokens, work, calibration, layout, work / "log.txt")

@@ -17,7 +17,7 @@ from nemo_minitron.job.settings.recipe import Evaluation
 
 def run_evaluate(
     model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None,
-    draft_of: str | None = None, draft_out: Path | None = None,
+    draft_of: str | None = None, draft_out: Path | None = None, skip_bad_lines: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`minitron evaluate`: numbers on held-out text, and lm-eval's under `tasks`; either may be left out.
 
@@ -38,7 +38,7 @@ def run_evaluate(
     numbers: dict[str, Any] = {}
     with as_folder(model) as folder, apart() as scratch:
         if data is not None:
-            tokens = tokenise(held_out(data), folder, scratch / "corpus")
+            tokens = tokenise(held_out(data), folder, scratch / "corpus", from_hf(folder).vocab_size, skip_bad_lines)
             numbers = measure(folder, tokens, settings) | {"corpus": held_out(data)}
             if draft_of is not None:
                 numbers["draft"] = accepted(draft_of, folder, tokens, settings)

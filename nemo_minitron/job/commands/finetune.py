@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
 from nemo_minitron.artifacts.whole import sealed
 from nemo_minitron.errors import InputError
@@ -46,6 +48,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     recipe.training().check_tokens(layout)
     recipe.training().check_batch(layout)
     check_rows(data)
+    _check_tokens(data, source, recipe, architecture.vocab_size)
     work = cache_of(out)
     with locked(work):
         training = work / "training"
@@ -76,22 +79,37 @@ def _begin(training: Path, made_of: list[Any], data: Path) -> None:
     write_json(mark, identity)
 
 
+def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int) -> None:
+    """Raises InputError for a token of the rows that the student has no row for. NeMo tokenises them, unchecked."""
+    from nemo_minitron.families.tokenizer import check_ids, largest_id
+    from nemo_minitron.nemo.data import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if largest_id(tokenizer) < vocab_size:
+        return
+    for line in filter(str.strip, data.read_text(encoding="utf-8").split("\n")):
+        row = json.loads(line)
+        text = recipe.prompt_template.replace("{input}", row["input"]).replace("{output}", row["output"])
+        check_ids(np.array(tokenizer(text)["input_ids"], np.int64), tokenizer, vocab_size, str(data))
+
+
 def check_rows(data: Path) -> int:
     """The number of rows. Raises InputError, with the line's number, for one that is no prompt with an answer."""
     try:
         lines = data.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts '{data}' cannot be read ({error})") from None
+    from nemo_minitron.nemo.data.lines import read_line, utf8
+
     rows = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"'{data}', line {number} is no JSON ({error})") from None
+        row = read_line(line, f"'{data}', line {number}")
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
             raise InputError(f"'{data}', line {number} lacks a text 'input' or 'output'; each row has both")
+        for field in FIELDS:
+            utf8(row[field], f"'{data}', line {number}")
         rows += 1
     if not rows:
         raise InputError(f"'{data}' holds no prompt; it needs lines with input and output")

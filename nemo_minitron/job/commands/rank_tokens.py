@@ -13,7 +13,7 @@ from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
 
 
-def rank_tokens(model: str, data: str, out: Path) -> Scores:
+def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) -> Scores:
     """`minitron rank-tokens`: adds `vocab` to the scores `out`, or makes them; the counts are of the whole corpus.
 
     Raises InputError for a tokenizer that cannot be cut, and where `out` is of another model.
@@ -21,12 +21,14 @@ def rank_tokens(model: str, data: str, out: Path) -> Scores:
     from nemo_minitron.nemo.sources import open_source
 
     source = open_source(model)
-    digest, vocabulary = source_digest(source), Vocabulary(source.folder)
+    rows = source.architecture.vocab_size
+    digest, vocabulary = source_digest(source), Vocabulary(source.folder, rows)
     scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
     if scores.model_digest not in (None, digest):
         raise InputError(f"the scores '{out}' are of another model; give another --out")
     with apart() as scratch:
-        counts = count_tokens(tokenise(data, source.folder, scratch / "corpus"), source.architecture.vocab_size)
+        tokens = tokenise(data, source.folder, scratch / "corpus", rows, skip_bad_lines)
+        counts = count_tokens(tokens, rows)
     notes = {"vocab": {"tokens": int(counts.sum()), "seen": int((counts > 0).sum()), "data": data}}
     tensors = scores.tensors | {"vocab": vocabulary.scores(counts)}
     scores = dataclasses.replace(scores, tensors=tensors, notes=scores.notes | notes)

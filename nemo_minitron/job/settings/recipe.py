@@ -27,6 +27,7 @@ class Data:
     A `datasets` source is NAME[:CONFIGURATION][@SPLIT], for example `Salesforce/wikitext:wikitext-2-raw-v1@validation`.
     Without @SPLIT `train` and `calibration` are its train split, `test` its test split, never silently another.
     `teachers_own`: it is what the teacher was trained on, so that no teacher correction is called for.
+    `skip_bad_lines`: lines that cannot be read are left out and counted; else the first of them is refused.
     """
 
     train: str
@@ -35,6 +36,7 @@ class Data:
     name: str = "corpus"
     licence: str = "unknown"
     teachers_own: bool = False
+    skip_bad_lines: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ def convert_teacher(run: Run) -> None:
 
 
 def tokenise(run: Run) -> None:
-    corpora.tokenise(run, teacher_folder(run))
+    corpora.tokenise(run, teacher_folder(run), from_hf(config_of(run.job.teacher)).vocab_size)
 
 
 def estimate(run: Run) -> None:

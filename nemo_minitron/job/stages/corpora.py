@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.job.commands.corpus import left_out
 from nemo_minitron.job.run import Run
 from nemo_minitron.job.settings.recipe import Data
 
@@ -19,9 +20,10 @@ def sources(data: Data) -> dict[str, str]:
     return {"train": data.train, "test": held_out(data.test), "calibration": data.calibration or data.train}
 
 
-def tokenise(run: Run, tokenizer: Path) -> None:
+def tokenise(run: Run, tokenizer: Path, vocab_size: int | None = None) -> None:
     """Tokens of every split: each source is tokenised once, indexed files are used where they lie.
 
+    `vocab_size`: of the teacher; tokens beyond it are refused, with InputError.
     `data/corpora.json` keeps split -> prefix, relative to the run folder for what lies in it.
     """
     from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
@@ -31,7 +33,12 @@ def tokenise(run: Run, tokenizer: Path) -> None:
     record = {}
     for split, source in sources(run.job.data).items():
         if source not in made:
-            made[source] = build(source, loaded, run.path("data", split))
+            made[source] = build(
+                source, loaded, run.path("data", split), vocab_size=vocab_size,
+                skip_bad_lines=run.job.data.skip_bad_lines,
+            )  # fmt: skip
+            if words := left_out(made[source], source):
+                run.say(f"    {words}")
         tokens = made[source]
         record[split] = _written(tokens.prefix, run.folder)
         run.say(f"    {split}: {len(tokens):,} documents, {tokens.tokens:,} tokens")

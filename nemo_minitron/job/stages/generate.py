@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
 from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf
 from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.models import as_folder, teacher_folder
@@ -42,7 +43,7 @@ def generate(run: Run) -> None:
     rows = [json.loads(line) for part in sorted(parts.glob("*.jsonl")) for line in part.read_text().splitlines()]
     text = run.path(f"{GENERATED}.jsonl")
     written = gather(rows, text)
-    tokens = build(text, tokenizer, run.path(GENERATED))
+    tokens = build(text, tokenizer, run.path(GENERATED), vocab_size=from_hf(teacher_folder(run)).vocab_size)
     settings, model = inputs(run)
     made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text), **written}
     write_json(run.path(f"{RECORD}.json"), made | {"tokens": tokens.tokens})

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.files import naming, sync_tree
 from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.data.text import JSONL, TEXT, documents, parted
-from nemo_minitron.nemo.data.vocabulary import load_tokenizer, tokenizer_digest
+from nemo_minitron.families.tokenizer import check_ids, largest_id
+from nemo_minitron.nemo.data.lines import Document
+from nemo_minitron.nemo.data.pieces import Pieces, batches, encoded
+from nemo_minitron.nemo.data.text import JSONL, TEXT, BadLines, parted, raw_documents
+from nemo_minitron.nemo.data.vocabulary import load_tokenizer, parts_of, tokenizer_digest
 
-BATCH = 64  # documents handed to the tokenizer at a time: it uses all cores over them
+CHUNK = 1 << 22  # tokens that are looked at together
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Corpus:
     dtype: str
     tokenizer: str  # digest
     content: str  # digest of the documents, in order
+    skipped: int = 0  # bad lines that were left out
+    first_skipped: str = ""  # what the first of them was
 
     @classmethod
     def load(cls, prefix: Path) -> Corpus | None:
@@ -60,27 +64,37 @@ def held_out(source: str, split: str = "test") -> str:
 
 
 def build(
-    source: str | Path, tokenizer: Any, prefix: str | Path, split: str | None = None, field: str = "text"
-) -> Tokens:
+    source: str | Path, tokenizer: Any, prefix: str | Path, split: str | None = None, field: str = "text", *,
+    vocab_size: int | None = None, skip_bad_lines: bool = False,
+) -> Tokens:  # fmt: skip
     """Tokenises a source into `<prefix>.bin/.idx/.json` unless the same is there already; opens it.
 
     One document each, no BOS, the tokenizer's EOS after each; uint16 where the vocabulary allows, else
     int32. Same documents and tokenizer, by digest: nothing is written. A source that is such files already
     is opened where it lies. For one process: let it run before the others start, or behind a barrier.
+    A long document is tokenised in pieces where its tokens are provably the same (`pieces.py`).
+    `vocab_size`: of the model that is to read the tokens; all of them are checked against it, in any file.
+    `skip_bad_lines`: what cannot be read is left out, and counted in `corpus.skipped`.
 
-    Raises InputError: as `documents` does; no EOS; indexed files made with another tokenizer.
+    Raises InputError: as `documents` does; no EOS; indexed files made with another tokenizer; a token that the model
+    has no row for.
     """
     tokenizer = load_tokenizer(tokenizer)
     there = prefix_of(source)
     if there is not None:
         check_tokenizer(there, tokenizer)
-        return Tokens(there)
+        return Tokens(there).checked(vocab_size)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token to put after a document: set eos_token")
     prefix = _bare(Path(prefix))
-    if not _fresh(prefix, tokenizer, lambda: documents(source, split, field)):
-        _write(source, tokenizer, prefix, split, field)
-    return Tokens(prefix)
+
+    def texts() -> tuple[Iterator[Document], BadLines]:
+        bad = BadLines(skip_bad_lines)
+        return raw_documents(source, split, field, bad), bad
+
+    if not _fresh(prefix, tokenizer, *texts()):
+        _write(str(source), tokenizer, prefix, *texts(), vocab_size)
+    return Tokens(prefix).checked(vocab_size)
 
 
 class Tokens:
@@ -114,6 +128,21 @@ class Tokens:
             raise IndexError(document)
         start = int(self._ends[document - 1]) if document else 0
         return self.stream(start, int(self._ends[document]) - start)
+
+    def checked(self, vocab_size: int | None) -> Tokens:
+        """Itself, all of it read once. Raises InputError for a token that a model of this vocabulary has no row for:
+        on one rank that would be an IndexError, on several a row of zeros and wrong numbers. None: no check."""
+        for start in range(0, self.tokens if vocab_size is not None else 0, CHUNK):
+            chunk = self._stream[start : start + CHUNK]
+            for token in (int(chunk.max()), int(chunk.min())):
+                if not 0 <= token < (vocab_size or 0):
+                    place = start + int((chunk == token).argmax())
+                    raise InputError(
+                        f"'{self.prefix}.bin' holds the token {token}, at place {place}, and the model has rows for 0 "
+                        f"to {(vocab_size or 0) - 1}: it was made with another tokenizer, or with tokens that were "
+                        "added without resizing the embedding"
+                    )
+        return self
 
     def samples(self, sequence_length: int) -> int:
         """How many whole windows of that length there are; the tail of the stream is left out."""
@@ -163,11 +192,13 @@ def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
         raise InputError(f"'{prefix}' was tokenised from '{made.source}' with another tokenizer: give the text instead")
 
 
-def _write(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> None:
+def _write(
+    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+) -> None:  # fmt: skip
     """Writes the three files beside their names, then renames them; the sidecar goes first and comes last."""
     with naming(prefix), beside(prefix) as folder:
         partial = folder / prefix.name
-        corpus = _tokenise(source, tokenizer, partial, split, field)
+        corpus = _tokenise(source, tokenizer, partial, texts, bad, vocab_size)
         _with(partial, ".json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
         _with(prefix, ".json").unlink(missing_ok=True)
         sync_tree(folder)
@@ -183,55 +214,101 @@ def _megatron() -> Any:
     return indexed_dataset
 
 
-def _tokenise(source: str | Path, tokenizer: Any, prefix: Path, split: str | None, field: str) -> Corpus:
-    dtype = _megatron().DType.optimal_dtype(len(tokenizer))
-    builder = _megatron().IndexedDatasetBuilder(str(_with(prefix, ".bin")), dtype=dtype)
-    digest, count, tokens, size = hashlib.sha256(), 0, 0, 0
-    texts = documents(source, split, field)
-    while batch := list(islice(texts, BATCH)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for text, ids in zip(batch, encoded["input_ids"], strict=True):
-            ids.append(tokenizer.eos_token_id)
-            builder.add_document(ids, [len(ids)])
-            tokens += len(ids)
-            size += _add(digest, text)
-        count += len(batch)
-    builder.finalize(str(_with(prefix, ".idx")))
+def _tokenise(
+    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+) -> Corpus:
+    content, out = _Content(texts), _Writer(prefix, largest_id(tokenizer) + 1)
+    for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
+        for piece, ids in zip(batch, encoded(tokenizer, batch), strict=True):
+            if isinstance(ids, InputError):
+                bad.take(ids)
+                out.broken = True
+            else:
+                check_ids(ids, tokenizer, vocab_size, source)
+                out.add(ids)
+            if piece.last and not out.close(tokenizer.eos_token_id):
+                content.forget(piece.document)
+    check_ids(np.array([tokenizer.eos_token_id]), tokenizer, vocab_size, source)
+    out.builder.finalize(str(_with(prefix, ".idx")))
     return Corpus(
-        source=str(source),
-        documents=count,
-        tokens=tokens,
-        bytes=size,
+        source=source,
+        documents=content.documents,
+        tokens=out.tokens,
+        bytes=content.bytes,
         eos=tokenizer.eos_token_id,
-        dtype=np.dtype(dtype).name,
+        dtype=np.dtype(out.dtype).name,
         tokenizer=tokenizer_digest(tokenizer),
-        content=digest.hexdigest(),
+        content=content.digest.hexdigest(),
+        skipped=bad.count,
+        first_skipped=bad.first,
     )
 
 
-def _digest_of(texts: Iterator[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        _add(digest, text)
-    return digest.hexdigest()
+class _Writer:
+    """Megatron's builder of indexed files, given a document in pieces: its own `add_document` wants it whole."""
+
+    def __init__(self, prefix: Path, ids: int) -> None:
+        self.dtype = _megatron().DType.optimal_dtype(ids)
+        self.builder = _megatron().IndexedDatasetBuilder(str(_with(prefix, ".bin")), dtype=self.dtype)
+        self.tokens = self.length = 0  # of the documents that are closed, and of the one that is open
+        self.broken = False  # a piece of the open document is missing
+
+    def add(self, ids: np.ndarray) -> None:
+        self.builder.data_file.write(ids.astype(self.dtype).tobytes())
+        self.length += len(ids)
+
+    def close(self, eos: int) -> bool:
+        """Ends a document; one that is broken is taken back, and False given."""
+        broken, self.broken = self.broken, False
+        if broken:
+            self.builder.data_file.seek(self.tokens * np.dtype(self.dtype).itemsize)
+            self.builder.data_file.truncate()
+        else:
+            self.add(np.array([eos]))
+            self.builder.sequence_lengths.append(self.length)
+            self.builder.document_indices.append(len(self.builder.sequence_lengths))
+            self.tokens += self.length
+        self.length = 0
+        return not broken
 
 
-def _add(digest: Any, text: str) -> int:
-    """Adds one document, its length before it so that its borders count; returns its bytes."""
-    raw = text.encode()
-    digest.update(len(raw).to_bytes(8, "little"))
-    digest.update(raw)
-    return len(raw)
+class _Content:
+    """Documents as they pass: how many, their bytes, and a digest in which their borders count."""
+
+    def __init__(self, texts: Iterator[Document]) -> None:
+        self.texts, self.digest, self.documents, self.bytes = texts, hashlib.sha256(), 0, 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.texts:
+            self.digest.update(len(document.raw).to_bytes(8, "little"))
+            self.digest.update(document.raw)
+            self.documents += 1
+            self.bytes += len(document.raw)
+            yield document
+
+    def forget(self, document: Document) -> None:
+        """Counts a document no longer; the digest is of what was read."""
+        self.documents -= 1
+        self.bytes -= len(document.raw)
 
 
-def _fresh(prefix: Path, tokenizer: Any, texts: Callable[[], Iterator[str]]) -> bool:
+def _digest_of(texts: Iterator[Document]) -> str:
+    content = _Content(texts)
+    for _ in content:
+        pass
+    return content.digest.hexdigest()
+
+
+def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLines) -> bool:
     """Whether the files are there, as long as the sidecar says, of this tokenizer and of these texts."""
     made = Corpus.load(prefix)
+    if made is not None and made.skipped and not bad.skip:
+        return False
     if made is None or prefix_of(prefix) is None or made.tokenizer != tokenizer_digest(tokenizer):
         return False
     if _with(prefix, ".bin").stat().st_size != made.tokens * np.dtype(made.dtype).itemsize:
         return False
-    return made.content == _digest_of(texts())
+    return made.content == _digest_of(texts)
 
 
 def _bare(path: Path) -> Path:

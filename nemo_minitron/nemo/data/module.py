@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.files import naming, sync_tree
 from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError, first_line
-from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.families import on_disk
+from nemo_minitron.families.tokenizer import copy_tokenizer
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer
 
@@ -91,30 +91,29 @@ def nemo_tokenizer(source: Any, folder: str | Path) -> Any:
         return source
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    where = _tokenizer_copy(Path(source), Path(folder)) if Path(source).is_dir() else source
+    lies = on_disk(source)
+    where = _tokenizer_copy(lies, Path(folder)) if lies is not None and lies.is_dir() else source
     try:
-        return AutoTokenizer(str(where), use_fast=True)
+        return AutoTokenizer(str(where), use_fast=True, trust_remote_code=False)
     except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
         raise InputError(f"'{source}' gives no tokenizer: {first_line(error)}") from error
 
 
 def _tokenizer_copy(source: Path, folder: Path) -> Path:
     """A folder with the tokenizer's files alone, named by their content: made once, never changed."""
-    files = [*tokenizer_files(source), *source.glob("config.json")]  # the config says which class of tokenizer
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    target = folder / f"tokenizer-{digest.hexdigest()[:16]}"
-    if target.is_dir():
-        return target
-    with naming(target), beside(target) as hidden:
-        partial = hidden / target.name
+    with naming(folder), beside(folder / "tokenizer") as hidden:
+        partial = hidden / "tokenizer"
         partial.mkdir()
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
+        copy_tokenizer(source, partial)
+        digest = hashlib.sha256()
+        for file in sorted(file for file in partial.rglob("*") if file.is_file()):
+            digest.update(str(file.relative_to(partial)).encode() + b"\0" + file.read_bytes())
+        target = folder / f"tokenizer-{digest.hexdigest()[:16]}"
         sync_tree(partial)
-        with contextlib.suppress(OSError):  # another process was first, with the same bytes
+        with contextlib.suppress(OSError):  # it is there, or another process was first: with the same bytes
             os.rename(partial, target)
+    if not target.is_dir():
+        raise InputError(f"the tokenizer's files could not be put into '{target}'")
     return target
 
 

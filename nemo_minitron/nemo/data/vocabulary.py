@@ -11,24 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.errors import InputError, first_line
+from nemo_minitron.errors import InputError
+from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"  # sentencepiece writes a space as ▁
 
 
 def load_tokenizer(source: Any) -> Any:
-    """A fast transformers tokenizer from a folder, a hub id, NeMo's AutoTokenizer, or itself.
+    """A fast transformers tokenizer from a folder, a hub id, NeMo's AutoTokenizer, or itself; its code is never run.
 
     Raises InputError where there is none, or only one in Python, whose tokens cannot be counted in bytes.
     """
     if isinstance(source, (str, Path)):
-        from transformers import AutoTokenizer
-
-        try:
-            source = AutoTokenizer.from_pretrained(str(source))
-        except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
-            raise InputError(f"'{source}' gives no tokenizer: {first_line(error)}") from error
+        source = open_tokenizer(source)
     if not hasattr(source, "backend_tokenizer") and hasattr(source, "tokenizer"):
         source = source.tokenizer  # NeMo's wrapper
     if not hasattr(source, "backend_tokenizer"):
@@ -44,7 +40,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     Not over what adds a BOS, decodes or names roles: NeMo's wrapper changes those, and the tokens stay.
     """
     tokenizer = load_tokenizer(tokenizer)
-    parts = _parts(tokenizer)
+    parts = parts_of(tokenizer)
     added = [{k: v for k, v in token.items() if k != "special"} for token in parts["added_tokens"]]
     deciding = [parts["normalizer"], parts["pre_tokenizer"], parts["model"], added, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
@@ -56,14 +52,15 @@ def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> np.ndarray:
     Summed over the tokens of a text it is `len(text.encode())`, exactly, so bits per byte need no text.
     Two things lie with the tokenizer: one that normalises (NFC, lower case) is counted on what it makes of
     the text, and one that puts a space in front of a text (Llama 2) has one byte more a document.
-    `vocab_size`: the model's, where it has more rows than the tokenizer has tokens; the rest stay 0.
+    `vocab_size`: the model's, where it has more rows than the tokenizer has ids; rows without a token stay 0.
     Raises InputError for vocabularies whose tokens drop text (WordPiece), and for a smaller `vocab_size`.
     """
     tokenizer = load_tokenizer(tokenizer)
-    size = len(tokenizer) if vocab_size is None else vocab_size
-    if size < len(tokenizer):
-        raise InputError(f"vocab_size is {size}: give at least the tokenizer's {len(tokenizer)}")
-    count = _counter(_parts(tokenizer))
+    needed = largest_id(tokenizer) + 1
+    size = needed if vocab_size is None else vocab_size
+    if size < needed:
+        raise InputError(f"vocab_size is {size}: give at least the tokenizer's {needed}")
+    count = _counter(parts_of(tokenizer))
     lengths = np.zeros(size, dtype=np.int64)
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = count(token)
@@ -90,5 +87,6 @@ def _sentencepiece_bytes(token: str) -> int:
     return 1 if BYTE_TOKEN.fullmatch(token) else len(token.replace(SPACE, " ").encode())
 
 
-def _parts(tokenizer: Any) -> dict[str, Any]:
+def parts_of(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of a tokenizer."""
     return json.loads(tokenizer.backend_tokenizer.to_str())

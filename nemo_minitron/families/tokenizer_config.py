@@ -1,0 +1,69 @@
+"""`tokenizer_config.json` without what names code, and in the form that every transformers reads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.errors import InputError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FAST = "PreTrainedTokenizerFast"
+COMMON = (
+    "PreTrainedTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer",
+    "GPTNeoXTokenizer", "T5Tokenizer", "BertTokenizer", "CohereTokenizer",
+)  # fmt: skip
+"""Classes of transformers 4.51 to 5, each also with "Fast" behind its name: no import is needed to know them."""
+
+
+def plain_config(values: Mapping[str, Any], fast: bool) -> dict[str, Any]:
+    """A tokenizer's config without `auto_map`. `fast`: a tokenizer.json lies beside it, so that a class which
+    transformers does not have (code beside the model, or one of a newer transformers) gives way to the plain one.
+
+    transformers 5 lists extra special tokens where 4.5x wants names for them: both read the older key.
+    """
+    found = {key: value for key, value in values.items() if key != "auto_map"}
+    name = found.get("tokenizer_class")
+    if fast and name is not None and not in_transformers(name):
+        found["tokenizer_class"] = FAST
+    extra = found.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del found["extra_special_tokens"]
+        found["additional_special_tokens"] = [*(found.get("additional_special_tokens") or []), *extra]
+    return found
+
+
+def in_transformers(name: Any) -> bool:
+    """Whether the installed transformers has a tokenizer of this name."""
+    if not isinstance(name, str):
+        return False
+    if name.removesuffix("Fast") in COMMON:
+        return True
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(name) is not None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `tokenizer_config.json` of a folder, {} where there is none. Raises InputError for what is no object."""
+    file = folder / TOKENIZER_CONFIG
+    values = read_json(file, "the tokenizer's config") if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"'{file}' is no tokenizer's config: it holds a {type(values).__name__}")
+    return values
+
+
+def copy_config(file: Path, target: Path) -> None:
+    """Copies a `tokenizer_config.json`, to itself too, byte by byte where it is plain already.
+
+    Raises InputError as `read_config`.
+    """
+    values = read_config(file.parent)
+    plain = plain_config(values, (file.parent / "tokenizer.json").is_file())
+    if plain != values:
+        write_json(target, plain)
+    elif file != target:
+        shutil.copyfile(file, target)
