@@ -6,6 +6,7 @@ and NeMo's checkpoints.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -79,6 +80,7 @@ def diverge(case, settings, made):
     def spoil(home, name, change):
         original = getattr(home, name)
 
+        @functools.wraps(original)  # whose parameters NeMo looks at
         def spoilt(self, *given, **options):
             result = original(self, *given, **options)
             seen.append(1)
