@@ -84,8 +84,8 @@ class StopWhenNotFinite(Callback):
         likely = EARLY if step <= self._first + 1 else LATER
         kept = f"the last good checkpoint stays: {self._good}" if self._good else "no checkpoint was saved before"
         raise DivergedError(
-            f"training stopped at step {step}: {' and '.join(bad)}, at learning rate {rate:.3g}. Likely cause: {likely}; "
-            f"{kept}"
+            f"training stopped at step {step}: {' and '.join(bad)}, at learning rate {rate:.3g}. Likely cause: "
+            f"{likely}; {kept}"
         )
 
 
