@@ -45,6 +45,17 @@ def results(tmp_path_factory):
     return of
 
 
+@pytest.mark.parametrize(("world", "name"), [(2, "dp2"), (4, "tp4")])
+def test_logits_that_are_no_numbers_are_refused_on_every_rank(world, name, results):
+    for rank in range(world):
+        assert (
+            (results(world) / f"{name}-nan-{rank}")
+            .read_text()
+            .startswith("the teacher's logits are not finite in fp32")
+        )
+    assert not (results(world) / f"{name}-nan").exists()
+
+
 def target(logits, temperature):
     """float64 softmax."""
     e = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)

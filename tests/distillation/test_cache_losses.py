@@ -8,7 +8,7 @@ mass left out of the gradient outside of K.
 import pytest
 import torch
 from test_cache_sampling import GRID, HEATS, MASSES, midpoints, target
-from tolerances import CACHED_KL_FP32, KL_FP32, KL_GRADIENT_FP32
+from tolerances import CACHED_KL_FP32, KL_FP32, KL_GRADIENT_FP32, SMALL_LOSS_FP32
 
 from nemo_minitron.distillation.cache import CachedTargets, cached_top_k_kl, draw, sampled_cross_entropy, top
 from nemo_minitron.distillation.losses._per_token import CHUNK
@@ -136,11 +136,44 @@ def test_padding_takes_no_part_and_the_gradient_may_lie_in_the_logits(mode):
     assert spent.grad.data_ptr() == spent.data_ptr()
 
 
+@pytest.mark.parametrize("apart", [0.03, 3.0])
+def test_a_small_loss_at_a_high_temperature(apart):
+    """As a part of it: T^2 multiplies no rounding."""
+    teacher = torch.randn(*SHAPE, V, generator=torch.Generator().manual_seed(11)) * 3
+    student = teacher + apart * torch.randn(*SHAPE, V, generator=torch.Generator().manual_seed(12))
+    targets = CachedTargets(*(part.unflatten(0, SHAPE) for part in top(teacher.flatten(0, 1), K, 10.0)))
+    exact = reference(student.double(), targets, 10.0) + 100 * (1 - targets.weights.double().sum(-1) - targets.tail)
+    assert ((cached_top_k_kl(student, targets, 10.0) - exact).abs() / exact).max() < SMALL_LOSS_FP32
+
+
+def test_a_student_that_excludes_tokens():
+    """A kept one makes the loss +inf; any other, and a row of them, are no probability; gradients stay numbers."""
+    loss, targets = made("top-k", 4, 1.0)
+    kept = targets.ids[0, 0, 0]
+    others = torch.tensor([i for i in range(V) if i not in targets.ids[0, 0].tolist()])
+    student = torch.randn(*SHAPE, V, generator=torch.Generator().manual_seed(13)) * 3
+    for columns, endless in ((kept[None], True), (others[:200], False)):
+        mine = student.clone()
+        mine[0, 0, columns] = -torch.inf
+        mine.requires_grad_()
+        value = loss(mine, targets)
+        value.sum().backward()
+        assert torch.isinf(value[0, 0]).item() == endless
+        assert torch.isfinite(value.flatten()[1:]).all()
+        assert torch.isfinite(mine.grad).all()
+        if not endless:
+            exact = reference(mine.detach().double(), targets, 1.0)
+            assert ((value - exact).abs() / (1 + exact)).max() < KL_FP32
+
+
 def test_inputs_are_not_changed_and_sampled_targets_have_no_tail():
     student, targets = torch.randn(*SHAPE, V, requires_grad=True), sampled_targets(3)
     before = student.detach().clone(), targets.ids.clone()
     sampled_cross_entropy(student, targets).sum().backward()
     assert torch.equal(student.detach(), before[0])
     assert torch.equal(targets.ids, before[1])
+    for temperature in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}; it must be positive and finite"):
+            sampled_cross_entropy(student, targets, temperature)
     with pytest.raises(ValueError, match="have no tail"):
         cached_top_k_kl(student, targets)

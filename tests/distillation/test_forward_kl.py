@@ -56,12 +56,16 @@ def test_refusals(name):
         (torch.zeros(2, 4), 1.0, None, "logits are"),
         (torch.zeros(3, 5), 1.0, 4, "logits are"),
         (torch.zeros(2, 5), 0.0, None, "must be positive"),
+        (torch.zeros(2, 5), float("inf"), None, "temperature is inf; it must be positive and finite"),
+        (torch.zeros(2, 5), float("nan"), None, "temperature is nan"),
+        (torch.zeros(2, 5), 1e200, None, "positive and finite"),  # its square is no number
         (torch.zeros(2, 4), 1.0, 5, "do not hold a vocabulary of 5"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(torch.zeros(2, 5), teacher, *k, temperature, vocab_size=vocab_size)
-    with pytest.raises(ValueError, match="at least 1"):
-        losses.top_k_kl(torch.zeros(2, 5), torch.zeros(2, 5), 0)
+    for k in (0, 2.5, float("inf")):
+        with pytest.raises(ValueError, match=f"k is {k}; it must be a whole number of at least 1"):
+            losses.top_k_kl(torch.zeros(2, 5), torch.zeros(2, 5), k)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +78,11 @@ def test_equal_logits_no_tokens_and_extremes(name):
     value.sum().backward()
     assert value.abs().max() < KL_FP32
     assert student.grad.abs().max() < KL_GRADIENT_FP32
-    assert loss(teacher[:0], teacher[:0], *k).shape == (0,)
+    nothing = teacher[:0].clone().requires_grad_()
+    assert loss(nothing, teacher[:0], *k).shape == (0,)
+    loss(nothing, teacher[:0], *k).sum().backward()
+    assert nothing.grad.shape == (0, 33)
+    assert torch.isnan(loss(student.detach() * torch.nan, teacher, *k)).all()  # which is never taken for -inf
     far = torch.tensor([[1e4, -1e4, 0.0, 3.0, 5.0]]).requires_grad_()
     value = loss(far, -far.detach(), *k)
     value.sum().backward()

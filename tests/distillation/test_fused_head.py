@@ -74,6 +74,24 @@ def test_ignored_tokens_are_not_looked_at():
     assert (loss == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0)])
+@pytest.mark.parametrize("promised", [None, 2.5])
+def test_no_tokens(shape, promised):
+    """Not even a masked one, as of a rank whose rows ran out: no loss, and gradients of 0."""
+    hidden, weight = torch.randn(*shape, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+    weight.main_grad = torch.zeros(17, 8)
+    for mask in (None, torch.zeros(shape)):
+        hidden.grad = weight.grad = None
+        loss = fused_forward_kl(
+            hidden, weight, torch.randn(*shape, 8), torch.randn(17, 8), loss_mask=mask, main_grad_scale=promised
+        )
+        loss.sum().backward()
+        assert loss.shape == shape
+        assert hidden.grad.shape == hidden.shape
+        assert not weight.main_grad.any()
+        assert promised or not weight.grad.any()
+
+
 def test_a_promised_factor_that_does_not_come_is_refused():
     hidden, weight, t_hidden, t_weight = inputs()
     head = weight.requires_grad_()

@@ -28,7 +28,7 @@ def test_kernels(world, tmp_path):
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *start, str(WORKER), str(tmp_path), "triton"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(world):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -42,6 +42,30 @@ def test_kernels(world, tmp_path):
             check_edge(case)
         for case in found["fused"]:
             check_fused(case, world)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from nemo_minitron.distillation.losses import _triton_kernels as kernels
+logits = {"student": "*bf16", "teacher": "*bf16"}
+numbers = {"rows": "i32", "width": "i32", "scale": "fp32", "BLOCK": "constexpr"}
+strides = {"stride_s": "i32", "stride_t": "i32"}
+for kernel, given in (
+    (kernels.kl_statistics, logits | {"out": "*fp32"} | strides | numbers),
+    (kernels.kl_gradient, {"out": "*bf16"} | logits | {"whole": "*fp32", "factors": "*fp32", "stride_o": "i32"}
+     | strides | numbers),
+):
+    source = ASTSource(fn=kernel, signature=given, constexprs={"BLOCK": 2048})
+    assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+"""
+
+
+def test_they_compile_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler does not: a constant that fp32 cannot hold made a sum fp64."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_not_used_on_a_cpu():

@@ -6,6 +6,7 @@ and NeMo's checkpoints.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -79,14 +80,15 @@ def diverge(case, settings, made):
     def spoil(home, name, change):
         original = getattr(home, name)
 
+        @functools.wraps(original)  # whose parameters NeMo looks at
         def spoilt(self, *given, **options):
             result = original(self, *given, **options)
             seen.append(1)
-            return change(result, len(seen), *given)
+            return change(result, len(seen), *given, **options)
 
         setattr(home, name, spoilt)
 
-    def loss(result, count, *_):
+    def loss(result, count, *_, **__):
         dealt = case["recipe"]["global_batch_size"] // case["layout"].get("dp", 1)
         return result * float("nan") if last and count > 2 * dealt else result
 
@@ -94,7 +96,7 @@ def diverge(case, settings, made):
         if last and count == 3:
             next(chunks_of(step.trainer)[0].parameters()).main_grad.view(-1)[:] = float("nan")
 
-    def weights(result, count, trainer, *_):
+    def weights(result, count, trainer, *_, **__):
         if last and count == 3:
             next(chunks_of(trainer)[0].parameters()).data.view(-1)[0] = float("inf")
 

@@ -25,6 +25,26 @@ def differing(source, expected):
     ]
 
 
+def fills_with_nan(chunks, teacher):
+    """Whether a router that is no number is filled in, as it would be from a training that diverged."""
+    import types
+
+    from nemo_minitron.errors import InputError
+    from nemo_minitron.nemo.live import fill
+
+    def read(name, index):
+        raw = teacher.read(name, index)
+        if name == "layers.1.router.weight":
+            raw[..., -1] = 0x7FC00000
+        return raw
+
+    try:
+        fill(chunks, types.SimpleNamespace(architecture=teacher.architecture, dtype=teacher.dtype, read=read))
+    except InputError as error:
+        return "'layers.1.router.weight' hold a number that is not finite" not in str(error)
+    return True
+
+
 def run_case(case, folder, out):
     """Fills a model in this layout from a folder, the folder's student through the plan, and both from
     checkpoints that this layout wrote."""
@@ -53,7 +73,9 @@ def run_case(case, folder, out):
         result[f"saved, {kind}"] = differing(CheckpointSource(checkpoint), teacher)
         fill(cut, CheckpointSource(checkpoint), plan)
         result[f"cut from saved, {kind}"] = differing(LiveSource(cut, plan.target), student)
+    result["filled with NaN"] = fills_with_nan(chunks, teacher)
     if layout.pp == 1:
+        fill(chunks, teacher)
         tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
         found = {name: _logits(model, tokens) for name, model in (("teacher", chunks), ("student", cut))}
     leave_layout()

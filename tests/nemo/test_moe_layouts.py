@@ -67,7 +67,7 @@ def results(folder, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_weights(case, results):
     result = json.loads((results / f"{case['name']}.json").read_text())
-    assert len(result) == 7
+    assert len(result) == 8
     assert not any(result.values()), result
 
 

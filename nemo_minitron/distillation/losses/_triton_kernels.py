@@ -38,7 +38,8 @@ def kl_statistics(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     # Finite, so that no difference of two of them is not a number; a row without columns keeps them and counts 0.
     max_s, max_t = -1e30, -1e30
-    sum_s, sum_t, first, second, mean, endless = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    sum_s, sum_t, first, second, mean = 0.0, 0.0, 0.0, 0.0, 0.0
+    endless = tl.zeros([BLOCK], tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
@@ -51,28 +52,28 @@ def kl_statistics(  # type: ignore[no-untyped-def]
         exp_t = tl.where(inside, tl.exp(t - top_t), 0.0)
         excluded = (s == float("-inf")) | (t == float("-inf"))
         alone = inside & (s == float("-inf")) & (t != float("-inf"))
-        endless = tl.maximum(endless, tl.max(tl.where(alone, 1.0, 0.0), 0))
+        endless = endless | alone.to(tl.int32)
         apart = tl.where(inside & (excluded == 0), (t - top_t) - (s - top_s), 0.0)
         sum_s = tl.exp(down_s) * sum_s + tl.sum(tl.where(inside, tl.exp(s - top_s), 0.0), 0)
         here = tl.sum(exp_t, 0)
-        own = tl.sum(exp_t * apart, 0) / tl.maximum(here, 1e-38)
+        own = tl.sum(exp_t * apart, 0) / tl.maximum(here, 1e-37)
         u = tl.where(exp_t > 0.0, apart - own, 0.0)
         before, at = sum_t * scale_t, mean + (down_t - down_s)
         sum_t = before + here
-        mean = (before * at + here * own) / tl.maximum(sum_t, 1e-38)
+        mean = (before * at + here * own) / tl.maximum(sum_t, 1e-37)
         # 0 before the first block, where `at` is 1e30: nothing has been summed yet.
         d, e = tl.where(before > 0.0, at - mean, 0.0), tl.where(here > 0.0, own - mean, 0.0)
         of_d, of_e = _curve(d), _curve(e)
-        first_b, second_b = tl.sum(exp_t * u, 0), tl.sum(exp_t * _curve(u), 0)
+        # The block's own sum of e^t u is 0 but for its rounding, which counts in the second order.
         second = scale_t * (second * (of_d - d + 1.0) - first * (of_d - d)) + before * of_d
-        second += second_b * (of_e - e + 1.0) - first_b * (of_e - e) + here * of_e
-        first = scale_t * first + before * d + first_b + here * e
+        second += tl.sum(exp_t * _curve(u), 0) * (of_e - e + 1.0) + here * of_e
+        first = scale_t * first + before * d + here * e
         max_s, max_t = top_s, top_t
     tl.store(out + row, max_s)
     tl.store(out + rows + row, max_t)
     tl.store(out + 2 * rows + row, sum_s)
     tl.store(out + 3 * rows + row, sum_t)
-    tl.store(out + 4 * rows + row, tl.where(endless > 0.0, float("inf"), first))
+    tl.store(out + 4 * rows + row, tl.where(tl.max(endless, 0) > 0, float("inf"), first))
     tl.store(out + 5 * rows + row, second)
     tl.store(out + 6 * rows + row, mean)
 
