@@ -13,8 +13,7 @@ from nemo_minitron.job.processes.output import Rank
 from nemo_minitron.job.processes.stall import stalled
 
 OUT_OF_MEMORY = "was killed by SIGKILL, as the system does where memory ran out"
-TABLE = """
-Root Cause (first observed failure):
+ENTRY = """
 [0]:
   time      : 2026-11-28_10:00:00
   host      : here
@@ -22,6 +21,7 @@ Root Cause (first observed failure):
   exitcode  : {1} (pid: 12)
   error_file: <N/A>
 """
+ROOT = f"Root Cause (first observed failure):{ENTRY}"
 WORKER = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -55,7 +55,7 @@ def worker(tmp_path, monkeypatch):
     ("stage", "words"),
     [
         ("killed 1", "killed 1 ended with exit code 1: rank 1 was killed by SIGKILL.*memory"),
-        ("crashed 0", "rank 0 was killed by SIGSEGV; "),
+        ("crashed 0", "crashed 0 ended with exit code 1: rank 0 was killed by SIGSEGV; "),
         ("stopped 0", r"rank 0 has made no progress for [345] s \(process \d+, a signal has stopped it\)"),
         ("waiting 1", r"rank 1 has made no progress for [345] s \(process \d+\); --stall-timeout"),
     ],
@@ -92,12 +92,10 @@ def processes(place):
 @pytest.mark.parametrize(
     ("code", "lines", "words"),
     [
-        (1, TABLE.format(1, -9), f"rank 1 {OUT_OF_MEMORY}"),
-        (1, TABLE.format(0, 1) + TABLE.format(5, -9), f"rank 5 {OUT_OF_MEMORY}"),
-        (1, TABLE.format(0, 1) + TABLE.format(5, -6), ""),  # it has lost rank 0, whose error is told
-        (1, TABLE.format(5, -11) + TABLE.format(0, 1), "rank 5 was killed by SIGSEGV"),
-        (1, TABLE.format(0, -15), ""),  # as torchrun ends the others
-        (1, TABLE.format(0, 1), ""),
+        (1, ROOT.format(1, -9), f"rank 1 {OUT_OF_MEMORY}"),
+        (1, ENTRY.format(0, -9) + ROOT.format(5, -11), "rank 5 was killed by SIGSEGV"),  # torchrun has killed rank 0
+        (1, ENTRY.format(0, -6) + ROOT.format(5, 1), ""),  # it has lost rank 5, whose error is told
+        (1, ROOT.format(0, 1), ""),
         (-9, "", f"rank 0 {OUT_OF_MEMORY}"),
         (-6, "", "rank 0 was killed by SIGABRT"),
         (2, "ValueError: it\n", ""),
