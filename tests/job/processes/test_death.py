@@ -48,7 +48,6 @@ def worker(tmp_path, monkeypatch):
         "PYTHONPATH", f"{tmp_path}{os.pathsep}{os.path.dirname(os.path.dirname(launching.__file__))}/../.."
     )
     monkeypatch.setattr(launching, "WORKER", "pico_worker")
-    monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
 
 
 @pytest.mark.parametrize(
@@ -56,21 +55,24 @@ def worker(tmp_path, monkeypatch):
     [
         ("killed 1", "killed 1 ended with exit code 1: rank 1 was killed by SIGKILL.*memory"),
         ("crashed 0", "crashed 0 ended with exit code 1: rank 0 was killed by SIGSEGV; "),
-        ("stopped 0", r"rank 0 has made no progress for [345] s \(process \d+, a signal has stopped it\)"),
-        ("waiting 1", r"rank 1 has made no progress for [345] s \(process \d+\); --stall-timeout"),
+        ("stopped 0", r"rank 0 has made no progress for \d+ s \(process \d+, a signal has stopped it\)"),
+        ("waiting 1", r"rank 1 has made no progress for \d+ s \(process \d+\); --stall-timeout"),
     ],
 )
 @pytest.mark.slow
-def test_the_rank_is_named_soon(stage, words, worker, tmp_path):
+def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
     """The other rank sleeps for ten minutes."""
     start = time.monotonic()
+    if stage.startswith(("stopped", "waiting")):
+        monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
     with pytest.raises(RuntimeError, match=words):
         launch(stage, {}, 2, tmp_path / "log.txt")
     assert time.monotonic() - start < 120
     assert not processes(str(tmp_path))
 
 
-def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path):
+def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
     with pytest.raises(RuntimeError, match=r"stopped 0 ended with exit code 1: rank 0 .* a signal has stopped it"):
         launch("stopped 0", {}, 1, tmp_path / "log.txt")
     assert not processes(str(tmp_path))
