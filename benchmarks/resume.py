@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -54,10 +55,18 @@ def enlarged(run: Path, size: int) -> None:
     manifest.save()
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Wall seconds, and processor seconds of this process and of those that it started."""
+    start, before = time.perf_counter(), os.times()
     work()
-    return time.perf_counter() - start
+    wall, after = time.perf_counter() - start, os.times()
+    return {"wall": wall, "processor": sum(after[:4]) - sum(before[:4])}
+
+
+def summed(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Of each clock [median, least, most]."""
+    clocks = {clock: [each[clock] for each in found] for clock in found[0]}
+    return {clock: [round(f(all_), 3) for f in (statistics.median, min, max)] for clock, all_ in clocks.items()}
 
 
 def out_of_cache(folder: Path) -> None:
@@ -67,15 +76,12 @@ def out_of_cache(folder: Path) -> None:
         os.close(handle)
 
 
-def again(run: Path, recipe: Path, checkout: Path) -> float:
-    """Seconds of the command that finds everything done."""
+def again(run: Path, recipe: Path, checkout: Path) -> None:
+    """The command that finds everything done."""
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", recipe.name, "--out", str(run)]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    start = time.perf_counter()
     done = subprocess.run(command, cwd=recipe.parent, env=environment, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
     assert done.stdout.count("done before, skipped") == 10, done.stdout
-    return seconds
 
 
 def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[str, Any]:
@@ -91,16 +97,16 @@ def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[
     warm = [timed(check) for _ in range(repeat)]
     sealing = timed(lambda: manifest.seal("export", ["student"]))
     versions = {"after": ROOT} | ({"before": before} if before else {})
-    commands: dict[str, list[float]] = {name: [] for name in versions}
+    commands: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for _ in range(repeat):
         for name, checkout in versions.items():
-            commands[name].append(again(run, recipe, checkout))
+            commands[name].append(timed(functools.partial(again, run, recipe, checkout)))
     return {
         "files": len(manifest.files), "gigabytes": sum(entry["bytes"] for entry in manifest.files.values()) / 1e9,
-        "the check alone, page cache": statistics.median(warm),
-        "the check alone, from the disk": statistics.median(cold),
+        "the check alone, page cache": summed(warm),
+        "the check alone, from the disk": summed(cold),
         "sealing the student again, on the disk already": sealing,
-        "the command": {name: {"median": statistics.median(each), "all": each} for name, each in commands.items()},
+        "the command": {name: summed(each) for name, each in commands.items()},
     }  # fmt: skip
 
 

@@ -102,6 +102,9 @@ def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
         names = [key for key in wanted | there if f"{name}{key}" != "layout"]
         found = [_differing(wanted.get(key), there.get(key), f"{name}{key}.") for key in names]
         return [line for lines in found for line in lines]
+    if isinstance(wanted, list) and isinstance(there, list) and len(wanted) == len(there):
+        pairs = enumerate(zip(wanted, there, strict=True))
+        return [line for number, pair in pairs for line in _differing(*pair, f"{name}{number}.")]
     same = json.dumps(wanted) == json.dumps(there) or _one_place(wanted, there)
     return [] if same else [f"{name.rstrip('.')} is {_short(there)} there and {_short(wanted)} here"]
 

@@ -134,6 +134,11 @@ def test_another_recipe_is_refused_in_a_used_folder(tmp_path):
     before = {path: path.read_bytes() for path in run.iterdir()}
     check_recipe(job.override(["layout.tp=2"]), run)
     check_recipe(dataclasses.replace(job, teacher=os.path.relpath(teacher)), run)
+    taught = dataclasses.replace(job, learns_from=str(teacher), lineage=[str(teacher), "a"])
+    execute(open_run(taught, tmp_path / "taught"), stages([]))
+    moved = dataclasses.replace(taught, lineage=[os.path.relpath(teacher), "b"])
+    with pytest.raises(InputError, match=r"recipe: lineage.1 is \"a\" there and \"b\" here; give"):
+        check_recipe(moved, tmp_path / "taught")
     with pytest.raises(InputError, match=r"keep.ffn is 64 there and 32 here; give another folder.*or --overwrite"):
         check_recipe(job.override(["keep.ffn=32"]), run)
     with pytest.raises(InputError, match=r"name is .*, and 2 more settings; give"):

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-_FAILED = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE | re.DOTALL)
-_OURS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # what torchrun ends the other ranks with
+# The others in torchrun's table of failures are those that it has ended itself, or that have lost their peers.
+_FIRST = re.compile(r"Root Cause.*?^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE | re.DOTALL)
 
 
 def killed(code: int, lines: Iterable[str], before: int, alone: bool = True) -> str:
@@ -16,16 +16,14 @@ def killed(code: int, lines: Iterable[str], before: int, alone: bool = True) -> 
 
     `before`: `oom_kills()` as the stage began. `alone`: the exit code is rank 0's, not torchrun's.
     """
-    found = [(int(rank), int(exit_code)) for rank, exit_code in _FAILED.findall("".join(lines))]  # the first one first
-    signals = [(rank, number) for rank, number in found[:1] if number < 0 and number not in _OURS]
-    # Nobody else kills: a rank that loses its peers aborts itself, after the one whose error it is.
-    signals += [(rank, number) for rank, number in found if number == -signal.SIGKILL]
-    if not signals and code < 0:
-        return f"{'rank 0' if alone else 'torchrun'} was killed by {_name(-code)}{_reason(-code, before)}"
-    if not signals:
+    found = _FIRST.search("".join(lines))
+    if found and int(found[2]) < 0:
+        who, number = f"rank {found[1]}", -int(found[2])
+    elif code < 0:
+        who, number = "rank 0" if alone else "torchrun", -code
+    else:
         return ""
-    rank, number = signals[0]
-    return f"rank {rank} was killed by {_name(-number)}{_reason(-number, before)}"
+    return f"{who} was killed by {_name(number)}{_reason(number, before)}"
 
 
 def _name(number: int) -> str:
