@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.parse import grouped, listed, mapped, number, text
+
+STAGE = grouped({"name": text(), "seconds": number(0), "digest": text()})
+KIND = grouped({}, {"versions": mapped(text()), "digests": mapped(text()), "stages": listed(STAGE)})
 
 
 @dataclasses.dataclass
@@ -23,8 +27,9 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
+        """One without stages where there is no file. Raises InputError for a damaged one."""
         path = Path(path)
-        values = read_json(path, "the manifest") if path.exists() else {}
+        values = read_json(path, "the manifest", KIND) if path.exists() else {}
         return cls(path, values.get("versions", {}), values.get("digests", {}), values.get("stages", []))
 
     def done(self, name: str, digest: str) -> bool:

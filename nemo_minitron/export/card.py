@@ -12,6 +12,8 @@ from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import words
 
+NOTHING = ("", "~", "null", "Null", "NULL")  # as YAML writes it
+LARGEST_FRONT = 1 << 20  # characters of a card that are read
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 DATA_KEYS = ("name", "license", "use")
 DISTILLATION_KEYS = ("loss", "tokens", "steps", "precision", "learning_rate")
@@ -92,20 +94,26 @@ def license_of(facts: CardFacts) -> dict[str, str]:
     """`license` of the base's card (with name and link if it has them), else the caller's; may be empty."""
     fields = ("license", "license_name", "license_link")
     front = _front_matter(Path(facts.base_folder) / "README.md") if facts.base_folder else {}
-    if isinstance(front.get("license"), str):
-        return {field: str(front[field]) for field in fields if front.get(field)}
+    said = {name: front[name] for name in fields if isinstance(front.get(name), str) and front[name] not in NOTHING}
+    if "license" in said:
+        return said
     return {"license": facts.license} if facts.license else {}
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """Empty for a card that is missing or has none: a base's faulty card must not stop an export."""
+    """Empty for a card that is missing or has none: a base's faulty card must not stop an export.
+
+    Every value stays the text that it is: a date that is none, or an octal number, is nobody's concern here.
+    """
     import yaml
 
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    parts = text.split("---\n", 2)
+    if not card.is_file():
+        return {}
+    with open(card, encoding="utf-8", errors="replace") as file:
+        parts = file.read(LARGEST_FRONT).split("---\n", 2)
     try:
-        values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        values = yaml.load(parts[1], yaml.BaseLoader) if len(parts) == 3 and not parts[0].strip() else {}
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
-from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.records import read_last
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.nemo.bits import DTYPES, as_raw
@@ -221,5 +221,4 @@ def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tu
 
 def last_checkpoint(folder: Path) -> Path:
     """Where `distill` left its last checkpoint. Raises InputError where there is none."""
-    where = read_json(folder / "last.json", "the record of the last checkpoint")
-    return folder / where["checkpoint"]
+    return folder / read_last(folder / "last.json")["checkpoint"]

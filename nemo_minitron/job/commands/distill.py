@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.artifacts.files import atomic_folder, digest_of, write_json
+from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
+from nemo_minitron.artifacts.records import read_last, read_mark
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
@@ -34,10 +35,10 @@ def run_training(
     """
     models = [teacher_identity(str(student)), _learned(teacher, recipe, prefixes[0], student)]
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
-    cut = json.loads(plan.read_text()) if plan and recipe.intermediate else None
+    cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     mark = out / "settings.json"
-    if out.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+    if out.exists() and not (mark.is_file() and read_mark(mark) == identity):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, identity)
@@ -82,19 +83,20 @@ def finished(out: Path, steps: int) -> bool:
     """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
     half-saved is cleared for the next try."""
     mark = out / "last.json"
-    noted = json.loads(mark.read_text()) if mark.is_file() else {}
+    noted = read_last(mark) if mark.is_file() else {}
     if "stopped" in noted:
         return True
     folder = out / "nemo" / "checkpoints"
     for marker in folder.glob("*-unfinished"):  # NeMo refuses to resume beside one
         shutil.rmtree(folder / marker.name.removesuffix("-unfinished"), ignore_errors=True)
         marker.unlink()
-    saved = {int(path.name.split("=")[1].removesuffix("-last")) + 1: path for path in folder.glob("step=*-last")}
+    found = [(re.fullmatch(r"step=(\d{1,18})-last", path.name), path) for path in folder.glob("step=*-last")]
+    saved = {int(name[1]) + 1: path for name, path in found if name}
     last = max(saved, default=0)  # NeMo counts steps from 0
     if last < steps:
         return False
-    if noted != (found := {"checkpoint": str(saved[last].relative_to(out))}):
-        write_json(mark, found)
+    if noted != (whole := {"checkpoint": str(saved[last].relative_to(out))}):
+        write_json(mark, whole)
     return True
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
@@ -95,7 +96,7 @@ def _without_running(model: str, calibration: Calibration) -> Scores:
 def _forget_others(work: Path, marks: dict[str, str]) -> None:
     """Removes what other settings, another model or other text have left, and writes down what comes now."""
     file = work / "marks.json"
-    before = read_json(file, "the marks") if file.exists() else {}
+    before = read_json(file, "the marks", MARKS) if file.exists() else {}
     if before.get(STATISTICS) != marks[STATISTICS]:
         (work / STATISTICS).unlink(missing_ok=True)
     scanned = _scanned(work)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.files import digest_of, file_digest, write_json
+from nemo_minitron.artifacts.files import digest_of, file_digest, parse_json, write_json
+from nemo_minitron.artifacts.records import read_mark
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.job.commands.corpus import cache_of
@@ -52,7 +52,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
 def _begin(training: Path, made_of: list[Any], data: Path) -> None:
     """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
     identity, mark = digest_of(made_of), training / "settings.json"
-    if training.exists() and not (mark.is_file() and json.loads(mark.read_text()) == identity):
+    if training.exists() and not (mark.is_file() and read_mark(mark) == identity):
         shutil.rmtree(training)
     if not mark.is_file():
         (training / "data").mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def check_rows(data: Path) -> int:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise InputError(f"'{data}', line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
