@@ -6,17 +6,20 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
+LONGEST = 1500  # characters of a message
 JOINERS = "\u200c\u200d"  # of scripts and emoji
 
 
 class InputError(ValueError):
     """Bad input from outside, told in one sentence; the command line prints it and exits with code 2.
 
-    A sentence may quote a file: characters that a terminal would act on are written out, wherever it is printed.
+    A sentence may quote a file: characters that a terminal would act on are written out wherever it is printed, and
+    of a value without end the middle is left out.
     """
 
     def __str__(self) -> str:
-        return visible(super().__str__())
+        text = super().__str__()
+        return visible(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}")
 
 
 def unprintable(character: str) -> bool:
