@@ -13,6 +13,7 @@ from nemo_minitron.errors import InputError, nearest
 NORMALIZATIONS = ("rmsnorm", "layernorm")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 MOST = {"num_layers": 10_000, "num_moe_experts": 10_000}  # what is built of a model grows with them
+MOST_EXPERTS = 1_000_000  # of all layers together: each has tensors of its own
 MOST_SIZE = 2**31 - 1  # of any other size
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -87,6 +88,11 @@ class Architecture:
 
     def _mixture(self) -> dict[str, Any]:
         experts = self.num_moe_experts or 0
+        if self.num_layers * experts > MOST_EXPERTS:
+            raise InputError(
+                f"{self.num_layers} layers of {experts} experts are {self.num_layers * experts}; legal are 1 to "
+                f"{MOST_EXPERTS}"
+            )
         if self.moe_router_topk > experts:
             raise InputError(
                 f"moe_router_topk is {self.moe_router_topk} of {experts} experts; the nearest legal one is {experts}"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 
 DEEP = b"[" * 100_000
@@ -9,6 +10,16 @@ ODD = (
     None, True, -1, 0, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", "x" * 100_000, "../../x", "\x1b[2J\n\0",
     "\ud800", [], {}, [None], [[[]]], {"a": {"b": []}}, [0] * 1000,
 )  # fmt: skip
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def of_bytes(whole, count, seed):

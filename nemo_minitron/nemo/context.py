@@ -8,6 +8,7 @@ YAML's safe loader.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from nemo_minitron.families import family_of_nemo
 
 WHAT = "the NeMo checkpoint's context"
 LARGEST_YAML = 1 << 24  # bytes
-MOST_VALUES = 1 << 20  # that a config's fields may have together: an object may be referred to again and again
+MOST_VALUES = 1 << 17  # that a config's fields may have together: an object may be referred to again and again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def tokenizer_folder(checkpoint: str | Path) -> Path:
         found = context / Path(name).name
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return context / "nemo_tokenizer"
-    return found if found.is_dir() else context / "nemo_tokenizer"
+    return found if os.path.isdir(found) else context / "nemo_tokenizer"
 
 
 def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:

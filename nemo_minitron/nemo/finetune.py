@@ -39,8 +39,8 @@ def finetune(settings: dict[str, Any]) -> None:
     log = LossLog(str(Path(out) / "loss.csv"), recipe.tokens_per_step)
     trainer.callbacks[:0] = [FillStudent(settings["student"]), log, TwiceTheSamples(), SaveWhenAsked()]
     llm.finetune(
-        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()), resume=resume(),
-        optim=optim,
+        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()),
+        resume=resume(out), optim=optim,
     )  # fmt: skip
     mark_last(trainer, Path(out), recipe.steps)
 

@@ -95,8 +95,8 @@ def start(folder, hosts, across):
     command += ["--nodes", 2, "--rendezvous", f"{address}:{port}", "--node-rank"]
     return [
         subprocess.Popen(
-            [*prefix, *map(str, command), str(rank)], cwd=folder, env=os.environ | extra | {SECRET: "a secret of this test"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*prefix, *map(str, command), str(rank)], cwd=folder, env=os.environ | extra | {SECRET: "s" * 16},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank, (prefix, extra) in enumerate(places)
     ]  # fmt: skip

@@ -40,6 +40,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
         training = work / "training"
         _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
         if not finished(training, recipe.steps):
+            _clear_index(training / "data")
             settings = {
                 "student": str(source), "data": str(training / "data"), "out": str(training),
                 "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
@@ -58,6 +59,13 @@ def _begin(training: Path, made_of: list[Any], data: Path) -> None:
         (training / "data").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(data, training / "data" / "training.jsonl")
         write_json(mark, identity)
+
+
+def _clear_index(folder: Path) -> None:
+    """NeMo's index of the rows goes, which it makes anew in a moment: it would unpickle what lies there."""
+    for file in folder.iterdir():
+        if file.name != "training.jsonl":
+            file.unlink()
 
 
 def check_rows(data: Path) -> int:

@@ -20,6 +20,7 @@ HEADER = struct.Struct("<QBQQ")
 DTYPES = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
 }  # fmt: skip
+ARRAY = b"\x93NUMPY"  # how a .npy begins
 BLOCK = 1 << 20  # sequences looked at together
 
 
@@ -63,6 +64,18 @@ def _header(idx: Path) -> tuple[np.dtype, int, int, int]:
 
 def _numbers(idx: Path, dtype: str, start: int, count: int) -> np.ndarray:
     return np.memmap(idx, dtype=dtype, mode="r", offset=start, shape=(count,)) if count else np.empty(0, dtype)
+
+
+def check_arrays(folder: Path) -> None:
+    """Raises InputError where a `.npy` of Megatron's index of samples is none: numpy would take it for a pickle.
+
+    Of an array numpy maps the numbers, and refuses objects. A file that another rank has just begun is let be.
+    """
+    for file in folder.glob("*.npy"):
+        with open(file, "rb") as stream:
+            head = stream.read(len(ARRAY))
+        if not ARRAY.startswith(head):
+            raise InputError(f"'{file}' is no array, and is not loaded; delete '{folder}' and run the same again")
 
 
 def _refuse(idx: Path, why: str) -> NoReturn:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families.tokenizer import tokenizer_files
+from nemo_minitron.nemo.data.index_file import check_arrays
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer
 
@@ -52,6 +53,7 @@ def data_module(
     _check_batch(micro_batch_size, global_batch_size)
     sources = _sources(train, validation, tokenizer, sequence_length, global_batch_size)
     folder = Path(index_folder or sources[0].prefix.with_name(sources[0].prefix.name + ".index"))
+    check_arrays(folder / _identity(*sources))
     return _over(
         *sources,
         tokenizer=nemo_tokenizer(tokenizer, folder),
