@@ -21,7 +21,7 @@ from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, visible
 
 COMMANDS = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
@@ -68,7 +68,7 @@ def main() -> None:
     except (InputError, OSError, RuntimeError) as error:
         if debug:
             raise
-        print(f"minitron: {error}", file=sys.stderr)
+        print(f"minitron: {visible(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RuntimeError) else 2)
 
 

@@ -126,6 +126,17 @@ def test_scores_of_zero(run):
     assert page(run).tags.count("svg") == 5
 
 
+def test_a_step_whose_loss_is_no_number_is_left_out_and_told(run):
+    (run / "checkpoints/distilled/loss.csv").write_text("step,tokens,loss\n1,128,4.5\n2,256,4.25\n3,384,nan\n")
+    assert "Of 1 more the loss is no number" in "".join(page(run).words)
+    assert [row["step"] for row in rows(run, "distillation")] == ["1", "2"]
+
+
+def test_the_page_may_load_nothing(run):
+    """Whatever a name says, the browser is told to fetch nothing."""
+    assert "default-src 'none'" in write_report(run).read_text()
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("file", "content", "says"),

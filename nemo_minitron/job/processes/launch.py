@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.errors import visible
 from nemo_minitron.job.processes.together import Ending, Order, leading
 
 WORKER = "nemo_minitron.nemo.worker"
@@ -134,7 +135,7 @@ def _read(process: subprocess.Popen[str], log: Path | None, last: list[str]) -> 
             file.write(line)
             file.flush()
             if line.startswith("  > "):
-                print(line[2:], end="", flush=True)
+                print(visible(line[2:].rstrip("\n")), flush=True)
             last[:] = [*last[1 - TAIL :], line]
 
 

@@ -223,7 +223,11 @@ def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
         raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
     if kind is Any:
         return checked(dict(value), anything(), f"'{key}'")
-    return {_plain(name, key): _value(kind, item, f"{key}.{name}") for name, item in value.items()}
+    found = {}
+    for name, item in value.items():  # `keep.layers` may list which ones stay
+        each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
+        found[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
+    return found
 
 
 def _plain(value: Any, key: str) -> Any:
