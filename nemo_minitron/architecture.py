@@ -12,7 +12,9 @@ from nemo_minitron.errors import InputError, nearest
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-MOST_LAYERS = 10_000  # of a mixture, which has a mark for each
+MOST = {"num_layers": 10_000, "num_moe_experts": 10_000}  # what is built of a model grows with them
+MOST_EXPERTS = 1_000_000  # of all layers together: each has tensors of its own
+MOST_SIZE = 2**31 - 1  # of any other size
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -61,6 +63,10 @@ class Architecture:
             sized = field.type == "int" or (field.type == "int | None" and value is not None)
             if sized and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+            if sized and value > (most := MOST.get(field.name, MOST_SIZE)):
+                raise InputError(f"{field.name} is {value}; legal are 1 to {most}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise InputError(f"{field.name} is {value!r}; it must be true or false")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"{self.num_attention_heads} attention heads do not divide into {self.num_query_groups} "
@@ -82,8 +88,11 @@ class Architecture:
 
     def _mixture(self) -> dict[str, Any]:
         experts = self.num_moe_experts or 0
-        if self.num_layers > MOST_LAYERS:
-            raise InputError(f"num_layers is {self.num_layers} in a mixture of experts; legal are 1 to {MOST_LAYERS}")
+        if self.num_layers * experts > MOST_EXPERTS:
+            raise InputError(
+                f"{self.num_layers} layers of {experts} experts are {self.num_layers * experts}; legal are 1 to "
+                f"{MOST_EXPERTS}"
+            )
         if self.moe_router_topk > experts:
             raise InputError(
                 f"moe_router_topk is {self.moe_router_topk} of {experts} experts; the nearest legal one is {experts}"

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import difflib
 import errno
+import unicodedata
 from collections.abc import Iterable
 
 # A disk that is full, or fails, while a command runs: nothing that the user gave is wrong.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+LONGEST = 1500  # characters of a message
+JOINERS = "\u200c\u200d"  # of scripts and emoji
 
 
 class InputError(ValueError):
-    """Bad input from outside, told in one sentence; the command line prints it and exits with code 2."""
+    """Bad input from outside, told in one sentence; the command line prints it and exits with code 2.
+
+    A sentence may quote a file: characters that a terminal would act on are written out wherever it is printed, and
+    of a value without end the middle is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return visible(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}")
+
+
+def unprintable(character: str) -> bool:
+    """Whether a terminal or a file would do something else than show it: control characters, bidirectional marks,
+    line separators, lone surrogates."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
+
+
+def visible(text: str) -> str:
+    """`text` with escapes in the place of characters that are none to look at."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(character) if unprintable(character) else character for character in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class DivergedError(RuntimeError):

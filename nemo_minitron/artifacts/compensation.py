@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.files import atomic_file, parse_json
+from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, text, whole
 from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError
 
 VERSION = 1
+HEADER = grouped({"version": whole(), "plan": text(), "notes": mapped(anything())})
 
 
 @dataclasses.dataclass
@@ -70,14 +72,14 @@ class Compensation:
             raise InputError(f"the compensation '{path}' does not exist")
         try:
             with safe_open(str(path), framework="numpy") as file:
-                header = json.loads((file.metadata() or {})["compensation"])
+                header = checked(parse_json((file.metadata() or {})["compensation"]), HEADER, "its header")
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 dtypes = {piece.get_dtype() for piece in slices.values()}
                 shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
             if header["version"] != VERSION or dtypes - {"F32"}:
                 raise ValueError(f"version {header['version']}, of {' and '.join(sorted(dtypes))}")
-            return cls(str(header["plan"]), _Stored(Path(path), shapes), dict(header["notes"]))
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            return cls(header["plan"], _Stored(Path(path), shapes), header["notes"])
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"'{path}' is no compensation of version {VERSION} ({error})") from None
 
 

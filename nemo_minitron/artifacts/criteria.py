@@ -41,6 +41,19 @@ def pairs_of(states: States) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def check_states(states: States) -> None:
+    """Raises InputError unless each statistic has all fields of its aggregation, floats of one shape [rows, 2, ...]."""
+    for statistic, pairs in pairs_of(states).items():
+        for pair in pairs:
+            over_samples, over_sequence = pair
+            known = {over_samples} <= {*AGGREGATIONS, TOKENS, ROUTED} and over_sequence in AGGREGATIONS
+            names = [f"{statistic}/{','.join(pair)}/{field}" for field in aggregation_of(pair).fields] if known else []
+            shapes = {states[name].shape for name in names if name in states and states[name].dtype.kind == "f"}
+            whole = names and all(name in states for name in names) and len(shapes) == 1
+            if not whole or any(len(shape) < 2 or shape[1] != 2 for shape in shapes):
+                raise InputError(f"the statistic '{statistic}/{','.join(pair)}' is not whole")
+
+
 def criteria_of(states: States) -> list[str]:
     """The criteria that every statistic over samples can be finished under."""
     sets = [_names(pairs) for pairs in pairs_of(states).values()]

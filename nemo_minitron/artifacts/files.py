@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.parse import Kind, checked, unique
 from nemo_minitron.artifacts.temporary import BESIDE, beside
-from nemo_minitron.errors import DISK, InputError
+from nemo_minitron.errors import DISK, InputError, first_line
+
+LARGEST_JSON = 1 << 30  # bytes; a plan of the largest models has a tenth of it
 
 
 @contextlib.contextmanager
@@ -150,17 +153,35 @@ def _lines(value: Any, start: str) -> str:
     return json.dumps(value)
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Raises InputError where `path` is missing or is no JSON; `what` names it in the sentence."""
+def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Any:
+    """The values of a file, of a `kind` where one is given.
+
+    Raises InputError where `path` is missing, is no JSON or is of another kind; `what` names it in the sentence.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text())
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_JSON:
+                raise InputError(f"{what} '{path}' has {size} bytes; legal are at most {LARGEST_JSON}")
+            values = parse_json(file.read())
     except FileNotFoundError:
         raise InputError(f"{what} '{path}' does not exist") from None
     except IsADirectoryError:
         raise InputError(f"{what} '{path}' is a folder; a file is needed") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{what} '{path}' is not valid JSON ({error})") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what} '{path}' is not valid JSON ({first_line(error)})") from None
+    return values if kind is None else checked(values, kind, f"{what} '{path}'")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for what is no JSON, is nested too deeply, or gives a name two values."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def digest_of(value: Any) -> str:

@@ -19,11 +19,19 @@ import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, write_json
 from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.artifacts.parse import anything, checked, flag, grouped, mapped, number, text, whole
 from nemo_minitron.errors import InputError
 
 VERSION = 1
 HEADER = "cache.json"
 SAMPLED_ROWS = 64
+MOST_SHARDS = 10_000_000  # their names are listed
+_SETTINGS = {"int": whole(), "float": number(), "str": text(), "bool": flag}
+SETTINGS = grouped({}, {field.name: _SETTINGS[str(field.type)] for field in dataclasses.fields(CacheSettings)})
+KIND = grouped({
+    "version": whole(), "digest": text(), "settings": SETTINGS, "model": text(), "data": text(),
+    "vocab_size": whole(1, 2**31 - 1), "rows": whole(1), "rows_per_shard": whole(1, 2**31 - 1),
+})  # fmt: skip
 
 
 def row_key(tokens: np.ndarray) -> int:
@@ -67,14 +75,18 @@ class CacheHeader:
     @classmethod
     def load(cls, folder: str | Path) -> CacheHeader:
         """Raises InputError for a folder that holds no cache of this version."""
-        values = read_json(Path(folder) / HEADER, "the header of the logit cache")
+        values = read_json(Path(folder) / HEADER, "the header of the logit cache", mapped(anything(4)))
+        if values.get("version") != VERSION:
+            raise InputError(f"'{folder}' is no logit cache of version {VERSION}")
+        values = checked(values, KIND, f"the header of the logit cache '{folder}'")
+        del values["version"]
         try:
-            if values.pop("version") != VERSION:
-                raise InputError(f"'{folder}' is no logit cache of version {VERSION}")
             stored, settings = values.pop("digest"), CacheSettings(**values.pop("settings"))
             header = cls(settings=settings, **values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except TypeError as error:  # a name that it has not
             raise InputError(f"'{folder}' holds no logit cache ({type(error).__name__}: {error})") from None
+        if header.shards > MOST_SHARDS:
+            raise InputError(f"the logit cache '{folder}' has {header.shards} shards; legal are 1 to {MOST_SHARDS}")
         if stored != header.digest:
             raise InputError(f"'{Path(folder) / HEADER}' was changed by hand: its digest does not fit; make it anew")
         return header

@@ -94,7 +94,7 @@ class Codec:
 
     def __init__(self, settings: CacheSettings, vocab_size: int) -> None:
         most = settings.draws if settings.sampled else settings.k
-        self.settings = settings
+        self.settings, self.vocab_size = settings, vocab_size
         self.id_bits = max(1, (vocab_size - 1).bit_length())
         count_bits = (settings.draws - 1).bit_length() if settings.sampled else 0
         self.width = -(-(self.id_bits + count_bits) // 8)
@@ -123,13 +123,13 @@ class Codec:
         wide[:, : self.width] = np.frombuffer(record, np.uint8, number * self.width, at).reshape(number, self.width)
         packed = wide.reshape(-1).view("<u8").astype(np.int64)
         at += number * self.width
+        ids = packed & ((1 << self.id_bits) - 1)
+        if number and ids.max() >= self.vocab_size:
+            raise InputError("a record of the cache holds a token beyond its vocabulary; make the cache anew")
         numbers = np.frombuffer(record, "<f4", (len(record) - at) // 4, at)
         if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
             raise InputError("a record of the cache holds a probability that is none; make the cache anew")
-        return Kept(
-            lengths,
-            ids=packed & ((1 << self.id_bits) - 1),
-            counts=(packed >> self.id_bits) + 1 if self.settings.sampled else None,
-            factors=np.frombuffer(record, "<f4", number, at) if self._factors else None,
-            tail=np.frombuffer(record, "<f4", rows, at + 4 * number) if tail else None,
-        )
+        factors = np.frombuffer(record, "<f4", number, at) if self._factors else None
+        last = np.frombuffer(record, "<f4", rows, at + 4 * number) if tail else None
+        counts = (packed >> self.id_bits) + 1 if self.settings.sampled else None
+        return Kept(lengths, ids=ids, counts=counts, factors=factors, tail=last)

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.parse import grouped, listed, mapped, number, text, whole
 from nemo_minitron.artifacts.whole import damaged, sealed, take_away
-from nemo_minitron.errors import InputError
+
+STAGE = grouped({"name": text(), "seconds": number(0), "digest": text()})
+FILE = grouped({"stage": text(), "bytes": whole(), "digest": text()})
+KIND = grouped(
+    {}, {"versions": mapped(text()), "digests": mapped(text()), "stages": listed(STAGE), "files": mapped(FILE)}
+)
 
 
 @dataclasses.dataclass
@@ -28,12 +34,11 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
-        """Raises InputError for a damaged manifest."""
+        """One without stages where there is no file. Raises InputError for a damaged one."""
         path = Path(path)
-        values = read_json(path, "the manifest") if path.exists() else {}
-        files = values.get("files", {})
+        values = read_json(path, "the manifest", KIND) if path.exists() else {}
         return cls(
-            path, values.get("versions", {}), values.get("digests", {}), values.get("stages", []), _checked(files, path)
+            path, **{name: values[name] for name in ("versions", "digests", "stages", "files") if name in values}
         )
 
     def done(self, name: str, digest: str) -> bool:
@@ -75,12 +80,3 @@ class Manifest:
     def save(self) -> None:
         values = {"versions": self.versions, "digests": self.digests, "stages": self.stages, "files": self.files}
         write_json(self.path, values)
-
-
-def _checked(files: Any, path: Path) -> dict[str, dict[str, Any]]:
-    kinds = {"stage": str, "bytes": int, "digest": str}
-    entries = files.values() if isinstance(files, dict) else [None]
-    for entry in entries:
-        if not (isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())):
-            raise InputError(f"the manifest '{path}' is damaged: 'files' must say stage, bytes and digest of each file")
-    return files

@@ -10,11 +10,15 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, maybe, text
 from nemo_minitron.axes import AXES, Axis, axis
 from nemo_minitron.errors import InputError
 
 VERSION = 1
-MOST = 10_000  # layers and experts of a plan in a file: what is checked and built grows with them
+SIZES = mapped(anything(2))
+# `keep` is checked where it is read into a plan: its many numbers one time and no more
+KIND = grouped({"source": SIZES, "target": SIZES, "keep": lambda value: value},
+               {"model_digest": maybe(text()), "notes": mapped(anything())})  # fmt: skip
 Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source layer: [index]}
 
 
@@ -144,12 +148,12 @@ class PrunePlan:
         values = read_json(path, "the plan")
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise InputError(f"'{path}' is no prune plan of version {VERSION}")
+        values = checked(values, KIND, f"the plan '{path}'")
         try:
-            _check_plain(values)
             return cls(
                 source=Architecture.from_dict(values["source"]),
                 target=Architecture.from_dict(values["target"]),
-                keep={name: _integer_keys(kept) for name, kept in values["keep"].items()},
+                keep={name: _integer_keys(kept, depth=2) for name, kept in values["keep"].items()},
                 model_digest=values.get("model_digest"),
                 notes=values.get("notes", {}),
             )
@@ -159,19 +163,16 @@ class PrunePlan:
             raise InputError(f"the plan '{path}' is not legal: {type(error).__name__} {error}") from None
 
 
-def _check_plain(values: dict[str, Any]) -> None:
-    """What is no matter of the selection, and sizes that what is built from them would not fit into memory."""
-    for architecture in (values["source"], values["target"]):
-        for field in ("num_layers", "num_moe_experts"):
-            size = architecture.get(field)
-            if isinstance(size, int) and size > MOST:
-                raise InputError(f"{field} is {size}; legal are 1 to {MOST}")
-    if not isinstance(values.get("notes", {}), dict) or not isinstance(values.get("model_digest"), str | None):
-        raise InputError("notes must be a group of values, and model_digest a text or null")
-
-
-def _integer_keys(kept: Any) -> Any:
-    return {int(key): _integer_keys(values) for key, values in kept.items()} if isinstance(kept, dict) else kept
+def _integer_keys(kept: Any, depth: int) -> Any:
+    """Layers and experts, which are names in JSON, as numbers; what is not written as they are is refused."""
+    if not isinstance(kept, dict):
+        return kept
+    if not depth:
+        raise InputError("kept indices are nested too deeply; they are listed for each layer and expert")
+    found = {int(key): _integer_keys(values, depth - 1) for key, values in kept.items()}
+    if list(map(str, found)) != list(kept):
+        raise InputError("layers and experts must be whole numbers, each named once")
+    return found
 
 
 def _check_indices(where: str, values: Sequence[int], source: int, target: int) -> None:

@@ -12,11 +12,18 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import criteria
-from nemo_minitron.artifacts.files import atomic_file, digest_of
+from nemo_minitron.artifacts.files import atomic_file, digest_of, parse_json
+from nemo_minitron.artifacts.parse import anything, checked, grouped, listed, mapped, maybe, number, text, whole
 from nemo_minitron.errors import InputError, nearest
 
 VERSION = 1
 ACTIVATION = "activation"
+HEADER = grouped(
+    {"architecture": mapped(anything(2)), "criterion": text(), "norms": text(), "samples": whole(), "tokens": whole(),
+     "model_digest": maybe(text()), "data_digest": maybe(text()), "layout": mapped(anything(4)),
+     "notes": mapped(anything()), "depth": mapped(listed(listed(number(), least=3, most=3)))},
+    {"method": text()},
+)  # fmt: skip  # of a file
 
 
 @dataclasses.dataclass
@@ -135,13 +142,15 @@ class Scores:
             raise InputError(f"the scores '{path}' do not exist")
         try:
             with safe_open(str(path), framework="numpy") as file:
-                header = json.loads((file.metadata() or {})["scores"])
+                header = parse_json((file.metadata() or {})["scores"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = checked(header, HEADER, f"the header of the scores '{path}'")
             plain = {name: header[name] for name in _PLAIN}
             plain["method"] = header.get("method", ACTIVATION)  # older files have none
             depth = {c: {(int(a), int(b)): v for a, b, v in rows} for c, rows in header["depth"].items()}
             architecture = Architecture.from_dict(header["architecture"])
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            criteria.check_norms(plain["norms"])
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"'{path}' is no file of scores ({type(error).__name__}: {error})") from None
         scores = cls(architecture, _under("scores/", arrays), depth=depth, states=_under("states/", arrays), **plain)
         scores.check(path)
@@ -163,6 +172,10 @@ class Scores:
             for (first, last), value in found.items():
                 if not math.isfinite(value):
                     raise InputError(f"'{path}': {criterion} of block {first} to {last} is {value}, no finite number")
+        try:
+            criteria.check_states(self.states)
+        except InputError as error:
+            raise InputError(f"'{path}': {error}") from None
 
 
 _PLAIN = ("criterion", "norms", "samples", "tokens", "model_digest", "data_digest", "layout", "notes")

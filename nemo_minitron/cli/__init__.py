@@ -21,7 +21,7 @@ from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
-from nemo_minitron.errors import DISK, InputError
+from nemo_minitron.errors import DISK, InputError, visible
 
 COMMANDS = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
@@ -71,7 +71,7 @@ def main() -> None:
         failed = isinstance(error, RuntimeError)
         if isinstance(error, OSError) and error.errno in DISK:
             failed, error = True, OSError(f"'{error.filename or 'a file'}' could not be written: {error.strerror}")
-        print(f"minitron: {error}", file=sys.stderr)
+        print(f"minitron: {visible(str(error))}", file=sys.stderr)
         sys.exit(1 if failed else 2)
 
 

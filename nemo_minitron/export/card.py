@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import atomic_file
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, visible
 from nemo_minitron.export import words
 
+NOTHING = ("", "~", "null", "Null", "NULL")  # as YAML writes it
+LARGEST_FRONT = 1 << 20  # characters of a card that are read
+MARKS = {mark: f"\\{mark}" for mark in "\\`[]|"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # Markdown's, and HTML's
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LINK = re.compile(r"(https://)?[\w./~%+-]+", re.ASCII)  # to a licence, or its file beside the card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 DATA_KEYS = ("name", "license", "use")
 DISTILLATION_KEYS = ("loss", "tokens", "steps", "precision", "learning_rate")
@@ -76,7 +83,7 @@ def card_text(facts: CardFacts) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     fields: dict[str, Any] = {
-        "base_model": _line(facts.base_model),
+        "base_model": visible(_line(facts.base_model)),
         "language": facts.language,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -92,20 +99,28 @@ def license_of(facts: CardFacts) -> dict[str, str]:
     """`license` of the base's card (with name and link if it has them), else the caller's; may be empty."""
     fields = ("license", "license_name", "license_link")
     front = _front_matter(Path(facts.base_folder) / "README.md") if facts.base_folder else {}
-    if isinstance(front.get("license"), str):
-        return {field: str(front[field]) for field in fields if front.get(field)}
-    return {"license": facts.license} if facts.license else {}
+    said = {name: front[name] for name in fields if isinstance(front.get(name), str) and front[name] not in NOTHING}
+    if not LINK.fullmatch(said.get("license_link", "https://x")):
+        del said["license_link"]
+    if "license" in said:
+        return {name: visible(_line(value)) for name, value in said.items()}
+    return {"license": visible(_line(facts.license))} if facts.license else {}
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """Empty for a card that is missing or has none: a base's faulty card must not stop an export."""
+    """Empty for a card that is missing or has none: a base's faulty card must not stop an export.
+
+    Every value stays the text that it is: a date that is none, or an octal number, is nobody's concern here.
+    """
     import yaml
 
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    parts = text.split("---\n", 2)
+    if not card.is_file():
+        return {}
+    with open(card, encoding="utf-8", errors="replace") as file:
+        parts = file.read(LARGEST_FRONT).split("---\n", 2)
     try:
-        values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        values = yaml.load(parts[1], yaml.BaseLoader) if len(parts) == 3 and not parts[0].strip() else {}
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -117,7 +132,8 @@ def _words(facts: CardFacts) -> dict[str, Any]:
     return {
         "name": _cell(facts.name),
         "base": _cell(facts.base_model),
-        "on_hub": facts.base_model.count("/") == 1 and not facts.base_model.startswith((".", "/", "~")),
+        "on_hub": HUB_ID.fullmatch(facts.base_model) is not None,
+        "loaded": json.dumps(visible(_line(facts.name)), ensure_ascii=False).replace("<", "\\u003c"),
         "licence": _cell(license_of(facts).get("license", "not stated")),
         "before": words.short_count(parameters[0]),
         "after": words.short_count(parameters[1]),
@@ -132,11 +148,17 @@ def _words(facts: CardFacts) -> dict[str, Any]:
         "distillation": _distillation(facts.distillation),
         "numbers": number_rows(facts.numbers),
         "evaluated": words.count(smallest) if smallest else "",
-        "command": facts.command.strip(),
+        "command": _command(facts.command),
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", facts.command)), default=0)),
         "versions": [(_cell(k), _cell(v)) for k, v in sorted(facts.versions.items())],
         "limits": [_cell(sentence) for sentence in facts.limits],
         "in_place": _cell(facts.in_place),
     }
+
+
+def _command(command: str) -> str:
+    """Lines as they are, without characters that a terminal would act on once they are copied there."""
+    return "\n".join(map(visible, command.strip().split("\n")))
 
 
 def _distillation(values: Mapping[str, Any] | None) -> dict[str, str] | None:
@@ -169,4 +191,5 @@ def _line(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    return _line(value).replace("|", "\\|").replace("<", "&lt;")
+    """One line of text in Markdown: no link, image, tag, code or column comes of what it holds."""
+    return "".join(MARKS.get(character, character) for character in visible(_line(value)))

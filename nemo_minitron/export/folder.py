@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import grouped, mapped, text
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
 from nemo_minitron.families.side_files import SETTINGS, TOKENIZER, copy_side_file, side_files
 
+INDEX = grouped({"weight_map": mapped(text())})
 TIED = "lm_head.weight"  # some folders store a tied head too
 
 
@@ -74,7 +75,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise InputError(f"the student '{folder}' has no safetensors file")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        named = set(read_json(index, "the index", INDEX)["weight_map"].values())
         missing = named - {file.name for file in files}
         if missing:
             raise InputError(f"the student '{folder}' lacks the shard '{min(missing)}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 def distillation(run: Run) -> Plot | str:
     """Loss against tokens, each step and smoothed."""
-    if not run.curve:
+    curve = [row for row in run.curve if math.isfinite(row["loss"])]
+    if not curve:
         return "The run has no distillation curve."
-    tokens, loss = (np.array([row[key] for row in run.curve]) for key in ("tokens", "loss"))
+    tokens, loss = (np.array([row[key] for row in curve]) for key in ("tokens", "loss"))
     width = len(loss) // 40
     smooth = smoothed(loss, width)
 
@@ -36,8 +38,10 @@ def distillation(run: Run) -> Plot | str:
         axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.legend()
 
-    rows = [(int(row["step"]), int(row["tokens"]), row["loss"], s) for row, s in zip(run.curve, smooth, strict=True)]
+    rows = [(int(row["step"]), int(row["tokens"]), row["loss"], s) for row, s in zip(curve, smooth, strict=True)]
     caption = f"{words.count(tokens[-1])} tokens in all; {words.count(len(loss))} steps are logged."
+    if lost := len(run.curve) - len(curve):
+        caption += f" Of {lost} more the loss is no number: the training went wrong there."
     return Plot("distillation", caption, ("step", "tokens", "loss", "smoothed"), rows, draw)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts import records
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.export import words
 from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
@@ -65,7 +66,7 @@ def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, 
 def ranks(rows: Sequence[Mapping[str, Any]]) -> Plot:
     """`rows`: step, candidate, loss, rank of brief distillation: ranks over steps, and the losses behind them."""
     last = max(row["step"] for row in rows)
-    winner = next(row["candidate"] for row in rows if row["step"] == last and row["rank"] == 1)
+    winner = min((row for row in rows if row["step"] == last), key=lambda row: row["rank"])["candidate"]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
 
     def draw(figure: Figure) -> None:
@@ -97,6 +98,6 @@ def _shades(count: int) -> list[Any]:
 
 def of_run(run: Run, name: str) -> Plot | str:
     """The figure `pareto` or `ranks` of a run that searched."""
-    file, make = {"pareto": (MEASURED, pareto), "ranks": (RANKS, ranks)}[name]
+    file, kind, make = {"pareto": (MEASURED, records.MEASURED, pareto), "ranks": (RANKS, records.RANKS, ranks)}[name]
     path = run.folder / file
-    return make(read_json(path, "the search")) if path.is_file() else "The run made no search."
+    return make(read_json(path, "the search", kind)) if path.is_file() else "The run made no search."

@@ -21,13 +21,16 @@ def serving_commands(model: str | Path, *, precision: str = "bf16", tp: int = 1)
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision '{precision}' is unknown to the engines; {nearest(precision, PRECISIONS)}")
+    if not str(model).isprintable():
+        raise InputError(f"'{model}' has characters that no command line shows; give the folder another name")
     heads = from_hf(model).num_attention_heads
     if tp < 1 or heads % tp:
         legal = [size for size in range(1, heads + 1) if heads % size == 0]
         raise InputError(
             f"tp={tp} does not divide {heads} heads; the nearest legal tp is {min(legal, key=lambda n: abs(n - tp))}"
         )
-    folder, quantised = (shlex.quote(f"{model}{end}") for end in ("", QUANTISED))
+    start = "./" if str(model).startswith("-") else ""  # an engine would take it for an option
+    folder, quantised = (shlex.quote(f"{start}{model}{end}") for end in ("", QUANTISED))
     vllm = f"vllm serve {folder} --dtype bfloat16 --tensor-parallel-size {tp}"
     if precision == "bf16":
         return {"vllm": [vllm], "tensorrt_llm": [f"trtllm-serve {folder} --tp_size {tp}"]}

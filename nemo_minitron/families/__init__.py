@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import Family
 from nemo_minitron.families.forms import normalized
@@ -65,10 +66,7 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"the model folder '{folder}' does not exist")
     if not (folder / "config.json").is_file():
         raise InputError(f"'{folder}' has no config.json, so it is no Hugging Face model folder")
-    config = read_json(folder / "config.json", "the model's config")
-    if not isinstance(config, dict):
-        raise InputError(f"'{folder / 'config.json'}' is no config: it holds a {type(config).__name__}")
-    return normalized(config)
+    return normalized(read_json(folder / "config.json", "the model's config", mapped(anything())))
 
 
 def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:

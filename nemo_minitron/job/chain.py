@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts.files import need_space, read_json
+from nemo_minitron.artifacts.files import need_space
+from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
@@ -113,8 +114,10 @@ def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
     """A row for the teacher and for each student: the numbers of the held-out text, before and after training."""
     rows: list[dict[str, Any]] = []
     for step in job.chain:
-        numbers = read_json(folder / step.name / NUMBERS, "the numbers")
-        found = {row["stage"]: row for row in numbers}
+        file = folder / step.name / NUMBERS
+        found = {row["stage"]: row for row in read_numbers(file)}
+        if lacking := {"teacher", "pruned", "distilled"} - found.keys():
+            raise InputError(f"the numbers '{file}' lack those of '{min(lacking)}'; delete it and run the same again")
         if not rows:
             rows.append({"name": "teacher", **_row(found["teacher"])})
         own = {"name": step.name, **_row(found["distilled"]), "pruned": found["pruned"]["perplexity"]}

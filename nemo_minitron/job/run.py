@@ -14,7 +14,7 @@ from typing import Any
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.whole import take_away
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, visible
 from nemo_minitron.job.processes.lock import LOCK
 from nemo_minitron.job.settings.recipe import Job
 
@@ -33,6 +33,7 @@ class Run:
         return self.folder.joinpath(*parts)
 
     def say(self, line: str) -> None:
+        line = visible(line)
         print(line, flush=True)
         with contextlib.suppress(OSError), open(self.path("log.txt"), "a") as log:  # a full disk: what it tells is lost
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")

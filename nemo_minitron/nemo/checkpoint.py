@@ -1,15 +1,12 @@
 """A NeMo checkpoint (torch_dist weights beside a context) as a TensorSource, read chunk by chunk.
 
-Neither part is trusted: `.metadata` is a pickle, read through an allow-list of classes; the context's
-`io.json` names classes that NeMo would import and call, here it is read as data. Chunks are read one at a
-time with torch's weights-only loader.
+Neither part is trusted: `.metadata` and chunks as in `checkpoint_files.py`; the context's `io.json` names classes that
+NeMo would import and call, here it is read as data. Chunks are read one at a time.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,76 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
-from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.records import read_last
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.nemo.bits import DTYPES, as_raw
+from nemo_minitron.nemo.checkpoint_files import load_chunk, place_of, read_metadata
 from nemo_minitron.nemo.context import hf_config, tokenizer_folder
 from nemo_minitron.nemo.mapping import Piece, pieces
 from nemo_minitron.pruning.tensors import RAW
 
-_ALLOWED = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "Path"),
-}  # fmt: skip
-
-
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
-
-
-class _Unread:
-    """Stands for what a checkpoint keeps for its own next save; takes any arguments and means nothing."""
-
-    def __init__(self, *arguments: Any) -> None: ...
-
-
-_STAND_INS = {  # also so that reading a checkpoint does not import Megatron
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Unread,
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Unread,
-    ("torch.distributed.checkpoint.planner", "WriteItem"): _Unread,
-    ("torch.distributed.checkpoint.planner", "WriteItemType"): _Unread,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _STAND_INS:
-            return _STAND_INS[module, name]
-        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-
-
-def read_metadata(weights: Path) -> Any:
-    """torch's Metadata of a torch_dist folder. Raises InputError; runs nothing that the file names."""
-    file = weights / ".metadata"
-    if not file.is_file():
-        raise InputError(f"'{weights}' has no .metadata, so it holds no torch_dist checkpoint")
-    try:
-        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
-        if not (metadata.state_dict_metadata and metadata.storage_data):
-            raise pickle.UnpicklingError("it lists no tensors")
-        return metadata
-    except Exception as error:  # a hostile or damaged pickle can raise anything
-        raise InputError(f"'{file}' was refused: {error}") from None
 
 
 class CheckpointSource:
@@ -133,6 +75,9 @@ class CheckpointSource:
             raise InputError(f"the checkpoint '{self.path}' lacks the tensor '{min(missing)}'")
         if surplus := found.keys() - shapes.keys():
             raise InputError(f"the checkpoint '{self.path}' has '{min(surplus)}', which its config does not speak of")
+        for name, places in found.items():
+            if len({self._metadata.state_dict_metadata[key].properties.dtype for key, _, _ in places}) > 1:
+                raise InputError(f"the checkpoint '{self.path}' stores '{name}' in several dtypes")
         return found
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -174,21 +119,9 @@ class CheckpointSource:
             info = self._metadata.storage_data.get(where)
             if info is None:
                 raise InputError(f"the checkpoint '{self.path}' does not say where a chunk of '{key}' lies")
-            file = (self._weights / info.relative_path).resolve()
-            if self._weights.resolve() not in file.parents:
-                raise InputError(f"the checkpoint '{self.path}' points outside of itself, to '{info.relative_path}'")
-            self._chunk = (where, _load(file, info.offset, info.length, tuple(chunk.sizes)))
+            dtype = self._metadata.state_dict_metadata[key].properties.dtype
+            self._chunk = (where, load_chunk(place_of(self._weights, info), tuple(chunk.sizes), dtype))
         return self._chunk[1]
-
-
-def _load(file: Path, offset: int, length: int, shape: tuple[int, ...]) -> torch.Tensor:
-    try:
-        with open(file, "rb") as stream:
-            stream.seek(offset)
-            tensor = torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
-        return tensor.detach().reshape(shape)
-    except Exception as error:  # torch raises many kinds for damaged bytes
-        raise InputError(f"a chunk of '{file}' cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _stacked_in(chunk: Any, dimensions: int) -> Iterator[tuple[int, ...]]:
@@ -221,5 +154,4 @@ def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tu
 
 def last_checkpoint(folder: Path) -> Path:
     """Where `distill` left its last checkpoint. Raises InputError where there is none."""
-    where = read_json(folder / "last.json", "the record of the last checkpoint")
-    return folder / where["checkpoint"]
+    return folder / read_last(folder / "last.json")["checkpoint"]

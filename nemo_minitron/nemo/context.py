@@ -8,6 +8,7 @@ YAML's safe loader.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,9 +18,14 @@ from typing import Any
 import yaml
 
 from nemo_minitron.artifacts.files import read_json, write_json
-from nemo_minitron.errors import InputError
+from nemo_minitron.artifacts.parse import anything, mapped
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of_nemo
 from nemo_minitron.families.side_files import TOKENIZER_CONFIG, check_link, copy_side_file
+
+WHAT = "the NeMo checkpoint's context"
+LARGEST_YAML = 1 << 24  # bytes
+MOST_VALUES = 1 << 17  # that a config's fields may have together: an object may be referred to again and again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +40,31 @@ class Context:
 def read_context(folder: str | Path) -> Context:
     """Raises InputError where the context is missing, damaged or of another shape than NeMo 2's."""
     folder = Path(folder)
-    objects = read_json(folder / "io.json", "the NeMo checkpoint's context")
+    objects = read_json(folder / "io.json", WHAT, mapped(anything(64)))
     try:
         graph = _Graph(objects["objects"])
         model = graph.child(objects["root"]["key"], "model")
         config = graph.child(model, "config")
         fields = _defaults(folder) | graph.fields(config)
         return Context(graph.class_of(model), graph.class_of(config), fields)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"the context '{folder}' is not NeMo 2's: {type(error).__name__} {error}") from None
 
 
 def tokenizer_folder(checkpoint: str | Path) -> Path:
     """The folder in a NeMo checkpoint's context that holds its tokenizer, whether or not it is there."""
     context = Path(checkpoint) / "context"
-    objects = read_json(context / "io.json", "the NeMo checkpoint's context")
+    objects = read_json(context / "io.json", WHAT, mapped(anything(64)))
     try:
         graph = _Graph(objects["objects"])
         model = graph.child(objects["root"]["key"], "model")
         name = graph.fields(graph.child(model, "tokenizer"))["pretrained_model_name"]
         found = context / Path(name).name
-    except (KeyError, TypeError, AttributeError, RecursionError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return context / "nemo_tokenizer"
-    return found if found.is_dir() else context / "nemo_tokenizer"
+    return found if os.path.isdir(found) else context / "nemo_tokenizer"
 
 
 def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:
@@ -69,13 +77,13 @@ def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, A
     shutil.copytree(source, target, ignore=lambda folder, names: _code(Path(source), Path(folder), names))
     for file in Path(target).rglob(TOKENIZER_CONFIG):
         copy_side_file(file, file)
-    record = read_json(Path(target) / "io.json", "the NeMo checkpoint's context")
+    record = read_json(Path(target) / "io.json", WHAT)
     graph = _Graph(record["objects"])
     model = graph.child(record["root"]["key"], "model")
     graph.set(graph.child(model, "config"), sizes)
     graph.distrust_tokenizers()
     write_json(Path(target) / "io.json", record)
-    written = yaml.safe_load((Path(target) / "model.yaml").read_text())
+    written = _yaml(Path(target) / "model.yaml")
     written["config"] |= sizes
     (Path(target) / "model.yaml").write_text(yaml.safe_dump(written))
 
@@ -89,12 +97,22 @@ def _code(context: Path, folder: Path, names: list[str]) -> list[str]:
 
 def _defaults(folder: Path) -> dict[str, Any]:
     """All fields of the model's config as NeMo wrote them down for people."""
+    named = {name: _function(value) for name, value in _yaml(folder / "model.yaml")["config"].items()}
+    return {name: value for name, value in named.items() if _plain(value)}
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    """With its `config`, an object. An alias repeats what it stands for, so that its file's size bounds nothing; what
+    is used of it here is plain."""
     try:
-        values = yaml.safe_load((folder / "model.yaml").read_text())
-        named = {name: _function(value) for name, value in values["config"].items()}
-        return {name: value for name, value in named.items() if _plain(value)}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"'{folder / 'model.yaml'}' cannot be read: {error}") from None
+        if file.stat().st_size > LARGEST_YAML:
+            raise ValueError(f"it has more than {LARGEST_YAML} bytes")
+        values = yaml.safe_load(file.read_text())
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise ValueError("it has no config")
+        return values
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise InputError(f"'{file}' cannot be read: {first_line(error)}") from None
 
 
 def _function(value: Any) -> Any:
@@ -116,7 +134,7 @@ class _Graph:
     """fiddle's serialised objects: each has a type, items, and a reference to its metadata."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
-        self.objects = objects
+        self.objects, self._left = objects, MOST_VALUES
 
     def child(self, key: str, name: str) -> str:
         return dict(self._items(key))[name]["key"]
@@ -153,6 +171,9 @@ class _Graph:
         return [(re.sub(r".*'(.*)'.*", r"\1", name), value) for name, value in self.objects[key]["items"]]
 
     def _value(self, value: Mapping[str, Any]) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"its config has more than {MOST_VALUES} values")
         if value["type"] == "leaf":
             return value["value"]
         if value["type"] == "pyref":

@@ -2,6 +2,9 @@
 
 One task goes through all stages: they find each other's results in the run folder, and a retry goes on from what is
 there. `minitron` starts the processes of a node itself, so a node has one task, whatever its number of GPUs.
+
+What goes into a batch script is a word of a shell, or is quoted: NeMo-Run itself writes names, folders and values of
+environment variables there as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import secrets
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +25,18 @@ from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 from nemo_run.core.execution.base import import_executor
 from nemo_run.core.execution.skypilot import _SKYPILOT_AVAILABLE
 
+from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.job.processes.line import SECRET
 from nemo_minitron.job.processes.nodes import Nodes
 from nemo_minitron.job.settings.layout import Layout
 
 GPUS = 8  # of a node
 # No plain values, but of an executor in executors.py.
 OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "job_dir", "dependencies")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Made anew whenever the batch script starts, and written nowhere; srun hands it to all nodes.
+AT_START = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
 SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
 
 
@@ -38,7 +48,7 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
     """
     given = [_split(setting) for setting in settings]
     if name not in KINDS:
-        return _changed(_named(name), given)
+        return _ready(_changed(_named(name), given))
     if name == "skypilot" and not _SKYPILOT_AVAILABLE:
         raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
     kind, complete = KINDS[name]
@@ -49,7 +59,20 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
     for field in _fields(kind):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
             raise InputError(f"--executor {name} needs executor.{field.name}; give executor.{field.name}=VALUE")
-    return kind(**values)
+    return _ready(kind(**values))
+
+
+def _ready(executor: Any) -> Any:
+    """With what the nodes of this job know each other by. Raises InputError for a folder that a batch script would
+    not take as one word."""
+    home = get_nemorun_home()
+    if isinstance(executor, run.SlurmExecutor):
+        if shlex.quote(home) != home:
+            raise InputError(f"NeMo-Run's folder {shown(home)} is no plain word for a batch script; set NEMORUN_HOME")
+        executor.env_vars = {SECRET: AT_START, **executor.env_vars}
+    elif isinstance(executor, run.SkypilotExecutor):
+        executor.env_vars = {SECRET: secrets.token_hex(16), **(executor.env_vars or {})}
+    return executor
 
 
 def _named(name: str) -> Any:
@@ -88,8 +111,13 @@ def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
     fields, (name, _, inner) = {field.name: _kinds(field.type) for field in _fields(kind)}, key.partition(".")
     if name not in fields or (inner and dict not in fields[name]):
         raise InputError(f"the executor has no key '{key}'; {nearest(name, fields)}")
+    if not text.isprintable():  # after a line's end a comment of the batch script is none any more
+        raise InputError(f"executor.{key} is {shown(text)}; it must be one line without control characters")
+    if name == "env_vars" and inner and not VARIABLE.fullmatch(inner):
+        raise InputError(f"executor.{name} names {shown(inner)}; a variable has letters, digits and '_'")
     if inner:
-        values.setdefault(name, {})[inner] = text
+        quoted = name == "env_vars" and kind is run.SlurmExecutor
+        values.setdefault(name, {})[inner] = shlex.quote(text) if quoted else text
     else:
         values[name] = _value(key, fields[name], text)
 
@@ -162,8 +190,15 @@ def script(executor: Any, arguments: Sequence[str]) -> Any:
     return run.Script(inline=f"{here}exec {minitron} {shlex.join(arguments)}\n")
 
 
+def _check_name(name: str) -> None:
+    if not WORDS.fullmatch(name):
+        raise InputError(f"the task's name {shown(name)} must have letters, digits, '.', '_' and '-' alone")
+
+
 def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
-    """Starts the task and waits for its end; one on Slurm or SkyPilot goes on alone. Raises RuntimeError."""
+    """Starts the task and waits for its end; one on Slurm or SkyPilot goes on alone. Raises RuntimeError, and
+    InputError for a name that is no plain word."""
+    _check_name(name)
     with run.Experiment(name, executor=executor, log_level="WARN", enable_goodbye_message=False) as experiment:
         experiment.add(script(executor, arguments), name=name)
         alone = isinstance(executor, (run.SlurmExecutor, run.SkypilotExecutor))
@@ -175,6 +210,7 @@ def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
 
 def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
     """What `submit` would hand over: the batch script, which is written, a container's command, or the command."""
+    _check_name(name)
     with run.Experiment(name, executor=executor, log_level="ERROR", clean_mode=True) as experiment:
         task = script(executor, arguments)
         experiment.add(task, name=name)

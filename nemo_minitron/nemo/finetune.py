@@ -42,8 +42,8 @@ def finetune(settings: dict[str, Any]) -> None:
         FillStudent(settings["student"]), StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()
     ]  # fmt: skip
     llm.finetune(
-        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()), resume=resume(),
-        optim=optim,
+        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()),
+        resume=resume(out), optim=optim,
     )  # fmt: skip
     mark_last(trainer, Path(out), recipe.steps)
 

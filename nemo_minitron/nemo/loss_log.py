@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,20 @@ class LossLog(Callback):
 
 def _kept(path: Path, header: str, step: int) -> list[str]:
     """The whole rows of an earlier part of this training, up to a step; none of other columns."""
-    rows = path.read_text().splitlines() if path.exists() else []
+    rows = path.read_text(errors="replace").splitlines() if path.exists() else []
     if rows[:1] != [header]:
         return []
-    return [row for row in rows[1:] if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
+    return [row for row in rows[1:] if _whole(row, header) and float(row.split(",")[0]) <= step]
+
+
+def _whole(row: str, header: str) -> bool:
+    """Whether it has all columns: a kill may leave a part of a row."""
+    cells = row.split(",")
+    try:
+        seconds = [float(cell) for cell in cells[3:4]]
+    except ValueError:
+        return False
+    return len(cells) == header.count(",") + 1 and cells[0].isdecimal() and all(map(isfinite, seconds))
 
 
 def _write(path: Path, rows: list[str]) -> None:

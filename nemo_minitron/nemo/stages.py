@@ -45,7 +45,7 @@ def distill(settings: dict[str, Any]) -> None:
         student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
     trainer.callbacks[:0] = _callbacks(settings, recipe)  # before NeMo's of checkpoints: a saved step is a logged step
-    llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(), optim=optim)
+    llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(settings["out"]), optim=optim)
     mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
 
 

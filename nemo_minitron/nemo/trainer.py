@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backend.precision import forward_fields, trained_fields
@@ -114,9 +115,14 @@ def logger(out: str, recipe: Distillation) -> Any:
     )  # fmt: skip
 
 
-def resume() -> Any:
+def resume(out: str) -> Any:
+    """What makes NeMo go on from the last checkpoint in `out`, if there is one. Raises InputError as
+    `check_resumable`."""
     from nemo import lightning as nl
 
+    from nemo_minitron.nemo.checkpoint_files import check_resumable
+
+    check_resumable(Path(out) / "nemo" / "checkpoints")
     return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
 
 

@@ -27,6 +27,7 @@ from tolerances import LOSS_LAYOUT_FP32, LOSS_PRINTED, SCORES_FP32
 from words import save_tokenizer
 
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.job.processes.line import SECRET
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 60, 10
@@ -94,8 +95,8 @@ def start(folder, hosts, across):
     command += ["--nodes", 2, "--rendezvous", f"{address}:{port}", "--node-rank"]
     return [
         subprocess.Popen(
-            [*prefix, *map(str, command), str(rank)], cwd=folder, env=os.environ | extra, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*prefix, *map(str, command), str(rank)], cwd=folder, env=os.environ | extra | {SECRET: "s" * 16},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank, (prefix, extra) in enumerate(places)
     ]  # fmt: skip

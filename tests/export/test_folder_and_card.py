@@ -1,5 +1,6 @@
 """A student's folder and its card."""
 
+import ast
 import dataclasses
 import json
 import shutil
@@ -231,6 +232,44 @@ def test_text_from_outside_cannot_break_the_card(facts):
     body = text.split("\n# ", 1)[1]
     assert "<script>" not in body
     assert "\n---" not in body
+
+
+HOSTILE = (
+    "![x](http://evil.example/x.png)", "[x](javascript:alert(1))", "\\![x](http://evil.example/x.png)",
+    "<img src=http://evil.example/x.png>", "&lt;img src=http://evil.example/x.png&gt;", "`]![x](http://evil.example/x.png)`",
+    '<a href="javascript:alert(1)">x</a>', "a/b)![x](http://evil.example/x.png", "x](http://evil.example) [y",
+    "```\n![x](http://evil.example/x.png)\n```", '"); import os; os.system("id") #', "![x][y]\n\n[y]: http://evil.example/x.png",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("evil", HOSTILE)
+def test_no_name_or_licence_becomes_an_image_a_link_or_code(tmp_path, facts, evil):
+    """Read by a Markdown parser with HTML on: what is not the template's own is text."""
+    from markdown_it import MarkdownIt
+
+    row = dict.fromkeys(("name", "license", "use"), evil)
+    numbers = [dict(facts.numbers[0], stage=evil, corpus=evil)]
+    (tmp_path / "README.md").write_text(f"---\nlicense: {json.dumps(evil)}\nlicense_link: javascript:alert(1)\n---\n")
+    odd = dataclasses.replace(
+        facts, name=evil, base_model=evil, base_folder=tmp_path, criterion=evil, data=[row], numbers=numbers,
+        versions={evil: evil}, limits=[evil], in_place=evil, command=f"minitron compress {evil}",
+    )  # fmt: skip
+    text = card_text(odd)
+    assert "license_link" not in front_matter(text)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
+    inside = [token for outer in tokens for token in (outer, *(outer.children or []))]
+    assert not [token.content for token in inside if token.type in ("image", "html_block", "html_inline")]
+    links = {token.attrs["href"] for token in inside if token.type == "link_open"}
+    assert links <= {"https://arxiv.org/abs/2407.14679", "https://github.com/NVIDIA/NeMo"}
+    (python,) = (token.content for token in tokens if token.type == "fence" and token.info == "python")
+    assert "os" not in {node.id for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Name)}
+
+
+def test_a_card_says_nothing_that_a_terminal_acts_on(facts):
+    odd = "a\x1b[2Jb\u202ec\x07"
+    text = card_text(dataclasses.replace(facts, name=odd, base_model=odd, command=odd, limits=[odd], license=odd))
+    assert not {"\x1b", "\u202e", "\x07"} & set(text)
+    assert "a\\\\x1b" in text
 
 
 def test_a_row_that_lacks_a_fact_is_refused(facts):

@@ -126,15 +126,26 @@ def test_scores_of_zero(run):
     assert page(run).tags.count("svg") == 5
 
 
+def test_a_step_whose_loss_is_no_number_is_left_out_and_told(run):
+    (run / "checkpoints/distilled/loss.csv").write_text("step,tokens,loss\n1,128,4.5\n2,256,4.25\n3,384,nan\n")
+    assert "Of 1 more the loss is no number" in "".join(page(run).words)
+    assert [row["step"] for row in rows(run, "distillation")] == ["1", "2"]
+
+
+def test_the_page_may_load_nothing(run):
+    """Whatever a name says, the browser is told to fetch nothing."""
+    assert "default-src 'none'" in write_report(run).read_text()
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("numbers.json", '[{"stage": "teacher"}]', "a row has no 'corpus'"),
-        ("numbers.json", "{}", "a list of objects"),
-        ("samples.json", '[{"stage": "teacher", "text": "x"}]', "a row has no 'prompt'"),
-        ("manifest.json", '{"stages": [{"name": "x"}]}', "no manifest"),
-        ("manifest.json", "[]", "no manifest"),
+        ("numbers.json", '[{"stage": "teacher"}]', "not an object with 'corpus'"),
+        ("numbers.json", "{}", "not a list"),
+        ("samples.json", '[{"stage": "teacher", "text": "x"}]', "not an object with 'prompt'"),
+        ("manifest.json", '{"stages": [{"name": "x"}]}', "'stages.0' is .* not an object with 'seconds'"),
+        ("manifest.json", "[]", "not an object"),
         ("recipe.json", "{", "not valid JSON"),
         ("checkpoints/distilled/loss.csv", "step,loss\n1,2\n", "no loss curve"),
         ("checkpoints/distilled/loss.csv", "step,tokens,loss\n1,2,x\n", "no loss curve"),
@@ -151,7 +162,7 @@ def test_damaged_files_are_refused_by_name(run, file, content, says):
 def test_numbers_that_are_none_are_refused(run):
     numbers = json.loads((run / "numbers.json").read_text())
     write(run, "numbers.json", [numbers[0] | {"perplexity": float("inf")}])
-    with pytest.raises(InputError, match="'perplexity' of stage 'distilled' is inf"):
+    with pytest.raises(InputError, match=r"'0\.perplexity' is inf, not a finite number"):
         write_report(run)
 
 

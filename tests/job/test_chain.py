@@ -136,7 +136,7 @@ def test_a_chain_stops_at_no_single_stage(pico, tmp_path):
 
 
 def test_the_summary_has_the_teacher_once_and_every_student(chain, tmp_path):
-    numbers = {"corpus": "text", "loss": 1.0}
+    numbers = {"corpus": "text", "loss": 1.0, "tokens": 9, "bits_per_byte": None, "seconds": 1.0}
     for name, sizes in (("80", (30, 20)), ("64", (20, 10))):
         stages = (("teacher", sizes[0], 5.0), ("pruned", sizes[1], 9.5), ("distilled", sizes[1], 6.25))
         (tmp_path / name).mkdir()

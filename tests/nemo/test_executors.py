@@ -43,6 +43,7 @@ def test_the_batch_script(executors, tmp_path):
     assert {name: found[name] for name in wanted} == wanted
     assert (found["time"], found["signal"]) == ("08:00:00", "TERM@120")
     assert "export TORCHX_MAX_RETRIES=3" in text
+    assert "export A='b c'" in text
     mounts = f"--container-mounts {tmp_path}:{tmp_path},/data:/data,/hub:/hub,"
     assert f"--container-image image {mounts}" in text
     (inside,) = (tmp_path / "home").rglob("scripts/pico.sh")
@@ -79,7 +80,51 @@ def test_an_executor_of_ones_own(executors, tmp_path):
         "import nemo_run as run\ndef lab():\n    return run.SlurmExecutor(account='lab', env_vars={'A': '1'})\n"
     )
     executor = executors.executor_of("lab", ["nodes=4", "env_vars.B=2"], LAYOUT, [])
-    assert (executor.account, executor.nodes, executor.env_vars) == ("lab", 4, {"A": "1", "B": "2"})
+    assert (executor.account, executor.nodes) == ("lab", 4)
+    assert {name: executor.env_vars[name] for name in "AB"} == {"A": "1", "B": "2"}
+
+
+def test_each_start_of_a_batch_job_makes_a_secret_of_its_own(executors, tmp_path):
+    text = executors.dry_run(executors.executor_of("slurm", ["account=lab"], LAYOUT, [tmp_path]), "pico", COMMAND)
+    (line,) = (line for line in text.splitlines() if "MINITRON_SECRET" in line)
+    said = {subprocess.check_output(["bash", "-c", f"{line}; printf %s $MINITRON_SECRET"], text=True) for _ in "ab"}
+    assert [len(secret) for secret in said] == [32, 32]
+
+
+EVIL = "x$(touch ran)`touch ran`;touch ran;' \" touch ran #"
+
+
+def test_values_are_words_of_the_shell(executors, tmp_path):
+    """Each of them would make a file if it were run: an argument, a variable, an account, a folder."""
+    folder = tmp_path / "a $(touch ran)"
+    folder.mkdir()
+    settings = [f"account={EVIL}", f"env_vars.A={EVIL}", "container_image=image"]
+    executor = executors.executor_of("slurm", settings, LAYOUT, [folder])
+    text = executors.dry_run(executor, "pico", ["compress", "recipe.py", f"data.train={EVIL}"])
+    (batch,) = (tmp_path / "home").rglob("pico_sbatch.sh")
+    (inside,) = (tmp_path / "home").rglob("scripts/pico.sh")
+    stubs = "srun() { :; }; scontrol() { :; }; exec() { :; }; "
+    for file in (batch, inside):
+        subprocess.run(["bash", "-c", stubs + file.read_text()], cwd=tmp_path, capture_output=True)
+    assert text
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("name", [EVIL, "a b", "../../x", "$(id)", ""])
+def test_a_task_has_a_plain_name(executors, tmp_path, name):
+    executor = executors.executor_of("slurm", ["account=lab"], LAYOUT, [tmp_path])
+    for hand_over in (executors.dry_run, executors.submit):
+        with pytest.raises(InputError, match="the task's name"):
+            hand_over(executor, name, COMMAND)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_home_that_is_no_word_is_refused(executors, tmp_path, monkeypatch):
+    from nemo_run import config
+
+    monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "my $(home)"))
+    with pytest.raises(InputError, match="no plain word for a batch script"):
+        executors.executor_of("slurm", ["account=lab"], LAYOUT, [tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +138,8 @@ def test_an_executor_of_ones_own(executors, tmp_path):
         ("docker", [], r"needs executor\.container_image"),
         ("docker", ["container_image=i", "num_gpus=x"], r"executor\.num_gpus is 'x'; it must be int"),
         ("slurm", ["account=lab", "nodes=two"], r"executor\.nodes is 'two'; it must be int"),
+        ("slurm", ["account=lab\ntouch ran"], r"executor\.account is 'lab\\ntouch ran'; it must be one line"),
+        ("slurm", ["account=lab", "env_vars.A;id=1"], "names 'A;id'; a variable has letters"),
         ("skypilot", [], r"pip install 'nemo_run\[skypilot\]'"),
     ],
 )

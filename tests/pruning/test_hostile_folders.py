@@ -1,11 +1,11 @@
 """Damaged and lying files: one sentence each, no code run, no memory taken."""
 
 import json
-import os
 import pickle
 import struct
 
 import pytest
+from mutations_of_files import Trap
 from pico import pico_llama, save_tensors
 from test_hf_source import floats
 
@@ -108,16 +108,6 @@ def test_truncated_model(tmp_path):
 def test_file_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_header(tmp_path)
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 def test_the_trap_snaps(tmp_path):

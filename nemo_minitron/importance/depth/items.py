@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
+from nemo_minitron.artifacts.files import parse_json
 from nemo_minitron.errors import InputError
 
 
@@ -35,8 +35,8 @@ def read_items(path: str | Path) -> list[Item]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        read = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        read = parse_json(line)
+    except ValueError as error:
         raise InputError(f"{where} is no JSON ({error})") from None
     missing = [key for key in ("context", "choices", "answer") if not isinstance(read, dict) or key not in read]
     if missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
+from nemo_minitron.artifacts.parse import anything, mapped
+from nemo_minitron.artifacts.records import LAST as LAST_KIND
+from nemo_minitron.artifacts.records import read_mark
 from nemo_minitron.artifacts.whole import damaged, sealed, take_away
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
@@ -39,7 +41,7 @@ def run_training(
     """
     models = [teacher_identity(str(student)), _learned(teacher, recipe, prefixes[0], student)]
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
-    cut = json.loads(plan.read_text()) if plan and recipe.intermediate else None
+    cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     mark = out / "settings.json"
     if out.exists() and not made_with(mark, identity):
@@ -67,7 +69,7 @@ def run_training(
 def made_with(mark: Path, identity: str) -> bool:
     """Whether a training's folder says that it was begun with these settings."""
     try:
-        return mark.is_file() and read_json(mark, "the identity of a training") == identity
+        return mark.is_file() and read_mark(mark) == identity
     except InputError:
         return False
 
@@ -117,10 +119,10 @@ def finished(out: Path, steps: int) -> bool:
 def _noted(mark: Path) -> dict[str, Any]:
     """What was written down of the last checkpoint; nothing where that is damaged."""
     try:
-        noted = read_json(mark, "the record of the last checkpoint") if mark.is_file() else {}
+        kind = LAST_KIND if mark.name == LAST else mapped(anything())
+        return read_json(mark, "the record of the last checkpoint", kind) if mark.is_file() else {}
     except InputError:
         return {}
-    return noted if isinstance(noted, dict) else {}
 
 
 def _saved(out: Path) -> dict[int, Path]:

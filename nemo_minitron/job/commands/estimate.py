@@ -11,6 +11,7 @@ import numpy as np
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
 from nemo_minitron.job.commands.corpus import cache_of, tokenise
@@ -113,10 +114,9 @@ def _forget_others(work: Path, marks: dict[str, str]) -> None:
 def _marks(file: Path) -> dict[str, str]:
     """What the files beside it were made with; nothing where that is not to be read, and then they are made again."""
     try:
-        found = read_json(file, "the marks") if file.exists() else {}
+        return read_json(file, "the marks", MARKS) if file.exists() else {}
     except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _drop_damaged(file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
         training = work / "training"
         _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
         if not finished(training, recipe.steps):
+            _clear_index(training / "data")
             settings = {
                 "student": str(source), "data": str(training / "data"), "out": str(training),
                 "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
@@ -91,6 +91,13 @@ def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int)
         row = json.loads(line)
         text = recipe.prompt_template.replace("{input}", row["input"]).replace("{output}", row["output"])
         check_ids(np.array(tokenizer(text)["input_ids"], np.int64), tokenizer, vocab_size, str(data))
+
+
+def _clear_index(folder: Path) -> None:
+    """NeMo's index of the rows goes, which it makes anew in a moment: it would unpickle what lies there."""
+    for file in folder.iterdir():
+        if file.name != "training.jsonl":
+            file.unlink()
 
 
 def check_rows(data: Path) -> int:

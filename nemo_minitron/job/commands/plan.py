@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.settings.search import Search
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
@@ -101,9 +102,7 @@ def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
     if path.is_dir():
         config = config_of(path)
         return from_hf(config), config
-    values = read_json(path, "the architecture")
-    if not isinstance(values, dict):
-        raise InputError(f"the architecture '{path}' is no JSON object of sizes")
+    values = read_json(path, "the architecture", mapped(anything()))
     return (Architecture.from_dict(values), None) if "num_layers" in values else (from_hf(values), values)
 
 

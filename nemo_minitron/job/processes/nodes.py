@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.processes.line import SECRET
 from nemo_minitron.job.settings.layout import Layout
 
 PORT = 29400
+SHORTEST = 16  # characters of the secret
 SAID = (  # how many nodes there are, and which of them this is; Slurm's are of a step: srun's, not the batch script's
     ("SLURM_STEP_NUM_NODES", "SLURM_NODEID"), ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"), ("NNODES", "NODE_RANK"),
 )  # fmt: skip
@@ -18,12 +20,14 @@ SAID = (  # how many nodes there are, and which of them this is; Slurm's are of 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """`count` hosts run the same command; the one of rank 0 leads, and the others find it at `host` and `port`."""
+    """`count` hosts run the same command; the one of rank 0 leads, and the others find it at `host` and `port`, and
+    know each other by `secret`."""
 
     count: int = 1
     rank: int = 0
     host: str = ""
     port: int = PORT
+    secret: str = dataclasses.field(default="", repr=False)
 
     @classmethod
     def of(
@@ -45,7 +49,7 @@ class Nodes:
         rank = _whole("--node-rank", rank, environment.get(names[1], ""), least=0)
         if rank >= count:
             raise InputError(f"--node-rank is {rank} of {count} nodes; the nearest legal rank is {count - 1}")
-        return cls(count, rank, *_place(rendezvous, environment))
+        return cls(count, rank, *_place(rendezvous, environment), _secret(environment))
 
     def check(self, layout: Layout) -> None:
         """Raises InputError for a layout whose processes do not divide over the nodes."""
@@ -76,6 +80,17 @@ def _whole(option: str, given: int | None, said: str, least: int) -> int:
     if value < least:
         raise InputError(f"{option} is {value}; the nearest legal value is {least}")
     return value
+
+
+def _secret(environment: Mapping[str, str]) -> str:
+    """What the nodes know each other by; anybody may connect to a port."""
+    secret = environment.get(SECRET, "")
+    if len(secret) < SHORTEST:
+        raise InputError(
+            f"the nodes know each other by {SECRET}, which has {len(secret)} characters here; set it to the same "
+            f"{SHORTEST} or more on all of them, for example to what openssl rand -hex 16 gives"
+        )
+    return secret
 
 
 def _place(rendezvous: str | None, environment: Mapping[str, str]) -> tuple[str, int]:

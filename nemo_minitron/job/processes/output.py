@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.errors import visible
+
 TAIL = 200  # lines of output that a message may come from
 MARK = "  ~minitron "  # a line of a worker to its launcher: JSON behind it
 PROGRESS = "  > "
@@ -49,7 +51,7 @@ class Output:
             self._write(line)
             if line.startswith(PROGRESS):
                 with contextlib.suppress(OSError, ValueError):  # nobody looks at the screen any more
-                    print(line[2:], end="", flush=True)
+                    print(visible(line[2:].rstrip("\n")), flush=True)
             self.tail.append(line)
 
     def _write(self, line: str) -> None:

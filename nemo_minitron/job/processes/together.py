@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import DivergedError, InputError
-from nemo_minitron.job.processes.line import SILENCE, Gone, Line
+from nemo_minitron.job.processes.line import SECRET, SILENCE, Gone, Line
 from nemo_minitron.job.processes.nodes import Nodes
 
 MEETING = 600  # seconds for all nodes to come: containers are still being pulled
+VISITORS = 64  # that are met at a time
 LAST_WORDS = 5  # seconds for the others to say how a stage that failed here ended there
 AGAIN = "run the same command on all nodes again and it goes on from what was saved"
 
@@ -155,12 +158,11 @@ def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Line]:
     _shared(out).write_text(word)
     lines: dict[int, Line] = {}
     print(f"node 0 waits for {nodes.count - 1} more at {nodes.host}:{nodes.port}", flush=True)
-    with _listening(nodes) as server:
+    with _listening(nodes) as server, _visitors(server, nodes.secret) as visitors:
         try:
-            server.settimeout(MEETING)
             while len(lines) < nodes.count - 1:
-                _admit(Line(server.accept()[0]), identity, word, lines)
-        except TimeoutError:
+                _admit(visitors.get(timeout=MEETING), nodes, identity, word, lines)
+        except queue.Empty:
             missing = ", ".join(str(rank) for rank in range(1, nodes.count) if rank not in lines)
             _dismiss(lines.values(), f"node {missing} did not come")
             where = f"{nodes.host}:{nodes.port} within {MEETING} s of the one before"
@@ -189,11 +191,55 @@ def _listening(nodes: Nodes) -> socket.socket:
         ) from None
 
 
-def _admit(line: Line, identity: str, word: str, lines: dict[int, Line]) -> None:
-    """A visitor that is no node of ours is let go; a node of another job ends this one, with a reason on both."""
+@contextlib.contextmanager
+def _visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Line, dict[str, Any]]]]:
+    """Those that know the secret, with what they say first. Each is met in a thread of its own, so many at a time: one
+    that says nothing, or anything else, keeps nobody waiting."""
+    found: queue.Queue[tuple[Line, dict[str, Any]]] = queue.Queue()
+    room = threading.BoundedSemaphore(VISITORS)
+
+    def meet(connection: socket.socket) -> None:
+        try:
+            line = Line(connection, secret, leads=True)
+            try:
+                found.put((line, line.hear(SILENCE)))
+            except (Gone, TimeoutError):
+                line.close()
+        except Gone:
+            pass
+        finally:
+            room.release()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # the server is closed once all are there
+            while True:
+                connection, _ = server.accept()
+                if room.acquire(blocking=False):
+                    threading.Thread(target=meet, args=(connection,), daemon=True).start()
+                else:
+                    connection.close()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
     try:
-        hello = line.hear(SILENCE)
+        yield found
+    finally:
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # ends `accept`
+        thread.join(SILENCE)
+        while not found.empty():
+            found.get()[0].close()
+
+
+def _admit(
+    visitor: tuple[Line, dict[str, Any]], nodes: Nodes, identity: str, word: str, lines: dict[int, Line]
+) -> None:
+    """A visitor that is no node of ours is let go; a node of another job ends this one, with a reason on both."""
+    line, hello = visitor
+    try:
         rank, same = hello["node"], hello["identity"] == identity
+        if type(rank) is not int or not 0 < rank < nodes.count:
+            raise KeyError
         line.say(word=word, same=same)
         sees = same and line.hear(2 * SILENCE)["sees"]
     except (Gone, TimeoutError, KeyError):
@@ -221,7 +267,7 @@ def follow(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
     line = _find(nodes)
     try:
         line.say(node=nodes.rank, identity=identity)
-        hello = line.hear()
+        hello = _answer(line)
         if not hello["same"]:
             raise InputError(_another(nodes.rank))
         sees = _sees(_shared(out), hello["word"])
@@ -241,12 +287,21 @@ def follow(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
         line.close()
 
 
+def _answer(line: Line) -> dict[str, Any]:
+    try:
+        return line.hear()
+    except Gone:
+        why = f"it is gone, or has another {SECRET}; give all nodes the same one"
+        raise RuntimeError(f"node 0 ({line.address}) does not answer: {why}") from None
+
+
 def _find(nodes: Nodes) -> Line:
     deadline = time.monotonic() + MEETING
     while True:
         try:
-            return Line(socket.create_connection((nodes.host, nodes.port), timeout=SILENCE))
-        except OSError as error:
+            connection = socket.create_connection((nodes.host, nodes.port), timeout=SILENCE)
+            return Line(connection, nodes.secret, leads=False)
+        except (OSError, Gone) as error:
             if time.monotonic() > deadline:
                 where = f"{nodes.host}:{nodes.port} within {MEETING} s"
                 raise RuntimeError(f"node 0 is not to be found at {where}: {error}") from None

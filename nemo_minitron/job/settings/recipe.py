@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.artifacts.files import parse_json
+from nemo_minitron.artifacts.parse import WORDS, anything, checked, shown
+from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.job.settings.calibration import Calibration
 from nemo_minitron.job.settings.counted import Counted, check_whole
 from nemo_minitron.job.settings.cutting import Cutting
@@ -97,6 +99,8 @@ class Job:
     generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
+        if not WORDS.fullmatch(str(self.name)):  # a folder's name, a batch job's, the card's
+            raise InputError(f"'name' is {shown(self.name)}; write letters, digits, '.', '_' and '-', a letter first")
         for name in ("rounds", "seed"):
             check_whole(name, getattr(self, name))
         if self.search.wanted and self.rounds != 1:
@@ -145,7 +149,7 @@ def _set(values: dict[str, Any], job: Job, key: str, text: str) -> None:
         inside = ", ".join(f"{key}.{name}" for name in place[last] or ["NAME"])
         raise InputError(f"'{key}' is a group of settings; set one of {inside}")
     try:
-        place[last] = json.loads(text)
+        place[last] = parse_json(text)
     except ValueError:
         place[last] = text
 
@@ -174,7 +178,7 @@ def keys(job: Job) -> list[str]:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {values!r}")
+        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
     hints = get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -202,14 +206,35 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     if name in plain:
         legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
         if not legal:
-            raise InputError(f"'{key}' is {value!r}; it must be {'an' if name == 'int' else 'a'} {name}")
-        return _number(value, key) if name == "float" else value
+            raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
+        return _number(value, key) if name == "float" else _plain(value, key)
     if get_origin(kind) is tuple:
         return _sequence(get_args(kind)[0], value, key)
-    if isinstance(value, Mapping):
-        return dict(value)
+    if get_origin(kind) is Mapping:
+        return _mapping(get_args(kind)[1], value, key)
     if value is not None and not isinstance(value, str):
-        raise InputError(f"'{key}' is {value!r}; it must be a text")
+        raise InputError(f"'{key}' is {shown(value)}; it must be a text")
+    return _plain(value, key)
+
+
+def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+    """Names to values of a kind; of any kind they are plain, and not nested without end."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
+    if kind is Any:
+        return checked(dict(value), anything(), f"'{key}'")
+    found = {}
+    for name, item in value.items():  # `keep.layers` may list which ones stay
+        each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
+        found[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
+    return found
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A text that has no control characters: it may be a path, or be printed. Prompts may have lines."""
+    allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
+    if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
+        raise InputError(f"'{key}' is {shown(value)}; it must be a text without control characters")
     return value
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.job.settings.counted import Counted
 from nemo_minitron.job.settings.search import Search
@@ -40,8 +40,8 @@ class Step(Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(self.name)) or self.name in TAKEN:
-            raise InputError(f"step '{self.name}' cannot name a folder; write letters, digits, '.', '_' and '-'")
+        if not WORDS.fullmatch(str(self.name)) or self.name in TAKEN:
+            raise InputError(f"step {shown(self.name)} cannot name a folder; write letters, digits, '.', '_' and '-'")
         if self.teacher not in TEACHERS:
             raise InputError(f"teacher '{self.teacher}' is unknown; {nearest(self.teacher, TEACHERS)}")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
-from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
+from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.commands.distill import export_student, left_by_training, run_training, teacher_identity
@@ -199,9 +200,9 @@ def export(run: Run) -> None:
 
 def evaluate_student(run: Run) -> None:
     student = run.path("student")
-    numbers = [row for row in read_json(run.path("numbers.json"), "the numbers") if row["stage"] != "distilled"]
+    numbers = [row for row in read_numbers(run.path("numbers.json")) if row["stage"] != "distilled"]
     write_json(run.path("numbers.json"), [*numbers, _measure(run, "distilled", student)])
-    samples = [row for row in read_json(run.path("samples.json"), "the samples") if row["stage"] != "distilled"]
+    samples = [row for row in read_samples(run.path("samples.json")) if row["stage"] != "distilled"]
     write_json(run.path("samples.json"), [*samples, *_continue(run, "distilled", student)])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
+from nemo_minitron.artifacts.records import CORPORA
 from nemo_minitron.job.commands.corpus import left_out
 from nemo_minitron.job.run import Run
 from nemo_minitron.job.settings.recipe import Data
@@ -52,7 +53,7 @@ def _written(prefix: Path, folder: Path) -> str:
 
 def prefix(run: Run, split: str) -> Path:
     """Where the tokens of a split lie."""
-    return run.path(read_json(run.path(RECORD), "the record of the corpora")[split])  # an absolute path stays
+    return run.path(read_json(run.path(RECORD), "the record of the corpora", CORPORA)[split])  # an absolute path stays
 
 
 def outputs(data: Data) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import grouped, listed, text, whole
+from nemo_minitron.artifacts.records import NAME, read_numbers
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import read_config, remark_on, resolve
 from nemo_minitron.job.lineage import COMPOSED, learned_from
@@ -11,6 +13,9 @@ from nemo_minitron.job.run import Run
 from nemo_minitron.job.stages.compress import PRUNED
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
+
+CUT = grouped({"tensors": listed(text())}, {"samples": whole(), "sequence_length": whole()})
+CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
 
 
 def card_facts(run: Run) -> CardFacts:
@@ -43,7 +48,7 @@ def card_facts(run: Run) -> CardFacts:
             "precision": settings.precision,
             "learning_rate": settings.learning_rate,
         },
-        numbers=read_json(run.path("numbers.json"), "the numbers"),
+        numbers=read_numbers(run.path("numbers.json")),
         versions=run.manifest.versions,
         limits=[*([between] if job.learns_from else []), *([sentence] if sentence else [])],
         in_place=_in_place(run),
@@ -55,10 +60,10 @@ def _in_place(run: Run) -> str:
     record = run.path(PRUNED, COMPENSATION)
     if not record.is_file():
         return ""
-    notes = read_json(record, "the record of the cut")
+    notes = read_json(record, "the record of the cut", CUT)
     solved = [name for name in notes["tensors"] if follows_a_cut(name)]
     found = []
-    if solved and "ridge" in notes:
+    if solved and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
         how = f"by least squares, ridge {notes['ridge']}, on {rows}"
         found.append(f"{len(solved)} matrices behind the cut, solved anew {how}")
@@ -72,6 +77,6 @@ def _in_place(run: Run) -> str:
 def _recipe(run: Run) -> str:
     """The name of what was run: of a chain's step the chain, in whose folder it lies."""
     above = run.folder.parent / "recipe.json"
-    chain = read_json(above, "the recipe") if above.is_file() else {}
+    chain = read_json(above, "the recipe", CHAIN) if above.is_file() else {}
     steps = [step["name"] for step in chain.get("chain", [])]
     return chain["name"] if run.folder.name in steps else run.job.name

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
-from nemo_minitron.errors import InputError
+from nemo_minitron.artifacts import parse
+from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import from_hf
 from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.lineage import learned_from
@@ -19,6 +20,7 @@ from nemo_minitron.job.settings.generation import Generation
 from nemo_minitron.job.stages import corpora
 
 GENERATED = "data/generated"  # of a run: .jsonl the text, .bin and .idx its tokens
+WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
 RECORD = "data/generation"  # .json: what made the text; a folder of batches until there is all of it
 
 
@@ -40,16 +42,25 @@ def generate(run: Run) -> None:
     parts = run.path(f"{RECORD}.{identity[:16]}")
     with as_folder(run.job.learns_from or teacher_folder(run)) as folder:
         write_parts(run, folder, prompts, parts)
-    rows = [json.loads(line) for part in sorted(parts.glob("*.jsonl")) for line in part.read_text().splitlines()]
+    rows = [row for part in sorted(parts.glob("*.jsonl")) for row in _rows(part)]
     text = run.path(f"{GENERATED}.jsonl")
     written = gather(rows, text)
     tokens = build(text, tokenizer, run.path(GENERATED), vocab_size=from_hf(teacher_folder(run)).vocab_size)
     settings, model = inputs(run)
-    made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text), **written}
-    write_json(run.path(f"{RECORD}.json"), made | {"tokens": tokens.tokens})
+    made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text)}
+    write_json(run.path(f"{RECORD}.json"), {**made, **written, "tokens": tokens.tokens})
     for left in filter(Path.is_dir, text.parent.glob(f"{Path(RECORD).name}.*")):  # of this and of other settings
         shutil.rmtree(left)
     run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} without a word left out")
+
+
+def _rows(part: Path) -> list[dict[str, Any]]:
+    """Of one batch. Raises InputError for a damaged file."""
+    try:
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1]
+        return [parse.checked(parse_json(line), WRITTEN, f"the batch '{part}'") for line in lines]
+    except ValueError as error:
+        raise InputError(f"'{part}' is damaged ({first_line(error)}); delete it and run the same again") from None
 
 
 def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[int]]:

@@ -7,7 +7,6 @@ What is there already is not made again, so that a killed search goes on.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import shutil
@@ -15,8 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped
+from nemo_minitron.artifacts.records import read_curve, read_known
 from nemo_minitron.artifacts.whole import damaged, sealed
 from nemo_minitron.axes import AXES
 from nemo_minitron.errors import DivergedError, InputError
@@ -109,7 +110,7 @@ def candidates(run: Run) -> None:
 
 def solve_all(run: Run) -> None:
     """What follows each candidate's cut, all from one pass."""
-    rows = read_json(run.path(CANDIDATES), "the candidates")
+    rows = read_json(run.path(CANDIDATES), "the candidates", records.CANDIDATES)
     solve_plans(run, [run.path("search", row["name"], PLAN) for row in rows])
 
 
@@ -125,7 +126,7 @@ def _latency(run: Run, config: Mapping[str, Any]) -> float:
 def measure_all(run: Run) -> None:
     """Cuts and measures each candidate; students that are among the best so far stay."""
     rows: list[dict[str, Any]] = []
-    for row in read_json(run.path(CANDIDATES), "the candidates"):
+    for row in read_json(run.path(CANDIDATES), "the candidates", records.CANDIDATES):
         rows.append(row | {"loss": _loss(run, row["name"])})
         run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
         for other in _ordered(rows)[run.job.search.distil :]:
@@ -144,20 +145,19 @@ def _loss(run: Run, name: str) -> float:
     folder, test = run.path("search", name), corpora.prefix(run, "test")
     settings = _evaluation(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(settings), corpus_identity(test)])
-    known = _known(folder / NUMBERS, identity)
+    known = read_known(folder / NUMBERS, identity, loss=number())
     if known is None:
         known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
         write_json(folder / NUMBERS, known)
     return known["loss"]
 
 
-def _known(path: Path, identity: str) -> Any:
-    """What a file holds, if it was made of the same things."""
+def _known(path: Path, identity: str, **fields: Kind) -> Any:
+    """What a file holds, if it was made of the same things; a damaged one is made again."""
     try:
-        held = read_json(path, "a candidate's file") if path.is_file() else {}
-    except InputError:  # damaged: it is made again
+        return read_known(path, identity, **fields)
+    except InputError:
         return None
-    return held if isinstance(held, dict) and held.get("identity") == identity else None
 
 
 def _plan(run: Run, name: str) -> PrunePlan:
@@ -174,7 +174,7 @@ def _student(run: Run, name: str) -> Path:
 
     folder, mark = run.path("search", name, STUDENT), run.path("search", name, "cut.json")
     identity, teacher = digest_of(_cut(run, name)), teacher_folder(run)
-    known = _known(mark, identity)
+    known = _known(mark, identity, files=mapped(anything()))
     if known is None or not folder.is_dir() or damaged(folder, known["files"]):
         clear_torn(folder)
         compensation = compensation_of_run(run, HFSource(teacher), folder.with_name(PLAN))
@@ -188,7 +188,8 @@ def rank_all(run: Run) -> None:
     from nemo_minitron.search import rank
 
     search = run.job.search
-    chosen = [row["name"] for row in read_json(run.path(MEASURED), "the measured candidates")[: search.distil]]
+    measured = read_json(run.path(MEASURED), "the measured candidates", records.MEASURED)
+    chosen = [row["name"] for row in measured[: search.distil]]
     ranking = rank(
         chosen, lambda name, steps: _curve(run, name, steps), steps=search.steps, rounds=search.rounds,
         stop=lambda name: _clear(run, name),
@@ -205,7 +206,7 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
     """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
     folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
-    known = _known(folder / CURVE, identity)
+    known = _known(folder / CURVE, identity, losses=listed(anything()))
     if known is None or (len(known["losses"]) < steps and not known.get("diverged")):
         run.say(f"    {name}: to step {steps}")
         student = _student(run, name)
@@ -233,8 +234,7 @@ def _texts(run: Run, train: Path) -> Any:
 
 
 def _losses(path: Path) -> list[float]:
-    with open(path, newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+    return [row["loss"] for row in read_curve(path, ("loss",))]
 
 
 def _clear(run: Run, name: str) -> None:
@@ -245,7 +245,7 @@ def _clear(run: Run, name: str) -> None:
 
 def winner(run: Run) -> Path:
     """The plan's file of the candidate that is first at the last step."""
-    last = max(read_json(run.path(RANKS), "the ranks"), key=lambda row: (row["step"], -row["rank"]))
+    last = max(read_json(run.path(RANKS), "the ranks", records.RANKS), key=lambda row: (row["step"], -row["rank"]))
     return run.path("search", last["candidate"], PLAN)
 
 

@@ -13,16 +13,25 @@ from typing import Any
 import numpy as np
 
 import nemo_minitron.backend as backend
-from nemo_minitron.artifacts.files import naming, sync_tree
+from nemo_minitron.artifacts import parse
+from nemo_minitron.artifacts.files import naming, parse_json, sync_tree
 from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
+from nemo_minitron.nemo.data.index_file import read_index
 from nemo_minitron.nemo.data.lines import Document
 from nemo_minitron.nemo.data.pieces import Pieces, batches, encoded
 from nemo_minitron.nemo.data.text import JSONL, TEXT, BadLines, parted, raw_documents
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer, parts_of, tokenizer_digest
 
 CHUNK = 1 << 22  # tokens that are looked at together
+LARGEST_SIDECAR = 1 << 20  # bytes
+NATURAL = parse.whole(0, 2**62)
+SIDECAR = {
+    "source": parse.text(), "documents": NATURAL, "tokens": NATURAL, "bytes": NATURAL, "eos": NATURAL,
+    "dtype": parse.one_of("uint8", "int8", "int16", "int32", "int64", "uint16"), "tokenizer": parse.text(),
+    "content": parse.text(),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,16 @@ class Corpus:
 
     @classmethod
     def load(cls, prefix: Path) -> Corpus | None:
-        """The sidecar of a prefix; None where there is none, or one of another version."""
+        """The sidecar of a prefix; None where there is none, and where the file is of something else, or of another
+        version. Raises InputError for one of ours that is damaged."""
+        file = _with(prefix, ".json")
         try:
-            return cls(**json.loads(_with(prefix, ".json").read_text()))
-        except (FileNotFoundError, TypeError, ValueError):
+            values = parse_json(file.read_bytes()) if file.stat().st_size <= LARGEST_SIDECAR else None
+        except (FileNotFoundError, ValueError):
             return None
+        if not isinstance(values, dict) or values.keys() != SIDECAR.keys():
+            return None
+        return cls(**parse.checked(values, parse.grouped(SIDECAR), f"the record of the tokens '{file}'"))
 
 
 def prefix_of(source: str | Path) -> Path | None:
@@ -110,12 +124,8 @@ class Tokens:
             raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
         self.prefix = found
         self.corpus = Corpus.load(found)
-        index = _megatron().IndexedDataset(str(found), mmap=True)  # closed at once: open at exit, it complains
-        self._ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
+        self._ends, dtype = read_index(_with(found, ".idx"), _with(found, ".bin").stat().st_size)
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
-        dtype = np.dtype(index.index.dtype)
-        if _with(found, ".bin").stat().st_size != self.tokens * dtype.itemsize:
-            raise InputError(f"'{found}.bin' and '{found}.idx' do not belong together: build them anew")
         self._stream = np.memmap(_with(found, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import on_disk
 from nemo_minitron.families.tokenizer import copy_tokenizer
+from nemo_minitron.nemo.data.index_file import check_arrays
 from nemo_minitron.nemo.data.indexed import Tokens, check_tokenizer
 from nemo_minitron.nemo.data.vocabulary import load_tokenizer
 
@@ -54,6 +55,7 @@ def data_module(
     _check_batch(micro_batch_size, global_batch_size)
     sources = _sources(train, validation, tokenizer, sequence_length, global_batch_size)
     folder = Path(index_folder or sources[0].prefix.with_name(sources[0].prefix.name + ".index"))
+    check_arrays(folder / _identity(*sources))
     return _over(
         *sources,
         tokenizer=nemo_tokenizer(tokenizer, folder),

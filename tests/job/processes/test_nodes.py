@@ -1,11 +1,15 @@
 """Which host of a job this is: options, Slurm's, SkyPilot's and anybody's variables."""
 
+import dataclasses
+
 import pytest
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.processes.line import SECRET
 from nemo_minitron.job.processes.nodes import Nodes
 from nemo_minitron.job.settings.layout import Layout
 
+WORD = "a secret of this test"
 SLURM = {"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "gpu[007-010]", "SLURM_LOCALID": "0"}
 SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5"}
 
@@ -28,7 +32,9 @@ SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS"
     ],
 )
 def test_this_node(given, environment, nodes):
-    assert Nodes.of(**given, environment=environment) == nodes
+    found = Nodes.of(**given, environment=environment | {SECRET: WORD})
+    assert found == dataclasses.replace(nodes, secret=WORD if nodes.count > 1 else "")
+    assert WORD not in repr(found)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,13 @@ def test_this_node(given, environment, nodes):
 )
 def test_refusals(given, environment, words):
     with pytest.raises(InputError, match=words):
-        Nodes.of(**given, environment=environment)
+        Nodes.of(**given, environment=environment | {SECRET: WORD})
+
+
+@pytest.mark.parametrize("said", [{}, {SECRET: ""}, {SECRET: "short"}])
+def test_nodes_need_a_secret(said):
+    with pytest.raises(InputError, match=rf"MINITRON_SECRET, which has {len(said.get(SECRET, ''))} characters"):
+        Nodes.of(environment=SKY | said)
 
 
 def test_processes_divide_over_nodes():

@@ -1,14 +1,22 @@
 """Node 0 and another over a real connection; what a stage does there is a function of this test."""
 
+import contextlib
+import dataclasses
+import os
 import socket
 import threading
+import time
 
 import pytest
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.job.processes import line as lines
 from nemo_minitron.job.processes import together
+from nemo_minitron.job.processes.line import Gone, Line
 from nemo_minitron.job.processes.nodes import Nodes
 from nemo_minitron.job.processes.together import Ending, Order, follow, lead, leading
+
+WORD = "a secret of this test"
 
 
 @pytest.fixture
@@ -16,7 +24,7 @@ def hosts():
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    return Nodes(2, 0, "127.0.0.1", port), Nodes(2, 1, "127.0.0.1", port)
+    return Nodes(2, 0, "127.0.0.1", port, WORD), Nodes(2, 1, "127.0.0.1", port, WORD)
 
 
 def other(host, folder, work, identity="job"):
@@ -117,3 +125,127 @@ def test_waiting_is_bounded(hosts, tmp_path, monkeypatch):
         follow(hosts[1], "job", tmp_path / "run", noted([]))
     with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
         pass
+
+
+# -- strangers -----------------------------------------------------------------------------------------
+def stranger(host, *said, word=bytes(16)):
+    """Connects and says these bytes, as soon as node 0 listens; the open connection."""
+    for _ in range(200):
+        with contextlib.suppress(ConnectionRefusedError):
+            connection = socket.create_connection((host.host, host.port), timeout=30)
+            with contextlib.suppress(OSError):
+                connection.sendall(word + b"".join(said))
+            return connection
+        time.sleep(0.05)
+    raise AssertionError("node 0 does not listen")
+
+
+HELLO = b'{"node": 1, "identity": "another job", "failed": true}\n'
+
+
+@pytest.mark.parametrize(
+    "said", [b"", HELLO, b"0" * 64 + b" " + HELLO, b"GET / HTTP/1.0\r\n\r\n", os.urandom(99), b"x" * (1 << 20)]
+)
+def test_a_stranger_ends_nothing(hosts, tmp_path, said):
+    """One that says nothing, and never leaves; one that says what a node of another job would."""
+    here, there, open_ones = [], [], []
+    visit = threading.Thread(target=lambda: open_ones.extend([stranger(hosts[0], said), stranger(hosts[0], said)]))
+    visit.start()
+
+    def late():
+        visit.join()
+        return follow(hosts[1], "job", tmp_path / "run", noted(there))
+
+    node = threading.Thread(target=late)
+    node.start()
+    with lead(hosts[0], "job", tmp_path / "run"):
+        leading().run(Order("distill", {}, 2), noted(here))
+    node.join(60)
+    assert (here, there) == ([("distill", 1, 2, 0)], [("distill", 1, 2, 1)])
+    for connection in open_ones:
+        connection.close()
+
+
+def test_a_node_with_another_secret_is_not_heard(hosts, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "MEETING", 5)
+    end = other(dataclasses.replace(hosts[1], secret="a secret of another job"), tmp_path / "run", noted([]))
+    with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
+        pass
+    assert "has another MINITRON_SECRET" in str(end())
+
+
+@pytest.fixture
+def ends():
+    """Both ends of a connection, not yet lines."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+        there, _ = server.accept()
+    yield here, there
+    here.close()
+    there.close()
+
+
+def relayed(ends, change):
+    """Two lines, and between them one who passes on what node 0 says, changed; what the node hears."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = socket.create_connection(server.getsockname())
+        inner, _ = server.accept()
+    made = {}
+    leader = threading.Thread(target=lambda: made.update(leader=Line(ends[0], WORD, leads=True)))
+    node = threading.Thread(target=lambda: made.update(node=Line(own, WORD, leads=False)))
+    leader.start()
+    node.start()
+    inner.sendall(ends[1].recv(16))
+    ends[1].sendall(inner.recv(16))
+    leader.join()
+    node.join()
+    made["leader"].say(order=1)
+    said = ends[1].makefile("rb").readline()
+    with contextlib.suppress(OSError):
+        inner.sendall(change(said))
+        inner.close()
+    heard = []
+    with contextlib.suppress(Gone):
+        while True:
+            heard.append(made["node"].hear(30))
+    return heard
+
+
+@pytest.mark.parametrize(
+    ("change", "heard"),
+    [
+        (lambda said: said, [{"order": 1}]),
+        (lambda said: said + said, [{"order": 1}]),  # said again
+        (lambda said: said.replace(b"1}", b"2}"), []),
+        (lambda said: said[65:], []),
+        (lambda said: said[:-1], []),
+    ],
+)
+def test_what_another_changes_on_the_way_is_not_heard(ends, change, heard):
+    assert relayed(ends, change) == heard
+
+
+def test_what_a_node_said_cannot_be_said_back_to_it(ends):
+    """Its own words, with its own marks, in the other direction."""
+    node = {}
+    thread = threading.Thread(target=lambda: node.update(line=Line(ends[0], WORD, leads=False)))
+    thread.start()
+    ends[1].sendall(ends[1].recv(16))
+    thread.join()
+    node["line"].say(failed=True)
+    ends[1].sendall(ends[1].makefile("rb").readline())
+    with pytest.raises(Gone):
+        node["line"].hear(30)
+
+
+def test_a_line_without_an_end_takes_no_memory(ends):
+    node = {}
+    thread = threading.Thread(target=lambda: node.update(line=Line(ends[0], WORD, leads=False)))
+    thread.start()
+    ends[1].sendall(bytes(16))
+    thread.join()
+    with contextlib.suppress(OSError):
+        for _ in range(3 * lines.FIRST >> 10):
+            ends[1].sendall(b"x" * 1024)
+    with pytest.raises(Gone):
+        node["line"].hear(30)

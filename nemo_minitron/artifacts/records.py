@@ -1,0 +1,80 @@
+"""The small files of a run folder, read: numbers, samples, losses, the last checkpoint, candidates of a search.
+
+Each reader raises InputError for a file that is missing, damaged, or says what cannot be.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import SHA256, Kind, grouped, listed, mapped, maybe, number, shown, text, whole
+from nemo_minitron.errors import InputError
+
+NAME = text(re.compile(r"(?!\.)[^/\\\0-\x1f]{1,200}"), "a folder's name")
+DIGEST = text(SHA256, "a sha256")
+INSIDE = text(re.compile(r"(?!\.\.?(/|$))[^/\0]+(/(?!\.\.?(/|$))[^/\0]+)*"), "a path inside its folder")
+PATH = text(re.compile(r"[^\0]+"), "a path")
+
+NUMBERS = listed(grouped({"stage": text(), "corpus": text(), "bits_per_byte": maybe(number()), "seconds": number(0),
+    "tokens": whole(), "parameters": whole(), "loss": number(), "perplexity": number()}))  # fmt: skip
+SAMPLES = listed(grouped({"stage": text(), "prompt": text(), "text": text()}))
+LAST = grouped({"checkpoint": INSIDE}, {"stopped": whole()})
+CANDIDATES = listed(grouped({"name": NAME, "parameters": whole()}), least=1)
+MEASURED = listed(grouped({"name": NAME, "parameters": number(0), "loss": number()}), least=1)
+RANKS = listed(grouped({"step": whole(), "candidate": NAME, "loss": number(), "rank": whole(1)}), least=1)
+CORPORA = grouped({"train": PATH, "test": PATH, "calibration": PATH})
+MARKS = mapped(text())
+
+
+def read_numbers(path: str | Path) -> list[dict[str, Any]]:
+    """numbers.json: a row an evaluated model and text."""
+    return read_json(path, "the numbers", NUMBERS)
+
+
+def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """samples.json: what each model writes after a prompt."""
+    return read_json(path, "the samples", SAMPLES)
+
+
+def read_last(path: str | Path) -> dict[str, Any]:
+    """last.json of a training: `checkpoint`, relative to its folder, and where it ended early `stopped`, a step."""
+    return read_json(path, "the record of the last checkpoint", LAST)
+
+
+def read_mark(path: str | Path) -> str:
+    """The digest of settings that a training was begun with."""
+    return read_json(path, "the mark of the training's settings", DIGEST)
+
+
+def read_known(path: Path, identity: str, **fields: Kind) -> dict[str, Any] | None:
+    """What a file holds beside `identity`, or None where it is not there, or was made of something else."""
+    if not path.is_file():
+        return None
+    held = read_json(path, "a candidate's file", grouped({"identity": text(), **fields}))
+    return held if held["identity"] == identity else None
+
+
+def read_curve(path: str | Path, columns: Sequence[str]) -> list[dict[str, float]]:
+    """Rows of loss.csv, each column a number; a loss may be one that is not finite, where a training went wrong."""
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for line, row in enumerate(csv.DictReader(file), 2):
+                rows.append({name: _cell(row.get(name), name, line) for name in columns})
+        return rows
+    except FileNotFoundError:
+        raise InputError(f"the loss curve '{path}' does not exist") from None
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"'{path}' is no loss curve of columns {', '.join(columns)} ({error})") from None
+
+
+def _cell(cell: Any, name: str, line: int) -> float:
+    value = float(cell) if isinstance(cell, str) else None
+    if value is None or (name != "loss" and not -1e300 < value < 1e300):
+        raise ValueError(f"line {line}: '{name}' is {shown(cell)}")
+    return value
