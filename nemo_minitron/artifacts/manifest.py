@@ -37,9 +37,8 @@ class Manifest:
         """One without stages where there is no file. Raises InputError for a damaged one."""
         path = Path(path)
         values = read_json(path, "the manifest", KIND) if path.exists() else {}
-        return cls(
-            path, **{name: values[name] for name in ("versions", "digests", "stages", "files") if name in values}
-        )
+        known = {name: values[name] for name in ("versions", "digests", "stages", "files") if name in values}
+        return cls(path, **known)
 
     def done(self, name: str, digest: str) -> bool:
         return any(stage["name"] == name and stage["digest"] == digest for stage in self.stages)

@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import grouped, mapped, text
+from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
 from nemo_minitron.families.side_files import SETTINGS, TOKENIZER, copy_side_file, side_files
@@ -45,9 +46,9 @@ def _take_tokenizer_file(own: Path, base: Path, same_vocabulary: bool) -> None:
 
 
 def _as_copied(file: Path) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
-        copy_side_file(file, Path(scratch) / file.name)
-        return (Path(scratch) / file.name).read_bytes()
+    with apart() as scratch:
+        copy_side_file(file, scratch / file.name)
+        return (scratch / file.name).read_bytes()
 
 
 def _check_weights(folder: Path, architecture: Architecture) -> None:

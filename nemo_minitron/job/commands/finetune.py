@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, write_json
+from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
 from nemo_minitron.artifacts.whole import sealed
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
@@ -71,8 +71,6 @@ def _begin(training: Path, made_of: list[Any], data: Path) -> None:
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
     rows = training / "data" / "training.jsonl"
-    for index in rows.parent.glob(f"{rows.name}.idx*"):  # NeMo writes it in place: a kill leaves half of it
-        index.unlink()
     if not rows.is_file() or file_digest(rows) != file_digest(data):
         with atomic_file(rows) as copy:
             shutil.copyfile(data, copy)
@@ -88,7 +86,7 @@ def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int)
     if largest_id(tokenizer) < vocab_size:
         return
     for line in filter(str.strip, data.read_text(encoding="utf-8").split("\n")):
-        row = json.loads(line)
+        row = parse_json(line)
         text = recipe.prompt_template.replace("{input}", row["input"]).replace("{output}", row["output"])
         check_ids(np.array(tokenizer(text)["input_ids"], np.int64), tokenizer, vocab_size, str(data))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
-from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped
+from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
 from nemo_minitron.artifacts.whole import damaged, sealed
 from nemo_minitron.axes import AXES
@@ -145,7 +145,7 @@ def _loss(run: Run, name: str) -> float:
     folder, test = run.path("search", name), corpora.prefix(run, "test")
     settings = _evaluation(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(settings), corpus_identity(test)])
-    known = read_known(folder / NUMBERS, identity, loss=number())
+    known = _known(folder / NUMBERS, identity, loss=number())
     if known is None:
         known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
         write_json(folder / NUMBERS, known)

@@ -32,6 +32,7 @@ SIDECAR = {
     "dtype": parse.one_of("uint8", "int8", "int16", "int32", "int64", "uint16"), "tokenizer": parse.text(),
     "content": parse.text(),
 }  # fmt: skip
+SKIPPED = {"skipped": NATURAL, "first_skipped": parse.text()}
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Corpus:
             values = parse_json(file.read_bytes()) if file.stat().st_size <= LARGEST_SIDECAR else None
         except (FileNotFoundError, ValueError):
             return None
-        if not isinstance(values, dict) or values.keys() != SIDECAR.keys():
+        if not isinstance(values, dict) or not SIDECAR.keys() <= values.keys() <= (SIDECAR | SKIPPED).keys():
             return None
-        return cls(**parse.checked(values, parse.grouped(SIDECAR), f"the record of the tokens '{file}'"))
+        return cls(**parse.checked(values, parse.grouped(SIDECAR, SKIPPED), f"the record of the tokens '{file}'"))
 
 
 def prefix_of(source: str | Path) -> Path | None:
