@@ -209,3 +209,40 @@ def test_what_is_refused(tmp_path):
     refused(first, "a WordPiece tokenizer cannot be cut; BPE and Unigram can")
     (tmp_path / "t" / "tokenizer.json").unlink()
     refused(first, "the tokenizer .* does not exist")
+
+
+def test_ids_at_any_depth_follow_the_cut(tmp_path):
+    """Of every JSON that is copied; those beyond the embedding name no token, and go."""
+    made = teacher_of(tmp_path / "t", "byte-level BPE")
+    beyond, end = from_hf(tmp_path / "t").vocab_size, made.token_to_id("</s>")
+    ids = [end, 5]
+    generation = {
+        "eos_token_id": [end, beyond], "pad_token_id": beyond, "suppress_tokens": ids,
+        "bad_words_ids": [ids, [5, beyond]], "forced_decoder_ids": [[1, end]], "sequence_bias": [[ids, -1.5]], "nested": {"stop_token_ids": ids, "top_k": 5},
+    }  # fmt: skip
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps(generation))
+    for name in ("tokenizer.model", "tekken.json", "qwen.tiktoken", "added_tokens.json"):
+        (tmp_path / "t" / name).write_text("stale")
+    tokenizer = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": beyond, "content": "<beyond>"})
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"][str(beyond)] = config["added_tokens_decoder"]["0"] | {"content": "<beyond>"}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    plan = plan_of(tmp_path / "t", made, 290)
+    student = prune(tmp_path / "t", plan, tmp_path / "s")
+    new = {old: i for i, old in enumerate(plan.keep["vocab"])}
+    moved = [new[i] for i in ids]
+    assert moved != ids
+    assert json.loads((student / "generation_config.json").read_text()) == {
+        "eos_token_id": [new[end]], "pad_token_id": None, "suppress_tokens": moved, "bad_words_ids": [moved],
+        "forced_decoder_ids": [[1, new[end]]], "sequence_bias": [[moved, -1.5]],
+        "nested": {"stop_token_ids": moved, "top_k": 5},
+    }  # fmt: skip
+    assert not {"tokenizer.model", "tekken.json", "qwen.tiktoken", "added_tokens.json"} & {
+        f.name for f in student.iterdir()
+    }
+    contents = [token["content"] for token in json.loads((student / "tokenizer.json").read_text())["added_tokens"]]
+    assert contents == SPECIAL
+    decoder = json.loads((student / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert sorted(token["content"] for token in decoder.values()) == sorted(SPECIAL)

@@ -20,7 +20,7 @@ PART = re.compile(
 
 
 class Document(NamedTuple):
-    raw: bytes  # UTF-8
+    raw: bytes | bytearray  # UTF-8
     where: str  # it comes from: file and line, for a sentence
 
 
@@ -63,7 +63,7 @@ def checked_utf8(raw: bytes, where: str) -> bytes:
     return raw
 
 
-def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytes | None]]:
+def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytearray | None]]:
     """A long line's value, in which a word stands for each long string, and the function from such a word to the
     string's bytes (None for another text). Python's parser would take several times the line's size.
 
@@ -79,7 +79,7 @@ def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytes | Non
     short += line[done:]
     value = read_line(bytes(short), where)
 
-    def spelt(word: str) -> bytes | None:
+    def spelt(word: str) -> bytearray | None:
         return _string(line, *places[word], where) if word in places else None
 
     return value, spelt
@@ -105,7 +105,7 @@ def _escaped(line: bytes, at: int) -> bool:
     return bool((at - first) % 2)
 
 
-def _string(line: bytes, start: int, end: int, where: str) -> bytes:
+def _string(line: bytes, start: int, end: int, where: str) -> bytearray:
     """The bytes of the text that a string of JSON spells, read part by part."""
     found, at, last = bytearray(), start + 1, end - 1
     while at < last:
@@ -115,4 +115,4 @@ def _string(line: bytes, start: int, end: int, where: str) -> bytes:
             stop = max((i for i in range(stop - 3, stop) if line[i] & 0xC0 == 0xC0), default=stop)
         found += utf8(read_line(b'"' + line[at:stop] + b'"', where), where)
         at = stop
-    return bytes(found)
+    return found  # not copied once more: it may be long

@@ -30,7 +30,7 @@ import numpy as np
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.nemo.data.lines import Document
 
-PIECE = 1 << 17  # bytes: a tokenizer takes some hundred times as much for what it knows of each token
+PIECE = 1 << 15  # bytes: a tokenizer takes some hundred times as much for what it knows of each token
 WINDOW = 1 << 12  # bytes in which a cut is looked for at a time
 MARKS = " \n.,;:!?)" + "\u3001\u3002\uff0c\uff1a\uff1b\uff01\uff1f"  # and their full-width forms
 BLANK = "\u2581"  # how SentencePiece writes a blank
@@ -80,7 +80,7 @@ class Pieces:
             start, before = end, text[-1]
             drop = self._length(before) if end < len(raw) else 0
 
-    def _cut(self, raw: bytes, at: int) -> int:
+    def _cut(self, raw: bytes | bytearray, at: int) -> int:
         """The first place from `at` on where a document may be cut; its end where there is none."""
         while self.places is not None and at < len(raw):
             while at < len(raw) and raw[at] & 0xC0 == 0x80:  # within a character

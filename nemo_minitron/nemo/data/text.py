@@ -78,7 +78,7 @@ def parted(source: str) -> tuple[str, str | None]:
     return (name, split) if name and split and not Path(source).exists() else (source, None)
 
 
-def _blank(raw: bytes) -> bool:
+def _blank(raw: bytes | bytearray) -> bool:
     """Long documents are looked at as bytes, in which Unicode's wider spaces are not blank."""
     return raw.isspace() if len(raw) > LONG else not raw.decode("utf-8").strip()
 
@@ -112,7 +112,7 @@ def _jsonl(path: Path, field: str, bad: BadLines) -> Iterator[Document]:
             yield Document(raw, where)
 
 
-def _text_of_line(line: bytes, field: str, where: str) -> bytes:
+def _text_of_line(line: bytes, field: str, where: str) -> bytes | bytearray:
     if len(line) <= LONG:
         return utf8(_text_of(read_line(line, where), field, where), where)
     record, spelt = long_line(line, where)
@@ -148,7 +148,7 @@ def _texts_of_folder(path: Path, split: str) -> list[Path]:
     if builder.name != "text" or any(Path(file).suffix not in TEXT for named in files.values() for file in named):
         return []
     if split not in files:
-        raise InputError(f"'{path}' has no split '{split}': legal are {', '.join(files)}")
+        raise InputError(f"'{path}' has no split '{split}': legal are {', '.join(map(str, files))}")
     return [Path(file) for file in files[split]]
 
 

@@ -152,3 +152,36 @@ def test_a_tokenizer_without_eos_is_refused(jsonl, byte_level, tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="end-of-sequence"):
         build(jsonl, tokenizer, tmp_path / "x")
+
+
+def test_a_token_beyond_the_embedding_is_refused(jsonl, byte_level, built, tmp_path):
+    """Text that is tokenised, and indexed files of this tokenizer or a stranger's: in every place of the stream."""
+    largest = int(built.stream(0, built.tokens).max())
+    assert build(jsonl, byte_level, tmp_path / "a", vocab_size=largest + 1).tokens == built.tokens
+    message = rf"makes the token {largest} \('.*'\) of '.*corpus.jsonl', and the model has rows for 0 to {largest - 1}"
+    with pytest.raises(InputError, match=message):
+        build(jsonl, byte_level, tmp_path / "b", vocab_size=largest)
+    assert not (tmp_path / "b.bin").exists()
+    for prefix in (tmp_path / "a", built.prefix):  # made before, by the same command and given as it is
+        with pytest.raises(InputError, match=f"holds the token {largest}, at place"):
+            build(jsonl if prefix != built.prefix else prefix, byte_level, prefix, vocab_size=largest)
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
+    builder.add_document(np.array([5, 6, -1, 7]), [4])
+    builder.finalize(str(tmp_path / "c.idx"))
+    with pytest.raises(InputError, match="holds the token -1, at place 2"):
+        build(tmp_path / "c", byte_level, tmp_path / "unused", vocab_size=400)
+
+
+def test_ids_with_holes_decide_the_dtype(jsonl, byte_level, texts, tmp_path):
+    """The largest id counts, not how many there are."""
+    byte_level.save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    first = byte_level.tokenize(texts[0])[0]
+    values["model"]["vocab"] |= {first: 70_000}
+    file.write_text(json.dumps(values))
+    made = build(jsonl, tmp_path / "t", tmp_path / "holes", vocab_size=70_001)
+    assert made.corpus.dtype == "int32"
+    assert made[0][0] == 70_000

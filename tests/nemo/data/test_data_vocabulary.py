@@ -87,3 +87,14 @@ def test_a_truncated_file_is_one_sentence(byte_level, tmp_path, name):
     with pytest.raises(InputError, match=r"gives no tokenizer: .|tokenizer_config.json' is not valid JSON") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_bytes_of_ids_with_holes(byte_level, tmp_path):
+    import json
+
+    byte_level.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["vocab"] |= {"e": 500}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    lengths = token_bytes(load_tokenizer(tmp_path))
+    assert (lengths.shape, lengths[500], lengths[450]) == ((501,), 1, 0)
