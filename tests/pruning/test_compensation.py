@@ -92,7 +92,15 @@ def _slice(plan, name):
     return student_index(plan, name)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"ridge": 0}, "above 0"), ({"gram": np.eye(95)}, "96 channels")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0}, "above 0"),
+        ({"ridge": np.inf}, "finite"),
+        ({"gram": np.eye(95)}, "96 channels"),
+        ({"gram": np.diag([np.nan] * 96)}, "not finite"),
+    ],
+)
 def test_what_cannot_be_solved(cut, options, message):
     _, source, plan = cut
     with pytest.raises(InputError, match=message):

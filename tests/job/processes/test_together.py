@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.job.processes import line as lines
 from nemo_minitron.job.processes import together
 from nemo_minitron.job.processes.line import Gone, Line
@@ -85,6 +85,11 @@ def test_a_failure_there_ends_the_stage_here(hosts, tmp_path, ending, error, wor
     with pytest.raises(error, match=words), lead(hosts[0], "job", tmp_path / "run"):
         leading().run(Order("distill", {}, 2), until_stopped)
     assert "node 0 ended" in str(end())
+
+
+def test_a_training_that_diverged_is_told_from_other_failures():
+    with pytest.raises(DivergedError, match="exit code 1: DivergedError: training stopped at step 3"):
+        Ending(1, cause="DivergedError: training stopped at step 3: the loss is NaN").check("distill")
 
 
 def test_a_node_that_dies_ends_the_job(hosts, tmp_path):

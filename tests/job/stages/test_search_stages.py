@@ -9,6 +9,7 @@ from pico import pico_llama
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.scores import expected_shapes
+from nemo_minitron.errors import DivergedError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Distillation, Job, Search
 from nemo_minitron.job.run import Stage, execute, open_run
@@ -22,7 +23,7 @@ class World:
     """A run folder with scores; `done` lists what was measured and trained, in order."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.done, self.fail = folder, [], None
+        self.folder, self.done, self.fail, self.diverges = folder, [], None, None
         pico_llama(folder / "teacher")
         self.source = from_hf(folder / "teacher")
         generator = np.random.default_rng(0)
@@ -59,8 +60,11 @@ class World:
         assert (recipe.correction_tokens, recipe.patience) == (0, 0)  # else each would train a teacher of its own
         assert PrunePlan.load(plan).target == from_hf(student)
         out.mkdir(exist_ok=True)
-        rows = [f"{step},0,{layers / step},0" for step in range(1, stop + 1)]
+        last = 1 if self.diverges == layers else stop
+        rows = [f"{step},0,{layers / step},0" for step in range(1, last + 1)]
         (out / "loss.csv").write_text("step,tokens,loss,seconds\n" + "\n".join(rows) + "\n")
+        if last < stop:
+            raise DivergedError("training stopped at step 2: the loss is NaN")
 
     def search(self, *settings):
         self.done.clear()
@@ -112,6 +116,15 @@ def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
     run = world.search()
     assert before + [done[1:] for done in world.done] == TRAINED
     assert PrunePlan.load(winner(run)).target.num_layers == 4
+
+
+def test_a_candidate_that_diverges_has_lost_and_is_not_trained_again(world):
+    world.diverges = 4  # the winner otherwise
+    run = world.search()
+    assert [done[1:] for done in world.done if done[0] == "trained"] == [*TRAINED[:3], (5, 4), (6, 4), (5, 6), (6, 6)]
+    assert PrunePlan.load(winner(run)).target.num_layers == 5
+    world.search()
+    assert world.done == []
 
 
 def test_latency_is_measured_where_it_is_asked_for(world, monkeypatch):
