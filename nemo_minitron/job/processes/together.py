@@ -7,7 +7,6 @@ import dataclasses
 import queue
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -17,9 +16,9 @@ from typing import Any
 from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.job.processes.line import SECRET, SILENCE, Gone, Line
 from nemo_minitron.job.processes.nodes import Nodes
+from nemo_minitron.job.processes.visitors import listening, visitors
 
 MEETING = 600  # seconds for all nodes to come: containers are still being pulled
-VISITORS = 64  # that are met at a time
 LAST_WORDS = 5  # seconds for the others to say how a stage that failed here ended there
 AGAIN = "run the same command on all nodes again and it goes on from what was saved"
 
@@ -158,10 +157,10 @@ def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Line]:
     _shared(out).write_text(word)
     lines: dict[int, Line] = {}
     print(f"node 0 waits for {nodes.count - 1} more at {nodes.host}:{nodes.port}", flush=True)
-    with _listening(nodes) as server, _visitors(server, nodes.secret) as visitors:
+    with listening(nodes.port) as server, visitors(server, nodes.secret) as found:
         try:
             while len(lines) < nodes.count - 1:
-                _admit(visitors.get(timeout=MEETING), nodes, identity, word, lines)
+                _admit(found.get(timeout=MEETING), nodes, identity, word, lines)
         except queue.Empty:
             missing = ", ".join(str(rank) for rank in range(1, nodes.count) if rank not in lines)
             _dismiss(lines.values(), f"node {missing} did not come")
@@ -180,55 +179,6 @@ def _dismiss(lines: Iterable[Line], reason: str) -> None:
         with contextlib.suppress(Gone):
             line.say(end=reason, failed=bool(reason))
         line.close()
-
-
-def _listening(nodes: Nodes) -> socket.socket:
-    try:
-        return socket.create_server(("", nodes.port))  # a host's own name may be its loopback address
-    except OSError as error:
-        raise InputError(
-            f"node 0 cannot listen at port {nodes.port}: {error.strerror}; give a free one with --rendezvous"
-        ) from None
-
-
-@contextlib.contextmanager
-def _visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Line, dict[str, Any]]]]:
-    """Those that know the secret, with what they say first. Each is met in a thread of its own, so many at a time: one
-    that says nothing, or anything else, keeps nobody waiting."""
-    found: queue.Queue[tuple[Line, dict[str, Any]]] = queue.Queue()
-    room = threading.BoundedSemaphore(VISITORS)
-
-    def meet(connection: socket.socket) -> None:
-        try:
-            line = Line(connection, secret, leads=True)
-            try:
-                found.put((line, line.hear(SILENCE)))
-            except (Gone, TimeoutError):
-                line.close()
-        except Gone:
-            pass
-        finally:
-            room.release()
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):  # the server is closed once all are there
-            while True:
-                connection, _ = server.accept()
-                if room.acquire(blocking=False):
-                    threading.Thread(target=meet, args=(connection,), daemon=True).start()
-                else:
-                    connection.close()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)  # ends `accept`
-        thread.join(SILENCE)
-        while not found.empty():
-            found.get()[0].close()
 
 
 def _admit(

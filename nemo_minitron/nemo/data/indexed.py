@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import naming, parse_json, sync_tree
 from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
 from nemo_minitron.nemo.data.index_file import read_index
+from nemo_minitron.nemo.data.index_writer import Content, Writer, digest_of, with_ending
 from nemo_minitron.nemo.data.lines import Document
 from nemo_minitron.nemo.data.pieces import Pieces, batches, encoded
 from nemo_minitron.nemo.data.text import JSONL, TEXT, BadLines, parted, raw_documents
@@ -54,7 +53,7 @@ class Corpus:
     def load(cls, prefix: Path) -> Corpus | None:
         """The sidecar of a prefix; None where there is none, and where the file is of something else, or of another
         version. Raises InputError for one of ours that is damaged."""
-        file = _with(prefix, ".json")
+        file = with_ending(prefix, ".json")
         try:
             values = parse_json(file.read_bytes()) if file.stat().st_size <= LARGEST_SIDECAR else None
         except (FileNotFoundError, ValueError):
@@ -67,7 +66,7 @@ class Corpus:
 def prefix_of(source: str | Path) -> Path | None:
     """The prefix of Megatron's two files if `source` names them, with or without .bin or .idx; else None."""
     prefix = _bare(Path(source))
-    return prefix if all(_with(prefix, end).is_file() for end in (".bin", ".idx")) else None
+    return prefix if all(with_ending(prefix, end).is_file() for end in (".bin", ".idx")) else None
 
 
 def held_out(source: str, split: str = "test") -> str:
@@ -125,9 +124,9 @@ class Tokens:
             raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
         self.prefix = found
         self.corpus = Corpus.load(found)
-        self._ends, dtype = read_index(_with(found, ".idx"), _with(found, ".bin").stat().st_size)
+        self._ends, dtype = read_index(with_ending(found, ".idx"), with_ending(found, ".bin").stat().st_size)
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
-        self._stream = np.memmap(_with(found, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
+        self._stream = np.memmap(with_ending(found, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -210,25 +209,17 @@ def _write(
     with naming(prefix), beside(prefix) as folder:
         partial = folder / prefix.name
         corpus = _tokenise(source, tokenizer, partial, texts, bad, vocab_size)
-        _with(partial, ".json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
-        _with(prefix, ".json").unlink(missing_ok=True)
+        with_ending(partial, ".json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
+        with_ending(prefix, ".json").unlink(missing_ok=True)
         sync_tree(folder)
         for end in (".bin", ".idx", ".json"):
-            os.replace(_with(partial, end), _with(prefix, end))
-
-
-def _megatron() -> Any:
-    """Megatron's module; without `setup` it does not import where Transformer Engine is installed and cannot run."""
-    backend.setup()
-    from megatron.core.datasets import indexed_dataset
-
-    return indexed_dataset
+            os.replace(with_ending(partial, end), with_ending(prefix, end))
 
 
 def _tokenise(
     source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
 ) -> Corpus:
-    content, out = _Content(texts), _Writer(prefix, largest_id(tokenizer) + 1)
+    content, out = Content(texts), Writer(prefix, largest_id(tokenizer) + 1)
     for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
         for piece, ids in zip(batch, encoded(tokenizer, batch), strict=True):
             if isinstance(ids, InputError):
@@ -240,7 +231,7 @@ def _tokenise(
             if piece.last and not out.close(tokenizer.eos_token_id):
                 content.forget(piece.document)
     check_ids(np.array([tokenizer.eos_token_id]), tokenizer, vocab_size, source)
-    out.builder.finalize(str(_with(prefix, ".idx")))
+    out.builder.finalize(str(with_ending(prefix, ".idx")))
     return Corpus(
         source=source,
         documents=content.documents,
@@ -255,61 +246,6 @@ def _tokenise(
     )
 
 
-class _Writer:
-    """Megatron's builder of indexed files, given a document in pieces: its own `add_document` wants it whole."""
-
-    def __init__(self, prefix: Path, ids: int) -> None:
-        self.dtype = _megatron().DType.optimal_dtype(ids)
-        self.builder = _megatron().IndexedDatasetBuilder(str(_with(prefix, ".bin")), dtype=self.dtype)
-        self.tokens = self.length = 0  # of the documents that are closed, and of the one that is open
-        self.broken = False  # a piece of the open document is missing
-
-    def add(self, ids: np.ndarray) -> None:
-        self.builder.data_file.write(ids.astype(self.dtype).tobytes())
-        self.length += len(ids)
-
-    def close(self, eos: int) -> bool:
-        """Ends a document; one that is broken is taken back, and False given."""
-        broken, self.broken = self.broken, False
-        if broken:
-            self.builder.data_file.seek(self.tokens * np.dtype(self.dtype).itemsize)
-            self.builder.data_file.truncate()
-        else:
-            self.add(np.array([eos]))
-            self.builder.sequence_lengths.append(self.length)
-            self.builder.document_indices.append(len(self.builder.sequence_lengths))
-            self.tokens += self.length
-        self.length = 0
-        return not broken
-
-
-class _Content:
-    """Documents as they pass: how many, their bytes, and a digest in which their borders count."""
-
-    def __init__(self, texts: Iterator[Document]) -> None:
-        self.texts, self.digest, self.documents, self.bytes = texts, hashlib.sha256(), 0, 0
-
-    def __iter__(self) -> Iterator[Document]:
-        for document in self.texts:
-            self.digest.update(len(document.raw).to_bytes(8, "little"))
-            self.digest.update(document.raw)
-            self.documents += 1
-            self.bytes += len(document.raw)
-            yield document
-
-    def forget(self, document: Document) -> None:
-        """Counts a document no longer; the digest is of what was read."""
-        self.documents -= 1
-        self.bytes -= len(document.raw)
-
-
-def _digest_of(texts: Iterator[Document]) -> str:
-    content = _Content(texts)
-    for _ in content:
-        pass
-    return content.digest.hexdigest()
-
-
 def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLines) -> bool:
     """Whether the files are there, as long as the sidecar says, of this tokenizer and of these texts."""
     made = Corpus.load(prefix)
@@ -317,15 +253,10 @@ def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLine
         return False
     if made is None or prefix_of(prefix) is None or made.tokenizer != tokenizer_digest(tokenizer):
         return False
-    if _with(prefix, ".bin").stat().st_size != made.tokens * np.dtype(made.dtype).itemsize:
+    if with_ending(prefix, ".bin").stat().st_size != made.tokens * np.dtype(made.dtype).itemsize:
         return False
-    return made.content == _digest_of(texts)
+    return made.content == digest_of(texts)
 
 
 def _bare(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-
-
-def _with(prefix: Path, ending: str) -> Path:
-    """Megatron's way: the ending is put behind the whole name, dots and all."""
-    return prefix.with_name(prefix.name + ending)
