@@ -24,7 +24,7 @@ from nemo_minitron.artifacts.files import naming
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.job.processes.death import killed, oom_kills
 from nemo_minitron.job.processes.output import Output
-from nemo_minitron.job.processes.stall import ask_for_stacks, kill, stall_timeout, stalled
+from nemo_minitron.job.processes.stall import ask_for_stacks, kill, stall_timeout, stalled, unheard, words_of
 from nemo_minitron.job.processes.together import Ending, Order, leading
 
 WORKER = "nemo_minitron.nemo.worker"
@@ -141,7 +141,9 @@ def _wait(process: subprocess.Popen[str], output: Output) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
             return ""
-        if stall := stalled(output.ranks, begun, timeout):
+        if stalled(output.ranks, begun, timeout):
+            output.ranks.update(unheard(output.ranks, process.pid))
+            stall = words_of(output.ranks, begun)
             ask_for_stacks(output.ranks, process.pid)
             kill(output.ranks, process.pid)
             _end(process)

@@ -29,15 +29,20 @@ def stall_timeout() -> float:
     return int(text)
 
 
-def stalled(ranks: Mapping[int, Rank], begun: float, timeout: float) -> str:
-    """Which rank holds the others, once none has made progress for so long; else nothing.
+def stalled(ranks: Mapping[int, Rank], begun: float, timeout: float) -> bool:
+    """Whether none has made progress for so long."""
+    return bool(timeout) and _silent(ranks, begun) >= (timeout if ranks else max(timeout, START))
 
-    It is one that a signal has stopped, else the one whose model has gone through the fewest layers.
-    """
-    latest = max([begun, *(rank.since for rank in ranks.values())])
-    silent = time.monotonic() - latest
-    if not timeout or silent < (timeout if ranks else max(timeout, START)):
-        return ""
+
+def _silent(ranks: Mapping[int, Rank], begun: float) -> float:
+    """Seconds since the last progress of any rank."""
+    return time.monotonic() - max([begun, *(rank.since for rank in ranks.values() if rank.mark is not None)])
+
+
+def words_of(ranks: Mapping[int, Rank], begun: float) -> str:
+    """Which rank holds the others: one that a signal has stopped, else the one whose model has gone through the
+    fewest layers."""
+    silent = _silent(ranks, begun)
     if not ranks:
         return f"no rank has said how far it is for {silent:.0f} s"
     number = min(ranks, key=lambda number: (_state(ranks[number].pid) != "T", ranks[number].layers, number))
@@ -45,6 +50,18 @@ def stalled(ranks: Mapping[int, Rank], begun: float, timeout: float) -> str:
     stopped = ", a signal has stopped it" if _state(rank.pid) == "T" else ""
     behind = "" if stopped or len({other.layers for other in ranks.values()}) > 1 else ", nor has any other rank"
     return f"rank {number} has made no progress for {silent:.0f} s (process {rank.pid}{stopped}){behind}"
+
+
+def unheard(ranks: Mapping[int, Rank], parent: int) -> dict[int, Rank]:
+    """Ranks that a launcher has started and that have not yet said anything; they may never."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(file.parent.name)
+        if _parent(pid) == parent:
+            with contextlib.suppress(OSError, ValueError):
+                words = dict(item.partition("=")[::2] for item in file.read_text(errors="replace").split("\0"))
+                found[int(words.get("RANK", ""))] = Rank(pid)
+    return {number: rank for number, rank in found.items() if number not in ranks}
 
 
 def _state(pid: int) -> str:

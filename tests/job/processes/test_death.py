@@ -10,7 +10,7 @@ from nemo_minitron.job.processes import launch as launching
 from nemo_minitron.job.processes.death import killed
 from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.processes.output import Rank
-from nemo_minitron.job.processes.stall import stalled
+from nemo_minitron.job.processes.stall import stalled, words_of
 
 OUT_OF_MEMORY = "was killed by SIGKILL, as the system does where memory ran out"
 ENTRY = """
@@ -26,8 +26,10 @@ WORKER = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 from nemo_minitron.nemo import beat
-beat.begin()
 rank = int(os.environ["RANK"])
+if sys.argv[1] == f"unheard {rank}":
+    os.kill(os.getpid(), signal.SIGSTOP)
+beat.begin()
 if rank == int(sys.argv[1][-1]):
     if sys.argv[1].startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -56,6 +58,7 @@ def worker(tmp_path, monkeypatch):
         ("killed 1", "killed 1 ended with exit code 1: rank 1 was killed by SIGKILL.*memory"),
         ("crashed 0", "crashed 0 ended with exit code 1: rank 0 was killed by SIGSEGV; "),
         ("stopped 0", r"rank 0 has made no progress for \d+ s \(process \d+, a signal has stopped it\)"),
+        ("unheard 1", r"rank 1 has made no progress for \d+ s \(process \d+, a signal has stopped it\)"),
         ("waiting 1", r"rank 1 has made no progress for \d+ s \(process \d+\); --stall-timeout"),
     ],
 )
@@ -63,7 +66,7 @@ def worker(tmp_path, monkeypatch):
 def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
     """The other rank sleeps for ten minutes."""
     start = time.monotonic()
-    if stage.startswith(("stopped", "waiting")):
+    if stage.startswith(("stopped", "waiting", "unheard")):
         monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
     with pytest.raises(RuntimeError, match=words):
         launch(stage, {}, 2, tmp_path / "log.txt")
@@ -117,11 +120,13 @@ def test_a_kill_for_lack_of_memory_is_said(monkeypatch):
 
 def test_any_ranks_progress_counts_and_the_one_behind_is_named():
     now = time.monotonic()
-    ranks = {0: Rank(1, layers=9, since=now - 50), 1: Rank(1, layers=7, since=now - 20)}
-    assert stalled(ranks, now - 99, 30) == ""
-    assert stalled(ranks, now - 99, 0) == ""
-    assert stalled(ranks, now - 99, 10).startswith("rank 1 has made no progress for 20 s")
+    ranks = {0: Rank(1, [1], layers=9, since=now - 50), 1: Rank(1, [1], layers=7, since=now - 20)}
+    assert not stalled(ranks, now - 99, 30)
+    assert not stalled(ranks, now - 99, 0)
+    assert stalled(ranks, now - 99, 10)
+    assert words_of(ranks, now - 99) == "rank 1 has made no progress for 20 s (process 1)"
     ranks[1].layers = 9
-    assert stalled(ranks, now - 99, 10) == "rank 0 has made no progress for 20 s (process 1), nor has any other rank"
-    assert stalled({}, now - 99, 100) == ""
-    assert stalled({}, now - 99, 90) == "no rank has said how far it is for 99 s"
+    assert words_of(ranks, now - 99) == "rank 0 has made no progress for 20 s (process 1), nor has any other rank"
+    assert not stalled({}, now - 99, 100)
+    assert stalled({}, now - 99, 90)
+    assert words_of({}, now - 99) == "no rank has said how far it is for 99 s"
