@@ -163,13 +163,17 @@ def test_what_does_nothing_goes_without_changing_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "message"),
-    [("num_hidden_layers", "num_layers is 1000000000000 in a mixture"), ("num_local_experts", "6000000000000 experts")],
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**12, "num_layers is 1000000000000; legal are 1 to 10000"),
+        ("num_local_experts", 10**12, "num_moe_experts is 1000000000000; legal are 1 to 10000"),
+        ("num_local_experts", 10_000, "60000 experts"),
+    ],
 )
-def test_config_of_a_billion_parts_costs_nothing(tmp_path, field, message):
+def test_config_of_a_billion_parts_costs_nothing(tmp_path, field, value, message):
     folder = pico_mixtral(tmp_path)
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: 10**12}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=message):
         HFSource(folder)
 
