@@ -218,7 +218,8 @@ def test_ids_at_any_depth_follow_the_cut(tmp_path):
     ids = [end, 5]
     generation = {
         "eos_token_id": [end, beyond], "pad_token_id": beyond, "suppress_tokens": ids,
-        "bad_words_ids": [ids, [5, beyond]], "forced_decoder_ids": [[1, end]], "sequence_bias": [[ids, -1.5]], "nested": {"stop_token_ids": ids, "top_k": 5},
+        "bad_words_ids": [ids, [5, beyond]], "forced_decoder_ids": [[1, end]],
+        "sequence_bias": [[ids, -1.5]], "nested": {"stop_token_ids": ids, "top_k": 5},
     }  # fmt: skip
     (tmp_path / "t" / "generation_config.json").write_text(json.dumps(generation))
     for name in ("tokenizer.model", "tekken.json", "qwen.tiktoken", "added_tokens.json"):
