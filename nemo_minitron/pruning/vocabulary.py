@@ -27,7 +27,7 @@ NAMING = ("config.json", "generation_config.json", "tokenizer_config.json")
 """Files that are copied to a student and name tokens by their ids, besides tokenizer.json."""
 IDS = ("token_id", "token_ids", "suppress_tokens", "words_ids")
 """How the keys of a config end that hold an id, ids, or lists of ids: `eos_token_id`, `bad_words_ids`, ..."""
-CHUNK = 1 << 24  # tokens counted at a time
+CHUNK = 1 << 20  # tokens counted at a time
 
 
 def count_tokens(tokens: Any, vocab_size: int) -> np.ndarray:
