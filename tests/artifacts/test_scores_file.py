@@ -88,5 +88,5 @@ def test_damaged(tmp_path):
         Scores.load(file)
     wrong = scores()
     wrong.tensors["ffn"][0, 0] = np.nan
-    with pytest.raises(InputError, match="not finite"):  # reading: test_not_finite.py
+    with pytest.raises(InputError, match="not finite"):  # reading: test_scores_not_finite.py
         wrong.save(file)

@@ -144,14 +144,7 @@ def test_config_that_contradicts_the_shapes(tmp_path, fields, name):
 
 @pytest.mark.parametrize(
     ("layers", "words"),
-<<<<<<< HEAD
-    [
-        (10_000, "10000 layers, its files hold 57 tensors"),
-        (10**12, "num_layers is 1000000000000; legal are 1 to 10000"),
-    ],
-=======
     [(10_000, "10000 layers, its files hold 57 tensors"), (10**12, "is 1000000000000; legal are 1 to 10000")],
->>>>>>> h/hostile
 )
 def test_config_of_a_billion_layers_costs_nothing(tmp_path, layers, words):
     folder = pico_llama(tmp_path)
