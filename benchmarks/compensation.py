@@ -107,7 +107,7 @@ class Bench:
 
     def __init__(self, model: str, work: Path, settings: dict[str, Any]) -> None:
         import nemo_minitron.backend as backend
-        from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+        from nemo_minitron.data import Tokens, build, load_tokenizer
 
         backend.setup()
         self.model, self.work, self.settings = model, work, settings
@@ -124,8 +124,8 @@ class Bench:
     def teacher(self, state: State) -> Any:
         """The teacher, measured before it loses its head to the step."""
         from nemo_minitron.distillation.teacher import Teacher
-        from nemo_minitron.nemo.distill import model_inputs
-        from nemo_minitron.nemo.models import load_model
+        from nemo_minitron.hosts.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.models import load_model
 
         chunk = load_model(self.model, precision="bf16")[0]
         self.vocab_size = chunk.vocab_size
@@ -145,9 +145,9 @@ class Bench:
 
     def student(self, arm: Arm) -> Any:
         from nemo_minitron.artifacts import PrunePlan
-        from nemo_minitron.job.commands.prune import Extras, compensation_of
-        from nemo_minitron.nemo.models import load_model
-        from nemo_minitron.nemo.sources import open_source
+        from nemo_minitron.commands.prune import Extras, compensation_of
+        from nemo_minitron.hosts.nemo.models import load_model
+        from nemo_minitron.sources.open import open_source
 
         file = self.work / f"{arm.cut}.json"
         if not file.exists():
@@ -168,7 +168,7 @@ class Bench:
     def train(self, student: Any, teacher: Any, seed: int) -> float:
         """Trains it in place; gives the median CPU seconds of a step."""
         from nemo_minitron.distillation.step import Objective, distillation_step
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         length = self.settings["sequence length"]
         rows = self.tokens["train"].windows(length + 1, self.settings["distillation tokens"] // length, seed)

@@ -213,7 +213,7 @@ def measure(dtype: str, vocab: int, tp: int, repetitions: int, shrink: int) -> d
 
 
 def _names(dtype: str) -> tuple[str, ...]:
-    from nemo_minitron.job.settings.precision import best_precision
+    from nemo_minitron.settings.precision import best_precision
 
     heads = FROM_HIDDEN if dtype == "float32" or best_precision() == "bf16" else ()
     return FROM_LOGITS + tuple(name for name in heads if name != "Liger" or _has_liger())

@@ -36,7 +36,7 @@ def rows(model: Path, length: int) -> Any:
     """int64 [ROWS, length + 1]: the text from its start."""
     import torch
 
-    from nemo_minitron.nemo.data import load_tokenizer
+    from nemo_minitron.data import load_tokenizer
 
     tokenizer, ids = load_tokenizer(model), []
     for line in TEXT.open():
@@ -55,8 +55,8 @@ class Steps:
         from nemo_minitron.distillation.step import Objective, distillation_step
         from nemo_minitron.distillation.teacher import Teacher
         from nemo_minitron.families import from_hf
-        from nemo_minitron.nemo.distill import model_inputs
-        from nemo_minitron.nemo.models import load_model
+        from nemo_minitron.hosts.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.models import load_model
         from nemo_minitron.search import random_plan
 
         architecture = from_hf(model)
@@ -92,7 +92,7 @@ class Steps:
     def _add(self, name: str, cached: Any, vocab: int) -> None:
         from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
         from nemo_minitron.distillation.step import distillation_step
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         forward = distillation_step(CachedObjective(vocab, cached=cached), model_inputs)
         data_step = with_targets(next, cached)
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.precision import settle
 
     arguments.precision = settle(arguments.precision)
     facts = common.machine(("torch", "megatron-core"))

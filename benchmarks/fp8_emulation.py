@@ -33,7 +33,7 @@ def rows(split: str, count: int, length: int) -> Any:
     """int64 [count, length + 1]: the split's text from its start."""
     import torch
 
-    from nemo_minitron.nemo.data import load_tokenizer
+    from nemo_minitron.data import load_tokenizer
 
     tokenizer, ids = load_tokenizer(MODEL), []
     for line in (TEXT / f"{split}.jsonl").open():
@@ -92,8 +92,8 @@ def losses(plan: Any, precision: str, teacher: Any, text: Any, steps: int) -> li
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from nemo_minitron.distillation.step import Objective, distillation_step
-    from nemo_minitron.nemo.distill import model_inputs
-    from nemo_minitron.nemo.models import load_model
+    from nemo_minitron.hosts.nemo.distill import model_inputs
+    from nemo_minitron.hosts.nemo.models import load_model
 
     student, optimizer = trained(load_model(MODEL, plan, precision=precision)[0], "bf16", 1e-4)
     forward, found = distillation_step(Objective(plan.target.vocab_size), model_inputs, teacher), []
@@ -121,9 +121,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import nemo_minitron.backend as backend
     from nemo_minitron.distillation.teacher import Teacher
+    from nemo_minitron.hosts.nemo.distill import model_inputs
+    from nemo_minitron.hosts.nemo.models import load_model
     from nemo_minitron.importance import estimate
-    from nemo_minitron.nemo.distill import model_inputs
-    from nemo_minitron.nemo.models import load_model
     from nemo_minitron.search import plan
 
     backend.setup()

@@ -27,8 +27,8 @@ def config_of(shape: tuple[int, ...], extra: dict[str, Any], vocab: int, layers:
 def model(config: dict[str, Any], precision: str, training: bool) -> Any:
     import torch
 
+    from nemo_minitron.hosts.nemo.models import build, nemo_config
     from nemo_minitron.job import Layout
-    from nemo_minitron.nemo.models import build, nemo_config
 
     built = build(nemo_config(config, precision=precision, training=training), Layout())[0]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) 
     from nemo_minitron.distillation.step import Objective, distillation_step
     from nemo_minitron.distillation.teacher import Teacher
     from nemo_minitron.families import from_hf
-    from nemo_minitron.nemo.distill import model_inputs
+    from nemo_minitron.hosts.nemo.distill import model_inputs
 
     extra, *pair = bench.shapes[name]
     layers = layers_that_fit(bench, name)

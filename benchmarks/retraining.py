@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, model: str, work: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         import nemo_minitron.backend as backend
-        from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+        from nemo_minitron.data import Tokens, build, load_tokenizer
 
         backend.setup()
         self.model, self.work, self.settings, self.rows = model, work, settings, rows
@@ -56,7 +56,7 @@ class Bench:
     def load_teacher(self) -> Any:
         """The teacher, measured and scored before it loses its head to the step."""
         from nemo_minitron.distillation.teacher import Teacher
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         chunk = self.load()
         self.vocab_size = chunk.vocab_size
@@ -66,7 +66,7 @@ class Bench:
         return Teacher([chunk], model_inputs)
 
     def load(self, plan: Any = None) -> Any:
-        from nemo_minitron.nemo.models import load_model
+        from nemo_minitron.hosts.nemo.models import load_model
 
         return load_model(self.model, plan, precision="bf16")[0]
 
@@ -145,8 +145,8 @@ class Bench:
         return self.plans[cut, made]
 
     def student(self, arm: Arm, seed: int) -> Any:
-        from nemo_minitron.nemo.live import fill
-        from nemo_minitron.nemo.random_start import RandomStart
+        from nemo_minitron.megatron.live import fill
+        from nemo_minitron.megatron.random_start import RandomStart
 
         plan = self.plan(arm.cut, arm.made)
         student = self.load(plan)
@@ -156,7 +156,7 @@ class Bench:
 
     def chain(self, arm: Arm, rows: Any, seed: int) -> Any:
         """Cut halfway, trained on the first half of the rows, scored again and cut to the arm's size."""
-        from nemo_minitron.nemo.live import LiveSource, fill
+        from nemo_minitron.megatron.live import LiveSource, fill
         from nemo_minitron.search import plan
 
         first = plan(self.scores, HALFWAY)
@@ -169,7 +169,7 @@ class Bench:
     def correct(self, rows: Any, corpus: str) -> tuple[Any, float]:
         """A teacher that has learned these rows, and its held-out loss."""
         from nemo_minitron.distillation.teacher import Teacher
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         chunk, schedule = self.load(), Schedule()
         gentle = dataclasses.replace(schedule, peak=schedule.peak / 5, least=schedule.least / 5)
@@ -195,7 +195,7 @@ class Bench:
 
     def step(self, logits: float, lm: float, teacher: Any = None, meter: Any = None) -> Any:
         from nemo_minitron.distillation.step import Objective, distillation_step
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         objective = Objective(self.vocab_size, logits_weight=logits, lm_weight=lm)
         return distillation_step(objective, model_inputs, teacher if logits else None, meter)
@@ -216,7 +216,7 @@ class Bench:
         from nemo_minitron.distillation.cache import CachedTeacher, make
         from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
         from nemo_minitron.distillation.step import distillation_step
-        from nemo_minitron.nemo.distill import model_inputs
+        from nemo_minitron.hosts.nemo.distill import model_inputs
 
         folder, tokens = self.work / f"cache {seed}", rows[:, :-1].numpy()
         header = CacheHeader(CacheSettings(tokens.shape[1]), "model", f"seed {seed}", self.vocab_size, len(tokens))

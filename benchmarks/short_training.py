@@ -91,7 +91,7 @@ def held_out_loss(model: Any, rows: Sequence[Any], vocab_size: int) -> float:
     import torch
 
     from nemo_minitron.distillation.step import Objective, distillation_step
-    from nemo_minitron.nemo.distill import model_inputs
+    from nemo_minitron.hosts.nemo.distill import model_inputs
 
     step, training = distillation_step(Objective(vocab_size), model_inputs), model.training
     model.eval()

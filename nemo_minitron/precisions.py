@@ -12,6 +12,8 @@ FP8 = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "
 PRECISIONS = (*WIDE, *FP8)
 ALIGN = 16  # what the dimensions of an FP8 matrix must be multiples of
 BLOCK = 128  # values that have one scale in fp8-blockwise
+HISTORY = 1024  # steps whose largest values fp8-delayed remembers, as in NeMo's own recipe
+EMULATED = "emulated_fp8"  # the field of a config that names the recipe of the emulation
 
 
 def check_precision(precision: str, legal: Sequence[str] = PRECISIONS) -> None:

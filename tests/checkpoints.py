@@ -7,9 +7,9 @@ def save_checkpoint(chunks, checkpoint, config, **metadata):
     from megatron.core import dist_checkpointing
     from nemo.lightning.io.pl import TrainerContext
 
-    from nemo_minitron.job.settings.layout import Layout
-    from nemo_minitron.nemo.models import nemo_model
-    from nemo_minitron.nemo.trainer import make_trainer
+    from nemo_minitron.hosts.nemo.models import nemo_model
+    from nemo_minitron.hosts.nemo.trainer import make_trainer
+    from nemo_minitron.settings.layout import Layout
 
     if torch.distributed.get_rank() == 0:
         (checkpoint / "weights").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Sizes against the published models (MINITRON.md, section 5) and against transformers' own count."""
+"""Sizes against the published models and against transformers' own count."""
 
 import dataclasses
 import math

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.cli import app
+from nemo_minitron.cli.find import find, names
 from nemo_minitron.families import FAMILIES, from_hf
-from nemo_minitron.job.find import find, names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker" / "README.md"]
@@ -100,7 +100,7 @@ def check_minitron(words, folder):
 
 
 def check_nemo(words):
-    tree = ast.parse((ROOT / "nemo_minitron/nemo/plugin.py").read_text())
+    tree = ast.parse((ROOT / "nemo_minitron/cli/nemo_run.py").read_text())
     decorated = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
     assert words[0] in decorated, f"nemo minitron has no command '{words[0]}'"
     options = [word for word in words[1:] if word.startswith("--") and word != "--factory"]
@@ -206,7 +206,7 @@ def test_the_families_table_names_them_all():
 def test_the_mutations_named_exist():
     text = (ROOT / "docs/reductions.md").read_text().split("## How it is tested")[1]
     named = set(re.findall(r"`(\w+)`", text))
-    tree = ast.parse((ROOT / "tests/nemo/mutations.py").read_text())
+    tree = ast.parse((ROOT / "tests/hosts/nemo/mutations.py").read_text())
     found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
     assert named == found
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_minitron.backend.precision import EMULATED, HISTORY
+from nemo_minitron.precisions import EMULATED, HISTORY
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 HYBRID = {"input": E4M3, "weight": E4M3, "gradient": E5M2}

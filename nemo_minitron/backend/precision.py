@@ -13,10 +13,9 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.errors import InputError
-from nemo_minitron.precisions import FP8, check_precision
+from nemo_minitron.precisions import EMULATED, FP8, HISTORY, check_precision
 
-HISTORY, ALGORITHM = 1024, "max"  # of delayed scaling, as in NeMo's own recipe
-EMULATED = "emulated_fp8"
+ALGORITHM = "max"  # of delayed scaling, as in NeMo's own recipe
 
 
 def megatron_fields(precision: str) -> dict[str, Any]:

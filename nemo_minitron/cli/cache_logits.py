@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, SkipBadLines, Sp, Stall, Tp, Vp
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 
 def cache_logits(
@@ -44,9 +44,9 @@ def cache_logits(
 ) -> None:
     """Keep a few tokens of the teacher's distribution at each position; run again after a kill, it goes on."""
     from nemo_minitron.artifacts.logit_records import CacheSettings
+    from nemo_minitron.commands.cache import run_cache
     from nemo_minitron.job import Layout
-    from nemo_minitron.job.commands.cache import run_cache
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.precision import settle
 
     settings = CacheSettings(
         sequence_length=sequence_length, mode=mode, draws=draws, independent=independent, k=k, sets=sets, seed=seed,

@@ -23,7 +23,7 @@ from nemo_minitron.cli.options import (
     Tp,
     Vp,
 )
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 
 def compensate(
@@ -50,10 +50,10 @@ def compensate(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Solve anew what follows a cut of neurons or heads, by least squares on activations: forward passes only."""
+    from nemo_minitron.commands.compensate import run_compensate
     from nemo_minitron.job import Calibration, Layout
-    from nemo_minitron.job.commands.compensate import run_compensate
-    from nemo_minitron.job.settings.cutting import Cutting
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.cutting import Cutting
+    from nemo_minitron.settings.precision import settle
 
     cutting = Cutting(ridge=ridge, memory=memory)
     calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)

@@ -10,7 +10,7 @@ import typer
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
 from nemo_minitron.cli.options import Stall
 from nemo_minitron.errors import InputError
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 if TYPE_CHECKING:
     from nemo_minitron.job import Job
@@ -38,10 +38,10 @@ def compress(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """The whole job, resumable, into one run folder."""
+    from nemo_minitron.cli.find import find
     from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
-    from nemo_minitron.job.find import find
-    from nemo_minitron.job.settings.precision import settled
+    from nemo_minitron.settings.precision import settled
 
     layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
@@ -61,7 +61,7 @@ def compress(
             command += ["--stall-timeout", str(stall_timeout)] if stall_timeout != SECONDS else []
             _hand_over(made, job.name, command, dry_run)
         return
-    from nemo_minitron.job.commands.compress import run_compress
+    from nemo_minitron.job.compress import run_compress
 
     place = (nodes, node_rank, rendezvous)
     same = ["compress", job.as_dict(), overwrite]
@@ -70,7 +70,7 @@ def compress(
 
 def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
     """NeMo-Run's executor of the job, which works in this folder."""
-    from nemo_minitron.nemo import executors
+    from nemo_minitron.launch import executors
 
     here, there = Path.cwd(), folder.absolute().parent
     return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
@@ -78,7 +78,7 @@ def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
 
 def _hand_over(executor: Any, name: str, command: list[str], dry_run: bool) -> None:
     """The same command as a task of NeMo-Run."""
-    from nemo_minitron.nemo import executors
+    from nemo_minitron.launch import executors
 
     if dry_run:
         print(f"\n{executors.dry_run(executor, name, command)}")

@@ -9,7 +9,7 @@ import typer
 
 from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
 from nemo_minitron.cli.options import Cp, Data, Dp, Ep, Length, Pp, Precision, Seed, SkipBadLines, Sp, Stall, Tp, Vp
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 
 def distill(
@@ -56,9 +56,9 @@ def distill(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
+    from nemo_minitron.commands.distill import run_distill
     from nemo_minitron.job import Distillation, Layout
-    from nemo_minitron.job.commands.distill import run_distill
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.precision import settle
 
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,

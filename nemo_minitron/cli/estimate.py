@@ -24,7 +24,7 @@ from nemo_minitron.cli.options import (
     Tp,
     Vp,
 )
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated"
 AXES = "Axes with commas: ffn, heads, query_groups, hidden, experts, layers ...; all unless given."
@@ -69,9 +69,9 @@ def estimate(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Score what matters, with forward passes only; run again after a kill, it goes on."""
+    from nemo_minitron.commands.estimate import lines, run_estimate
     from nemo_minitron.job import Calibration, Layout
-    from nemo_minitron.job.commands.estimate import lines, run_estimate
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.precision import settle
 
     calibration = Calibration(
         samples, sequence_length, batch_size, ";".join(criterion or ["l2,mean"]), norms, settle(precision), seed,

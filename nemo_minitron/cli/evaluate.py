@@ -33,10 +33,10 @@ def evaluate(
     """Loss, perplexity and bits per byte; lm-eval tasks; what a larger model accepts of its tokens."""
     import json
 
+    from nemo_minitron.commands.evaluate import run_evaluate
     from nemo_minitron.job import Evaluation
-    from nemo_minitron.job.commands.evaluate import run_evaluate
-    from nemo_minitron.job.settings.precision import settle
     from nemo_minitron.precisions import WIDE
+    from nemo_minitron.settings.precision import settle
 
     settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))
     names = [name.strip() for name in tasks.split(",") if name.strip()]

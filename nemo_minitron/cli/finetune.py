@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nemo_minitron.cli.options import Cp, Dp, Ep, Length, Pp, Precision, Seed, Sp, Stall, Tp, Vp
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 
 def finetune(
@@ -34,10 +34,10 @@ def finetune(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Instruction tuning by NeMo's llm.finetune; run again after a kill, it goes on."""
+    from nemo_minitron.commands.finetune import run_finetune
     from nemo_minitron.job import Layout
-    from nemo_minitron.job.commands.finetune import run_finetune
-    from nemo_minitron.job.settings.finetuning import Finetuning
-    from nemo_minitron.job.settings.precision import settle
+    from nemo_minitron.settings.finetuning import Finetuning
+    from nemo_minitron.settings.precision import settle
 
     settings = Finetuning(
         steps=steps, sequence_length=sequence_length, global_batch_size=global_batch_size,

@@ -23,9 +23,9 @@ def on_nodes(
     """Node 0 does `command`; the others start their part of each stage in it. `job`: plain values, the same on all;
     `out`: what it makes, on storage that all nodes share. Raises InputError as `Nodes`, `lead` and `follow`."""
     from nemo_minitron.artifacts.files import digest_of
-    from nemo_minitron.job.processes.launch import run
-    from nemo_minitron.job.processes.nodes import Nodes
-    from nemo_minitron.job.processes.together import follow, lead
+    from nemo_minitron.launch.machines import follow, lead
+    from nemo_minitron.launch.nodes import Nodes
+    from nemo_minitron.launch.torchrun import run
 
     nodes = Nodes.of(*given)
     nodes.check(layout)

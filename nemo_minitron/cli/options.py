@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_minitron.job.processes.stall import VARIABLE
+from nemo_minitron.launch.stall import VARIABLE
 from nemo_minitron.precisions import PRECISIONS
 
 SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"

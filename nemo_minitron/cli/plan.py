@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from nemo_minitron.job.commands.plan import Outcome
+    from nemo_minitron.commands.plan import Outcome
 
 KEEP = "Sizes to keep, e.g. ffn=1024,hidden=432,layers=24; beside a target: axes to hold fixed."
 BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536,layers=20:30 [default: half to all]."
@@ -52,9 +52,9 @@ def plan(
     seed: Annotated[int, typer.Option("--seed", help="Of --baseline random.")] = 0,
 ) -> None:
     """Choose what stays: the best shape within a budget, or given sizes."""
-    from nemo_minitron.job.commands.plan import run_plan, write_candidates
-    from nemo_minitron.job.settings.search import Search
+    from nemo_minitron.commands.plan import run_plan, write_candidates
     from nemo_minitron.search import parse
+    from nemo_minitron.settings.search import Search
 
     search = Search(
         params=params, params_no_embeddings=params_no_embeddings, active_params=active_params, memory=memory,

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.options import Stall
-from nemo_minitron.job.processes.stall import SECONDS
+from nemo_minitron.launch.stall import SECONDS
 
 RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
 
@@ -25,9 +25,9 @@ def prune(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
+    from nemo_minitron.commands.prune import Extras, run_prune
     from nemo_minitron.families import remark_on, remarks
-    from nemo_minitron.job.commands.prune import Extras, run_prune
-    from nemo_minitron.job.models import config_of
+    from nemo_minitron.sources.open import config_of
 
     extras = Extras(compensation, fold_norms, head_residual, scores)
     student = run_prune(model, plan, out, overwrite, extras)

@@ -17,7 +17,7 @@ def rank_tokens(
     skip_bad_lines: SkipBadLines = False,
 ) -> None:
     """Count a corpus' tokens, for plans that keep fewer (`minitron plan --keep vocab=N`)."""
-    from nemo_minitron.job.commands.rank_tokens import rank_tokens as run
+    from nemo_minitron.commands.rank_tokens import rank_tokens as run
 
     scores = run(model, data, out, skip_bad_lines)
     found = scores.notes["vocab"]

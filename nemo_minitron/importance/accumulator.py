@@ -1,6 +1,6 @@
 """The statistics of one estimator over the rows of one model chunk, micro-batch by micro-batch.
 
-The order of the steps is the method (DESIGN, section 3): a sample's state is merged over the ranks that hold
+The order of the steps is the method (docs/reductions.md): a sample's state is merged over the ranks that hold
 parts of its sequence before it is finished; finished samples go into the state over samples.
 """
 

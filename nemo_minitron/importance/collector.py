@@ -16,6 +16,7 @@ from nemo_minitron.artifacts.scores import ACTIVATION
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
+from nemo_minitron.importance.experts import ExpertAccumulator
 from nemo_minitron.importance.samples import Samples, samples_of
 from nemo_minitron.importance.statistics import criterion
 
@@ -68,7 +69,8 @@ class Collector:
             accumulators: dict[str, Accumulator] = {}
             for estimator, watch in watches.values():
                 if estimator.axis not in accumulators:
-                    accumulators[estimator.axis] = estimator.accumulator(self.pairs, chunk.config)
+                    kind = ExpertAccumulator if estimator.experts else Accumulator
+                    accumulators[estimator.axis] = kind(estimator, self.pairs, chunk.config)
                 hook = hook_of(accumulators[estimator.axis], watch)
                 self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
             self.accumulators.append(accumulators)

@@ -1,4 +1,4 @@
-"""What every rank has gathered -> Scores in global order, the same on every rank (DESIGN, section 3)."""
+"""What every rank has gathered -> Scores in global order, the same on every rank (docs/reductions.md)."""
 
 from __future__ import annotations
 

@@ -8,15 +8,12 @@ sequence parallelism. Hooks see values; they never change them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
-
-if TYPE_CHECKING:
-    from nemo_minitron.importance.accumulator import Accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +58,6 @@ class Estimator:
         found = self.watch(module, layer, architecture)
         if found is not None:
             yield found
-
-    def accumulator(self, pairs: Sequence[tuple[str, str]], config: Any) -> Accumulator:
-        """What gathers its activations on a chunk of this Megatron config."""
-        from nemo_minitron.importance.accumulator import Accumulator
-
-        return Accumulator(self, pairs, config)
 
 
 REGISTRY: dict[type, list[type[Estimator]]] = {}

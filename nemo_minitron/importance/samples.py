@@ -1,4 +1,4 @@
-"""Whose position each position of a micro-batch is: samples, masks and boundaries (DESIGN, section 3)."""
+"""Whose position each position of a micro-batch is: samples, masks and boundaries (docs/reductions.md)."""
 
 from __future__ import annotations
 

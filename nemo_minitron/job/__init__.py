@@ -1,18 +1,18 @@
-"""The whole job: a recipe's value (settings), its stages in order (stages), the processes that run them (processes)."""
+"""The whole job: its stages in order, its run folder, chains of jobs, the dry run. Values of a recipe: `settings`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_minitron.job.settings.calibration import Calibration
-    from nemo_minitron.job.settings.cutting import Cutting
-    from nemo_minitron.job.settings.distillation import Distillation
-    from nemo_minitron.job.settings.generation import Generation
-    from nemo_minitron.job.settings.layout import Layout
-    from nemo_minitron.job.settings.recipe import Data, Evaluation, Job
-    from nemo_minitron.job.settings.search import Search
-    from nemo_minitron.job.settings.step import Step
+    from nemo_minitron.settings.calibration import Calibration
+    from nemo_minitron.settings.cutting import Cutting
+    from nemo_minitron.settings.distillation import Distillation
+    from nemo_minitron.settings.generation import Generation
+    from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.settings.recipe import Data, Evaluation, Job
+    from nemo_minitron.settings.search import Search
+    from nemo_minitron.settings.step import Step
 
 __all__ = [
     "Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Generation", "Job", "Layout", "Search", "Step",
@@ -27,4 +27,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.settings.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"nemo_minitron.settings.{_WHERE[name]}"), name)

@@ -19,10 +19,10 @@ from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
-from nemo_minitron.job.models import teacher_config
-from nemo_minitron.job.settings.precision import settled
-from nemo_minitron.job.settings.recipe import Job
-from nemo_minitron.job.settings.step import FIRST, OPEN, Step
+from nemo_minitron.job.teacher import teacher_config
+from nemo_minitron.settings.precision import settled
+from nemo_minitron.settings.recipe import Job
+from nemo_minitron.settings.step import FIRST, OPEN, Step
 
 STUDENT, PLAN, NUMBERS = "student", "plan.json", "numbers.json"  # of a step
 

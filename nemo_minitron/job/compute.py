@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.job.settings.distillation import Distillation
-from nemo_minitron.job.settings.search import Search
 from nemo_minitron.search.rank import going_on
+from nemo_minitron.settings.distillation import Distillation
+from nemo_minitron.settings.search import Search
 
 GPU, PEAK = "H100", 989e12  # FLOPs a second in bf16, dense
 MFU = 0.4  # the share of them that training reaches

@@ -15,29 +15,20 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, words
 from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import check_host, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
+from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.lineage import check_lineage
-from nemo_minitron.job.models import config_of, is_nemo, teacher_config
 from nemo_minitron.job.practices import facts_of, practices
-from nemo_minitron.job.settings.calibration import calibration_of
-from nemo_minitron.job.settings.fp8 import check_fp8, check_tokens
-from nemo_minitron.job.settings.layout import Layout
-from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
-from nemo_minitron.search.sizes import student_architecture
+from nemo_minitron.job.teacher import teacher_config
+from nemo_minitron.search.sizes import VOCAB, target_of
+from nemo_minitron.settings.fp8 import check_fp8, check_tokens
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
 Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
-VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
-
-
-def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
-    """The student's Architecture. Raises InputError for an illegal size, or a cut of the vocabulary."""
-    if not keep:
-        raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
-    if "vocab" in keep:
-        raise InputError(VOCAB)
-    return student_architecture(source, keep)
 
 
 def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
@@ -193,7 +184,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in words(measured))]
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
-    names = stage_names(job, nemo=folder is not None and is_nemo(folder))
+    names = stage_names(job, nemo=folder is not None and is_nemo_checkpoint(folder))
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]
 
 

@@ -11,7 +11,7 @@ from nemo_minitron.distillation.layer_map import AUTO
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
-    from nemo_minitron.job.settings.recipe import Job
+    from nemo_minitron.settings.recipe import Job
 
 COMPOSED = "lineage.json"  # beside a plan of the model that is cut: the same student's plan of what it learns from
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.settings.recipe import Job
 
 SMALL = 15_000_000_000  # parameters of the source: below, the papers cut widths before layers
 HEAVY = 0.25  # of the layers gone: from there on the papers also compare the states between layers

@@ -15,10 +15,13 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.whole import take_away
 from nemo_minitron.errors import InputError, visible
-from nemo_minitron.job.processes.lock import LOCK
-from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.launch.lock import LOCK
+from nemo_minitron.settings.recipe import Job
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
+
+
+PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"  # in a run folder
 
 
 @dataclasses.dataclass

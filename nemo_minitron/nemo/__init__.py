@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 _WHERE = {
-    "Importance": "nemo_minitron.nemo.callbacks",
-    "Pruning": "nemo_minitron.nemo.callbacks",
-    "Distillation": "nemo_minitron.nemo.distill",
-    "register": "nemo_minitron.nemo.models",
-    "load_model": "nemo_minitron.nemo.models",
+    "Importance": "nemo_minitron.hosts.nemo.callbacks",
+    "Pruning": "nemo_minitron.hosts.nemo.callbacks",
+    "Distillation": "nemo_minitron.hosts.nemo.distill",
+    "register": "nemo_minitron.hosts.nemo.register",
+    "load_model": "nemo_minitron.hosts.nemo.models",
 }
 
 __all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]

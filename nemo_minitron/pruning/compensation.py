@@ -16,7 +16,7 @@ from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.selection import shapes_of, student_index
 from nemo_minitron.pruning.student import as_numbers
-from nemo_minitron.pruning.tensors import TensorSource
+from nemo_minitron.sources.tensors import TensorSource
 
 RIDGE = 0.01  # of the mean diagonal of G
 MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # what follows a cut of neurons, of heads
@@ -82,7 +82,7 @@ def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
     """The norms' weights times sqrt(all / kept): exact where the channels that went were always 0.
 
     An RMSNorm over fewer channels divides by a root mean square that is sqrt(all / kept) larger, if what went
-    was 0 (MINITRON.md, section 2), but for the epsilon under the root. Off by default, as in the papers. In bf16 the
+    was 0, but for the epsilon under the root. Off by default, as in the papers. In bf16 the
     product is rounded once. Raises InputError for LayerNorm, whose mean would change too, and where hidden is whole.
     """
     check_fold(plan.source, plan.target)

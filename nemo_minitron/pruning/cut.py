@@ -10,10 +10,10 @@ from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf, written_config
 from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.pruning.folder import HFSource
-from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
+from nemo_minitron.sources.folder import HFSource
+from nemo_minitron.sources.tensors import source_digest
 
 PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
 

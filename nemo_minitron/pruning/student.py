@@ -7,8 +7,8 @@ import numpy as np
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.digest import Index, bf16_bits
 from nemo_minitron.pruning.selection import origin_of, shapes_of, student_index
-from nemo_minitron.pruning.streams import Sink
-from nemo_minitron.pruning.tensors import TensorSource, whole
+from nemo_minitron.sources.streams import Sink
+from nemo_minitron.sources.tensors import TensorSource, whole
 
 
 class Student:

@@ -16,10 +16,10 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import need_space, reserve, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
-from nemo_minitron.pruning.headers import SIZES
-from nemo_minitron.pruning.streams import Sink
 from nemo_minitron.pruning.student import Student
-from nemo_minitron.pruning.tensors import TensorSource
+from nemo_minitron.sources.headers import SIZES
+from nemo_minitron.sources.streams import Sink
+from nemo_minitron.sources.tensors import TensorSource
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
 

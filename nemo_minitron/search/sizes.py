@@ -11,6 +11,16 @@ from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 
 Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the indices that stay
+VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
+
+
+def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
+    """The student's Architecture. Raises InputError for an illegal size, or a cut of the vocabulary."""
+    if not keep:
+        raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
+    if "vocab" in keep:
+        raise InputError(VOCAB)
+    return student_architecture(source, keep)
 
 
 def student_architecture(source: Architecture, keep: Keep) -> Architecture:

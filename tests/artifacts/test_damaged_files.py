@@ -18,15 +18,15 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, Manifest, PrunePlan, Scores, compose, records
 from nemo_minitron.artifacts.files import digest_of, read_json
 from nemo_minitron.artifacts.logit_cache import HEADER, LogitCache, shard_path
+from nemo_minitron.cli.find import find
+from nemo_minitron.commands.finetune import check_rows
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.card import CardFacts, card_text
 from nemo_minitron.families import from_hf
 from nemo_minitron.importance.depth.items import read_items
-from nemo_minitron.job.commands.finetune import check_rows
-from nemo_minitron.job.find import find
-from nemo_minitron.job.settings.recipe import Data, Job
 from nemo_minitron.job.stages.corpora import RECORD
-from nemo_minitron.pruning.headers import read_header
+from nemo_minitron.settings.recipe import Data, Job
+from nemo_minitron.sources.headers import read_header
 
 ROW = {"stage": "teacher", "corpus": "text", "tokens": 9, "parameters": 30, "loss": 1.5, "perplexity": 4.5,
        "bits_per_byte": None, "seconds": 2.5}  # fmt: skip

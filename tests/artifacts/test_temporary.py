@@ -11,7 +11,7 @@ import pytest
 from nemo_minitron.artifacts import temporary
 from nemo_minitron.artifacts.files import atomic_file, atomic_folder
 from nemo_minitron.artifacts.temporary import apart, sweep
-from nemo_minitron.job.processes.lock import locked
+from nemo_minitron.launch.lock import locked
 
 HOLD = """
 import os, sys, time

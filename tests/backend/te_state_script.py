@@ -30,7 +30,7 @@ def main(folder: Path, out: Path) -> None:
     import bare_models
 
     from nemo_minitron.backend.reference import ColumnLinear, RowLinear
-    from nemo_minitron.nemo.checkpoint import read_metadata
+    from nemo_minitron.sources.checkpoint import read_metadata
 
     store = torch.distributed.HashStore()
     wait = datetime.timedelta(seconds=60)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 WORKSPACE = """
-from nemo_minitron.job.find import find
-from nemo_minitron.nemo import plugin
+from nemo_minitron.cli.find import find
+from nemo_minitron.cli import nemo_run as plugin
 def pico():
     return find("recipe.py")
 plugin.add_recipe("pico", pico)
@@ -19,7 +19,7 @@ SETTINGS = ["distillation.tokens=2000", "keep.ffn=1280", "layout.sp=true", "eval
 
 def main() -> None:
     Path("workspace.py").write_text(WORKSPACE)  # where NeMo-Run's users keep factories of their own
-    importlib.import_module("nemo_minitron.nemo.plugin")
+    importlib.import_module("nemo_minitron.cli.nemo_run")
     heavy = [name for name in ("nemo", "lightning", "megatron", "transformers") if name in sys.modules]
     sys.argv = ["nemo", "minitron"]  # it adds a namespace's commands if it is asked for one
     from nemo_run.__main__ import app

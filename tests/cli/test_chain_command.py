@@ -9,7 +9,7 @@ from pico import raw_tensors
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
-from nemo_minitron.pruning.tensors import source_digest
+from nemo_minitron.sources.tensors import source_digest
 
 pytestmark = pytest.mark.slow
 

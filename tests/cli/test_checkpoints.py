@@ -11,8 +11,8 @@ from pico import raw_tensors
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.families import from_hf
-from nemo_minitron.job.models import convert
 from nemo_minitron.pruning import prune
+from nemo_minitron.pruning.convert import convert
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow

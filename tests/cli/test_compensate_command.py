@@ -14,15 +14,15 @@ from pico import raw_tensors
 from tolerances import GRAM_FP32
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.cli.find import find
+from nemo_minitron.commands.compensate import solve_for
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Calibration, Layout
-from nemo_minitron.job.commands.compensate import solve_for
-from nemo_minitron.job.find import find
-from nemo_minitron.job.models import convert
 from nemo_minitron.job.run import open_run
 from nemo_minitron.job.stages import compress as stages
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
+from nemo_minitron.pruning.convert import convert
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def solved(world, plan):
 
 def grams(world):
     """By the book, of the rows that the command drew."""
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
 
     rows = Tokens(world / ".c.safetensors.work" / "calibration").windows(36, 6, 1234)
     return grams64(world / "teacher", rows)

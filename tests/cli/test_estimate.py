@@ -14,15 +14,15 @@ from words import save_tokenizer
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
+from nemo_minitron.data import Tokens
 from nemo_minitron.export import write_report
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Calibration, Data, Job
 from nemo_minitron.job.run import execute, open_run
 from nemo_minitron.job.stages.compress import stages
-from nemo_minitron.nemo.data import Tokens
 from nemo_minitron.pruning import HFSource
-from nemo_minitron.pruning.tensors import source_digest
 from nemo_minitron.search.depth import layers_to_drop
+from nemo_minitron.sources.tensors import source_digest
 
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(900)]
 ROWS = 241  # odd: two data-parallel ranks fill up the last batch

@@ -10,7 +10,7 @@ from command_line import start
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.families import from_hf
-from nemo_minitron.nemo.saved import damage
+from nemo_minitron.hosts.nemo.saved import damage
 from nemo_minitron.pruning import prune
 from nemo_minitron.search import random_plan
 

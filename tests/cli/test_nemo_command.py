@@ -14,8 +14,8 @@ import pytest
 import yaml
 from pico import raw_tensors
 
+from nemo_minitron.cli.find import find, names
 from nemo_minitron.job import Job
-from nemo_minitron.job.find import find, names
 
 pytestmark = pytest.mark.slow
 COMMANDS = ("compress", "estimate", "plan", "prune", "distill")
@@ -40,7 +40,7 @@ def said(world):
 
 def test_pip_installs_the_entry_point():
     (point,) = importlib.metadata.entry_points(group="nemo_run.cli", name="minitron")
-    assert point.value == "nemo_minitron.nemo.plugin"
+    assert point.value == "nemo_minitron.cli.nemo_run"
 
 
 def test_the_plugin_loads_no_more_than_nemo_run_does(said):
@@ -59,7 +59,7 @@ def test_help_lists_the_commands_and_the_recipes(said):
 def test_dryrun_prints_the_resolved_settings(said):
     code, text = said["dryrun"]
     assert code == 0
-    assert "Dry run for task nemo_minitron.nemo.plugin:estimate" in text
+    assert "Dry run for task nemo_minitron.cli.nemo_run:estimate" in text
     assert "tokens=2000" in text
     code, text = said["unknown"]
     assert code == 1

@@ -27,7 +27,7 @@ from tolerances import LOSS_LAYOUT_FP32, LOSS_PRINTED, SCORES_FP32
 from words import save_tokenizer
 
 from nemo_minitron.artifacts import PrunePlan, Scores
-from nemo_minitron.job.processes.line import SECRET
+from nemo_minitron.launch.connection import SECRET
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 60, 10

@@ -266,7 +266,7 @@ def test_two_commands_never_share_a_run_folder(world, tmp_path):
     """Without the lock the second one is refused for what the recipe lacks further on, not for this."""
     run = tmp_path / "run"
     hold = (
-        "import sys\nfrom nemo_minitron.job.processes.lock import locked\n"
+        "import sys\nfrom nemo_minitron.launch.lock import locked\n"
         "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(run)]

@@ -47,7 +47,7 @@ def workers(scratch):
             line = path.read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if str(scratch) in line and "nemo_minitron.nemo.worker" in line:
+        if str(scratch) in line and "nemo_minitron.hosts.nemo.worker" in line:
             found.append(int(path.parent.name))
     return found
 

@@ -8,9 +8,9 @@ import pytest
 from checkpoints import save_small
 from pico import pico_llama
 
+from nemo_minitron.commands import distill
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
-from nemo_minitron.job.commands import distill
 
 RECIPE = Distillation(tokens=64, sequence_length=8, global_batch_size=2)  # 4 steps
 
@@ -147,7 +147,7 @@ def test_a_batch_that_a_layout_cannot_deal_out_is_refused(layout, legal):
 def test_the_loss_names_of_a_recipe_are_those_of_the_package():
     from nemo_minitron.distillation import losses
     from nemo_minitron.distillation.intermediate import MEASURES
-    from nemo_minitron.job.settings.counted import LEGAL
+    from nemo_minitron.settings.counted import LEGAL
 
     assert set(LEGAL["loss"]) == set(losses.__all__)
     assert set(LEGAL["intermediate_loss"]) == set(MEASURES)

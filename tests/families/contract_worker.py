@@ -20,7 +20,7 @@ LAYOUTS = {"whole": {"dp": 2}, "split": {"tp": 2, "sp": True}}
 
 def differing(source, expected):
     """Names of the tensors that two sources do not agree on, bit by bit."""
-    from nemo_minitron.pruning.tensors import whole
+    from nemo_minitron.sources.tensors import whole
 
     return [
         name
@@ -34,10 +34,10 @@ def run_case(name, kind, folder, out):
     from checkpoints import save_checkpoint
 
     from nemo_minitron.artifacts import PrunePlan
-    from nemo_minitron.job.settings.layout import Layout
+    from nemo_minitron.megatron.live import LiveSource
     from nemo_minitron.nemo import load_model
-    from nemo_minitron.nemo.live import LiveSource
-    from nemo_minitron.pruning.folder import HFSource
+    from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.sources.folder import HFSource
 
     layout = Layout(**LAYOUTS[kind])
     plan, result, found = PrunePlan.load(folder / f"{name}-plan.json"), {}, {}
@@ -58,10 +58,10 @@ def run_importer(family, folder, out):
     from transformers import AutoModelForCausalLM
 
     from nemo_minitron.families import family_of
-    from nemo_minitron.job.settings.layout import Layout
-    from nemo_minitron.nemo.live import LiveSource
-    from nemo_minitron.nemo.models import build, nemo_config, start
-    from nemo_minitron.pruning.folder import HFSource
+    from nemo_minitron.hosts.nemo.models import build, nemo_config, start
+    from nemo_minitron.megatron.live import LiveSource
+    from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.sources.folder import HFSource
 
     layout, expected = Layout(**LAYOUTS["whole"]), HFSource(folder / f"{family}-import")
     start(layout)

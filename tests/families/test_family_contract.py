@@ -252,9 +252,9 @@ def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
     """Tensors bit by bit, under their Hugging Face names; of the config all that is not about tokens or files."""
     from transformers import AutoConfig
 
-    from nemo_minitron.job.models import identity
-    from nemo_minitron.nemo.checkpoint import CheckpointSource
     from nemo_minitron.pruning import write_weights
+    from nemo_minitron.pruning.convert import identity
+    from nemo_minitron.sources.checkpoint import CheckpointSource
 
     for model in ("teacher", "student"):
         source, folder = CheckpointSource(results / f"{name}-{model}"), models / f"{name}-{model}"
@@ -271,7 +271,7 @@ def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_student_is_exported(name, models, results, tmp_path):
     """`distill`'s last step: the checkpoint's weights in a folder like the student's, which transformers loads."""
-    from nemo_minitron.job.commands.distill import export_student
+    from nemo_minitron.commands.distill import export_student
 
     base = models / f"{name}-student"
     (tmp_path / "last.json").write_text(json.dumps({"checkpoint": str(results / f"{name}-student")}))

@@ -7,7 +7,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import FAMILIES, family_of, from_hf, to_hf
 
 CLASSES = {family.model_type: family for family in FAMILIES}
-# layers, hidden, heads, groups, ffn, vocabulary, billions, billions without embeddings (MINITRON.md, section 5)
+# layers, hidden, heads, groups, ffn, vocabulary, billions, billions without embeddings
 PUBLISHED = [
     ("nemotron", 32, 6144, 48, 8, 24576, 256_000, 15.629, 12.483),
     ("nemotron", 32, 4096, 48, 8, 16384, 256_000, 8.272, 6.175),

@@ -26,7 +26,7 @@ SIZES = {
 ON_A_CPU = """
 import sys, torch
 from nemo_minitron.importance import estimate
-from nemo_minitron.nemo.models import load_model
+from nemo_minitron.hosts.nemo.models import load_model
 folder, tokens, out = sys.argv[1:]
 model = load_model(folder, precision="fp32")[0].eval()
 assert not torch.cuda.is_available()
@@ -91,8 +91,8 @@ def test_a_model_and_its_scores(precision, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from nemo_minitron.backend.precision import legal_here
+    from nemo_minitron.hosts.nemo.models import load_model
     from nemo_minitron.importance import estimate
-    from nemo_minitron.nemo.models import load_model
 
     engine = not backend.setup().reference
     if legal_here().get(precision) or (engine and precision == "fp8-delayed"):

@@ -29,7 +29,7 @@ def build(architecture, tp=1, pp=1, vp=1, cp=1, sp=False, first_stage=None):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer import TransformerConfig
 
-    from nemo_minitron.nemo.mapping import padded_vocab
+    from nemo_minitron.sources.mapping import padded_vocab
 
     parallel_state.initialize_model_parallel(tp, pp, vp if vp > 1 else None, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -144,8 +144,8 @@ def run_case(case, folder):
     import torch
 
     from nemo_minitron.importance.depth import depth_scan, iterative_removal, multiple_choice, read_items
-    from nemo_minitron.nemo.live import fill
-    from nemo_minitron.pruning.folder import HFSource
+    from nemo_minitron.megatron.live import fill
+    from nemo_minitron.sources.folder import HFSource
 
     source = HFSource(folder / case["model"])
     layout = {k: v for k, v in case["layout"].items() if k != "dp"}

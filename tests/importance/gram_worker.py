@@ -35,8 +35,8 @@ class Grouped(torch.nn.Module):
 def run_case(case, folder):
     """Every G of the model, gathered from the pipeline's stages; one layer at a time, and all at once."""
     from nemo_minitron.importance.gram import gram, whole
-    from nemo_minitron.job.settings.layout import Layout
     from nemo_minitron.nemo import load_model
+    from nemo_minitron.settings.layout import Layout
 
     layout = Layout(**case["layout"])
     chunks = load_model(folder / case["model"], layout=layout)

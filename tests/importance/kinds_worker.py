@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "nemo")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hosts" / "nemo")]
 
 CRITERIA = ["l2,mean", "mean,l2", "l2,var", "mean,max"]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail

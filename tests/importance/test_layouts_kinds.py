@@ -17,7 +17,7 @@ from tolerances import SCORES_FLOAT64, SCORES_FP32
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores, criteria
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "nemo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "hosts" / "nemo"))
 from kinds_worker import CRITERIA, EXTRA, axes_of
 
 pytestmark = pytest.mark.slow

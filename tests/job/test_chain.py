@@ -7,12 +7,12 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.artifacts import PrunePlan, compose
+from nemo_minitron.cli.find import find
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Distillation, Job, Step
 from nemo_minitron.job.chain import describe_chain, jobs_of, summary, table
-from nemo_minitron.job.commands.compress import run_compress
-from nemo_minitron.job.find import find
+from nemo_minitron.job.compress import run_compress
 from nemo_minitron.job.lineage import check_lineage, plan_of_learned
 from nemo_minitron.job.run import open_run
 from nemo_minitron.job.stages import compress as stages

@@ -4,10 +4,10 @@ import pytest
 from pico import pico_llama
 
 from nemo_minitron.artifacts import Scores
+from nemo_minitron.commands.estimate import _forget_others
 from nemo_minitron.families import from_hf
 from nemo_minitron.importance.alternatives import random_scores
-from nemo_minitron.job.commands.estimate import _forget_others
-from nemo_minitron.job.settings.calibration import STATISTICS, Calibration
+from nemo_minitron.settings.calibration import STATISTICS, Calibration
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job
-from nemo_minitron.job.processes.launch import launch
 from nemo_minitron.job.run import Stage, check_recipe, execute, open_run
+from nemo_minitron.launch.torchrun import launch
 
 JOB = Job(name="pico", teacher="t", data=Data("a", "b"), keep={"ffn": 64})
 

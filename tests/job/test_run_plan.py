@@ -5,10 +5,10 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.artifacts import Scores
+from nemo_minitron.commands.plan import run_plan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Search
-from nemo_minitron.job.commands.plan import run_plan
 
 MIXED = {"architectures": ["Qwen2ForCausalLM"], **SIZES, "use_sliding_window": True, "sliding_window": 64}
 

@@ -14,9 +14,9 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
 from nemo_minitron.pruning.compensation import fold_norms, head_residual, solvable, solve
-from nemo_minitron.pruning.streams import Sink
 from nemo_minitron.pruning.student import Student, as_numbers, as_stored
-from nemo_minitron.pruning.tensors import whole
+from nemo_minitron.sources.streams import Sink
+from nemo_minitron.sources.tensors import whole
 
 DOWN = "layers.1.down.weight"  # of source layer 2
 

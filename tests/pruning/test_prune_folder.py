@@ -14,7 +14,7 @@ from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
-from nemo_minitron.pruning.tensors import source_digest
+from nemo_minitron.sources.tensors import source_digest
 
 
 def identity(source):

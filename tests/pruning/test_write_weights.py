@@ -9,8 +9,8 @@ from plans_by_hand import slice_by_hand, width_and_depth
 
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, write_weights
-from nemo_minitron.pruning import folder as module
-from nemo_minitron.pruning.headers import SIZES, read_header
+from nemo_minitron.sources import folder as module
+from nemo_minitron.sources.headers import SIZES, read_header
 
 
 class Watched(HFSource):

@@ -11,17 +11,17 @@ import pytest
 from pico import pico_llama
 from test_architecture import of_table
 
+from nemo_minitron.cli.find import find, names
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job import Job
 from nemo_minitron.job.chain import checked
 from nemo_minitron.job.dry_run import check, training_memory
-from nemo_minitron.job.find import find, names
-from nemo_minitron.job.models import teacher_config
+from nemo_minitron.job.teacher import teacher_config
 
 WORKER = Path(__file__).parent / "recipes_worker.py"
 H100 = 80e9  # bytes
-RECIPES = {  # -> teacher and student in MINITRON.md's table, repeated in test_architecture
+RECIPES = {  # -> teacher and student of the papers, whose sizes test_architecture has
     "llama31_8b_to_4b_width": ("llama-3.1-8b", "llama-3.1-minitron-4b-width"),
     "llama31_8b_to_4b_depth": ("llama-3.1-8b", "llama-3.1-minitron-4b-depth"),
     "mistral_nemo_12b_to_8b": ("mistral-nemo-12b", "mn-minitron-8b"),

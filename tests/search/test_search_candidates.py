@@ -95,7 +95,7 @@ def test_several_targets_all_hold():
 
 @pytest.mark.parametrize(("text", "target", "count"), [(SPACE_8B, 8.27e9, 20), (SPACE_4B, 4.2e9, 18)])
 def test_the_papers_spaces(text, target, count):
-    """MINITRON.md, section 3. The published models are among them, and come first: they are the closest."""
+    """The space of docs/method.md. The published models are among them, and come first: they are the closest."""
     space = make_space(NEMOTRON, lists=parse.lists(text))
     found = search(space, [targets.parameters(int(target))], top=100)
     assert found.fitting == len(found.candidates) == count

@@ -1,13 +1,13 @@
 """Mixtures of experts: whole experts, the neurons of each, and those of the shared expert.
 
-What an expert sees has lost its sample on the way, so its statistics are per routed token (DESIGN, section 3): the
+What an expert sees has lost its sample on the way, so its statistics are per routed token (docs/reductions.md): the
 criterion's aggregation over the sequence, over all tokens that came to it. Its activations carry the router's
 probability, which Megatron multiplies in before the expert's second matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,24 +18,16 @@ from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators.dense import times_input
-from nemo_minitron.importance.experts import ExpertAccumulator
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
-class _PerExpert(Estimator):
-    experts = True
-
-    def accumulator(self, pairs: Sequence[tuple[str, str]], config: Any) -> Accumulator:
-        return ExpertAccumulator(self, pairs, config)
-
-
 @estimator(MoELayer)
-class Experts(_PerExpert):
+class Experts(Estimator):
     """The L2 norm of an expert's router-weighted output, per routed token: [num_layers, experts]."""
 
     axis = "experts"
+    experts = True
     sharded = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
@@ -46,10 +38,11 @@ class Experts(_PerExpert):
 
 
 @estimator(MoELayer)
-class ExpertNeurons(_PerExpert):
+class ExpertNeurons(Estimator):
     """The input of each expert's second matrix, per routed token: [num_layers, experts, ffn]."""
 
     axis = "expert_ffn"
+    experts = True
 
     def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
         for expert, linear, routes in second_matrices(module):

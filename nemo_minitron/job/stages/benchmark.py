@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_minitron.artifacts.files import write_json
-from nemo_minitron.job.models import teacher_folder
 from nemo_minitron.job.run import Run, Stage
+from nemo_minitron.job.teacher import teacher_folder
 
 RESULTS = "benchmarks.json"
 

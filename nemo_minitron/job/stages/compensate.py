@@ -10,14 +10,14 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import file_digest
-from nemo_minitron.job.commands.compensate import solve_for
-from nemo_minitron.job.commands.prune import Extras, compensation_of
+from nemo_minitron.commands.compensate import solve_for
+from nemo_minitron.commands.prune import Extras, compensation_of
+from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.calibration import calibration_of
-from nemo_minitron.job.settings.recipe import Job
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.nemo.sources import open_source
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
+from nemo_minitron.settings.recipe import Job
+from nemo_minitron.sources.open import open_source
 
 PLAN, SOLVED = "plan.json", "compensation.safetensors"  # beside each other
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve

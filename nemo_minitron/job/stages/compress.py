@@ -11,25 +11,25 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
+from nemo_minitron.commands.distill import export_student, left_by_training, run_training, teacher_identity
+from nemo_minitron.commands.estimate import calibrate, lines
+from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
-from nemo_minitron.job.commands.distill import export_student, left_by_training, run_training, teacher_identity
-from nemo_minitron.job.commands.estimate import calibrate, lines
-from nemo_minitron.job.commands.evaluate import measure
+from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.lineage import COMPOSED, learned_from, plan_of_learned
-from nemo_minitron.job.models import TEACHER, clear_torn, config_of, convert, is_nemo, teacher_folder
-from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.calibration import calibration_of
-from nemo_minitron.job.settings.recipe import Job
+from nemo_minitron.job.run import DISTILLED, PRUNED, RANDOM, Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.benchmark import MEASURE
 from nemo_minitron.job.stages.compensate import PLAN, SOLVE, compensation_of_run, solves
 from nemo_minitron.job.stages.generate import WRITE, trained_on
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
-from nemo_minitron.nemo.sources import open_source
+from nemo_minitron.job.teacher import TEACHER, clear_torn, teacher_folder
+from nemo_minitron.pruning.convert import convert
+from nemo_minitron.settings.recipe import Job
+from nemo_minitron.sources.open import config_of, is_nemo_checkpoint, open_source
 
-PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"
 CARD = "student/README.md"
 
 
@@ -37,7 +37,7 @@ def stages(job: Job) -> list[Stage]:
     """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
     measured, cuts = ("numbers.json", "samples.json"), _made(PRUNED, *[RANDOM] * job.evaluation.random_baseline)
     random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
-    nemo = is_nemo(resolve(job.teacher))
+    nemo = is_nemo_checkpoint(resolve(job.teacher))
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (f"{TEACHER}/config.json",), _made(TEACHER))
     first = [converting] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) * nemo, corpora.outputs(job.data), corpora.sidecars)
@@ -128,7 +128,7 @@ def tokenise(run: Run) -> None:
 
 
 def estimate(run: Run) -> None:
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
 
     job, tokens = run.job, Tokens(corpora.prefix(run, "calibration"))
     calibration = calibration_of(job, open_source(job.teacher).architecture)
@@ -215,7 +215,7 @@ def report(run: Run) -> None:
 
 
 def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
 
     row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
     run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")

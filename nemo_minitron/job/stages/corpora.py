@@ -7,16 +7,16 @@ from typing import Any
 
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.artifacts.records import CORPORA
-from nemo_minitron.job.commands.corpus import left_out
+from nemo_minitron.commands.corpus import left_out
 from nemo_minitron.job.run import Run
-from nemo_minitron.job.settings.recipe import Data
+from nemo_minitron.settings.recipe import Data
 
 RECORD = "data/corpora.json"
 
 
 def sources(data: Data) -> dict[str, str]:
     """Split -> source, calibration and the held-out text's split filled in."""
-    from nemo_minitron.nemo.data import held_out
+    from nemo_minitron.data import held_out
 
     return {"train": data.train, "test": held_out(data.test), "calibration": data.calibration or data.train}
 
@@ -27,7 +27,7 @@ def tokenise(run: Run, tokenizer: Path, vocab_size: int | None = None) -> None:
     `vocab_size`: of the teacher; tokens beyond it are refused, with InputError.
     `data/corpora.json` keeps split -> prefix, relative to the run folder for what lies in it.
     """
-    from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+    from nemo_minitron.data import Tokens, build, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     made: dict[str, Tokens] = {}
@@ -58,7 +58,7 @@ def prefix(run: Run, split: str) -> Path:
 
 def outputs(data: Data) -> tuple[str, ...]:
     """Files of the run folder without which the corpora are not there."""
-    from nemo_minitron.nemo.data import prefix_of
+    from nemo_minitron.data import prefix_of
 
     given = sources(data)
     first = {source: split for split, source in reversed(given.items())}
@@ -73,8 +73,8 @@ def sidecars(run: Run) -> list[str]:
 
 def identity(source: str) -> Any:
     """What a source holds: a file's digest, sizes and times of indexed files or a folder's; a name as it is."""
-    from nemo_minitron.nemo.data import prefix_of
-    from nemo_minitron.nemo.data.text import parted
+    from nemo_minitron.data import prefix_of
+    from nemo_minitron.data.text import parted
 
     name, split = parted(source)
     path, indexed = Path(name), prefix_of(name)

@@ -9,8 +9,7 @@ from nemo_minitron.artifacts.records import NAME, read_numbers
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import read_config, remark_on, resolve
 from nemo_minitron.job.lineage import COMPOSED, learned_from
-from nemo_minitron.job.run import Run
-from nemo_minitron.job.stages.compress import PRUNED
+from nemo_minitron.job.run import PRUNED, Run
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.commands.distill import teacher_identity
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import from_hf
-from nemo_minitron.job.commands.distill import teacher_identity
 from nemo_minitron.job.lineage import learned_from
-from nemo_minitron.job.models import as_folder, teacher_folder
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.generation import Generation
 from nemo_minitron.job.stages import corpora
+from nemo_minitron.job.teacher import teacher_folder
+from nemo_minitron.pruning.convert import as_folder
+from nemo_minitron.settings.generation import Generation
 
 GENERATED = "data/generated"  # of a run: .jsonl the text, .bin and .idx its tokens
 WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
@@ -34,7 +35,7 @@ def inputs(run: Run) -> list[Any]:
 def generate(run: Run) -> None:
     """The stage. Batches that were written before a kill stay. Raises InputError as `prompts_of`, and where the
     teacher wrote nothing at all."""
-    from nemo_minitron.nemo.data import Tokens, build, load_tokenizer
+    from nemo_minitron.data import Tokens, build, load_tokenizer
 
     tokenizer = load_tokenizer(teacher_folder(run))
     prompts = prompts_of(run.job.generation, Tokens(corpora.prefix(run, "train")), tokenizer)
@@ -65,7 +66,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
 
 def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[int]]:
     """Tokens of each document's prompt. Raises InputError for a file without one, and a corpus with too few."""
-    from nemo_minitron.nemo.data import documents
+    from nemo_minitron.data import documents
 
     if settings.prompts:
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in documents(settings.prompts)]

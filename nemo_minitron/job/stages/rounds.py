@@ -14,16 +14,16 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
+from nemo_minitron.commands.estimate import calibrate, lines
 from nemo_minitron.families import from_hf, to_hf
-from nemo_minitron.job.commands.estimate import calibrate, lines
-from nemo_minitron.job.models import clear_torn, teacher_folder
+from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.calibration import calibration_of
-from nemo_minitron.job.settings.recipe import Job
 from nemo_minitron.job.stages import corpora
+from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.search.rounds import round_sizes
 from nemo_minitron.search.sizes import student_architecture
+from nemo_minitron.settings.recipe import Job
 
 FOLDER, PLAN, SCORES = "rounds", "plan.json", "scores.safetensors"
 
@@ -91,7 +91,7 @@ def words_of_rounds(job: Job, source: Architecture) -> list[str]:
 
 def score_again(run: Run, number: int) -> None:
     """The stage: the model that the rounds before leave, cut from the teacher in one go and scored."""
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
     from nemo_minitron.pruning import prune
 
     folder, teacher = run.path(FOLDER, str(number)), teacher_folder(run)

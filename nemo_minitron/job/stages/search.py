@@ -20,17 +20,18 @@ from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
 from nemo_minitron.artifacts.whole import damaged, sealed
 from nemo_minitron.axes import AXES
+from nemo_minitron.commands.corpus import corpus_identity
+from nemo_minitron.commands.distill import run_training, teacher_identity
+from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
-from nemo_minitron.job.commands.corpus import corpus_identity
-from nemo_minitron.job.commands.distill import run_training, teacher_identity
-from nemo_minitron.job.commands.evaluate import measure
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
-from nemo_minitron.job.models import clear_torn, config_of, teacher_folder
 from nemo_minitron.job.run import Run, Stage
-from nemo_minitron.job.settings.recipe import Distillation, Job
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import PLAN, SOLVED, compensation_of_run, cut_identity, solve_plans, solves
+from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.sources.open import config_of
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -140,7 +141,7 @@ def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _loss(run: Run, name: str) -> float:
     """Of the cut model on held-out text, from its file where it was measured before."""
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
 
     folder, test = run.path("search", name), corpora.prefix(run, "test")
     settings = _evaluation(run)

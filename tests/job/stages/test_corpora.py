@@ -45,7 +45,7 @@ def tokenised(folder, data, tokenizer):
 
 def test_indexed_files_are_used_where_they_lie(tmp_path, jsonl, tokenizer):
     """As before the record: with `data/train` in place of the record the prefix is missing and Tokens refuses."""
-    from nemo_minitron.nemo.data import Tokens, build
+    from nemo_minitron.data import Tokens, build
 
     made = build(jsonl, tokenizer, tmp_path / "elsewhere" / "wiki")
     data = Data(train=str(made.prefix), test=f"{made.prefix}.bin")
@@ -69,7 +69,7 @@ def test_a_source_is_tokenised_once_and_the_folder_may_move(tmp_path, jsonl, tok
 
 def test_held_out_text_is_never_the_train_split(tmp_path, both, tokenizer):
     """Reading `test` as `train` reads, the default until now, gives 3 documents in the place of 2."""
-    from nemo_minitron.nemo.data import Tokens
+    from nemo_minitron.data import Tokens
 
     run = tokenised(tmp_path / "run", Data(train=str(both), test=str(both)), tokenizer)
     assert [len(Tokens(corpora.prefix(run, split))) for split in ("train", "test", "calibration")] == [3, 2, 3]
@@ -88,7 +88,7 @@ def test_a_folder_without_a_test_split_is_refused_not_read_as_one(tmp_path, toke
 
 def test_what_a_source_holds_is_in_its_identity(tmp_path, jsonl, both, tokenizer):
     """A digest over the recipe's words alone, as it was, is the same after each of these changes."""
-    from nemo_minitron.nemo.data import build
+    from nemo_minitron.data import build
 
     prefix = build(jsonl, tokenizer, tmp_path / "wiki").prefix
     sources = [str(jsonl), str(both), str(prefix), f"{prefix}.idx"]

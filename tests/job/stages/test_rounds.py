@@ -11,9 +11,9 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Calibration, Data, Job
+from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.dry_run import describe
 from nemo_minitron.job.run import open_run
-from nemo_minitron.job.settings.calibration import calibration_of
 from nemo_minitron.job.stages.rounds import cut_of, job_of, round_stages
 
 

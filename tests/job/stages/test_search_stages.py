@@ -43,7 +43,7 @@ class World:
         for name, function in put.items():
             monkeypatch.setattr(search_stages, name, function)
         monkeypatch.setattr("nemo_minitron.job.stages.corpora.prefix", lambda run, split: split)
-        monkeypatch.setattr("nemo_minitron.nemo.data.Tokens", lambda prefix: prefix)
+        monkeypatch.setattr("nemo_minitron.data.Tokens", lambda prefix: prefix)
 
     def measure(self, folder, tokens, settings):
         layers = from_hf(folder).num_layers

@@ -1,0 +1,67 @@
+"""From a recipe's name or file to a Job."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import traceback
+from pathlib import Path
+
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.errors import InputError, first_line, nearest
+from nemo_minitron.settings.recipe import Job
+
+
+def names() -> list[str]:
+    """The recipes that are shipped."""
+    import nemo_minitron.recipes as recipes
+
+    found = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
+    return [name for name in found if "_to_" in name]
+
+
+def find(recipe: str) -> Job:
+    """A shipped recipe by name, a Python file with `recipe()`, or a resolved `recipe.json`.
+
+    Raises InputError for anything else, with the nearest name.
+    """
+    path = Path(recipe)
+    if path.suffix == ".json":
+        return Job.from_dict(read_json(path, "the recipe"))
+    if path.suffix == ".py":
+        return _from_file(path)
+    if recipe not in names():
+        raise InputError(f"there is no recipe '{recipe}'; {nearest(recipe, names())}")
+    return importlib.import_module(f"nemo_minitron.recipes.{recipe}").recipe()
+
+
+def _from_file(path: Path) -> Job:
+    if not path.is_file():
+        raise InputError(f"the recipe '{path}' does not exist; {nearest(path.stem, names())}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # a .py file always has a spec and a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "recipe"):
+            raise InputError(f"'{path}' has no function recipe(), which must return a Job")
+        job = module.recipe()
+        if not isinstance(job, Job):
+            raise InputError(f"recipe() in '{path}' returns a {type(job).__name__}; it must return a Job")
+        return Job.from_dict(job.as_dict())
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        what = type(error).__name__ + (f": {first_line(error)}" if str(error).strip() else "")
+        raise InputError(f"the recipe '{path}' fails{_where(error, path)}: {what}") from error
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The line of the recipe that failed, or that led to where it failed."""
+    here = str(path.absolute())
+    if isinstance(error, SyntaxError) and error.filename == here:
+        return f" in line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
+    return f" in line {lines[-1]}" if lines else ""

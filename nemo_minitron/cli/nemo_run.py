@@ -1,0 +1,185 @@
+"""`nemo minitron`: the job as commands of NeMo-Run, whose factories are the recipes. Loads neither NeMo nor Megatron.
+
+NeMo-Run finds this module through the entry-point group `nemo_run.cli`. A command's parameters are the settings of a
+Job and `out`, the run folder: `nemo minitron compress --factory NAME distillation.tokens=2000`. The same in Python,
+for any executor: `run.run(task(compress, job), executor=...)`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Optional, get_args, get_origin, get_type_hints
+
+import nemo_run as run
+
+from nemo_minitron.cli.find import names
+from nemo_minitron.cli.nodes import on_nodes
+from nemo_minitron.errors import InputError
+from nemo_minitron.job.compress import run_compress
+from nemo_minitron.settings.recipe import Job
+
+NAMESPACE = "minitron"
+PLAIN = (int, float, str, bool)
+TORCHRUN = {  # what it tells a process about the others
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+# Without an annotation: NeMo-Run would take a text that is the name of a factory for that factory.
+NAME = inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY)
+OUT = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Optional[str])
+
+
+def command(stage: Callable[[Job, Optional[str]], None]) -> Any:
+    """A function of a Job and its run folder as a command of NeMo-Run."""
+
+    @functools.wraps(stage)
+    def entry(*, out: Optional[str] = None, **settings: Any) -> None:
+        job = Job.from_dict(Job(**settings).as_dict())
+        if _leads(job):
+            stage(job, out)
+
+    parameters = [p.replace(kind=OUT.kind) for p in signature(Job).parameters.values() if p.name != "name"]
+    entry.__signature__ = inspect.Signature([NAME, *parameters, OUT])  # type: ignore[attr-defined]
+    run.cli.entrypoint(entry, namespace=NAMESPACE)
+    return entry
+
+
+def task(entry: Any, job: Job, out: str | None = None) -> Any:
+    """A `run.Partial` of one of this module's commands with all settings of a Job."""
+    settings = {"out": out} | _written(job)
+    for name, value in settings.items():
+        group = getattr(job, name, None)
+        if dataclasses.is_dataclass(group):
+            settings[name] = run.Config(type(group), **_written(group))
+        elif isinstance(value, Mapping):
+            settings[name] = _open(value)
+    return run.Partial(entry, **settings)
+
+
+def mapping(**values: Any) -> dict[str, Any]:
+    """A group of settings whose names are free, as `keep.ffn=1024`. Of a dict itself NeMo-Run loses the type."""
+    return values
+
+
+def _open(values: Mapping[str, Any]) -> Any:
+    found = {name: _open(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return run.Config(mapping, **found)
+
+
+def _written(values: Any) -> dict[str, Any]:
+    """A dataclass' fields as plain values; empty texts stay defaults, since NeMo-Run's files cannot say them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    plain = json.loads(json.dumps(dataclasses.asdict(values)))
+    return {name: value for name, value in plain.items() if value != "" or defaults[name] != ""}
+
+
+def add_recipe(name: str, recipe: Callable[[], Job]) -> None:
+    """A recipe as `--factory NAME` of all commands: those that are shipped, and your own (in a `workspace.py`)."""
+    for entry in (compress, estimate, plan, prune, distill):
+        run.cli.factory(_factory(entry, recipe), target=entry, name=name)
+
+
+def _factory(entry: Any, recipe: Callable[[], Job]) -> Callable[[], Any]:
+    @functools.wraps(recipe)
+    def make() -> Any:
+        return task(entry, recipe())
+
+    make.__doc__ = recipe.__doc__ or getattr(inspect.getmodule(recipe), "__doc__", None)
+    return make
+
+
+def signature(kind: type) -> inspect.Signature:
+    """Of a dataclass, with the annotations by which NeMo-Run reads values: it knows no texts and no tuples."""
+    hints = get_type_hints(kind)
+    parameters = inspect.signature(kind).parameters.values()
+    return inspect.Signature([p.replace(annotation=_readable(hints[p.name])) for p in parameters])
+
+
+def _readable(hint: Any) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        group: Any = hint
+        group.__signature__ = signature(hint)  # which NeMo-Run asks of it for `distillation.tokens=2000`
+        return hint
+    origin, items = get_origin(hint), get_args(hint)
+    if hint in PLAIN:
+        return hint
+    if origin is tuple and items[0] in PLAIN:
+        return list[items[0]]  # type: ignore[valid-type]
+    if origin is Mapping:
+        return dict[items]  # type: ignore[valid-type, misc]
+    if {*items} == {str, type(None)}:
+        return Optional[str]
+    return Any
+
+
+def _leads(job: Job) -> bool:
+    """Whether this process does the job: under torchrun the first one does, and starts the workers of each stage.
+
+    Takes torchrun's variables away, which are not those workers'. Raises InputError for processes on several
+    machines, or of another number than the layout's.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    started = int(os.environ["WORLD_SIZE"])
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        raise InputError("torchrun was started on several nodes; leave the launcher out, with one task a node")
+    if started not in (1, job.layout.processes):
+        raise InputError(
+            f"NeMo-Run started {started} processes; the layout has {job.layout.processes}, so ntasks_per_node must be "
+            f"{job.layout.processes}, or 1"
+        )
+    first = os.environ["RANK"] == "0"
+    for name in [name for name in os.environ if name in TORCHRUN or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    return first
+
+
+def _do(job: Job, out: Optional[str], until: str = "") -> None:
+    """As `minitron compress`, also where an executor starts it once on each of several nodes."""
+    folder = job.folder(out)
+    same = ["compress", until, job.as_dict()]
+    on_nodes((None, None, None), job.layout, same, folder, lambda: run_compress(job, folder, until))
+
+
+@command
+def compress(job: Job, out: Optional[str]) -> None:
+    """The whole job, resumable, into one run folder: `out`, or runs/NAME."""
+    _do(job, out)
+
+
+@command
+def estimate(job: Job, out: Optional[str]) -> None:
+    """A run as far as its scores: what matters, with forward passes only."""
+    _do(job, out, "estimate")
+
+
+@command
+def plan(job: Job, out: Optional[str]) -> None:
+    """A run as far as its plan: what stays."""
+    _do(job, out, "plan")
+
+
+@command
+def prune(job: Job, out: Optional[str]) -> None:
+    """A run as far as its student, cut and not yet trained: checkpoints/pruned."""
+    _do(job, out, "prune")
+
+
+@command
+def distill(job: Job, out: Optional[str]) -> None:
+    """A run as far as its student, retrained from the teacher's logits: student."""
+    _do(job, out, "export")
+
+
+def local() -> Any:
+    """This machine: one process, which starts those of each stage, as many as the layout has."""
+    return run.Config(run.LocalExecutor)
+
+
+run.cli.factory(local, target=run.LocalExecutor)
+for _name in names():
+    add_recipe(_name, importlib.import_module(f"nemo_minitron.recipes.{_name}").recipe)

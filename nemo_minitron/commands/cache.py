@@ -1,0 +1,121 @@
+"""A teacher and a corpus -> a cache of its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import digest_of
+from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
+from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.temporary import sweep
+from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_host, family_of, resolve
+from nemo_minitron.launch.lock import locked
+from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.settings.counted import check_whole
+from nemo_minitron.settings.fp8 import check_tokens
+from nemo_minitron.settings.layout import Layout
+
+
+def run_cache(
+    model: str, data: str, out: Path, settings: CacheSettings, layout: Layout, *, samples: int | None = None,
+    rows_per_shard: int = 256, micro_batch_size: int = 1, log: Path | None = None, skip_bad_lines: bool = False,
+) -> CacheHeader:  # fmt: skip
+    """`minitron cache-logits`: makes `out`, or what is missing of it; the folder must be one that all ranks see.
+
+    `samples`: the first rows of the text (default: all that it has). Raises InputError, also for an `out` that
+    holds a cache of another model, text or settings.
+    """
+    from nemo_minitron.sources.open import open_source
+
+    for name, value in (("rows_per_shard", rows_per_shard), ("micro_batch_size", micro_batch_size)):
+        check_whole(name, value)
+    source = open_source(model)
+    check_host(source.config)
+    layout.check(source.architecture)
+    layout.check_sequence(settings.sequence_length)
+    check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
+    _check_out(out)
+    work = cache_of(out)
+    with locked(work):
+        tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
+        rows = whole_rows(tokens, settings.sequence_length, samples)
+        header = CacheHeader(
+            settings, teacher_digest(model), corpus_digest(tokens, rows, settings.sequence_length),
+            source.architecture.vocab_size, rows, rows_per_shard,
+        )  # fmt: skip
+        header = _opened(header, out)
+        for path in torn(out, header):
+            print(f"{path} is damaged and is made again", flush=True)
+            path.unlink()
+        if missing(out, header):
+            values = {
+                "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
+                "layout": dataclasses.asdict(layout), "micro_batch_size": micro_batch_size,
+            }  # fmt: skip
+            launch("cache", values, layout.processes, log or work / "log.txt")
+    return header
+
+
+def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) -> int:
+    """Rows of a text with a label behind each token. Raises InputError where it has none, or fewer than asked."""
+    rows = max(0, (tokens.tokens - 1) // sequence_length)
+    if not rows:
+        raise InputError(
+            f"the corpus has {tokens.tokens} tokens, not one row of {sequence_length} and its last label; the longest "
+            f"legal sequence length is {max(1, tokens.tokens - 1)}"
+        )
+    if samples is not None and not 1 <= samples <= rows:
+        raise InputError(f"samples is {samples}, the corpus has {rows} rows; give {min(max(samples, 1), rows)}")
+    return samples or rows
+
+
+def teacher_digest(model: str) -> str:
+    """Identity of a model's weights and config, the same from a Hugging Face folder and a NeMo checkpoint."""
+    from nemo_minitron.sources.open import open_source
+    from nemo_minitron.sources.tensors import source_digest
+
+    source = open_source(model)
+    return digest_of([source_digest(source), *family_of(source.config).nemo_config(source.config)])
+
+
+def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
+    return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
+
+
+def check_cache(cache: Path, train: Path, teacher: str | None = None) -> CacheHeader:
+    """Raises InputError for a cache that is not whole, or not of the text of this prefix, or, where a teacher is
+    named too, not its."""
+    from nemo_minitron.data import Tokens
+
+    header, tokens = LogitCache(cache).header, Tokens(train)
+    length = header.settings.sequence_length
+    long_enough = whole_rows(tokens, length) >= header.rows
+    header.check(cache, data=corpus_digest(tokens, header.rows, length) if long_enough else "a shorter text")
+    if teacher is not None:
+        header.check(cache, model=teacher_digest(teacher))
+    return header
+
+
+def _opened(header: CacheHeader, out: Path) -> CacheHeader:
+    """The header of a cache that is begun, or goes on; the rows of its shards stay as they were begun with."""
+    if not (out / HEADER).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        header.save(out)
+    begun = CacheHeader.load(out)
+    sweep(out)
+    begun.check(out, model=header.model)
+    for name, value in header.settings.identity().items():
+        begun.check(out, **{name: value})
+    begun.check(out, rows=header.rows)
+    begun.check(out, data=header.data)
+    return begun
+
+
+def _check_out(out: Path) -> None:
+    """A folder that somebody else made is never written to. Raises InputError."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / HEADER).exists()):
+        raise InputError(f"'{out}' is there already and is no logit cache; give a new folder with --out")

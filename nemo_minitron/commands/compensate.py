@@ -1,0 +1,71 @@
+"""A model, a plan and a corpus -> the matrices that a cut of neurons or heads changes, solved anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_host, resolve
+from nemo_minitron.launch.lock import locked
+from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.pruning.compensation import RIDGE, solvable
+from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.settings.calibration import Calibration
+from nemo_minitron.settings.cutting import MEMORY
+from nemo_minitron.settings.layout import Layout
+
+BYTES = int(MEMORY * 1e9)
+ROWS = ("samples", "sequence_length", "batch_size", "precision", "seed")
+
+
+def run_compensate(
+    model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
+    ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False,
+) -> Compensation:  # fmt: skip
+    """`minitron compensate`: leaves `out`, for `minitron prune --compensation`. Of `calibration` it takes the rows.
+
+    Raises InputError for what cannot run, before a model is loaded.
+    """
+    from nemo_minitron.sources.open import open_source
+
+    source = open_source(model)
+    made = PrunePlan.load(plan)
+    check_plan(made, source)
+    check_solvable(made, ridge, memory)
+    check_host(source.config)
+    layout.check(source.architecture)
+    layout.check_sequence(calibration.sequence_length)
+    with locked(cache_of(out)):
+        tokens = tokenise(
+            data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
+        )
+        solve_for(model, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
+    return Compensation.load(out)
+
+
+def solve_for(
+    model: str, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
+    ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
+) -> None:  # fmt: skip
+    """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
+    what is solved for it goes."""
+    settings = {
+        "model": str(resolve(model)), "plans": {str(plan): str(out) for plan, out in plans.items()}, "data": str(data),
+        "ridge": ridge, "memory": memory, "layout": dataclasses.asdict(layout),
+    }  # fmt: skip
+    settings |= {name: getattr(calibration, name) for name in ROWS}
+    launch("compensate", settings, layout.processes, log)
+
+
+def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:
+    """Raises InputError where there is nothing to solve, or for settings out of range."""
+    if not list(solvable(plan)):
+        raise InputError("the plan cuts no neurons and no heads, so there is nothing to solve anew; cut without it")
+    for name, value in (("ridge", ridge), ("memory", memory)):
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{name} is {value}; it must be above 0 and finite")

@@ -1,0 +1,216 @@
+"""A model and a corpus -> Scores, going on from what an interrupted run of the same settings has left."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.blocks import NOTHING, size_of
+from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.records import MARKS
+from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.commands.distill import teacher_identity
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_host, resolve
+from nemo_minitron.launch.lock import locked
+from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.search.depth import HIGHER_IS_BETTER
+from nemo_minitron.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
+from nemo_minitron.settings.fp8 import check_tokens
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.sources.tensors import source_digest
+
+
+def run_estimate(
+    model: str, data: str, out: Path, calibration: Calibration, layout: Layout, merge: Path | None = None,
+    skip_bad_lines: bool = False,
+) -> Scores:  # fmt: skip
+    """`minitron estimate`: Scores of a model into `out`, with `merge` those of another run's samples too.
+
+    What is gathered stays in a hidden folder beside `out`: the same command goes on from there, or has nothing left
+    to do. Raises InputError for what cannot run, before a model is loaded.
+    """
+    from nemo_minitron.sources.open import open_source
+
+    source = open_source(model)
+    if calibration.runs:
+        check_host(source.config)
+    layout.check(source.architecture)
+    layout.check_sequence(calibration.sequence_length)
+    check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
+    calibration.check(source.architecture, layout)
+    other, work = Scores.load(merge) if merge else None, cache_of(out)
+    with locked(work):
+        tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
+        if other is not None:
+            check_overlap(other, calibration, data_digest(tokens))
+        scores = calibrate(model, tokens, work, calibration, layout, work / "log.txt")
+        scores = merged(other, scores) if other is not None else scores
+        scores.save(out)
+    return scores
+
+
+def calibrate(
+    model: str, tokens: Any, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
+) -> Scores:
+    """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
+
+    The model's Hugging Face config is a note in them: plans are checked against it.
+    """
+    from nemo_minitron.sources.open import open_source
+
+    digest = data_digest(tokens)
+    _forget_others(work, calibration.marks(*teacher_identity(model), digest, digest_of(dataclasses.asdict(layout))))
+    if not calibration.runs:
+        _without_running(model, calibration).save(work / STATISTICS)
+    if not _whole(work, calibration):
+        settings = {
+            "model": str(resolve(model)), "data": str(tokens.prefix), "work": str(work),
+            "calibration": dataclasses.asdict(calibration), "layout": dataclasses.asdict(layout),
+        }  # fmt: skip
+        launch("estimate", settings, layout.processes, log)
+    scores, scanned = Scores.load(work / STATISTICS), _scanned(work)
+    scores.data_digest = digest
+    scores.depth = {name: scanned.depth[name] for name in calibration.depth if scanned}
+    names = ("samples", "sequence_length", "seed", "precision")
+    run = {"data": digest} | {name: getattr(calibration, name) for name in names}
+    scores.notes = {"runs": [run], "config": dict(open_source(model).config)} | (scanned.notes if scanned else {})
+    return _examined(scores)
+
+
+def _without_running(model: str, calibration: Calibration) -> Scores:
+    """Scores by the magnitude of the weights, or by chance."""
+    from nemo_minitron.importance.alternatives import magnitude, random_scores
+    from nemo_minitron.sources.open import open_source
+
+    source = open_source(model)
+    if calibration.method == "magnitude":
+        scores = magnitude(source)
+    else:
+        scores = random_scores(source.architecture, calibration.seed)
+    scores.model_digest = source_digest(source)
+    return scores
+
+
+def _forget_others(work: Path, marks: dict[str, str]) -> None:
+    """Removes what other settings, another model or other text have left, and writes down what comes now."""
+    file = work / "marks.json"
+    before = _marks(file)
+    for name in (STATISTICS, SCANNED):
+        _drop_damaged(work / name)
+    if before.get(STATISTICS) != marks[STATISTICS]:
+        (work / STATISTICS).unlink(missing_ok=True)
+    scanned = _scanned(work)
+    if scanned:
+        kept = {name: found for name, found in scanned.depth.items() if before.get(name) == (before | marks).get(name)}
+        dataclasses.replace(scanned, depth=kept).save(work / SCANNED)
+    write_json(file, before | marks)
+
+
+def _marks(file: Path) -> dict[str, str]:
+    """What the files beside it were made with; nothing where that is not to be read, and then they are made again."""
+    try:
+        return read_json(file, "the marks", MARKS) if file.exists() else {}
+    except InputError:
+        return {}
+
+
+def _drop_damaged(file: Path) -> None:
+    try:
+        if file.exists():
+            Scores.load(file)
+    except InputError as error:
+        print(f"    {error}; it is made again", flush=True)
+        file.unlink()
+
+
+def _scanned(work: Path) -> Scores | None:
+    return Scores.load(work / SCANNED) if (work / SCANNED).exists() else None
+
+
+def _whole(work: Path, calibration: Calibration) -> bool:
+    """Whether everything that the calibration asks for is there."""
+    scanned = _scanned(work)
+    return (
+        (work / STATISTICS).exists()
+        and (not calibration.runs or Scores.load(work / STATISTICS).samples == calibration.samples)
+        and all(scanned is not None and name in scanned.depth for name in calibration.depth)
+    )
+
+
+def data_digest(tokens: Any) -> str:
+    """Of the documents, where the tokens have a sidecar; else of their number and of 64 pieces of the stream."""
+    if tokens.corpus:
+        return tokens.corpus.content
+    starts = np.linspace(0, max(0, tokens.tokens - 256), 64).astype(int)
+    return digest_of([len(tokens), tokens.tokens, [tokens.stream(int(start), 256).tolist() for start in starts]])
+
+
+# -- two runs ------------------------------------------------------------------------------------------
+def check_overlap(other: Scores, calibration: Calibration, digest: str) -> None:
+    """Raises InputError where another run has seen the same rows, or has gathered other criteria."""
+    for run in _runs(other):
+        if run.get("data") == digest and run.get("seed") == calibration.seed:
+            raise InputError(
+                f"the scores to merge have seen the same rows: the same text with seed {calibration.seed}; give "
+                f"another --seed, for example {1 + max(r.get('seed', 0) for r in _runs(other))}, or other text"
+            )
+    if other.criteria and set(other.criteria) != set(calibration.criteria):
+        raise InputError(
+            f"the scores to merge were gathered under {'; '.join(other.criteria)}, not {calibration.criterion}; give "
+            f"--criterion '{';'.join(other.criteria)}'"
+        )
+
+
+def merged(other: Scores, scores: Scores) -> Scores:
+    """Both runs' samples together, shown under this run's criterion; of depth, which cannot be merged, this run's.
+
+    Raises InputError for scores of another model or of other statistics.
+    """
+    result = other.merge(scores).under(scores.criterion, scores.norms)
+    runs = [*_runs(other), *_runs(scores)]
+    seen = [run.get("data") for run in _runs(other)]
+    notes = other.notes | scores.notes | {"runs": runs}
+    if scores.data_digest in seen:
+        notes["overlap"] = "both runs drew rows of the same text with other seeds: some may count twice"
+    return _examined(dataclasses.replace(result, depth=other.depth | scores.depth, notes=notes))
+
+
+def _runs(scores: Scores) -> list[dict[str, Any]]:
+    return scores.notes.get("runs", [{"data": scores.data_digest, "seed": scores.notes.get("seed", 0)}])
+
+
+# -- what scores say about themselves ------------------------------------------------------------------
+def _examined(scores: Scores) -> Scores:
+    """With the diagnostics in its notes."""
+    from nemo_minitron.families import remarks as config_remarks
+    from nemo_minitron.importance.diagnostics import remarks, split_half
+
+    overlap = [scores.notes["overlap"]] if "overlap" in scores.notes else []
+    of_config = config_remarks(scores.notes["config"]) if "config" in scores.notes else []
+    found = {"split_half": split_half(scores), "remarks": [*overlap, *of_config, *remarks(scores)]}
+    return dataclasses.replace(scores, notes=scores.notes | found)
+
+
+def lines(scores: Scores) -> list[str]:
+    """What scores have to say, a line each: stability, the criteria of depth, remarks."""
+    halves = ", ".join(f"{name} {value:.3f}" for name, value in scores.notes["split_half"].items())
+    found = [f"rank correlation of two halves of the samples: {halves}"] if halves else []
+    found += [line for name in scores.depth for line in _depth_lines(scores, name)]
+    return [*found, *scores.notes["remarks"]]
+
+
+def _depth_lines(scores: Scores, name: str) -> list[str]:
+    blocks = scores.depth[name]
+    if name == REMOVAL:
+        return [f"removal: layers go in the order {', '.join(str(first) for first, _ in blocks)}"]
+    sign, found = -1 if name in HIGHER_IS_BETTER else 1, []
+    for size in sorted({size_of(block) for block in blocks} - {0}):
+        block = min((b for b in blocks if size_of(b) == size), key=lambda b: (sign * blocks[b], -b[0]))  # as plans go
+        layers = f"layer {block[0]}" if size == 1 else f"layers {block[0]} to {block[1]}"
+        found.append(f"{name}: {blocks[NOTHING]:.4f}, {blocks[block]:.4f} without {layers}, least missed of {size}")
+    return found

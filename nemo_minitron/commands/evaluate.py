@@ -1,0 +1,100 @@
+"""A model -> numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.commands.corpus import tokenise
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_draft, from_hf, resolve
+from nemo_minitron.pruning.convert import as_folder
+from nemo_minitron.settings.counted import check_whole
+from nemo_minitron.settings.recipe import Evaluation
+from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
+
+
+def run_evaluate(
+    model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None,
+    draft_of: str | None = None, draft_out: Path | None = None, skip_bad_lines: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """`minitron evaluate`: numbers on held-out text, and lm-eval's under `tasks`; either may be left out.
+
+    `draft_of`: a larger model of the same vocabulary; under `draft` is then what of `model`'s tokens it would accept.
+    `draft_out`: a folder for the configuration of the pair, both of them Hugging Face folders, as servers take it.
+    A NeMo checkpoint becomes a Hugging Face folder for as long as it takes. Raises InputError.
+    """
+    from nemo_minitron.data import held_out
+    from nemo_minitron.evaluation import check_tasks, run_tasks
+    from nemo_minitron.export import write_draft
+
+    if data is None and not tasks:
+        raise InputError("there is nothing to measure; give --data, --tasks or both")
+    if limit is not None:
+        check_whole("limit", limit)
+    _check_draft(model, data, draft_of, draft_out)
+    check_tasks(tasks)
+    numbers: dict[str, Any] = {}
+    with as_folder(model) as folder, apart() as scratch:
+        if data is not None:
+            tokens = tokenise(held_out(data), folder, scratch / "corpus", from_hf(folder).vocab_size, skip_bad_lines)
+            numbers = measure(folder, tokens, settings) | {"corpus": held_out(data)}
+            if draft_of is not None:
+                numbers["draft"] = accepted(draft_of, folder, tokens, settings)
+        if tasks:
+            numbers["tasks"] = run_tasks(
+                folder, tasks, precision=settings.precision, batch_size=settings.batch_size, limit=limit
+            )
+    if draft_of is not None and draft_out is not None:
+        length = max(1, numbers["draft"]["length"])  # a server drafts at least one
+        numbers["draft"]["commands"] = write_draft(draft_out, resolve(draft_of), resolve(model), length)
+    return numbers
+
+
+def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: Path | None) -> None:
+    """Raises InputError, before anything is measured, for a pair that is none and a folder that cannot be."""
+    if draft_out is not None and draft_of is None:
+        raise InputError("--draft-out needs the model whose draft this one is; give --draft-of")
+    if draft_of is None:
+        return
+    if data is None:
+        raise InputError("--draft-of needs text on which the two models are compared; give --data")
+    check_draft(config_of(draft_of), config_of(model))
+    if draft_out is None:
+        return
+    if draft_out.exists() and not draft_out.is_dir():
+        raise InputError(f"--draft-out '{draft_out}' is a file; give a folder")
+    for side in (draft_of, model):
+        if is_nemo_checkpoint(resolve(side)):
+            raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
+
+
+def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+    """Numbers of a Hugging Face folder on the first windows of a corpus of its tokenizer's tokens."""
+    from nemo_minitron.data import load_tokenizer, token_bytes
+    from nemo_minitron.evaluation import evaluate
+
+    from_hf(folder)
+    windows = _windows(tokens, settings)
+    lengths = token_bytes(load_tokenizer(folder))
+    return evaluate(
+        folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size
+    ).as_dict()
+
+
+def accepted(target: str, draft: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+    """What speculative decoding of `target` accepts of `draft`'s tokens, on the same windows as `measure`."""
+    from nemo_minitron.evaluation import draft_acceptance
+
+    with as_folder(target) as folder:
+        return draft_acceptance(
+            folder, draft, _windows(tokens, settings), precision=settings.precision, batch_size=settings.batch_size
+        ).as_dict()
+
+
+def _windows(tokens: Any, settings: Evaluation) -> Any:
+    """The first windows of a corpus: at most so many tokens, at least one window."""
+    count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
+    return tokens.windows(settings.sequence_length, count)

@@ -1,0 +1,121 @@
+"""A distilled student -> an aligned one: instruction tuning on prompts and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.artifacts.whole import sealed
+from nemo_minitron.commands.corpus import cache_of
+from nemo_minitron.commands.distill import (
+    WHOLE,
+    check_out,
+    export_student,
+    finished,
+    left_by_training,
+    made_with,
+    teacher_identity,
+)
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_host, resolve
+from nemo_minitron.launch.lock import locked
+from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.settings.finetuning import Finetuning
+from nemo_minitron.settings.layout import Layout
+
+FIELDS = ("input", "output")
+
+
+def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Path:
+    """`minitron finetune`: a Hugging Face folder in, an aligned one out, `loss.csv` beside its files; called again
+    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`. Raises InputError."""
+    from nemo_minitron.pruning import HFSource
+
+    source = resolve(student)
+    check_out(out, (source,))
+    opened = HFSource(source)
+    check_host(opened.config)
+    architecture = opened.architecture
+    layout = layout.for_depth(architecture.num_layers)
+    layout.check(architecture, training=True)
+    layout.check_sequence(recipe.sequence_length)
+    recipe.training().check_tokens(layout)
+    recipe.training().check_batch(layout)
+    check_rows(data)
+    _check_tokens(data, source, recipe, architecture.vocab_size)
+    work = cache_of(out)
+    with locked(work):
+        training = work / "training"
+        _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
+        if not finished(training, recipe.steps):
+            _clear_index(training / "data")
+            settings = {
+                "student": str(source), "data": str(training / "data"), "out": str(training),
+                "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
+            }  # fmt: skip
+            (training / WHOLE).unlink(missing_ok=True)
+            launch("finetune", settings, layout.processes, work / "log.txt")
+            write_json(training / WHOLE, sealed(training, left_by_training(training)))
+        finished(training, recipe.steps)
+        return export_student(training, source, out)
+
+
+def _begin(training: Path, made_of: list[Any], data: Path) -> None:
+    """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
+    identity, mark = digest_of(made_of), training / "settings.json"
+    if training.exists() and not made_with(mark, identity):
+        shutil.rmtree(training)
+    rows = training / "data" / "training.jsonl"
+    if not rows.is_file() or file_digest(rows) != file_digest(data):
+        with atomic_file(rows) as copy:
+            shutil.copyfile(data, copy)
+    write_json(mark, identity)
+
+
+def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int) -> None:
+    """Raises InputError for a token of the rows that the student has no row for. NeMo tokenises them, unchecked."""
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.families.tokenizer import check_ids, largest_id
+
+    tokenizer = load_tokenizer(folder)
+    if largest_id(tokenizer) < vocab_size:
+        return
+    for line in filter(str.strip, data.read_text(encoding="utf-8").split("\n")):
+        row = parse_json(line)
+        text = recipe.prompt_template.replace("{input}", row["input"]).replace("{output}", row["output"])
+        check_ids(np.array(tokenizer(text)["input_ids"], np.int64), tokenizer, vocab_size, str(data))
+
+
+def _clear_index(folder: Path) -> None:
+    """NeMo's index of the rows goes, which it makes anew in a moment: it would unpickle what lies there."""
+    for file in folder.iterdir():
+        if file.name != "training.jsonl":
+            file.unlink()
+
+
+def check_rows(data: Path) -> int:
+    """The number of rows. Raises InputError, with the line's number, for one that is no prompt with an answer."""
+    try:
+        lines = data.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the prompts '{data}' cannot be read ({error})") from None
+    from nemo_minitron.data.lines import read_line, utf8
+
+    rows = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = read_line(line, f"'{data}', line {number}")
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
+            raise InputError(f"'{data}', line {number} lacks a text 'input' or 'output'; each row has both")
+        for field in FIELDS:
+            utf8(row[field], f"'{data}', line {number}")
+        rows += 1
+    if not rows:
+        raise InputError(f"'{data}' holds no prompt; it needs lines with input and output")
+    return rows

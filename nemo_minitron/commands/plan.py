@@ -1,0 +1,117 @@
+"""Scores, or an Architecture alone, and a budget or sizes -> what stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.parse import anything, mapped
+from nemo_minitron.errors import InputError
+from nemo_minitron.search.depth import BLOCK_INFLUENCE
+from nemo_minitron.settings.search import Search
+
+BASELINES = ("", "random", "least")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """`plan` is None for an Architecture alone; `rows` are the candidates', best first, `uncut` the model's own;
+    `remark`: what keeps the student from being loaded somewhere, in one sentence."""
+
+    plan: PrunePlan | None
+    rows: Sequence[dict[str, Any]] = ()
+    uncut: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    combinations: int = 0
+    fitting: int = 0
+    remark: str | None = None
+
+
+def run_plan(
+    scores: Path | None,
+    keep: Mapping[str, int],
+    search: Search,
+    *,
+    architecture: Path | None = None,
+    depth: str = BLOCK_INFLUENCE,
+    contiguous: bool = True,
+    baseline: str = "",
+    seed: int = 0,
+) -> Outcome:
+    """Where `search` has a target, the best shape that meets it and the runners-up; else the sizes of `keep`.
+
+    `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError, also for sizes
+    that the model's Hugging Face class cannot have, where the scores know its config.
+    """
+    from nemo_minitron.families import remark_on, to_hf
+    from nemo_minitron.search import plan, random_plan
+
+    if (scores is None) == (architecture is None):
+        raise InputError("give either scores or --architecture, a model's folder or JSON file")
+    if baseline not in BASELINES:
+        raise InputError(f"baseline '{baseline}' is unknown; legal are random and least")
+    known = Scores.load(scores) if scores else None
+    source, config = (known.architecture, known.notes.get("config")) if known else read_model(architecture or Path())
+    outcome = Outcome(None)
+    if search.wanted:
+        outcome, keep = _searched(source, config, keep, search, known, depth, contiguous)
+    elif not keep or known is None:
+        raise InputError("there is nothing to plan; give a target, for example --params 84M, or scores and --keep")
+    if known is None:
+        return outcome
+    if baseline == "random":
+        made = random_plan(source, keep=keep, seed=seed)
+    else:
+        made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
+    if config:
+        to_hf(made.target, config, made.keep.get("layers"))
+    if search.wanted:
+        made.notes["budget"] = [str(target) for target in search.targets()]
+    return dataclasses.replace(outcome, plan=made, remark=remark_on(made.target, config) if config else None)
+
+
+def _searched(
+    source: Architecture, config: Mapping[str, Any] | None, keep: Mapping[str, int], search: Search,
+    scores: Scores | None, depth: str, contiguous: bool,
+) -> tuple[Outcome, dict[str, int]]:  # fmt: skip
+    """The candidates, and the sizes of the best; `config`: the model's Hugging Face config, where it is known."""
+    from nemo_minitron.families import multiples_of
+    from nemo_minitron.search.candidates import cut_of
+    from nemo_minitron.search.table import rows_of, source_row
+
+    loads = multiples_of(config) if config else None
+    found = search.run(source, keep, scores, loads=loads, depth=depth, contiguous=contiguous)
+    best = found.candidates[0]
+    outcome = Outcome(
+        None, rows_of(found, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
+        found.combinations, found.fitting,
+    )  # fmt: skip
+    return outcome, cut_of(best, source)
+
+
+def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
+    """Architecture and Hugging Face config of a model's folder or its config.json; of an Architecture's own JSON the
+    former alone. Raises InputError."""
+    from nemo_minitron.families import from_hf
+    from nemo_minitron.sources.open import config_of
+
+    if path.is_dir():
+        config = config_of(path)
+        return from_hf(config), config
+    values = read_json(path, "the architecture", mapped(anything()))
+    return (Architecture.from_dict(values), None) if "num_layers" in values else (from_hf(values), values)
+
+
+def write_candidates(folder: Path, outcome: Outcome, cost: str) -> list[Path]:
+    """`candidates.csv`, and the figure `pareto.svg` of this cost with its CSV, into `folder`; the files."""
+    from nemo_minitron.export.plot import write_plot, write_rows
+    from nemo_minitron.export.search_figures import pareto
+
+    write_rows(folder / "candidates.csv", list(outcome.rows[0]), [list(row.values()) for row in outcome.rows])
+    plot = pareto(outcome.rows, cost)
+    write_plot(folder, plot)
+    return [folder / name for name in ("candidates.csv", f"{plot.name}.svg", f"{plot.name}.csv")]

@@ -1,0 +1,36 @@
+"""A model's tokenizer and a corpus -> which tokens matter, as Scores of the axis `vocab`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.commands.corpus import tokenise
+from nemo_minitron.errors import InputError
+from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
+from nemo_minitron.sources.tensors import source_digest
+
+
+def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) -> Scores:
+    """`minitron rank-tokens`: adds `vocab` to the scores `out`, or makes them; the counts are of the whole corpus.
+
+    Raises InputError for a tokenizer that cannot be cut, and where `out` is of another model.
+    """
+    from nemo_minitron.sources.open import open_source
+
+    source = open_source(model)
+    rows = source.architecture.vocab_size
+    digest, vocabulary = source_digest(source), Vocabulary(source.folder, rows)
+    scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
+    if scores.model_digest not in (None, digest):
+        raise InputError(f"the scores '{out}' are of another model; give another --out")
+    with apart() as scratch:
+        tokens = tokenise(data, source.folder, scratch / "corpus", rows, skip_bad_lines)
+        counts = count_tokens(tokens, rows)
+    notes = {"vocab": {"tokens": int(counts.sum()), "seen": int((counts > 0).sum()), "data": data}}
+    tensors = scores.tensors | {"vocab": vocabulary.scores(counts)}
+    scores = dataclasses.replace(scores, tensors=tensors, notes=scores.notes | notes)
+    scores.save(out)
+    return scores

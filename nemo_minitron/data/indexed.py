@@ -1,0 +1,262 @@
+"""Megatron's indexed files: text is tokenised once into `<prefix>.bin/.idx` and read as one stream."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.artifacts import parse
+from nemo_minitron.artifacts.files import naming, parse_json, sync_tree
+from nemo_minitron.artifacts.temporary import beside
+from nemo_minitron.data.index_file import read_index
+from nemo_minitron.data.index_writer import Content, Writer, digest_of, with_ending
+from nemo_minitron.data.lines import Document
+from nemo_minitron.data.pieces import Pieces, batches, encoded
+from nemo_minitron.data.text import JSONL, TEXT, BadLines, parted, raw_documents
+from nemo_minitron.data.vocabulary import load_tokenizer, parts_of, tokenizer_digest
+from nemo_minitron.errors import InputError
+from nemo_minitron.families.tokenizer import check_ids, largest_id
+
+CHUNK = 1 << 22  # tokens that are looked at together
+LARGEST_SIDECAR = 1 << 20  # bytes
+NATURAL = parse.whole(0, 2**62)
+SIDECAR = {
+    "source": parse.text(), "documents": NATURAL, "tokens": NATURAL, "bytes": NATURAL, "eos": NATURAL,
+    "dtype": parse.one_of("uint8", "int8", "int16", "int32", "int64", "uint16"), "tokenizer": parse.text(),
+    "content": parse.text(),
+}  # fmt: skip
+SKIPPED = {"skipped": NATURAL, "first_skipped": parse.text()}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The sidecar `<prefix>.json`: what the tokens were made of. It is written last, and so says 'whole'."""
+
+    source: str
+    documents: int
+    tokens: int  # with the end-of-document token of each document
+    bytes: int  # UTF-8, of the text
+    eos: int
+    dtype: str
+    tokenizer: str  # digest
+    content: str  # digest of the documents, in order
+    skipped: int = 0  # bad lines that were left out
+    first_skipped: str = ""  # what the first of them was
+
+    @classmethod
+    def load(cls, prefix: Path) -> Corpus | None:
+        """The sidecar of a prefix; None where there is none, and where the file is of something else, or of another
+        version. Raises InputError for one of ours that is damaged."""
+        file = with_ending(prefix, ".json")
+        try:
+            values = parse_json(file.read_bytes()) if file.stat().st_size <= LARGEST_SIDECAR else None
+        except (FileNotFoundError, ValueError):
+            return None
+        if not isinstance(values, dict) or not SIDECAR.keys() <= values.keys() <= (SIDECAR | SKIPPED).keys():
+            return None
+        return cls(**parse.checked(values, parse.grouped(SIDECAR, SKIPPED), f"the record of the tokens '{file}'"))
+
+
+def prefix_of(source: str | Path) -> Path | None:
+    """The prefix of Megatron's two files if `source` names them, with or without .bin or .idx; else None."""
+    prefix = _bare(Path(source))
+    return prefix if all(with_ending(prefix, end).is_file() for end in (".bin", ".idx")) else None
+
+
+def held_out(source: str, split: str = "test") -> str:
+    """`source`, with `@split` behind it where `datasets` would give "train": held-out text is never that."""
+    name, written = parted(source)
+    if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
+        return source
+    return f"{source}@{split}"
+
+
+def build(
+    source: str | Path, tokenizer: Any, prefix: str | Path, split: str | None = None, field: str = "text", *,
+    vocab_size: int | None = None, skip_bad_lines: bool = False,
+) -> Tokens:  # fmt: skip
+    """Tokenises a source into `<prefix>.bin/.idx/.json` unless the same is there already; opens it.
+
+    One document each, no BOS, the tokenizer's EOS after each; uint16 where the vocabulary allows, else
+    int32. Same documents and tokenizer, by digest: nothing is written. A source that is such files already
+    is opened where it lies. For one process: let it run before the others start, or behind a barrier.
+    A long document is tokenised in pieces where its tokens are provably the same (`pieces.py`).
+    `vocab_size`: of the model that is to read the tokens; all of them are checked against it, in any file.
+    `skip_bad_lines`: what cannot be read is left out, and counted in `corpus.skipped`.
+
+    Raises InputError: as `documents` does; no EOS; indexed files made with another tokenizer; a token that the model
+    has no row for.
+    """
+    tokenizer = load_tokenizer(tokenizer)
+    there = prefix_of(source)
+    if there is not None:
+        check_tokenizer(there, tokenizer)
+        return Tokens(there).checked(vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token to put after a document: set eos_token")
+    prefix = _bare(Path(prefix))
+
+    def texts() -> tuple[Iterator[Document], BadLines]:
+        bad = BadLines(skip_bad_lines)
+        return raw_documents(source, split, field, bad), bad
+
+    if not _fresh(prefix, tokenizer, *texts()):
+        _write(str(source), tokenizer, prefix, *texts(), vocab_size)
+    return Tokens(prefix).checked(vocab_size)
+
+
+class Tokens:
+    """One stream of tokens: the documents of `<prefix>.bin/.idx`, end to end, each closed by its EOS.
+
+    The file is mapped, not read; every process sees the same stream and the same windows in every layout.
+    Raises InputError where the two files are missing or do not belong together.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        found = prefix_of(prefix)
+        if found is None:
+            raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
+        self.prefix = found
+        self.corpus = Corpus.load(found)
+        self._ends, dtype = read_index(with_ending(found, ".idx"), with_ending(found, ".bin").stat().st_size)
+        self.tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self._stream = np.memmap(with_ending(found, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self._ends)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """The tokens of one document, 0 to len - 1: int64 [length], its EOS last."""
+        if not 0 <= document < len(self):
+            raise IndexError(document)
+        start = int(self._ends[document - 1]) if document else 0
+        return self.stream(start, int(self._ends[document]) - start)
+
+    def checked(self, vocab_size: int | None) -> Tokens:
+        """Itself, all of it read once. Raises InputError for a token that a model of this vocabulary has no row for:
+        on one rank that would be an IndexError, on several a row of zeros and wrong numbers. None: no check."""
+        for start in range(0, self.tokens if vocab_size is not None else 0, CHUNK):
+            chunk = self._stream[start : start + CHUNK]
+            for token in (int(chunk.max()), int(chunk.min())):
+                if not 0 <= token < (vocab_size or 0):
+                    place = start + int((chunk == token).argmax())
+                    raise InputError(
+                        f"'{self.prefix}.bin' holds the token {token}, at place {place}, and the model has rows for 0 "
+                        f"to {(vocab_size or 0) - 1}: it was made with another tokenizer, or with tokens that were "
+                        "added without resizing the embedding"
+                    )
+        return self
+
+    def samples(self, sequence_length: int) -> int:
+        """How many whole windows of that length there are; the tail of the stream is left out."""
+        return self.tokens // sequence_length
+
+    def windows(self, sequence_length: int, samples: int | None = None, seed: int | None = None) -> Any:
+        """Contiguous windows of the stream that do not overlap: torch.int64 [samples, sequence_length].
+
+        Without a seed the first ones in order; with one, drawn without replacement, so that fewer samples
+        of the same seed are the first of more. All of them where `samples` is None.
+        Raises InputError when the corpus has fewer than asked, or none.
+        """
+        import torch
+
+        total = self.samples(sequence_length)
+        self._refuse_short(sequence_length, total, samples)
+        if seed is None:
+            chosen = np.arange(total)
+        else:
+            chosen = np.random.default_rng(seed).permutation(total)
+        rows = torch.empty(total if samples is None else samples, sequence_length, dtype=torch.int64)
+        for row, window in zip(rows, chosen, strict=False):
+            row.copy_(torch.from_numpy(self.stream(int(window) * sequence_length, sequence_length)))
+        return rows
+
+    def stream(self, start: int, length: int) -> np.ndarray:
+        """Tokens start to start + length of the whole stream: int64 [length]."""
+        return self._stream[start : start + length].astype(np.int64)
+
+    def _refuse_short(self, sequence_length: int, total: int, samples: int | None) -> None:
+        if total == 0:
+            raise InputError(
+                f"the corpus gives no sample of {sequence_length} tokens, it has {self.tokens}: "
+                f"give --sequence-length {self.tokens} or less, or a larger corpus"
+            )
+        if samples is not None and not 0 < samples <= total:
+            raise InputError(
+                f"the corpus gives {total} samples of {sequence_length} tokens, {samples} were asked for: "
+                f"give --samples {total if samples > 0 else 1} or a larger corpus"
+            )
+
+
+def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
+    """InputError if the sidecar of a prefix says that another tokenizer made it; silent without a sidecar."""
+    made = Corpus.load(prefix)
+    if made is not None and made.tokenizer != tokenizer_digest(tokenizer):
+        raise InputError(f"'{prefix}' was tokenised from '{made.source}' with another tokenizer: give the text instead")
+
+
+def _write(
+    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+) -> None:  # fmt: skip
+    """Writes the three files beside their names, then renames them; the sidecar goes first and comes last."""
+    with naming(prefix), beside(prefix) as folder:
+        partial = folder / prefix.name
+        corpus = _tokenise(source, tokenizer, partial, texts, bad, vocab_size)
+        with_ending(partial, ".json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
+        with_ending(prefix, ".json").unlink(missing_ok=True)
+        sync_tree(folder)
+        for end in (".bin", ".idx", ".json"):
+            os.replace(with_ending(partial, end), with_ending(prefix, end))
+
+
+def _tokenise(
+    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+) -> Corpus:
+    content, out = Content(texts), Writer(prefix, largest_id(tokenizer) + 1)
+    for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
+        for piece, ids in zip(batch, encoded(tokenizer, batch), strict=True):
+            if isinstance(ids, InputError):
+                bad.take(ids)
+                out.broken = True
+            else:
+                check_ids(ids, tokenizer, vocab_size, source)
+                out.add(ids)
+            if piece.last and not out.close(tokenizer.eos_token_id):
+                content.forget(piece.document)
+    check_ids(np.array([tokenizer.eos_token_id]), tokenizer, vocab_size, source)
+    out.builder.finalize(str(with_ending(prefix, ".idx")))
+    return Corpus(
+        source=source,
+        documents=content.documents,
+        tokens=out.tokens,
+        bytes=content.bytes,
+        eos=tokenizer.eos_token_id,
+        dtype=np.dtype(out.dtype).name,
+        tokenizer=tokenizer_digest(tokenizer),
+        content=content.digest.hexdigest(),
+        skipped=bad.count,
+        first_skipped=bad.first,
+    )
+
+
+def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLines) -> bool:
+    """Whether the files are there, as long as the sidecar says, of this tokenizer and of these texts."""
+    made = Corpus.load(prefix)
+    if made is not None and made.skipped and not bad.skip:
+        return False
+    if made is None or prefix_of(prefix) is None or made.tokenizer != tokenizer_digest(tokenizer):
+        return False
+    if with_ending(prefix, ".bin").stat().st_size != made.tokens * np.dtype(made.dtype).itemsize:
+        return False
+    return made.content == digest_of(texts)
+
+
+def _bare(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path

@@ -1,0 +1,223 @@
+"""Where text comes from: a text file, a JSONL file, a folder, or whatever `datasets` can load."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.data.lines import LONG, Document, checked_utf8, long_line, read_line, utf8
+from nemo_minitron.errors import InputError, first_line, nearest
+
+TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
+
+
+@dataclasses.dataclass
+class BadLines:
+    """Lines that cannot be read. `skip`: they are left out and counted, and `first` says what the first one was."""
+
+    skip: bool = False
+    count: int = 0
+    first: str = ""
+
+    def take(self, error: InputError) -> None:
+        """Counts a bad line. Raises `error` where bad lines are not skipped."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        self.first = self.first or str(error)
+
+
+def documents(source: str | Path, split: str | None = None, field: str = "text") -> Iterator[str]:
+    """The documents of a source, in its order; those with nothing but white space are left out.
+
+    `source` is a text file (.txt, .md: the whole file is one document), a JSONL file (.jsonl, .ndjson: one
+    object a line, its text under `field`), a folder that `datasets` can load (of .txt files, each is one document), or
+    a `datasets` name, with its configuration after a colon where it has several
+    (`Salesforce/wikitext:wikitext-2-raw-v1`).
+    The split of a folder or name stands behind an @ (`Salesforce/wikitext:wikitext-2-raw-v1@validation`),
+    or is given as `split`; else it is "train".
+
+    Raises InputError: missing or unreadable source, a line that is not JSON, lacks the field or is no Unicode, a split
+    given for a file, no text at all. Each comes when the bad place is reached, not before.
+    """
+    for document in raw_documents(source, split, field):
+        yield document.raw.decode("utf-8")
+
+
+def raw_documents(
+    source: str | Path, split: str | None = None, field: str = "text", bad: BadLines | None = None
+) -> Iterator[Document]:
+    """As `documents`, in UTF-8 and with their places: a long document takes its bytes, not up to four times as much.
+
+    `bad` counts lines that cannot be read, where they are to be skipped.
+    """
+    source, written = parted(str(source))
+    split, path, bad = written or split, Path(source), bad or BadLines()
+    if path.suffix in (*TEXT, *JSONL):
+        if split is not None:
+            raise InputError(f"'{source}' is one file and has no split '{split}': leave the split out")
+        found = _text_files([path], bad) if path.suffix in TEXT else _jsonl(path, field, bad)
+    else:
+        files = _texts_of_folder(path, split or "train")
+        found = _text_files(files, bad) if files else _dataset(source, split or "train", field, bad)
+    empty = True
+    for document in found:
+        if not _blank(document.raw):
+            empty = False
+            yield document
+    if empty:
+        raise InputError(f"'{source}' holds no text" + (f"; the first bad line: {bad.first}" if bad.first else ""))
+
+
+def parted(source: str) -> tuple[str, str | None]:
+    """`name@split` -> (name, split); a file or folder whose own name has an @ is taken as it is."""
+    name, _, split = source.rpartition("@")
+    return (name, split) if name and split and not Path(source).exists() else (source, None)
+
+
+def _blank(raw: bytes | bytearray) -> bool:
+    """Long documents are looked at as bytes, in which Unicode's wider spaces are not blank."""
+    return raw.isspace() if len(raw) > LONG else not raw.decode("utf-8").strip()
+
+
+def _text_files(paths: list[Path], bad: BadLines) -> Iterator[Document]:
+    for path in paths:
+        with _open(path) as file:
+            raw = file.read()
+        try:
+            raw = checked_utf8(raw, f"'{path}'")
+        except InputError as error:
+            bad.take(error)
+            continue
+        yield Document(raw, f"'{path}'")
+
+
+def _jsonl(path: Path, field: str, bad: BadLines) -> Iterator[Document]:
+    number = 0
+    with _open(path) as file:
+        while line := file.readline():
+            number += 1
+            if line.isspace():
+                continue
+            where = f"'{path}', line {number}"
+            try:
+                raw = _text_of_line(line, field, where)
+            except InputError as error:
+                bad.take(error)
+                continue
+            del line  # it may be long, and the document is worked on now
+            yield Document(raw, where)
+
+
+def _text_of_line(line: bytes, field: str, where: str) -> bytes | bytearray:
+    if len(line) <= LONG:
+        return utf8(_text_of(read_line(line, where), field, where), where)
+    record, spelt = long_line(line, where)
+    text = _text_of(record, field, where)
+    return spelt(text) or utf8(text, where)
+
+
+def _dataset(name: str, split: str, field: str, bad: BadLines) -> Iterator[Document]:
+    for number, record in enumerate(_load(name, split)):
+        where = f"'{name}' ({split}), record {number}"
+        try:
+            raw = utf8(_text_of(record, field, where), where)
+        except InputError as error:
+            bad.take(error)
+            continue
+        yield Document(raw, where)
+
+
+def _texts_of_folder(path: Path, split: str) -> list[Path]:
+    """The files of a split, where `datasets` would read a folder as plain text: it takes each line for a document.
+
+    Which files make which split stays its business. Raises InputError for a split that is not there.
+    """
+    if not path.is_dir() or any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return []
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"`datasets` cannot load '{path}', split '{split}': {first_line(error)}") from error
+    files = builder.config.data_files or {}
+    if builder.name != "text" or any(Path(file).suffix not in TEXT for named in files.values() for file in named):
+        return []
+    if split not in files:
+        raise InputError(f"'{path}' has no split '{split}': legal are {', '.join(map(str, files))}")
+    return [Path(file) for file in files[split]]
+
+
+def _load(name: str, split: str) -> Any:
+    """A `datasets.Dataset`: from a folder written by save_to_disk, any other folder, or a name."""
+    path = Path(name)
+    if not path.exists() and _is_path(path, name):
+        raise InputError(f"'{name}' does not exist{_beside(path)}")
+    if path.is_file():
+        raise InputError(f"'{name}' is not a file of text: legal are {', '.join((*TEXT, *JSONL))}")
+    import datasets
+
+    try:
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(name)[split]
+        if (path / "state.json").exists():
+            return _only_split(name, split, datasets.load_from_disk(name))
+        repository, _, configuration = (name, "", "") if path.exists() else name.partition(":")
+        return datasets.load_dataset(repository, configuration or None, split=split)
+    except KeyError:
+        raise InputError(f"'{name}' has no split '{split}': {_splits(path)}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"`datasets` cannot load '{name}', split '{split}': {first_line(error)}") from error
+
+
+def _is_path(path: Path, name: str) -> bool:
+    """Whether a source that does not exist was meant as a file or folder, not as a name on the hub."""
+    return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", ".parquet")
+
+
+def _only_split(name: str, split: str, dataset: Any) -> Any:
+    """A folder saved from one split: the name it was saved under, if any, must be the one asked for."""
+    saved = str(dataset.split or split)
+    if saved != split:
+        raise InputError(f"'{name}' has no split '{split}': legal is '{saved}'")
+    return dataset
+
+
+def _splits(path: Path) -> str:
+    names = read_json(path / "dataset_dict.json", "the list of splits")["splits"]
+    return f"legal are {', '.join(names)}"
+
+
+def _text_of(record: Any, field: str, where: str) -> str:
+    """The text of one record; InputError says which fields there are."""
+    if not isinstance(record, Mapping):
+        raise InputError(f"{where} is not an object with a field '{field}'")
+    if field not in record:
+        raise InputError(f"{where} has no field '{field}': {nearest(field, record)}")
+    if not isinstance(record[field], str):
+        raise InputError(f"{where}: field '{field}' holds {type(record[field]).__name__}, not text")
+    return record[field]
+
+
+def _open(path: Path) -> Any:
+    """The file, opened for bytes: newlines stay as they are, so that byte counts are the file's own."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"'{path}' does not exist{_beside(path)}") from None
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from None
+
+
+def _beside(path: Path) -> str:
+    """What the folder has instead, for the end of a refusal."""
+    if not path.parent.is_dir():
+        return f", nor does the folder '{path.parent}'"
+    names = [p.name for p in path.parent.iterdir() if p.suffix in (*TEXT, *JSONL)]
+    return f": {nearest(path.name, names)}" if names else ""

@@ -1,0 +1,44 @@
+"""The stage `cache-logits`: a teacher, loaded by reading in any layout, and text -> a cache of its logits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import nemo_minitron.backend as backend
+from nemo_minitron.artifacts.logit_cache import CacheHeader
+from nemo_minitron.settings.layout import Layout
+
+
+def cache_logits(settings: dict[str, Any]) -> None:
+    """`model`, `data` (.bin/.idx prefix), `out` (with its `cache.json`), `layout`, `micro_batch_size`: makes the
+    shards that `out` lacks."""
+    backend.setup()
+    from nemo_minitron.data import Tokens
+    from nemo_minitron.distillation.cache import make
+    from nemo_minitron.hosts.nemo.models import load_model
+
+    header, tokens = CacheHeader.load(settings["out"]), Tokens(settings["data"])
+    length = header.settings.sequence_length
+    chunks = load_model(settings["model"], precision=header.settings.precision, layout=Layout(**settings["layout"]))
+    make(
+        chunks, header, settings["out"], lambda row: tokens.stream(row * length, length),
+        settings["micro_batch_size"], _progress(header),
+    )  # fmt: skip
+
+
+def _progress(header: CacheHeader) -> Callable[[int, int], None]:
+    start, first = time.perf_counter(), []
+
+    def say(done: int, of: int) -> None:
+        first.append(done)
+        line = f"shard {done}/{of}"
+        if len(first) > 1:
+            rate = (done - first[0]) * header.rows_per_shard * header.settings.sequence_length
+            line += f"  {rate / (time.perf_counter() - start):.0f} tokens/s"
+        sys.stdout.write(f"  > {line}\n")  # one write, newline and all: other ranks print too
+        sys.stdout.flush()
+
+    return say

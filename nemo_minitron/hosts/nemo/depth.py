@@ -1,0 +1,102 @@
+"""The criteria of depth under NeMo: on the model that `trainer.validate` ran, or on one that was loaded for them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+
+from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.blocks import NOTHING, Block
+from nemo_minitron.artifacts.files import file_digest
+from nemo_minitron.errors import InputError
+from nemo_minitron.hosts.nemo.progress import say
+from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
+from nemo_minitron.settings.calibration import Calibration
+
+LARGEST = 700.0  # a loss whose perplexity float64 can hold
+
+
+class DepthCriteria(Callback):
+    """The criteria of `calibration.depth` that `out` does not hold yet.
+
+    `source`: the model on disk; `batches()`: this data-parallel rank's rows, with labels. `out` is saved after each
+    criterion: Scores with nothing but depth, and notes. Loss and perplexity are one scan.
+    """
+
+    def __init__(
+        self, source: Any, calibration: Calibration, batches: Callable[[], list[dict[str, Any]]], out: Path
+    ) -> None:
+        self.source, self.calibration, self.batches, self.out = source, calibration, batches, out
+        self.vocab_size = source.architecture.vocab_size
+        self.scores = Scores.load(out) if out.exists() else Scores(source.architecture, {})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        leave_context(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.run(chunks_of(trainer))
+
+    def run(self, chunks: list[Any]) -> None:
+        """Collective over the whole job."""
+        import torch
+
+        gather = {
+            "loss": self._loss, "perplexity": self._perplexity, "accuracy": self._accuracy, "removal": self._removal
+        }  # fmt: skip
+        for name in self.calibration.depth:
+            if name in self.scores.depth:
+                continue
+            start = time.perf_counter()
+            self.scores.depth[name] = gather[name](chunks)
+            if torch.distributed.get_rank() == 0:
+                self.scores.save(self.out)
+                say(f"depth: {name} in {time.perf_counter() - start:.1f} s")
+
+    def _loss(self, chunks: list[Any]) -> dict[Block, float]:
+        from nemo_minitron.importance.depth import depth_scan
+
+        return depth_scan(chunks, self.batches(), self.calibration.depth_sizes, vocab_size=self.vocab_size)
+
+    def _perplexity(self, chunks: list[Any]) -> dict[Block, float]:
+        losses = self.scores.depth.get("loss") or self._loss(chunks)
+        (first, last), most = max(losses.items(), key=lambda item: item[1])
+        if most > LARGEST:
+            raise InputError(
+                f"the loss without block {first} to {last} is {most:g}, whose perplexity no number holds; take the "
+                "criterion loss"
+            )
+        return {block: math.exp(loss) for block, loss in losses.items()}
+
+    def _accuracy(self, chunks: list[Any]) -> dict[Block, float]:
+        from nemo_minitron.data import load_tokenizer
+        from nemo_minitron.families.tokenizer import check_ids
+        from nemo_minitron.importance.depth import multiple_choice, read_items
+
+        tokenizer, items = load_tokenizer(self.source.folder), read_items(self.calibration.items)
+
+        def tokens_of(text: str) -> list[int]:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            check_ids(np.array(ids, np.int64), tokenizer, self.vocab_size, self.calibration.items)
+            return ids
+
+        found = multiple_choice(
+            chunks, items, tokens_of,
+            self.calibration.depth_sizes, batch_size=self.calibration.batch_size, vocab_size=self.vocab_size,
+        )  # fmt: skip
+        self.scores.notes["accuracy"] = {
+            "items": found.items, "digest": file_digest(self.calibration.items),
+            "standard_error": found.standard_error[NOTHING],
+        }  # fmt: skip
+        return found.accuracy
+
+    def _removal(self, chunks: list[Any]) -> dict[Block, float]:
+        from nemo_minitron.importance.depth import iterative_removal
+
+        count = self.calibration.remove
+        return iterative_removal(chunks, self.batches(), count, vocab_size=self.vocab_size).depth

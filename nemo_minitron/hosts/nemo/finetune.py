@@ -1,0 +1,60 @@
+"""The alignment of a student as NeMo runs it: `llm.finetune` on prompts and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nemo_minitron.backend as backend
+from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
+from nemo_minitron.settings.finetuning import Finetuning
+from nemo_minitron.settings.layout import Layout
+
+
+def finetune(settings: dict[str, Any]) -> None:
+    """`student` (a Hugging Face folder), `data` (a folder with `training.jsonl`: input, output), `out`, `finetuning`,
+    `layout`: trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
+    backend.setup()
+    from nemo.collections import llm
+
+    from nemo_minitron.hosts.nemo.data_module import nemo_tokenizer
+    from nemo_minitron.hosts.nemo.distill import FillStudent
+    from nemo_minitron.hosts.nemo.epoch import TwiceTheSamples
+    from nemo_minitron.hosts.nemo.finite import StopWhenNotFinite
+    from nemo_minitron.hosts.nemo.loss_log import LossLog
+    from nemo_minitron.hosts.nemo.models import nemo_model
+    from nemo_minitron.hosts.nemo.stages import mark_last
+    from nemo_minitron.hosts.nemo.stop import SaveWhenAsked
+    from nemo_minitron.sources.open import open_source
+
+    recipe, layout = Finetuning(**settings["finetuning"]), Layout(**settings["layout"])
+    out, student, optim = settings["out"], open_source(settings["student"]), optimizer(recipe.training())
+    tokenizer = nemo_tokenizer(str(student.folder), Path(out) / "index")
+    trainer = make_trainer(
+        layout, recipe.precision, training=True, max_steps=recipe.steps, check_val_every_n_epoch=None,
+        log_every_n_steps=1, limit_val_batches=0, strategy=training_strategy(),
+    )  # fmt: skip
+    model = nemo_model(
+        student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
+    )
+    log = LossLog(str(Path(out) / "loss.csv"), recipe.tokens_per_step)
+    trainer.callbacks[:0] = [
+        FillStudent(settings["student"]), StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()
+    ]  # fmt: skip
+    llm.finetune(
+        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()),
+        resume=resume(out), optim=optim,
+    )  # fmt: skip
+    mark_last(trainer, Path(out), recipe.steps)
+
+
+def _data(folder: str, tokenizer: Any, recipe: Finetuning) -> Any:
+    """NeMo's module over prompts and answers, whose loss mask leaves the prompts out; padded to one length, since
+    sequence parallelism and pipelines want it."""
+    from nemo.collections import llm
+
+    return llm.FineTuningDataModule(
+        folder, seq_length=recipe.sequence_length, tokenizer=tokenizer, micro_batch_size=recipe.micro_batch_size,
+        global_batch_size=recipe.global_batch_size, seed=recipe.seed, num_workers=0, pin_memory=False,
+        dataset_kwargs={"prompt_template": recipe.prompt_template, "pad_to_max_length": True},
+    )  # fmt: skip

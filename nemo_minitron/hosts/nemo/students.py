@@ -1,0 +1,76 @@
+"""A student as a NeMo checkpoint of the teacher's own class, written from inside a user's job."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder
+from nemo_minitron.families.base import nemo_sizes
+from nemo_minitron.hosts.nemo.models import build, current_layout
+from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
+from nemo_minitron.megatron.live import LiveSource, fill
+from nemo_minitron.sources.mapping import padded_vocab
+from nemo_minitron.sources.open import open_source
+
+
+def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:
+    """Writes `path` (weights/ and context/): the plan's student, in the layout of the running job.
+
+    It is filled by reading `teacher`, or, where that is None, the live model. Collective. An older
+    checkpoint at `path` is replaced only once the new one is whole.
+    """
+    live = chunks_of(trainer)
+    layout = current_layout(sp=live[0].config.sequence_parallel)
+    student = student_module(module, plan, layout.tp)
+    chunks = build(student.config, layout)
+    fill(chunks, open_source(teacher) if teacher else LiveSource(live, plan.source), plan)
+    rank_zero = torch.distributed.get_rank() == 0
+    with atomic_folder(path) if rank_zero else contextlib.nullcontext() as partial:
+        if partial is not None:
+            (partial / "weights").mkdir()
+        place = [str(partial)]
+        torch.distributed.broadcast_object_list(place, 0)
+        state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
+        dist_checkpointing.save(state, str(Path(place[0], "weights")))
+        torch.distributed.barrier()
+        if partial is not None:
+            _write_context(trainer, student, partial / "context")
+    torch.distributed.barrier()
+
+
+def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
+    """NeMo's LightningModule of the teacher's class with the plan's sizes, from what NeMo recorded of it.
+
+    What the running job set on the teacher's config beyond that (a padded vocabulary) is set anew.
+    """
+    import copy
+
+    import fiddle as fdl
+
+    recorded = copy.deepcopy(module.__io__)
+    for name, value in nemo_sizes(plan.target).items():
+        if name not in ("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"):  # as the teacher's
+            setattr(recorded.config, name, value)
+    student = fdl.build(recorded)
+    student.config.vocab_size = padded_vocab(plan.target.vocab_size, tp)
+    return student
+
+
+def sharded_state(chunks: list[Any]) -> dict[str, Any]:
+    """As NeMo names them: under `module.`, one entry a virtual stage."""
+    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    states = [chunk.sharded_state_dict(prefix="module.", metadata=metadata) for chunk in chunks]
+    return states[0] if len(states) == 1 else {f"model_{i}": state for i, state in enumerate(states)}
+
+
+def _write_context(trainer: Any, student: Any, folder: Path) -> None:
+    from nemo.lightning.io.pl import TrainerContext
+
+    leave_context(trainer)
+    TrainerContext(model=student, trainer=trainer, extra={}).io_dump(folder, yaml_attrs=["model"])

@@ -1,0 +1,156 @@
+"""NeMo's Trainer, strategy, optimizer and logger as the stages use them, and a running trainer's models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.backend.precision import forward_fields, trained_fields
+from nemo_minitron.importance.collector import unwrap
+from nemo_minitron.precisions import weights_in
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.recipe import Distillation
+
+
+def make_trainer(layout: Layout, precision: str, *, training: bool = False, **options: Any) -> Any:
+    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU.
+
+    `training`: whether steps are taken. Raises InputError for a precision that cannot run here.
+    """
+    import torch
+    from nemo import lightning as nl
+
+    from nemo_minitron.hosts.nemo.models import DTYPES
+
+    gpu = torch.cuda.is_available()
+    here = min(layout.processes, int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes)))  # torchrun's, of this host
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        num_layers_in_first_pipeline_stage=layout.first_stage or None,
+        num_layers_in_last_pipeline_stage=layout.last_stage or None,
+        sequence_parallel=layout.sp and layout.tp > 1,
+        pipeline_dtype=DTYPES[weights_in(precision)],
+        ckpt_async_save=False,
+        **options.pop("strategy", {}),
+    )
+    return nl.Trainer(
+        devices=here,
+        num_nodes=layout.processes // here,
+        accelerator="gpu" if gpu else "cpu",
+        strategy=strategy,
+        plugins=_precision(precision, training),
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def _precision(precision: str, training: bool) -> Any:
+    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says.
+
+    NeMo's plugin has the last word on the config's FP8 fields, and sets those that it is not given to None.
+    """
+    import torch
+    from nemo import lightning as nl
+
+    fields = (trained_fields if training else forward_fields)(precision)
+    if precision == "fp32":
+        return nl.MegatronMixedPrecision(precision="32")
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, autocast_enabled=False,
+        grad_reduce_in_fp32=True, **fields,
+    )  # fmt: skip
+
+
+def optimizer(recipe: Distillation) -> Any:
+    """Adam in Megatron's distributed optimizer, cosine schedule with warm-up (2408.11796, table 4)."""
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+
+    bf16 = weights_in(recipe.precision) == "bf16"
+    return MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam", lr=recipe.learning_rate, min_lr=recipe.min_learning_rate, bf16=bf16, fp16=False,
+            weight_decay=recipe.weight_decay, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0,
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=recipe.steps, warmup_steps=min(recipe.warmup, max(0, recipe.steps - 1)),
+            constant_steps=0, min_lr=recipe.min_learning_rate,
+        ),
+    )  # fmt: skip
+
+
+def training_strategy() -> dict[str, Any]:
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return {
+        "ddp": DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        ),
+        # Any layout can resume any other; the other format also trips over the step counter of torch's Adam.
+        "ckpt_optim_fully_reshardable": True,
+    }
+
+
+def logger(out: str, recipe: Distillation) -> Any:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from nemo import lightning as nl
+
+    return nl.NeMoLogger(
+        explicit_log_dir=f"{out}/nemo",  # a folder of its own: NeMo moves what it finds there into run_N
+        tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
+        update_logger_directory=False,
+        ckpt=nl.ModelCheckpoint(
+            monitor=None, save_last=True, save_top_k=0, every_n_train_steps=recipe.save_every,
+            save_on_train_epoch_end=False, save_optim_on_train_end=False, filename="{step}",
+        ),
+    )  # fmt: skip
+
+
+def resume(out: str) -> Any:
+    """What makes NeMo go on from the last checkpoint in `out`, if there is one. Raises InputError as
+    `check_resumable`."""
+    from nemo import lightning as nl
+
+    from nemo_minitron.sources.checkpoint_files import check_resumable
+
+    check_resumable(Path(out) / "nemo" / "checkpoints")
+    return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
+
+
+def chunks_of(trainer: Any) -> list[Any]:
+    """This rank's Megatron models under NeMo's strategy."""
+    return [unwrap(chunk) for chunk in trainer.strategy.megatron_parallel]
+
+
+def share_config(module: Any) -> None:
+    """Virtual stages after the first get the first one's config: what was set on it live holds for all of them.
+
+    NeMo would build them anew from what it recorded for the checkpoint's context, which has neither a padded
+    vocabulary nor this package's forward step.
+    """
+    module.reinit = lambda: type(module)(module.config, optim=module.optim, tokenizer=module.tokenizer)
+
+
+def leave_context(trainer: Any) -> None:
+    """Takes this package's callbacks out of what NeMo writes as a checkpoint's context.
+
+    NeMo records the trainer's arguments there; a student must load where this package is not installed.
+    """
+    config = getattr(trainer, "__io__", None)
+    recorded = getattr(config, "callbacks", None)
+    if config is not None and isinstance(recorded, (list, tuple)):
+        config.callbacks = [c for c in recorded if not _is_ours(c)]
+
+
+def _is_ours(recorded: Any) -> bool:
+    kind = getattr(recorded, "__fn_or_cls__", type(recorded))
+    return kind.__module__.startswith("nemo_minitron.")

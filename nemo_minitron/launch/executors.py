@@ -1,0 +1,242 @@
+"""`--executor`: a `minitron` command as one task of NeMo-Run, on this machine, in a container, on Slurm or SkyPilot.
+
+One task goes through all stages: they find each other's results in the run folder, and a retry goes on from what is
+there. `minitron` starts the processes of a node itself, so a node has one task, whatever its number of GPUs.
+
+What goes into a batch script is a word of a shell, or is quoted: NeMo-Run itself writes names, folders and values of
+environment variables there as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import nemo_run as run
+from nemo_run.config import RUNDIR_NAME, get_nemorun_home
+from nemo_run.core.execution.base import import_executor
+from nemo_run.core.execution.skypilot import _SKYPILOT_AVAILABLE
+
+from nemo_minitron.artifacts.parse import WORDS, shown
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.launch.connection import SECRET
+from nemo_minitron.launch.nodes import Nodes
+from nemo_minitron.settings.layout import Layout
+
+GPUS = 8  # of a node
+# No plain values, but of an executor in executors.py.
+OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "job_dir", "dependencies")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Made anew whenever the batch script starts, and written nowhere; srun hands it to all nodes.
+AT_START = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
+SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
+
+
+def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Any:
+    """NeMo-Run's executor of that kind, or of that name in its `executors.py`, with `executor.key=value` settings.
+
+    Nodes and GPUs are the layout's unless given. A container sees `folders` under their own names. Raises InputError
+    for an executor, a key or a value that does not exist, and for SkyPilot where it is not installed.
+    """
+    given = [_split(setting) for setting in settings]
+    if name not in KINDS:
+        return _ready(_changed(_named(name), given))
+    if name == "skypilot" and not _SKYPILOT_AVAILABLE:
+        raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
+    kind, complete = KINDS[name]
+    values: dict[str, Any] = {}
+    for key, text in given:
+        _put(values, kind, key, text)
+    values = complete(values, layout, [f"{folder}:{folder}" for folder in folders])
+    for field in _fields(kind):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+            raise InputError(f"--executor {name} needs executor.{field.name}; give executor.{field.name}=VALUE")
+    return _ready(kind(**values))
+
+
+def _ready(executor: Any) -> Any:
+    """With what the nodes of this job know each other by. Raises InputError for a folder that a batch script would
+    not take as one word."""
+    home = get_nemorun_home()
+    if isinstance(executor, run.SlurmExecutor):
+        if shlex.quote(home) != home:
+            raise InputError(f"NeMo-Run's folder {shown(home)} is no plain word for a batch script; set NEMORUN_HOME")
+        executor.env_vars = {SECRET: AT_START, **executor.env_vars}
+    elif isinstance(executor, run.SkypilotExecutor):
+        executor.env_vars = {SECRET: secrets.token_hex(16), **(executor.env_vars or {})}
+    return executor
+
+
+def _named(name: str) -> Any:
+    file = Path(get_nemorun_home(), "executors.py")
+    if file.is_file():
+        try:
+            return import_executor(name)
+        except AttributeError:
+            pass
+    raise InputError(f"there is no executor '{name}', nor one in {file}; {nearest(name, KINDS)}")
+
+
+def _changed(executor: Any, given: Iterable[tuple[str, str]]) -> Any:
+    values: dict[str, Any] = {}
+    for key, text in given:
+        _put(values, type(executor), key, text)
+    for key, value in values.items():
+        setattr(executor, key, {**getattr(executor, key), **value} if isinstance(value, dict) else value)
+    return executor
+
+
+# -- settings ------------------------------------------------------------------------------------------
+def _split(setting: str) -> tuple[str, str]:
+    key, separator, text = setting.removeprefix("executor.").partition("=")
+    if not separator:
+        raise InputError(f"'{setting}' is no setting; write executor.key=value, for example executor.account=NAME")
+    return key, text
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.init and field.name not in OBJECTS]
+
+
+def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
+    """`account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`."""
+    fields, (name, _, inner) = {field.name: _kinds(field.type) for field in _fields(kind)}, key.partition(".")
+    if name not in fields or (inner and dict not in fields[name]):
+        raise InputError(f"the executor has no key '{key}'; {nearest(name, fields)}")
+    if not text.isprintable():  # after a line's end a comment of the batch script is none any more
+        raise InputError(f"executor.{key} is {shown(text)}; it must be one line without control characters")
+    if name == "env_vars" and inner and not VARIABLE.fullmatch(inner):
+        raise InputError(f"executor.{name} names {shown(inner)}; a variable has letters, digits and '_'")
+    if inner:
+        quoted = name == "env_vars" and kind is run.SlurmExecutor
+        values.setdefault(name, {})[inner] = shlex.quote(text) if quoted else text
+    else:
+        values[name] = _value(key, fields[name], text)
+
+
+def _kinds(hint: Any) -> dict[type, Any]:
+    """The plain types that a field may have -> each in full: `Optional[list[int]]` -> {list: list[int]}."""
+    hints = get_args(hint) if get_origin(hint) is Union else (hint,)
+    return {get_origin(one) or one: one for one in hints if one is not type(None)}
+
+
+def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
+    """Raises InputError for a text that stands for none of these types; a list may be written with commas."""
+    if list in kinds and not text.startswith("["):
+        return [_value(key, _kinds(get_args(kinds[list])[0]), part) for part in text.split(",")]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if type(value) in kinds:
+        return value
+    if str not in kinds:
+        raise InputError(f"executor.{key} is '{text}'; it must be {' or '.join(kind.__name__ for kind in kinds)}")
+    return text
+
+
+# -- what is not given ---------------------------------------------------------------------------------
+def _local(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    return given
+
+
+def _docker(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    shared = {"ipc_mode": "host", "ulimits": ["memlock:-1", "stack:67108864"]}  # as NVIDIA's containers ask for
+    values = {"num_gpus": layout.processes, "packager": run.Packager(), **shared, **given}
+    return values | {"volumes": [*mounts, *given.get("volumes", [])]}
+
+
+def _slurm(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    nodes, each = _spread(given, layout, "nodes")
+    values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), **SLURM, **given}
+    values |= {"ntasks_per_node": 1, "gpus_per_node": values["gpus_per_node"] or None}  # 0: a cluster without
+    if "container_image" in given:
+        values["container_mounts"] = [*mounts, *given.get("container_mounts", [])]
+    return values
+
+
+def _skypilot(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+    nodes, each = _spread(given, layout, "num_nodes")
+    return {"num_nodes": nodes, "gpus_per_node": each, **given}
+
+
+def _spread(given: Mapping[str, Any], layout: Layout, key: str) -> tuple[int, int]:
+    """(nodes, processes a node) of a layout. Raises InputError where they do not divide."""
+    nodes = given.get(key) or -(-layout.processes // (given.get("gpus_per_node") or GPUS))
+    Nodes(nodes).check(layout)
+    return nodes, layout.processes // nodes
+
+
+KINDS = {  # name -> NeMo-Run's class, and what it is given
+    "local": (run.LocalExecutor, _local), "docker": (run.DockerExecutor, _docker),
+    "slurm": (run.SlurmExecutor, _slurm), "skypilot": (run.SkypilotExecutor, _skypilot),
+}  # fmt: skip
+
+
+# -- the task ------------------------------------------------------------------------------------------
+def script(executor: Any, arguments: Sequence[str]) -> Any:
+    """A `minitron` command as NeMo-Run's script, in this folder; on SkyPilot in the repository's copy."""
+    contained = getattr(executor, "container_image", None) or isinstance(executor, run.SkypilotExecutor)
+    minitron = "minitron" if contained else f"{shlex.quote(sys.executable)} -m nemo_minitron.cli"
+    here = "" if isinstance(executor, run.SkypilotExecutor) else f"cd {shlex.quote(os.getcwd())}\n"
+    return run.Script(inline=f"{here}exec {minitron} {shlex.join(arguments)}\n")
+
+
+def _check_name(name: str) -> None:
+    if not WORDS.fullmatch(name):
+        raise InputError(f"the task's name {shown(name)} must have letters, digits, '.', '_' and '-' alone")
+
+
+def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
+    """Starts the task and waits for its end; one on Slurm or SkyPilot goes on alone. Raises RuntimeError, and
+    InputError for a name that is no plain word."""
+    _check_name(name)
+    with run.Experiment(name, executor=executor, log_level="WARN", enable_goodbye_message=False) as experiment:
+        experiment.add(script(executor, arguments), name=name)
+        alone = isinstance(executor, (run.SlurmExecutor, run.SkypilotExecutor))
+        experiment.run(detach=alone, tail_logs=not alone)
+    state = experiment.jobs[0].state
+    if not alone and state.name != "SUCCEEDED":
+        raise RuntimeError(f"the task ended as {state.name}; its logs are in {experiment._exp_dir}")
+
+
+def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
+    """What `submit` would hand over: the batch script, which is written, a container's command, or the command."""
+    _check_name(name)
+    with run.Experiment(name, executor=executor, log_level="ERROR", clean_mode=True) as experiment:
+        task = script(executor, arguments)
+        experiment.add(task, name=name)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        job, folder = experiment.jobs[0], Path(experiment._exp_dir)
+    lines = [task.inline.rstrip()]
+    for file in sorted(folder.glob("*_sbatch.sh")):
+        lines += [f"\n{file}:", file.read_text().rstrip(), "", f"sbatch --requeue --parsable {file}"]
+    if isinstance(executor, run.DockerExecutor):
+        lines += ["", docker_command(job._dryrun_info.request.containers[0], job.executor.job_dir)]
+    return "\n".join(lines)
+
+
+def docker_command(container: Any, job_folder: str) -> str:
+    """The `docker run` that does what NeMo-Run asks of Docker's engine."""
+    executor, words = container.executor, ["docker", "run", "--rm", "--name", container.name]
+    plain = {"--runtime": executor.runtime, "--shm-size": executor.shm_size, "--ipc": executor.ipc_mode}
+    count = executor.num_gpus
+    plain |= {"--network": executor.network, "--gpus": ("all" if count == -1 else count) or None}
+    words += [word for flag, value in plain.items() if value for word in (flag, str(value))]
+    for kind in executor.ulimits:
+        name, _, limits = kind.partition(":")
+        words += ["--ulimit", f"{name}={limits}"]
+    for volume in [*executor.volumes, f"{job_folder}:/{RUNDIR_NAME}"]:
+        words += ["-v", volume]
+    for key, value in (executor.env_vars | container.extra_env).items():
+        words += ["-e", f"{key}={value}"]
+    words += ["-w", f"/{RUNDIR_NAME}/code", executor.container_image, *container.command]
+    return shlex.join(words)

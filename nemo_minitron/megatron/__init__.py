@@ -1,0 +1,1 @@
+"""Canonical tensors <-> live, sharded Megatron models, whatever the host that runs them."""

@@ -1,0 +1,53 @@
+"""A NeMo checkpoint as a Hugging Face folder: the cut that keeps everything, into the other format."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.files import atomic_folder, write_json
+from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.families import resolve, written_config
+from nemo_minitron.families.side_files import TOKENIZER, copy_side_files
+from nemo_minitron.pruning.write import write_weights
+from nemo_minitron.sources.open import is_nemo_checkpoint
+
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names
+
+
+@contextlib.contextmanager
+def as_folder(model: str | Path) -> Iterator[Path]:
+    """A Hugging Face folder of `model`: itself, or what a NeMo checkpoint becomes for as long as the block."""
+    path = resolve(model)
+    if not is_nemo_checkpoint(path):
+        yield path
+        return
+    with apart() as scratch:
+        yield convert(path, scratch / path.name)
+
+
+def convert(checkpoint: Path, out: Path) -> Path:
+    """A NeMo checkpoint -> a Hugging Face folder with its tokenizer; weights keep their dtype.
+
+    Raises InputError for a damaged checkpoint, one without its tokenizer, or too small a disk.
+    """
+    from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.sources.checkpoint import CheckpointSource
+
+    source = CheckpointSource(checkpoint)
+    tokenizer = load_tokenizer(source.folder)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    dtype = TORCH_NAMES[source.dtype(next(iter(source.architecture.shapes())))]
+    with atomic_folder(out) as folder:
+        write_weights(source, identity(source.architecture), folder, source.config)
+        write_json(folder / "config.json", written_config(source.config | ends | {"torch_dtype": dtype}))
+        copy_side_files(source.folder, folder, TOKENIZER)
+    return out
+
+
+def identity(architecture: Any) -> PrunePlan:
+    """The plan that cuts nothing."""
+    return PrunePlan(source=architecture, target=architecture, keep={})

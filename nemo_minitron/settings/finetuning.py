@@ -1,0 +1,54 @@
+"""How a distilled student is aligned: instruction tuning, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nemo_minitron.errors import InputError
+from nemo_minitron.settings.counted import Counted
+from nemo_minitron.settings.distillation import Distillation
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning(Counted):
+    """Supervised fine-tuning on prompts and answers by NeMo's `llm.finetune`; the loss is on the answers alone.
+
+    A row longer than `sequence_length` tokens is cut from its prompt. The learning rate rises over `warmup_steps` and
+    falls as a cosine until the last of `steps`; `save_every` counts steps.
+    """
+
+    steps: int = 1000
+    sequence_length: int = 4096
+    global_batch_size: int = 128
+    micro_batch_size: int = 1
+    learning_rate: float = 1e-5
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    prompt_template: str = "{input} {output}"
+    precision: str = "bf16"
+    save_every: int = 500
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{input}" not in self.prompt_template or not self.prompt_template.endswith("{output}"):
+            raise InputError(
+                f"prompt_template '{self.prompt_template}' must hold {{input}} and end with {{output}}, for example "
+                "'{input} {output}'"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """At most: rows are as long as they are."""
+        return self.sequence_length * self.global_batch_size
+
+    def training(self) -> Distillation:
+        """The same steps as those of a training without a teacher: what optimizer, schedule and logger go by."""
+        return Distillation(
+            tokens=self.steps * self.tokens_per_step, sequence_length=self.sequence_length,
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size,
+            learning_rate=self.learning_rate, min_learning_rate=self.min_learning_rate,
+            warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, logits_weight=0.0, lm_weight=1.0,
+            precision=self.precision, save_every=self.save_every, seed=self.seed,
+        )  # fmt: skip

@@ -1,0 +1,157 @@
+"""A NeMo checkpoint (torch_dist weights beside a context) as a TensorSource, read chunk by chunk.
+
+Neither part is trusted: `.metadata` and chunks as in `checkpoint_files.py`; the context's `io.json` names classes that
+NeMo would import and call, here it is read as data. Chunks are read one at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.digest import Index
+from nemo_minitron.artifacts.records import read_last
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import from_hf
+from nemo_minitron.sources.bits import DTYPES, as_raw
+from nemo_minitron.sources.checkpoint_files import load_chunk, place_of, read_metadata
+from nemo_minitron.sources.context import hf_config, tokenizer_folder
+from nemo_minitron.sources.mapping import Piece, pieces
+from nemo_minitron.sources.tensors import RAW
+
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
+
+
+class CheckpointSource:
+    """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: its tokenizer's.
+
+    Holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
+    Raises InputError for what is damaged, hostile or not a model of a supported family.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.folder = tokenizer_folder(self.path)
+        self.config = hf_config(self.path)
+        self._weights = self.path / "weights"
+        self._metadata = read_metadata(self._weights)
+        if self.config["vocab_size"] is None:  # NeMo took it from the tokenizer and padded it
+            embedding = self._metadata.state_dict_metadata.get("module.embedding.word_embeddings.weight")
+            self.config["vocab_size"] = embedding.size[0] if embedding else None
+        self.architecture = from_hf(self.config)
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[Any]] = {}
+        self._places = self._locate()
+        self._chunk: tuple[Any, torch.Tensor] | None = None
+
+    def dtype(self, name: str) -> str:
+        key, _, _ = self._places[name][0]
+        return DTYPES[self._metadata.state_dict_metadata[key].properties.dtype]
+
+    def _locate(self) -> dict[str, list[tuple[str, tuple[int, ...], Piece]]]:
+        """Canonical name -> (key in the checkpoint, layer and expert where they are stacked, piece of the tensor)."""
+        found: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if not key.startswith("module.") or not hasattr(entry, "size"):
+                continue
+            stacked = 0
+            for name, at in _parameters(key.removeprefix("module."), entry.size, self.architecture):
+                stacked = len(at)
+                for piece in pieces(name, self.architecture):
+                    found.setdefault(piece.tensor, []).append((key, at, piece))
+            for chunk in entry.chunks:
+                for at in _stacked_in(chunk, stacked):
+                    self._chunks.setdefault((key, at), []).append(chunk)
+        shapes = self.architecture.shapes()
+        if missing := shapes.keys() - found.keys():
+            raise InputError(f"the checkpoint '{self.path}' lacks the tensor '{min(missing)}'")
+        if surplus := found.keys() - shapes.keys():
+            raise InputError(f"the checkpoint '{self.path}' has '{min(surplus)}', which its config does not speak of")
+        for name, places in found.items():
+            if len({self._metadata.state_dict_metadata[key].properties.dtype for key, _, _ in places}) > 1:
+                raise InputError(f"the checkpoint '{self.path}' stores '{name}' in several dtypes")
+        return found
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Raw bits of the outer product of sorted indices, one array per dimension."""
+        block = np.empty([len(i) for i in index], RAW[self.dtype(name)])
+        for key, at, piece in self._places[name]:
+            inside = [np.nonzero((i >= a) & (i < b))[0] for i, (a, b) in zip(index, piece.box, strict=True)]
+            if all(map(len, inside)):
+                wanted = [
+                    i[here] - box[0] + place[0]
+                    for i, here, box, place in zip(index, inside, piece.box, piece.place, strict=True)
+                ]
+                block[np.ix_(*inside)] = self._block(key, at, wanted)
+        return block
+
+    def _block(self, key: str, stacked: tuple[int, ...], wanted: list[np.ndarray]) -> np.ndarray:
+        """Elements of one saved tensor, of a layer (and expert) where they are stacked, from the chunks that
+        hold them."""
+        entry = self._metadata.state_dict_metadata[key]
+        full = [*(np.array([number]) for number in stacked), *wanted]
+        block = np.zeros([len(i) for i in full], RAW[DTYPES[entry.properties.dtype]])
+        missing = block.size
+        for chunk in self._chunks.get((key, stacked), ()):
+            first = np.array(chunk.offsets)
+            last = first + np.array(chunk.sizes)
+            inside = [np.nonzero((i >= a) & (i < b))[0] for i, a, b in zip(full, first, last, strict=True)]
+            if all(len(at) for at in inside):
+                data = as_raw(self._read_chunk(key, chunk)).reshape(tuple(chunk.sizes))
+                local = [i[at] - a for i, at, a in zip(full, inside, first, strict=True)]
+                block[np.ix_(*inside)] = data[np.ix_(*local)]
+                missing -= data[np.ix_(*local)].size
+        if missing:
+            raise InputError(f"the checkpoint '{self.path}' lacks {missing} elements of '{key}'")
+        return block.reshape(block.shape[len(stacked) :])
+
+    def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
+        where = MetadataIndex(key, chunk.offsets)
+        if self._chunk is None or self._chunk[0] != where:
+            info = self._metadata.storage_data.get(where)
+            if info is None:
+                raise InputError(f"the checkpoint '{self.path}' does not say where a chunk of '{key}' lies")
+            dtype = self._metadata.state_dict_metadata[key].properties.dtype
+            self._chunk = (where, load_chunk(place_of(self._weights, info), tuple(chunk.sizes), dtype))
+        return self._chunk[1]
+
+
+def _stacked_in(chunk: Any, dimensions: int) -> Iterator[tuple[int, ...]]:
+    """The positions along the stacked dimensions that lie in a chunk."""
+    bounds = itertools.islice(zip(chunk.offsets, chunk.sizes, strict=True), dimensions)
+    return itertools.product(*(range(first, first + size) for first, size in bounds))
+
+
+def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A checkpoint's key -> Megatron parameters, and where each lies in the saved tensor's first dimensions.
+
+    Layers are stacked along the first dimension, or each has a key; experts are stacked along the next one.
+    """
+    found = _LAYER.fullmatch(name)
+    if not found:
+        yield name, ()
+        return
+    layer, local = found.groups()
+    experts = _EXPERTS.fullmatch(local)
+    counts = [(a.num_layers, "layers")] if layer is None else []
+    counts += [(a.num_moe_experts or 0, "experts")] if experts else []
+    for (count, what), stacked in zip(counts, size, strict=False):
+        if count != stacked:
+            raise InputError(f"'{name}' is stacked for {stacked} {what}, the checkpoint's config has {count}")
+    for at in itertools.product(*(range(count) for count, _ in counts)):
+        number = at[0] if layer is None else layer
+        tail = f"mlp.experts.local_experts.{at[-1]}.{experts[1]}" if experts else local
+        yield f"decoder.layers.{number}.{tail}", at
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Where `distill` left its last checkpoint. Raises InputError where there is none."""
+    return folder / read_last(folder / "last.json")["checkpoint"]

@@ -1,0 +1,23 @@
+"""Run under torchrun: the compensate stage in one layout. Arguments: the stage's settings as JSON."""
+
+import json
+import sys
+from datetime import timedelta
+
+
+def main():
+    import torch
+
+    import nemo_minitron.backend as backend
+
+    backend.setup()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    from nemo_minitron.hosts.nemo.compensate import compensate
+
+    compensate(json.loads(sys.argv[1]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

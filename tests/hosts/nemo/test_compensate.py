@@ -1,0 +1,63 @@
+"""The compensate stage on a mixture of experts: each is solved for by a rank that holds it. Dense models and pipeline
+stages: tests/cli/test_compensate_command.py.
+
+Mutations tried, each of which fails here: the dense layers' first rank alone solving; a pass that forgets a layer.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import TEXTS
+from grams64 import grams64
+from pico import pico_mixtral
+from ranks import run_ranks
+from tolerances import GRAM_FP32
+from words import save_tokenizer
+
+from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.data import Tokens, build, load_tokenizer
+from nemo_minitron.families import from_hf
+from nemo_minitron.hosts.nemo.compensate import bytes_of_layer
+from nemo_minitron.pruning import HFSource
+from nemo_minitron.pruning.compensation import solvable, solve
+from nemo_minitron.search import random_plan
+from nemo_minitron.settings.layout import Layout
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).parent / "compensate_worker.py"
+ROWS = {"samples": 6, "sequence_length": 36, "batch_size": 1, "precision": "fp32", "seed": 7}
+LAYOUTS = [Layout(ep=2, dp=2), Layout(tp=2, etp=1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("models")
+    pico_mixtral(made / "teacher", num_attention_heads=8, num_key_value_heads=4)
+    save_tokenizer(made / "teacher", TEXTS, 509)
+    (made / "corpus.txt").write_text("\n".join(TEXTS))
+    build(made / "corpus.txt", load_tokenizer(made / "teacher"), made / "corpus")
+    keep = {"expert_ffn": 24, "experts": 3, "heads": 4, "layers": 5}
+    random_plan(from_hf(made / "teacher"), keep=keep).save(made / "plan.json")
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["ep2-dp2", "tp2-etp1"])
+def test_experts_over_ranks(folder, layout):
+    """In passes of two layers; the numbers are those of float64."""
+    out, plan, source = folder / "solved", PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
+    settings = {
+        "model": str(folder / "teacher"), "plans": {str(folder / "plan.json"): str(out)}, "ridge": 0.01,
+        "data": str(folder / "corpus"), "memory": 2 * bytes_of_layer(plan.source, layout),
+        "layout": dataclasses.asdict(layout),
+    }  # fmt: skip
+    run_ranks(2, WORKER, json.dumps(settings | ROWS))
+    rows = Tokens(folder / "corpus").windows(ROWS["sequence_length"], ROWS["samples"], ROWS["seed"])
+    grams, found = grams64(folder / "teacher", rows), Compensation.load(out).tensors
+    assert found.keys() == dict(solvable(plan)).keys()
+    assert len(found) == 5 * (3 + 1)
+    for name, origin in solvable(plan):
+        expected = solve(source, plan, name, grams[origin])
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
