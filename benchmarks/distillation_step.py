@@ -190,9 +190,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
-    arguments.precision = settle(arguments.precision)
+    arguments.precision = resolve_precision(arguments.precision)
     facts = common.machine(("torch", "megatron-core"))
     result = {"machine": facts, "date": datetime.date.today().isoformat(), "precision": arguments.precision}
     result |= {"repetitions": arguments.repetitions, "columns": ["median", "least", "most"]} | measured(arguments)

@@ -148,7 +148,12 @@ def test_torch_not_in_plain_rooms():
         "settings", "launch", "commands", "job", "recipes", "cli",
     )  # fmt: skip
     assert _breaches(lambda _: ("torch",), lambda path: _room(path) in plain) == []
-    of_torch = ("bits.py", "checkpoint.py", "checkpoint_files.py", "converted.py")  # they meet checkpoints, which torch writes
+    of_torch = (
+        "bits.py",
+        "checkpoint.py",
+        "checkpoint_files.py",
+        "converted.py",
+    )  # they meet checkpoints, which torch writes
     assert _breaches(lambda _: ("torch",), lambda path: _room(path) == "sources" and path.name not in of_torch) == []
 
 

@@ -46,11 +46,11 @@ def cache_logits(
     from nemo_minitron.artifacts.logit_records import CacheSettings
     from nemo_minitron.commands.cache import run_cache
     from nemo_minitron.job import Layout
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
     settings = CacheSettings(
         sequence_length=sequence_length, mode=mode, draws=draws, independent=independent, k=k, sets=sets, seed=seed,
-        proposal_temperature=proposal_temperature, temperature=temperature, precision=settle(precision),
+        proposal_temperature=proposal_temperature, temperature=temperature, precision=resolve_precision(precision),
     )  # fmt: skip
     header = run_cache(
         model, data, out, settings, Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp), samples=samples,

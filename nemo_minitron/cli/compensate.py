@@ -53,10 +53,10 @@ def compensate(
     from nemo_minitron.commands.compensate import run_compensate
     from nemo_minitron.job import Calibration, Layout
     from nemo_minitron.settings.cutting import Cutting
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
     cutting = Cutting(ridge=ridge, memory=memory)
-    calibration = Calibration(samples, sequence_length, batch_size, precision=settle(precision), seed=seed)
+    calibration = Calibration(samples, sequence_length, batch_size, precision=resolve_precision(precision), seed=seed)
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, dp=dp, sp=sp)
     found = run_compensate(
         model, plan, data, out, calibration, layout, ridge=ridge, memory=int(cutting.memory * 1e9),

@@ -41,7 +41,7 @@ def compress(
     from nemo_minitron.cli.find import find
     from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
-    from nemo_minitron.settings.precision import settled
+    from nemo_minitron.settings.precision import with_resolved_precisions
 
     layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
@@ -53,7 +53,11 @@ def compress(
     folder = job.folder(out)
     made = _executor(executor, [word for word in settings if word not in own], job, folder) if executor else None
     if dry_run or executor:  # what would be refused there is refused here
-        text = describe_chain(settled(job), folder) if job.chain else describe(settled(job))
+        text = (
+            describe_chain(with_resolved_precisions(job), folder)
+            if job.chain
+            else describe(with_resolved_precisions(job))
+        )
         if dry_run:
             print(text if executor else f"{text}\nnothing was loaded or written")
         if executor:

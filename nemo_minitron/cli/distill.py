@@ -58,7 +58,7 @@ def distill(
     """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
     from nemo_minitron.commands.distill import run_distill
     from nemo_minitron.job import Distillation, Layout
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
     settings = Distillation(
         tokens=tokens, sequence_length=sequence_length, global_batch_size=global_batch_size,
@@ -66,7 +66,7 @@ def distill(
         warmup_steps=10, loss=loss, temperature=temperature, teacher_cache=teacher_cache, logits_weight=logits_weight,
         lm_weight=lm_weight, moe_aux_loss_coeff=moe_aux_loss, intermediate=intermediate, start=start,
         correction_tokens=correction_tokens, validate_every=validate_every, patience=patience,
-        precision=settle(precision), save_every=save_every, seed=seed,
+        precision=resolve_precision(precision), save_every=save_every, seed=seed,
     )  # fmt: skip
     layout = Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp)
 

@@ -69,12 +69,13 @@ def estimate(
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Score what matters, with forward passes only; run again after a kill, it goes on."""
-    from nemo_minitron.commands.estimate import lines, run_estimate
+    from nemo_minitron.commands.estimate import describe_scores, run_estimate
     from nemo_minitron.job import Calibration, Layout
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
     calibration = Calibration(
-        samples, sequence_length, batch_size, ";".join(criterion or ["l2,mean"]), norms, settle(precision), seed,
+        samples, sequence_length, batch_size, ";".join(criterion or ["l2,mean"]), norms,
+        resolve_precision(precision), seed,
         axes=tuple(_names(axes)), save_every=save_every, depth=tuple(_names(depth)), depth_sizes=_numbers(depth_sizes),
         depth_samples=depth_samples, items=items, remove=remove,
         method=method,
@@ -84,7 +85,7 @@ def estimate(
     def command() -> None:
         scores = run_estimate(model, data, out, calibration, layout, merge, skip_bad_lines)
         print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
-        for line in lines(scores):
+        for line in describe_scores(scores):
             print(f"  {line}")
 
     job = ["estimate", model, data, vars(calibration), vars(layout), str(merge)]

@@ -36,9 +36,9 @@ def evaluate(
     from nemo_minitron.commands.evaluate import run_evaluate
     from nemo_minitron.job import Evaluation
     from nemo_minitron.precisions import WIDE
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
-    settings = Evaluation(tokens, sequence_length, batch_size, settle(precision, WIDE))
+    settings = Evaluation(tokens, sequence_length, batch_size, resolve_precision(precision, WIDE))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     numbers = run_evaluate(model, data, settings, names, limit, draft_of, draft_out, skip_bad_lines)
     if as_json:

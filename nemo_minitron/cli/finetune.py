@@ -37,12 +37,12 @@ def finetune(
     from nemo_minitron.commands.finetune import run_finetune
     from nemo_minitron.job import Layout
     from nemo_minitron.settings.finetuning import Finetuning
-    from nemo_minitron.settings.precision import settle
+    from nemo_minitron.settings.precision import resolve_precision
 
     settings = Finetuning(
         steps=steps, sequence_length=sequence_length, global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_learning_rate=learning_rate / 10,
-        warmup_steps=min(50, steps // 10), prompt_template=prompt_template, precision=settle(precision),
+        warmup_steps=min(50, steps // 10), prompt_template=prompt_template, precision=resolve_precision(precision),
         save_every=save_every, seed=seed,
     )  # fmt: skip
     run_finetune(student, data, out, settings, Layout(tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, dp=dp, sp=sp))

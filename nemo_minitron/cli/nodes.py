@@ -23,14 +23,14 @@ def on_nodes(
     """Node 0 does `command`; the others start their part of each stage in it. `job`: plain values, the same on all;
     `out`: what it makes, on storage that all nodes share. Raises InputError as `Nodes`, `lead` and `follow`."""
     from nemo_minitron.artifacts.files import digest_of
-    from nemo_minitron.launch.machines import follow, lead
+    from nemo_minitron.launch.machines import follow_leader, lead
     from nemo_minitron.launch.nodes import Nodes
     from nemo_minitron.launch.torchrun import run
 
     nodes = Nodes.of(*given)
     nodes.check(layout)
     if nodes.rank:
-        follow(nodes, digest_of(job), out, run)
+        follow_leader(nodes, digest_of(job), out, run)
         return
     with lead(nodes, digest_of(job), out):
         command()

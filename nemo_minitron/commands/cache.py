@@ -15,9 +15,9 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of, resolve
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
-from nemo_minitron.settings.counted import check_whole
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.validated import check_whole
 
 
 def run_cache(

@@ -196,7 +196,7 @@ def _examined(scores: Scores) -> Scores:
     return dataclasses.replace(scores, notes=scores.notes | found)
 
 
-def lines(scores: Scores) -> list[str]:
+def describe_scores(scores: Scores) -> list[str]:
     """What scores have to say, a line each: stability, the criteria of depth, remarks."""
     halves = ", ".join(f"{name} {value:.3f}" for name, value in scores.notes["split_half"].items())
     found = [f"rank correlation of two halves of the samples: {halves}"] if halves else []

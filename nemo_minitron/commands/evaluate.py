@@ -11,8 +11,8 @@ from nemo_minitron.commands.corpus import tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.pruning.convert import as_folder
-from nemo_minitron.settings.counted import check_whole
 from nemo_minitron.settings.recipe import Evaluation
+from nemo_minitron.settings.validated import check_whole
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
 

@@ -12,7 +12,7 @@ from nemo_minitron.job.dry_run import check, check_space
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run
 from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.launch.lock import locked
-from nemo_minitron.settings.precision import settled
+from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.step import SUMMARY
 
@@ -24,7 +24,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     others left to a later call. `overwrite`: stages of another recipe that are done in the folder may be done again.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
-    job = settled(job)
+    job = with_resolved_precisions(job)
     folder = job.folder(out)
     if job.chain:
         return _run_chain(job, folder, until, overwrite)

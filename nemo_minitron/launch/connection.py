@@ -25,11 +25,11 @@ FIRST = 1 << 16  # bytes of the first message, which may be anybody's
 LONGEST = 1 << 24  # bytes of a message: an order has a stage's settings
 
 
-class Gone(Exception):
+class ConnectionLost(Exception):
     """The other end of a line is."""
 
 
-class Line:
+class Connection:
     """JSON objects, a line each, between two that know one secret: whoever does not is not heard, and is gone.
 
     Each end first says a word of chance; every line then begins with an HMAC-SHA256 of its number, its direction and
@@ -37,7 +37,7 @@ class Line:
     is said can be read on the way. `leads`: whether this end is node 0.
 
     When the process at the other end ends, its kernel closes the connection; where the host itself is gone, this
-    one's kernel gives up on it after `SILENCE` seconds. Raises Gone where the other end says no word in time.
+    one's kernel gives up on it after `SILENCE` seconds. Raises ConnectionLost where the other end says no word in time.
     """
 
     def __init__(self, connection: socket.socket, secret: str, leads: bool) -> None:
@@ -59,7 +59,7 @@ class Line:
             connection.settimeout(None)
         except OSError:
             connection.close()
-            raise Gone from None
+            raise ConnectionLost from None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _agree(self, secret: str) -> bytes:
@@ -101,24 +101,24 @@ class Line:
         if self._over.is_set():
             stop()
 
-    def say(self, **message: Any) -> None:
-        """Raises Gone."""
+    def send(self, **message: Any) -> None:
+        """Raises ConnectionLost."""
         try:
             text = json.dumps(message).encode() + b"\n"
             self.connection.sendall(self._mark(self.leads, self._said, text) + b" " + text)
             self._said += 1
         except OSError:
-            raise Gone from None
+            raise ConnectionLost from None
 
-    def hear(self, seconds: float | None = None) -> dict[str, Any]:
-        """The next message. Raises Gone, or TimeoutError where none comes in time."""
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+        """The next message. Raises ConnectionLost, or TimeoutError where none comes in time."""
         try:
             message = self._heard.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError from None
         if message is None:
             self._heard.put(None)  # for whoever asks again
-            raise Gone
+            raise ConnectionLost
         return message
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import DivergedError, InputError
-from nemo_minitron.launch.connection import SECRET, SILENCE, Gone, Line
+from nemo_minitron.launch.connection import SECRET, SILENCE, Connection, ConnectionLost
 from nemo_minitron.launch.nodes import Nodes
 from nemo_minitron.launch.visitors import listening, visitors
 
@@ -24,7 +24,7 @@ AGAIN = "run the same command on all nodes again and it goes on from what was sa
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class StageOrder:
     """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`."""
 
     stage: str
@@ -37,7 +37,7 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ending:
+class StageResult:
     """How a host's processes of a stage ended: exit code, a refusal's sentence, what failed first, the log."""
 
     code: int
@@ -56,18 +56,18 @@ class Ending:
             raise kind(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
 
 
-Work = Callable[[Order, int, Callable[[Callable[[], None]], None]], Ending]  # (order, node, watch) -> its end
+Work = Callable[[StageOrder, int, Callable[[Callable[[], None]], None]], StageResult]  # (order, node, watch) -> its end
 _leading: ContextVar[Leader | None] = ContextVar("leading", default=None)
 
 
 class Leader:
     """Node 0 and its lines to the others, in their order."""
 
-    def __init__(self, nodes: Nodes, lines: list[Line]) -> None:
+    def __init__(self, nodes: Nodes, lines: list[Connection]) -> None:
         self.nodes, self.lines = nodes, lines
 
-    def run(self, order: Order, work: Work) -> None:
-        """Does an order on all hosts that share it. Raises as `Ending.check`, and where a host is gone."""
+    def run(self, order: StageOrder, work: Work) -> None:
+        """Does an order on all hosts that share it. Raises as `StageResult.check`, and where a host is gone."""
         processes = order.each
         count = self.nodes.sharing(processes)
         order = dataclasses.replace(
@@ -85,27 +85,27 @@ class Leader:
         for rank, ending in endings.items():
             ending.check(order.stage, f" on node {rank}")
 
-    def _to(self, rank: int, line: Line, **message: Any) -> None:
+    def _to(self, rank: int, line: Connection, **message: Any) -> None:
         try:
-            line.say(**message)
-        except Gone:
+            line.send(**message)
+        except ConnectionLost:
             raise RuntimeError(_gone(rank, line)) from None
 
-    def _ending(self, rank: int, line: Line, own: Ending) -> Ending:
+    def _ending(self, rank: int, line: Connection, own: StageResult) -> StageResult:
         """Of another host; where this one failed the other is not waited for, it is told to end."""
         try:
-            return Ending(**line.hear(LAST_WORDS if own.code else None)["ending"])
+            return StageResult(**line.receive(LAST_WORDS if own.code else None)["ending"])
         except TimeoutError:
-            return Ending(0)
-        except Gone:
+            return StageResult(0)
+        except ConnectionLost:
             raise RuntimeError(_gone(rank, line)) from None
 
 
-def _gone(rank: int, line: Line) -> str:
+def _gone(rank: int, line: Connection) -> str:
     return f"node {rank} ({line.address}) is gone, its minitron or the host itself; {AGAIN}"
 
 
-def _watch(lines: list[Line], stop: Callable[[], None]) -> None:
+def _watch(lines: list[Connection], stop: Callable[[], None]) -> None:
     for line in lines:
         line.watch(stop)
 
@@ -151,11 +151,11 @@ def _shared(out: Path) -> Path:
     return out.parent / f".{out.name}.nodes"
 
 
-def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Line]:
+def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Connection]:
     word = secrets.token_hex(8)
     out.parent.mkdir(parents=True, exist_ok=True)
     _shared(out).write_text(word)
-    lines: dict[int, Line] = {}
+    lines: dict[int, Connection] = {}
     print(f"node 0 waits for {nodes.count - 1} more at {nodes.host}:{nodes.port}", flush=True)
     with listening(nodes.port) as server, visitors(server, nodes.secret) as found:
         try:
@@ -173,16 +173,16 @@ def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Line]:
     return lines
 
 
-def _dismiss(lines: Iterable[Line], reason: str) -> None:
+def _dismiss(lines: Iterable[Connection], reason: str) -> None:
     """Tells the others that the job is done, or why it ends."""
     for line in lines:
-        with contextlib.suppress(Gone):
-            line.say(end=reason, failed=bool(reason))
+        with contextlib.suppress(ConnectionLost):
+            line.send(end=reason, failed=bool(reason))
         line.close()
 
 
 def _admit(
-    visitor: tuple[Line, dict[str, Any]], nodes: Nodes, identity: str, word: str, lines: dict[int, Line]
+    visitor: tuple[Connection, dict[str, Any]], nodes: Nodes, identity: str, word: str, lines: dict[int, Connection]
 ) -> None:
     """A visitor that is no node of ours is let go; a node of another job ends this one, with a reason on both."""
     line, hello = visitor
@@ -190,9 +190,9 @@ def _admit(
         rank, same = hello["node"], hello["identity"] == identity
         if type(rank) is not int or not 0 < rank < nodes.count:
             raise KeyError
-        line.say(word=word, same=same)
-        sees = same and line.hear(2 * SILENCE)["sees"]
-    except (Gone, TimeoutError, KeyError):
+        line.send(word=word, same=same)
+        sees = same and line.receive(2 * SILENCE)["sees"]
+    except (ConnectionLost, TimeoutError, KeyError):
         line.close()
         return
     if same and sees and rank not in lines:
@@ -212,46 +212,46 @@ def _unseen(rank: int) -> str:
     return f"node {rank} does not see what node 0 writes; put --out on storage that all nodes share"
 
 
-def follow(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
+def follow_leader(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
     """A node that is not the first: does what node 0 orders until the job is done. Raises as `lead`."""
     line = _find(nodes)
     try:
-        line.say(node=nodes.rank, identity=identity)
+        line.send(node=nodes.rank, identity=identity)
         hello = _answer(line)
         if not hello["same"]:
             raise InputError(_another(nodes.rank))
         sees = _sees(_shared(out), hello["word"])
-        line.say(sees=sees)
+        line.send(sees=sees)
         if not sees:
             raise InputError(_unseen(nodes.rank))
         print(f"node {nodes.rank} of {nodes.count}, led by {nodes.host}:{nodes.port}", flush=True)
-        while "order" in (message := line.hear()):
-            order = Order(**message["order"])
+        while "order" in (message := line.receive()):
+            order = StageOrder(**message["order"])
             ending = work(order, nodes.rank, lambda stop: _watch([line], stop))
-            line.say(ending=dataclasses.asdict(ending), failed=bool(ending.code))
+            line.send(ending=dataclasses.asdict(ending), failed=bool(ending.code))
         if message["end"]:
             raise RuntimeError(f"{message['end']}; {AGAIN}")
-    except Gone:
+    except ConnectionLost:
         raise RuntimeError(f"node 0 ({line.address}) is gone, its minitron or the host itself; {AGAIN}") from None
     finally:
         line.close()
 
 
-def _answer(line: Line) -> dict[str, Any]:
+def _answer(line: Connection) -> dict[str, Any]:
     try:
-        return line.hear()
-    except Gone:
+        return line.receive()
+    except ConnectionLost:
         why = f"it is gone, or has another {SECRET}; give all nodes the same one"
         raise RuntimeError(f"node 0 ({line.address}) does not answer: {why}") from None
 
 
-def _find(nodes: Nodes) -> Line:
+def _find(nodes: Nodes) -> Connection:
     deadline = time.monotonic() + MEETING
     while True:
         try:
             connection = socket.create_connection((nodes.host, nodes.port), timeout=SILENCE)
-            return Line(connection, nodes.secret, leads=False)
-        except (OSError, Gone) as error:
+            return Connection(connection, nodes.secret, leads=False)
+        except (OSError, ConnectionLost) as error:
             if time.monotonic() > deadline:
                 where = f"{nodes.host}:{nodes.port} within {MEETING} s"
                 raise RuntimeError(f"node 0 is not to be found at {where}: {error}") from None

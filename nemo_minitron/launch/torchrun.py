@@ -23,7 +23,7 @@ from typing import Any
 from nemo_minitron.artifacts.files import naming
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.launch.death import killed, oom_kills
-from nemo_minitron.launch.machines import Ending, Order, leading
+from nemo_minitron.launch.machines import StageOrder, StageResult, leading
 from nemo_minitron.launch.output import Output
 from nemo_minitron.launch.stall import ask_for_stacks, kill, stall_timeout, stalled, unheard, words_of
 
@@ -33,8 +33,9 @@ LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
 SAVING = ("distill", "finetune")  # stages whose processes save what they have when they are told to stop
 # Slurm sends SIGTERM to every process of a step: torchrun would end its workers before they have saved.
-DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "minitron")
-HEARS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")  # of torch 2.10 and later; before, workers get 30 s to save
+IGNORE_SIGTERM = ("sh", "-c", 'trap "" TERM; exec "$@"', "minitron")
+# Of torch 2.10 and later; before, workers get 30 s to save.
+FORWARD_SIGNALS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,14 +46,14 @@ def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | Non
     Everything the processes print goes to `log`, but for their lines of progress. One rank's failure ends
     them all. Raises InputError with the sentence of the rank that refused, RuntimeError for any other end.
     """
-    order, leader = Order(stage, settings, processes, log=str(log or "")), leading()
+    order, leader = StageOrder(stage, settings, processes, log=str(log or "")), leading()
     if leader:
         leader.run(order, run)
     else:
         run(order, 0, lambda stop: None).check(stage)
 
 
-def run(order: Order, node: int, watch: Callable[[Callable[[], None]], None]) -> Ending:
+def run(order: StageOrder, node: int, watch: Callable[[Callable[[], None]], None]) -> StageResult:
     """This host's processes of an order; `watch` is given a function that ends them. The log of a node that is not
     the first has its number."""
     output, killed_before = Output(_log(order.log, node)), oom_kills()
@@ -67,8 +68,8 @@ def run(order: Order, node: int, watch: Callable[[Callable[[], None]], None]) ->
     cause = stall or killed(code, output.tail, killed_before, _alone(order)) or output.cause()
     if output.lost:
         print(output.lost, file=sys.stderr, flush=True)
-        return Ending(code, refusals[0] if refusals else "", f"{cause}; {output.lost}")
-    return Ending(code, refusals[0] if refusals else "", cause, str(output.log or ""))
+        return StageResult(code, refusals[0] if refusals else "", f"{cause}; {output.lost}")
+    return StageResult(code, refusals[0] if refusals else "", cause, str(output.log or ""))
 
 
 def _log(log: str, node: int) -> Path | None:
@@ -76,18 +77,18 @@ def _log(log: str, node: int) -> Path | None:
     return path.with_name(f"{path.stem}-node{node}{path.suffix}") if path and node else path
 
 
-def _alone(order: Order) -> bool:
+def _alone(order: StageOrder) -> bool:
     """One process, which needs no torchrun."""
     return order.each * order.nodes == 1
 
 
-def _python(order: Order, node: int) -> list[str]:
+def _python(order: StageOrder, node: int) -> list[str]:
     """Nodes have fixed ranks: the first one has rank 0, which says how far a stage is."""
     if _alone(order):
         return [sys.executable]
-    command = [*DEAF, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(order.each)]
+    command = [*IGNORE_SIGTERM, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(order.each)]
     if _torch() >= (2, 10):
-        command += HEARS
+        command += FORWARD_SIGNALS
     if order.nodes == 1:
         return [*command, "--standalone"]
     place = ["--master-addr", order.host, "--master-port", str(order.port)]
@@ -98,7 +99,7 @@ def _torch() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("torch"))[:2])
 
 
-def _environment(order: Order) -> dict[str, str]:
+def _environment(order: StageOrder) -> dict[str, str]:
     """Threads share the cores; one CUDA queue keeps Megatron's overlap of communication in order.
 
     What launchers say of their own processes is no business of these: Lightning would take one alone for one of

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.launch.connection import SILENCE, Gone, Line
+from nemo_minitron.launch.connection import SILENCE, Connection, ConnectionLost
 
 VISITORS = 64  # that are met at a time
 
@@ -25,20 +25,20 @@ def listening(port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Line, dict[str, Any]]]]:
+def visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Connection, dict[str, Any]]]]:
     """Those that know the secret, with what they say first. Each is met in a thread of its own, so many at a time: one
     that says nothing, or anything else, keeps nobody waiting."""
-    found: queue.Queue[tuple[Line, dict[str, Any]]] = queue.Queue()
+    found: queue.Queue[tuple[Connection, dict[str, Any]]] = queue.Queue()
     room = threading.BoundedSemaphore(VISITORS)
 
     def meet(connection: socket.socket) -> None:
         try:
-            line = Line(connection, secret, leads=True)
+            line = Connection(connection, secret, leads=True)
             try:
-                found.put((line, line.hear(SILENCE)))
-            except (Gone, TimeoutError):
+                found.put((line, line.receive(SILENCE)))
+            except (ConnectionLost, TimeoutError):
                 line.close()
-        except Gone:
+        except ConnectionLost:
             pass
         finally:
             room.release()

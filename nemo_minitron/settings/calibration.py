@@ -9,8 +9,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.statistics import criterion
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.search.depth import BLOCK_INFLUENCE, REMOVAL
-from nemo_minitron.settings.counted import Counted
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.validated import ValidatedSettings
 
 SCANS = ("loss", "perplexity", "accuracy")  # of the model without each block of layers
 DEPTH = (*SCANS, REMOVAL)
@@ -29,7 +29,7 @@ DECIDE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration(Counted):
+class Calibration(ValidatedSettings):
     """One forward pass over `samples` rows of `sequence_length` tokens, `batch_size` rows a micro-batch.
 
     A row is a window of the corpus, whose documents stand end to end, each closed by its EOS (packing); windows do

@@ -8,13 +8,13 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
-from nemo_minitron.settings.counted import Counted
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.validated import ValidatedSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(Counted):
+class Distillation(ValidatedSettings):
     """Retraining from the teacher's outputs; `tokens` are those of all steps. `save_every` counts steps.
 
     `precision`: fp32, bf16, fp8-delayed, fp8-current, fp8-blockwise, or auto (bf16 where the machine is good at it);

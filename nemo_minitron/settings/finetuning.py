@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.settings.counted import Counted
 from nemo_minitron.settings.distillation import Distillation
+from nemo_minitron.settings.validated import ValidatedSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetuning(Counted):
+class Finetuning(ValidatedSettings):
     """Supervised fine-tuning on prompts and answers by NeMo's `llm.finetune`; the loss is on the answers alone.
 
     A row longer than `sequence_length` tokens is cut from its prompt. The learning rate rises over `warmup_steps` and

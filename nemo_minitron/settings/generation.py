@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.settings.counted import Counted
 from nemo_minitron.settings.distillation import Distillation
+from nemo_minitron.settings.validated import ValidatedSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation(Counted):
+class Generation(ValidatedSettings):
     """The model that the student learns from writes `documents` texts, and the student is trained on those instead
     of on the corpus: with the LM loss where distillation says logits_weight=0 and lm_weight=1, as in SDG fine-tuning,
     or with any other loss. 0 documents: nothing is written.

@@ -25,16 +25,16 @@ def best_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return "bf16" if flags & FLAGS else "fp32"
 
 
-def settle(precision: str, legal: Sequence[str] = PRECISIONS) -> str:
+def resolve_precision(precision: str, legal: Sequence[str] = PRECISIONS) -> str:
     """Raises InputError for an unknown precision."""
     if precision != "auto" and precision not in legal:
         raise InputError(f"precision '{precision}' is unknown; {nearest(precision, (*legal, 'auto'))}")
     return best_precision() if precision == "auto" else precision
 
 
-def settled(job: Job) -> Job:
+def with_resolved_precisions(job: Job) -> Job:
     """The job with every `auto` decided, as `recipe.json` records it. Evaluation runs in transformers, without FP8."""
     legal = {"calibration": PRECISIONS, "distillation": PRECISIONS, "evaluation": WIDE}
     groups = {name: getattr(job, name) for name in legal}
-    chosen = {n: dataclasses.replace(g, precision=settle(g.precision, legal[n])) for n, g in groups.items()}
+    chosen = {n: dataclasses.replace(g, precision=resolve_precision(g.precision, legal[n])) for n, g in groups.items()}
     return dataclasses.replace(job, **chosen)

@@ -13,13 +13,13 @@ from nemo_minitron.artifacts.parse import WORDS, anything, checked, shown
 from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.settings.calibration import Calibration
-from nemo_minitron.settings.counted import Counted, check_whole
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.generation import Generation
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.search import Search
 from nemo_minitron.settings.step import OPEN, Step, check_chain
+from nemo_minitron.settings.validated import ValidatedSettings, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(Counted):
+class Evaluation(ValidatedSettings):
     """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`.
 
     `benchmarks` of teacher and student: base, instruct or names of `evaluation.benchmarks`, those that lm-eval has.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.settings.counted import Counted
+from nemo_minitron.settings.validated import ValidatedSettings
 
 if TYPE_CHECKING:
     from nemo_minitron.architecture import Architecture
@@ -21,7 +21,7 @@ Loads = Mapping[str, int | str]  # a family's `multiples`
 
 
 @dataclasses.dataclass(frozen=True)
-class Search(Counted):
+class Search(ValidatedSettings):
     """A budget, written as on the command line; without a target there is no search.
 
     `params`, `params_no_embeddings`, `active_params` ("84M"): bands of `tolerance`; `memory` ("8GiB") of weights

@@ -8,8 +8,8 @@ from typing import Any
 
 from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.settings.counted import Counted
 from nemo_minitron.settings.search import Search
+from nemo_minitron.settings.validated import ValidatedSettings
 
 FIRST, PREVIOUS = "first", "previous"
 TEACHERS = (FIRST, PREVIOUS)
@@ -19,7 +19,7 @@ OPEN = ("calibration", "distillation")  # of a step: any setting of these groups
 
 
 @dataclasses.dataclass(frozen=True)
-class Step(Counted):
+class Step(ValidatedSettings):
     """One student of a chain: cut from the one before it (the first from the job's teacher), then distilled.
 
     `name` is its folder in the run folder. `keep`, `search` and `rounds` are as in a Job. `teacher`, of the

@@ -147,7 +147,7 @@ def test_a_batch_that_a_layout_cannot_deal_out_is_refused(layout, legal):
 def test_the_loss_names_of_a_recipe_are_those_of_the_package():
     from nemo_minitron.distillation import losses
     from nemo_minitron.distillation.intermediate import MEASURES
-    from nemo_minitron.settings.counted import LEGAL
+    from nemo_minitron.settings.validated import LEGAL
 
     assert set(LEGAL["loss"]) == set(losses.__all__)
     assert set(LEGAL["intermediate_loss"]) == set(MEASURES)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nemo_minitron.launch import death
-from nemo_minitron.launch import launch as launching
+from nemo_minitron.launch import torchrun as launching
 from nemo_minitron.launch.death import killed
 from nemo_minitron.launch.output import Rank
 from nemo_minitron.launch.stall import stalled, words_of

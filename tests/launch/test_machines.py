@@ -9,10 +9,10 @@ import time
 import pytest
 
 from nemo_minitron.errors import DivergedError, InputError
-from nemo_minitron.launch import line as lines
-from nemo_minitron.launch import together
-from nemo_minitron.launch.connection import Gone, Line
-from nemo_minitron.launch.machines import Ending, Order, follow, lead, leading
+from nemo_minitron.launch import connection as lines
+from nemo_minitron.launch import machines
+from nemo_minitron.launch.connection import Connection, ConnectionLost
+from nemo_minitron.launch.machines import StageOrder, StageResult, follow_leader, lead, leading
 from nemo_minitron.launch.nodes import Nodes
 
 WORD = "a secret of this test"
@@ -32,7 +32,7 @@ def other(host, folder, work, identity="job"):
 
     def run():
         try:
-            follow(host, identity, folder, work)
+            follow_leader(host, identity, folder, work)
         except Exception as error:
             errors.append(error)
 
@@ -48,7 +48,7 @@ def other(host, folder, work, identity="job"):
 
 
 def noted(done):
-    return lambda order, node, watch: done.append((order.stage, order.each, order.nodes, node)) or Ending(0)
+    return lambda order, node, watch: done.append((order.stage, order.each, order.nodes, node)) or StageResult(0)
 
 
 def test_each_node_does_its_part(hosts, tmp_path):
@@ -56,7 +56,7 @@ def test_each_node_does_its_part(hosts, tmp_path):
     end = other(hosts[1], tmp_path / "run", noted(there))
     with lead(hosts[0], "job", tmp_path / "run"):
         for stage, processes in (("estimate", 4), ("prune", 1), ("distill", 2)):
-            leading().run(Order(stage, {}, processes), noted(here))
+            leading().run(StageOrder(stage, {}, processes), noted(here))
     assert end() is None
     assert here == [("estimate", 2, 2, 0), ("prune", 1, 1, 0), ("distill", 1, 2, 0)]
     assert there == [("estimate", 2, 2, 1), ("distill", 1, 2, 1)]
@@ -68,27 +68,27 @@ def until_stopped(order, node, watch):
     stopped = threading.Event()
     watch(stopped.set)
     assert stopped.wait(60)
-    return Ending(1, cause="Error: the connection was closed")
+    return StageResult(1, cause="Error: the connection was closed")
 
 
 @pytest.mark.parametrize(
     ("ending", "error", "words"),
     [
-        (Ending(2, refusal="node 1's corpus is too short"), InputError, "corpus is too short"),
-        (Ending(1, cause="ValueError: broken"), RuntimeError, "exit code 1"),
+        (StageResult(2, refusal="node 1's corpus is too short"), InputError, "corpus is too short"),
+        (StageResult(1, cause="ValueError: broken"), RuntimeError, "exit code 1"),
     ],
 )
 def test_a_failure_there_ends_the_stage_here(hosts, tmp_path, ending, error, words):
     """Without the alarm `until_stopped` waits for a minute and fails."""
     end = other(hosts[1], tmp_path / "run", lambda *_: ending)
     with pytest.raises(error, match=words), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(Order("distill", {}, 2), until_stopped)
+        leading().run(StageOrder("distill", {}, 2), until_stopped)
     assert "node 0 ended" in str(end())
 
 
 def test_a_training_that_diverged_is_told_from_other_failures():
     with pytest.raises(DivergedError, match="exit code 1: DivergedError: training stopped at step 3"):
-        Ending(1, cause="DivergedError: training stopped at step 3: the loss is NaN").check("distill")
+        StageResult(1, cause="DivergedError: training stopped at step 3: the loss is NaN").check("distill")
 
 
 def test_a_node_that_dies_ends_the_job(hosts, tmp_path):
@@ -97,14 +97,14 @@ def test_a_node_that_dies_ends_the_job(hosts, tmp_path):
 
     end = other(hosts[1], tmp_path / "run", dies)
     with pytest.raises(RuntimeError, match=r"node 1 .* is gone"), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(Order("distill", {}, 2), until_stopped)
+        leading().run(StageOrder("distill", {}, 2), until_stopped)
     assert isinstance(end(), KeyError)
 
 
 def test_a_leader_that_fails_ends_the_others(hosts, tmp_path):
     end = other(hosts[1], tmp_path / "run", until_stopped)
     with pytest.raises(RuntimeError, match="exit code 1"), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(Order("distill", {}, 2), lambda *_: Ending(1, cause="ValueError: broken"))
+        leading().run(StageOrder("distill", {}, 2), lambda *_: StageResult(1, cause="ValueError: broken"))
     assert "node 0 ended: distill ended with exit code 1: ValueError: broken" in str(end())
 
 
@@ -116,7 +116,7 @@ def test_another_job_is_refused_on_both(hosts, tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_refused(hosts, tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "SILENCE", 1)
+    monkeypatch.setattr(machines, "SILENCE", 1)
     end = other(hosts[1], tmp_path / "elsewhere" / "run", noted([]))
     with pytest.raises(InputError, match="node 1 does not see"), lead(hosts[0], "job", tmp_path / "run"):
         pass
@@ -124,9 +124,9 @@ def test_a_folder_that_is_not_shared_is_refused(hosts, tmp_path, monkeypatch):
 
 
 def test_waiting_is_bounded(hosts, tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "MEETING", 1)
+    monkeypatch.setattr(machines, "MEETING", 1)
     with pytest.raises(RuntimeError, match="node 0 is not to be found"):
-        follow(hosts[1], "job", tmp_path / "run", noted([]))
+        follow_leader(hosts[1], "job", tmp_path / "run", noted([]))
     with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
         pass
 
@@ -158,12 +158,12 @@ def test_a_stranger_ends_nothing(hosts, tmp_path, said):
 
     def late():
         visit.join()
-        return follow(hosts[1], "job", tmp_path / "run", noted(there))
+        return follow_leader(hosts[1], "job", tmp_path / "run", noted(there))
 
     node = threading.Thread(target=late)
     node.start()
     with lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(Order("distill", {}, 2), noted(here))
+        leading().run(StageOrder("distill", {}, 2), noted(here))
     node.join(60)
     assert (here, there) == ([("distill", 1, 2, 0)], [("distill", 1, 2, 1)])
     for connection in open_ones:
@@ -171,7 +171,7 @@ def test_a_stranger_ends_nothing(hosts, tmp_path, said):
 
 
 def test_a_node_with_another_secret_is_not_heard(hosts, tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "MEETING", 5)
+    monkeypatch.setattr(machines, "MEETING", 5)
     end = other(dataclasses.replace(hosts[1], secret="a secret of another job"), tmp_path / "run", noted([]))
     with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
         pass
@@ -195,23 +195,23 @@ def relayed(ends, change):
         own = socket.create_connection(server.getsockname())
         inner, _ = server.accept()
     made = {}
-    leader = threading.Thread(target=lambda: made.update(leader=Line(ends[0], WORD, leads=True)))
-    node = threading.Thread(target=lambda: made.update(node=Line(own, WORD, leads=False)))
+    leader = threading.Thread(target=lambda: made.update(leader=Connection(ends[0], WORD, leads=True)))
+    node = threading.Thread(target=lambda: made.update(node=Connection(own, WORD, leads=False)))
     leader.start()
     node.start()
     inner.sendall(ends[1].recv(16))
     ends[1].sendall(inner.recv(16))
     leader.join()
     node.join()
-    made["leader"].say(order=1)
+    made["leader"].send(order=1)
     said = ends[1].makefile("rb").readline()
     with contextlib.suppress(OSError):
         inner.sendall(change(said))
         inner.close()
     heard = []
-    with contextlib.suppress(Gone):
+    with contextlib.suppress(ConnectionLost):
         while True:
-            heard.append(made["node"].hear(30))
+            heard.append(made["node"].receive(30))
     return heard
 
 
@@ -232,24 +232,24 @@ def test_what_another_changes_on_the_way_is_not_heard(ends, change, heard):
 def test_what_a_node_said_cannot_be_said_back_to_it(ends):
     """Its own words, with its own marks, in the other direction."""
     node = {}
-    thread = threading.Thread(target=lambda: node.update(line=Line(ends[0], WORD, leads=False)))
+    thread = threading.Thread(target=lambda: node.update(line=Connection(ends[0], WORD, leads=False)))
     thread.start()
     ends[1].sendall(ends[1].recv(16))
     thread.join()
-    node["line"].say(failed=True)
+    node["line"].send(failed=True)
     ends[1].sendall(ends[1].makefile("rb").readline())
-    with pytest.raises(Gone):
-        node["line"].hear(30)
+    with pytest.raises(ConnectionLost):
+        node["line"].receive(30)
 
 
 def test_a_line_without_an_end_takes_no_memory(ends):
     node = {}
-    thread = threading.Thread(target=lambda: node.update(line=Line(ends[0], WORD, leads=False)))
+    thread = threading.Thread(target=lambda: node.update(line=Connection(ends[0], WORD, leads=False)))
     thread.start()
     ends[1].sendall(bytes(16))
     thread.join()
     with contextlib.suppress(OSError):
         for _ in range(3 * lines.FIRST >> 10):
             ends[1].sendall(b"x" * 1024)
-    with pytest.raises(Gone):
-        node["line"].hear(30)
+    with pytest.raises(ConnectionLost):
+        node["line"].receive(30)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.launch import launch as launching
+from nemo_minitron.launch import torchrun as launching
 from nemo_minitron.launch.output import MARK, Output
 from nemo_minitron.launch.torchrun import launch
 
@@ -60,11 +60,11 @@ def test_a_log_on_a_full_disk_is_told_of_and_everything_is_read(capsys):
 
 
 def test_a_screen_that_is_gone_stops_nothing(monkeypatch):
-    class Gone(io.StringIO):
+    class ConnectionLost(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stdout", ConnectionLost())
     assert read("  > step 1\n", "last\n").cause() == "last"
 
 

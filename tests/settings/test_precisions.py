@@ -13,7 +13,7 @@ from nemo_minitron.job import Data, Job, Layout
 from nemo_minitron.job.dry_run import check
 from nemo_minitron.precisions import FP8, PRECISIONS, token_multiple
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
-from nemo_minitron.settings.precision import settled
+from nemo_minitron.settings.precision import with_resolved_precisions
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def job(tmp_path):
 
 def test_each_has_its_own(job):
     settings = ["calibration.precision=fp8-current", "distillation.precision=fp8-delayed"]
-    chosen = settled(job.override([*settings, "distillation.teacher_precision=fp8-blockwise"]))
+    chosen = with_resolved_precisions(job.override([*settings, "distillation.teacher_precision=fp8-blockwise"]))
     assert chosen.calibration.precision == "fp8-current"
     assert chosen.distillation.precision == "fp8-delayed"
     assert chosen.distillation.teacher_precision == "fp8-blockwise"
@@ -43,7 +43,7 @@ def test_each_has_its_own(job):
 )
 def test_unknown_ones_are_refused(job, setting, words):
     with pytest.raises(InputError, match=words):
-        settled(job.override([setting]))
+        with_resolved_precisions(job.override([setting]))
 
 
 def test_sizes_that_fp8_cannot_multiply_are_refused():

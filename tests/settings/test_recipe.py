@@ -14,7 +14,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Job, Layout
 from nemo_minitron.job.dry_run import describe
 from nemo_minitron.search.sizes import target_of
-from nemo_minitron.settings.precision import best_precision, settled
+from nemo_minitron.settings.precision import best_precision, with_resolved_precisions
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_auto_precision_goes_by_the_processor(flags, precision, tmp_path, monkey
 
 
 def test_settled_recipes_have_no_auto(job):
-    assert settled(find(names()[0])).distillation.precision in ("fp32", "bf16")
+    assert with_resolved_precisions(find(names()[0])).distillation.precision in ("fp32", "bf16")
     with pytest.raises(InputError, match="precision 'fp23' is unknown; did you mean 'fp32'"):
-        settled(job.override(["distillation.precision=fp23"]))
+        with_resolved_precisions(job.override(["distillation.precision=fp23"]))
 
 
 def test_a_recipe_must_be_whole(job):

@@ -22,7 +22,7 @@ from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_con
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.megatron.live import fill
 from nemo_minitron.megatron.random_start import RandomStart
-from nemo_minitron.settings.counted import check_number, check_whole
+from nemo_minitron.settings.validated import check_number, check_whole
 from nemo_minitron.sources.open import open_source
 
 STATE = "minitron_distillation"  # in a checkpoint's common state, beside what NeMo puts there

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.commands.distill import export_student, left_by_training, run_training, teacher_identity
-from nemo_minitron.commands.estimate import calibrate, lines
+from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
@@ -135,7 +135,7 @@ def estimate(run: Run) -> None:
     scores = calibrate(job.teacher, tokens, run.path("calibration"), calibration, job.layout, run.path("log.txt"))
     scores.save(run.path("scores.safetensors"))
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
-    for line in lines(scores):
+    for line in describe_scores(scores):
         run.say(f"    {line}")
 
 

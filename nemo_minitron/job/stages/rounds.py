@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
-from nemo_minitron.commands.estimate import calibrate, lines
+from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.families import from_hf, to_hf
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
@@ -106,7 +106,7 @@ def score_again(run: Run, number: int) -> None:
     scores = calibrate(str(model), tokens, folder / "calibration", calibration, job.layout, log)
     scores.save(folder / SCORES)
     shutil.rmtree(model)
-    for line in lines(scores):
+    for line in describe_scores(scores):
         run.say(f"    {line}")
 
 

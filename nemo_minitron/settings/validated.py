@@ -29,7 +29,7 @@ TOKENS = 10**15  # of a whole training; the largest published ones have 10**13 t
 WHOLE_TRAININGS = ("tokens", "warmup_tokens", "correction_tokens")
 
 
-class Counted:
+class ValidatedSettings:
     """Settings whose whole numbers are at least 1, but for seeds and what may be left out, and no larger than anything
     can be; whose other numbers are finite and not negative."""
 
