@@ -131,7 +131,9 @@ def _numbers(path: Path, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray] 
         return None
     with open(path, "rb") as file:
         numbers = np.frombuffer(file.read(size), "<u8")
-    return (numbers[1 : rows + 1], numbers[rows + 1 :]) if there == size + int(numbers[-1]) else None
+    ends = numbers[rows + 1 :]
+    torn = there != size + int(numbers[-1]) or (ends[1:] < ends[:-1]).any()
+    return None if torn else (numbers[1 : rows + 1], ends)
 
 
 def write_shard(path: Path, keys: Sequence[int], records: Sequence[Sequence[bytes]]) -> None:

@@ -15,6 +15,12 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import SHA256, Kind, grouped, listed, mapped, maybe, number, shown, text, whole
 from nemo_minitron.errors import InputError
 
+
+def loss(value: Any) -> float:
+    """A number, or the infinity of a training that diverged."""
+    return value if value == float("inf") else number()(value)
+
+
 NAME = text(re.compile(r"(?!\.)[^/\\\0-\x1f]{1,200}"), "a folder's name")
 DIGEST = text(SHA256, "a sha256")
 INSIDE = text(re.compile(r"(?!\.\.?(/|$))[^/\0]+(/(?!\.\.?(/|$))[^/\0]+)*"), "a path inside its folder")
@@ -26,7 +32,7 @@ SAMPLES = listed(grouped({"stage": text(), "prompt": text(), "text": text()}))
 LAST = grouped({"checkpoint": INSIDE}, {"stopped": whole()})
 CANDIDATES = listed(grouped({"name": NAME, "parameters": whole()}), least=1)
 MEASURED = listed(grouped({"name": NAME, "parameters": number(0), "loss": number()}), least=1)
-RANKS = listed(grouped({"step": whole(), "candidate": NAME, "loss": number(), "rank": whole(1)}), least=1)
+RANKS = listed(grouped({"step": whole(), "candidate": NAME, "loss": loss, "rank": whole(1)}), least=1)
 CORPORA = grouped({"train": PATH, "test": PATH, "calibration": PATH})
 MARKS = mapped(text())
 

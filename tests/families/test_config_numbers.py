@@ -26,7 +26,7 @@ MIXTRAL |= {"architectures": ["MixtralForCausalLM"]}
         ({"initializer_range": -0.02}, "'initializer_range' is -0.02"),
         ({"max_position_embeddings": 10**400}, "'max_position_embeddings' is a whole number of 1329 bits"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "'rope_scaling.factor' is nan"),
-        ({"rope_parameters": {"full": {"rope_theta": -1.0}}}, "'rope_parameters.full.rope_theta' is -1.0"),
+        ({"rope_parameters": {"full": {"rope_theta": -1.0}}}, "rope_theta is -1.0"),
         ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, float("inf")]}}, "long_factor' is inf"),
         ({"anything": float("-inf")}, "'anything' is -inf; it must be a finite number"),
     ],

@@ -6,7 +6,7 @@ from pico import pico_llama
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import read_config
 from nemo_minitron.job import Data, Job
 from nemo_minitron.job import dry_run as module
 from nemo_minitron.job.dry_run import check_space, parts_of, space, space_left
@@ -19,31 +19,31 @@ def job(tmp_path):
 
 
 def test_what_lies_there_counts_for_its_own_part_alone(job, tmp_path):
-    source, run = from_hf(job.teacher), tmp_path / "run"
-    parts = {place: size for (_, place), size in parts_of(job, source).items()}
-    assert space_left(job, source, run) == space(job, source) == sum(parts.values())
+    config, run = read_config(job.teacher), tmp_path / "run"
+    parts = {place: size for (_, place), size in parts_of(job, config).items()}
+    assert space_left(job, config, run) == space(job, config) == sum(parts.values())
     half = parts["checkpoints/distilled"] // 2
     (run / "checkpoints" / "distilled").mkdir(parents=True)
     (run / "checkpoints" / "distilled" / "chunk").write_bytes(bytes(half))
     there = bytes_in(run)
     assert half <= there < half + 4096
-    assert space_left(job, source, run) == space(job, source) - there
+    assert space_left(job, config, run) == space(job, config) - there
     (run / "checkpoints" / "distilled" / "more").write_bytes(bytes(2 * half))
-    assert space_left(job, source, run) == space(job, source) - parts["checkpoints/distilled"]
+    assert space_left(job, config, run) == space(job, config) - parts["checkpoints/distilled"]
 
 
 def test_finished_stages_need_nothing(job, tmp_path):
-    source, run = from_hf(job.teacher), tmp_path / "run"
+    config, run = read_config(job.teacher), tmp_path / "run"
     run.mkdir()
     manifest = Manifest.open(run / "manifest.json")
     for stage in ("prune", "distill", "export"):
         manifest.finish(stage, 1.0, "d")
-    assert space_left(job, source, run) == parts_of(job, source)["compensate", "search"]
+    assert space_left(job, config, run) == parts_of(job, config)["compensate", "search"]
 
 
 def test_a_run_that_filled_its_disk_goes_on_there(job, tmp_path, monkeypatch):
-    source, run = from_hf(job.teacher), tmp_path / "run"
-    needed = space(job, source)
+    config, run = read_config(job.teacher), tmp_path / "run"
+    needed = space(job, config)
     free = lambda size: monkeypatch.setattr(module, "need_space", lambda folder, wanted: _need(size, wanted))  # noqa: E731
     free(needed - 1)
     with pytest.raises(InputError, match="too small"):
