@@ -16,6 +16,7 @@ from words import save_tokenizer
 
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache
 from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.temporary import BESIDE
 from nemo_minitron.commands.cache import check_cache, run_cache, teacher_digest
 from nemo_minitron.commands.distill import run_distill
 from nemo_minitron.data import Tokens
@@ -67,7 +68,9 @@ def test_a_killed_cache_goes_on_and_ends_with_the_same_bytes(world):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     (out / "shard-00000.logits").unlink()  # so that one is missing, wherever the kill came
-    (out / ".shard-00009.logits.xyz").write_bytes(b"half")  # as a kill leaves what it was writing
+    half = out / f".shard-00009.logits{BESIDE}abcd1234"  # as a kill leaves what it was writing
+    half.mkdir()
+    (half / "shard-00009.logits").write_bytes(b"half")
     made = {file: file.stat().st_mtime_ns for file in out.glob("shard-*")}
     assert "bytes a token" in finish(start(world, *arguments))
     assert {file: file.stat().st_mtime_ns for file in made} == made
