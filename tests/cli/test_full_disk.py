@@ -14,7 +14,7 @@ from nemo_minitron.hosts.nemo.saved import damage
 from nemo_minitron.pruning import prune
 from nemo_minitron.search import random_plan
 
-STEPS = 400
+STEPS = 160
 
 
 @pytest.fixture
