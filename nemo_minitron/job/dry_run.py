@@ -45,10 +45,13 @@ def _target(job: Job, source: Architecture, config: Mapping[str, Any]) -> Archit
 
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
-    """Of the model that the student learns from; `source` is the teacher's."""
+    """Of the model that the student learns from; `source` is the teacher's. Raises InputError, also where NeMo's class
+    cannot be it."""
     if not job.learns_from:
         return source
-    return from_hf(known.get(job.learns_from) or config_of(job.learns_from))
+    config = known.get(job.learns_from) or config_of(job.learns_from)
+    check_host(config)
+    return from_hf(config)
 
 
 def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Architecture, Architecture]:
