@@ -21,6 +21,7 @@ COMMANDS = {
     "distill from": "distill good --teacher {model} --data text.jsonl --tokens 64 --sequence-length 16 --out out",
     "finetune": "finetune {model} --data pairs.jsonl --out out",
     "compress": "compress recipe.py teacher={model} --out out",
+    "compress, learning from": "compress recipe.py learns_from={model} --dry-run --out out",
     "compress --dry-run": "compress recipe.py teacher={model} --dry-run --out out",
 }
 RECIPE = """
