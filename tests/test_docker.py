@@ -55,7 +55,8 @@ def test_instructions_shell_and_sources(file):
 def test_what_docker_does_not_copy_is_made_anew_and_nothing_needed_is_left_out():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs"} <= set(ignored)
-    made = re.search(r"^clean:\n\trm -rf (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].replace("$(VENV)", ".venv").split()
+    clean = re.search(r"^clean:\n\trm -rf (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    made = clean.replace("$(VENV)", ".venv").split()
     assert set(made) <= set(ignored), "what `make clean` removes, the image makes for itself"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     plain = [name for name in ignored if "*" not in name and name != ".git"]
