@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from forked import Forked
 from pico import pico_llama, raw_tensors
 from words import save_tokenizer
 
@@ -37,10 +38,10 @@ def compressed(folder, **sizes):
 
 
 def start(folder, *arguments):
+    """The command in a forked process, which can be killed with all that it starts, as a group of their own."""
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return Forked(command, cwd=folder, start_new_session=True, **pipes)
 
 
 def minitron(folder, *arguments):

@@ -1,23 +1,20 @@
 """Real processes for the tests' workers, and leaving a layout for the next one.
 
-Loading NeMo takes longer than most workers' work. So each process of pytest has one that has loaded it, this file run
-as a script, and all ranks are forked from that: each begins as if torchrun had started it and it had imported NeMo.
-What the package starts itself, by torchrun, is started so in the tests of its commands.
+All ranks of a worker are forked from a process that has loaded NeMo (`forked.py`): each begins as if torchrun had
+started it. What the package starts itself, by torchrun, is started so in the tests of its commands.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
-import multiprocessing
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import forked
 
 TESTS = Path(__file__).parent
 TAIL = 6000  # characters of a failed worker's output
@@ -25,62 +22,26 @@ TAIL = 6000  # characters of a failed worker's output
 
 def run_ranks(world: int, worker: Path, *arguments: object, timeout: float = 600) -> None:
     """Runs a worker's file in so many processes: one that fails ends them all, and so does the time."""
-    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        order = {"world": world, "command": [str(worker), *map(str, arguments)], "log": log.name, "cwd": os.getcwd()}
-        code = _ask(_server(), order, timeout)
-        assert code == 0, f"{worker.name}: exit code {code}\n{log.read()[-TAIL:]}"
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        command = [str(worker), *map(str, arguments)]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        agent = forked.call("ranks:lead", world, command, start_new_session=True, **streams)
+        try:
+            code = agent.wait(timeout)
+        finally:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+                agent.wait()
+        assert code == 0, f"{worker.name}: exit code {code}\n{Path(log.name).read_text(errors='replace')[-TAIL:]}"
 
 
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    """It ends with this process, when its standard input closes."""
-    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1)
-
-
-def _ask(server: subprocess.Popen[str], order: dict[str, object], timeout: float) -> int:
-    assert server.stdin
-    assert server.stdout
-    server.stdin.write(json.dumps(order) + "\n")
-    agent = int(server.stdout.readline())
-    if not select.select([server.stdout], [], [], timeout)[0]:
-        os.killpg(agent, signal.SIGKILL)
-        server.stdout.readline()
-        raise TimeoutError(f"{order['command']} took more than {timeout} s")
-    return int(server.stdout.readline())
-
-
-def _serve() -> None:
-    """One order a line: answers with the agent's process, then with its exit code."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    import gc
-
-    import nemo.collections.llm  # noqa: F401
-
-    gc.freeze()  # what was loaded stays: ranks need not look through it
-    for line in sys.stdin:
-        agent = os.fork()
-        if not agent:
-            _lead(**json.loads(line))  # comes back in a rank, when it has done its work
-            break
-        print(agent, file=answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]), file=answers)
-
-
-def _lead(world: int, command: list[str], log: str, cwd: str) -> None:
-    """The agent, in a session of its own, its output in the log; it comes back in the ranks."""
-    os.setsid()
-    os.chdir(cwd)
-    out = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, out)):
-        os.dup2(target, number)
+def lead(world: int, command: list[str]) -> None:
+    """The agent; it comes back in each rank, too, when that has done its work."""
     store, port = _store()
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ.update({name: str(value) for name, value in {**place, **agent}.items()})
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.update({name: str(value) for name, value in {**place, **agent, "PYTHONPATH": paths}.items()})
     for rank in range(world):
         if not os.fork():
             os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
@@ -90,7 +51,6 @@ def _lead(world: int, command: list[str], log: str, cwd: str) -> None:
         if os.wait()[1]:
             os.killpg(0, signal.SIGKILL)
     os.kill(store, signal.SIGKILL)
-    os._exit(0)
 
 
 def _store() -> tuple[int, int]:
@@ -108,11 +68,8 @@ def _store() -> tuple[int, int]:
 
 
 def _run(command: list[str]) -> None:
-    """The worker's `main`. The process where Megatron's writers of checkpoints leave their results is forked, too:
-    Megatron would start it anew, to load torch once more."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    """The worker's `main`."""
+    forked.fork_writers()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     importlib.import_module(Path(command[0]).stem).main()
@@ -135,6 +92,3 @@ def leave_layout() -> None:
         dist.destroy_process_group(group)
     gc.collect()
 
-
-if __name__ == "__main__":
-    _serve()

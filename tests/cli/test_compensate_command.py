@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from command_line import minitron
@@ -163,7 +163,7 @@ def test_refusals(world, solved, arguments, message):
     plan = PrunePlan(source=source, target=source.replace(num_layers=2), keep={"layers": [0, 5]})
     plan.save(world / "layers.json")
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=world, capture_output=True, text=True)
+    done = forked.run(command, cwd=world)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from pico import pico_llama
 from words import save_tokenizer
@@ -19,7 +20,7 @@ TEXTS = [f"the model number {i} reads {i * 7} words and ends." for i in range(60
 
 def minitron(*arguments, cwd=None):
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return forked.run(command, cwd=cwd)
 
 
 def refused(done, *words):

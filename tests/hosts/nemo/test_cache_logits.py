@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import command_line
 import numpy as np
 import pytest
 from pico import pico_llama
@@ -29,9 +28,7 @@ OPTIONS = ["--sequence-length", LENGTH, "--draws", 30, "--precision", "fp32", "-
 
 
 def start(folder, *arguments, command="cache-logits"):
-    command = [sys.executable, "-m", "nemo_minitron.cli", command, *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **streams)
+    return command_line.start(folder, command, *arguments)
 
 
 def finish(process):

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from forked import Forked
 from pico import pico_llama, raw_tensors
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
@@ -44,7 +45,7 @@ COMMAND = (
 
 def finetune(folder):
     command = [sys.executable, *COMMAND.split()]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Forked(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows(file):
