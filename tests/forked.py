@@ -3,8 +3,8 @@
 `Forked` is a `subprocess.Popen`. Each process of pytest has one server, this file run as a script, which loads NeMo
 once. A command is forked from it instead of being executed, and so is every process that the command starts by
 `python -m`: torchrun's agent, and its ranks. All else is as it was: one process is the other's child, with its own
-session, environment, folder, pipes, arguments and exit code. What a kill or a signal does to real processes is tested
-with real ones (`test_signals.py`, `test_nodes_compress.py`, `tests/launch`).
+session, environment, folder, pipes, arguments and exit code. Tests of signals (`test_signals.py`, `tests/launch`) and
+the run that most tests of `tests/cli` look at execute their processes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ MODULES = ("nemo_minitron.", "torch.distributed.run")  # what is run by `python 
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "LD_", "NVTE_", "USE_")  # begin names that libraries read early
 BORN_WITH = dict(os.environ)  # before any test has changed it; the server's too
 SUBREAPER = 36  # prctl: an orphan becomes the child of this process
+NEW_NETWORK = 0x40000000  # setns: the file is a network namespace
 PARENT_DEATH_SIGNAL = 1  # prctl: what this process gets when its parent ends
 EXECUTE = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 SIGNATURE = inspect.signature(EXECUTE)
 
 
 class Forked(subprocess.Popen):
-    """A command of Python's `-m`, forked from this process' server and yet this process' own child.
+    """`python -m MODULE ...` or `python SCRIPT.py ...`, forked from this process' server and yet its own child.
 
     It is executed like any other where its environment has another value that libraries read as they are imported.
     """
@@ -73,17 +74,25 @@ def call(function: str, *arguments: object, **options: Any) -> Forked:
 def order_of(values: dict[str, Any]) -> dict[str, Any] | None:
     """What a process that is forked has to become; None where it must be executed."""
     command, environment = [os.fspath(word) for word in values["args"]], dict(values["env"] or os.environ)
-    alone = next((number for number, word in enumerate(command) if word == sys.executable), None)
-    module = [word for word in command[alone + 1 :] if word != "-u"][:2] if alone is not None else []
-    forkable = module[:1] == ["-m"] and module[1].startswith((*MODULES, "tests:"))
+    prefix, words = parted(command)
+    module, arguments = (words[1], words[2:]) if words[:1] == ["-m"] else ("".join(words[:1]), words[1:])
+    forkable = module.startswith((*MODULES, "tests:")) or module.endswith(".py")
     if not forkable or values["shell"] or values["pass_fds"] or early(environment) != early(BORN_WITH):
         return None
-    arguments = command[command.index(module[1]) + 1 :]
     return {
-        "module": module[1], "arguments": arguments, "deaf": alone > 0, "unbuffered": "-u" in command[:4],
-        "environment": environment, "folder": os.path.abspath(values["cwd"] or "."),
-        "session": values["start_new_session"],
+        "module": module, "arguments": arguments, "unbuffered": "-u" in command, "deaf": prefix[:1] == ["sh"],
+        "network": prefix[3] if prefix[:1] == ["ip"] else "", "environment": environment,
+        "folder": os.path.abspath(values["cwd"] or "."), "session": values["start_new_session"],
     }  # fmt: skip
+
+
+def parted(command: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before Python (a shell that ignores SIGTERM, or `ip netns exec NAME`), and what Python runs."""
+    if sys.executable not in command:
+        return [], []
+    place = command.index(sys.executable)
+    words = command[place + 1 :]
+    return command[:place], words[1:] if words[:1] == ["-u"] else words
 
 
 def early(environment: dict[str, str]) -> dict[str, str]:
@@ -189,6 +198,9 @@ def begin(order: dict[str, Any], pipes: list[int]) -> None:
     for number, pipe in enumerate([fcntl.fcntl(pipe, fcntl.F_DUPFD, 100) for pipe in pipes]):
         os.dup2(pipe, number)
     os.closerange(3, 4096)
+    if order["network"]:
+        with open(f"/var/run/netns/{order['network']}") as network:
+            assert ctypes.CDLL(None).setns(network.fileno(), NEW_NETWORK) == 0
     begin_signals(order["deaf"])
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -259,7 +271,11 @@ def perform(module: str, arguments: list[str]) -> None:
         fork_writers()
     warnings.filterwarnings("ignore", "'torch.distributed.run' found in sys.modules")
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        sys.path[0] = str(Path(module).parent.absolute())
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def fork_writers() -> None:

@@ -2,8 +2,7 @@
 
 Two network namespaces with a cable between them where this machine lets a test make them, else two loopback
 addresses. Both hosts see one folder, as a cluster's nodes do. TP=2 is inside a host; PP=2 across them, from the
-calibration on, until one dies, then DP=2, which goes on from the other layout's checkpoint. Fourteen processes that
-import NeMo: some two minutes on two cores.
+calibration on, until one dies, then DP=2, which goes on from the other layout's checkpoint.
 
 This is how it failed while it was written: the first host waited for the end of its ranks' output, which the helper
 of a saved checkpoint held open after they had left.
@@ -22,6 +21,7 @@ import time
 import numpy as np
 import pytest
 from command_line import TEXTS, minitron
+from forked import Forked
 from pico import pico_llama
 from tolerances import LOSS_LAYOUT_FP32, LOSS_PRINTED, SCORES_FP32
 from words import save_tokenizer
@@ -94,7 +94,7 @@ def start(folder, hosts, across):
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", "recipe.py", "--out", "two", "--tp", 2, across, 2]
     command += ["--nodes", 2, "--rendezvous", f"{address}:{port}", "--node-rank"]
     return [
-        subprocess.Popen(
+        Forked(
             [*prefix, *map(str, command), str(rank)], cwd=folder, env=os.environ | extra | {SECRET: "s" * 16},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )

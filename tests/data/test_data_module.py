@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from nemo_minitron.data import build
@@ -34,14 +33,7 @@ def folder(tmp_path_factory, byte_level, texts):
 @pytest.fixture(scope="module")
 def result(folder):
     script = Path(__file__).with_name("drive_module.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    done = forked.run([sys.executable, str(script), str(folder)])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((folder / "result.json").read_text())
 

@@ -1,10 +1,10 @@
 """Against NVIDIA's Model Optimizer at TP=1: the same models and batches, the same units kept, where it is right."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from tolerances import SCORES_FP32
@@ -16,7 +16,7 @@ RANDOM = ("seed 0", "seed 1", "seed 2", "loud")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("modelopt") / "found.json"
-    run = subprocess.run([sys.executable, WORKER, out], capture_output=True, text=True, timeout=600)
+    run = forked.run([sys.executable, WORKER, out])
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -1,10 +1,10 @@
 """The real model: SmolLM2-135M through Megatron against transformers and against NeMo's own importer."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tolerances import LOGITS_FP32
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "smollm2_script.py"
 def result(tmp_path_factory):
     assert MODEL.is_dir(), "make venv makes the demo's model"
     command = [sys.executable, str(SCRIPT), str(MODEL), str(tmp_path_factory.mktemp("smollm2"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr[-6000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     return json.loads(line.removeprefix("RESULT"))
