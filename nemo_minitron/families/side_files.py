@@ -47,7 +47,7 @@ TERMS = {
 }
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Of a config: names of `.py` files beside it. transformers has a class for every family here and needs none."""
-RECORDS = {"minitron_plan.json": "what was cut", "minitron_compensation.json": "what was solved anew after the cut"}
+RECORDS = {"minitron_plan.json": "what was cut", "minitron_compensation.json": "what was re-fitted after the cut"}
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
