@@ -137,7 +137,7 @@ def test_a_corpus_too_short_is_refused_with_what_it_can_give(built):
 
 
 def test_what_is_not_there_or_does_not_fit_is_refused(built, tmp_path):
-    with pytest.raises(InputError, match="no Megatron prefix"):
+    with pytest.raises(InputError, match="not a Megatron prefix"):
         Tokens(tmp_path / "nothing")
     with built.prefix.with_name("v1.0.bin").open("ab") as file:
         file.write(b"\0\0")

@@ -184,7 +184,7 @@ def test_an_index_of_samples_that_is_a_pickle_is_not_loaded(tmp_path):
     (tmp_path / "begun.npy").write_bytes(b"\x93NU")
     check_arrays(tmp_path)
     (tmp_path / "bad.npy").write_bytes(pickle.dumps(mutations.Trap(str(tmp_path / "ran"))))
-    with pytest.raises(InputError, match=r"bad\.npy' is no array"):
+    with pytest.raises(InputError, match=r"bad\.npy' is not an array"):
         check_arrays(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_a_whole_index(idx):
 @pytest.mark.parametrize(
     ("at", "value", "words"),
     [
-        (0, b"X", "does not begin as one"), (9, b"\x02", "version 2"), (17, b"\x06", "kind 6"),
+        (0, b"X", "does not begin like one"), (9, b"\x02", "version 2"), (17, b"\x06", "kind 6"),
         (17, b"\xff", "kind 255"),
         (18, b"\xff" * 8, "it should have"), (26, b"\xff" * 8, "it should have"), (18, b"\x02", "it should have"),
         (34, b"\x05", "do not lie end to end"), (38, b"\xff\xff\xff\xff", "a document of -1 tokens"),
