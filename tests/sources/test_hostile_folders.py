@@ -39,10 +39,10 @@ def test_a_good_file(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"", "no JSON"),
-        (b"not json", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
+        (b"", "not JSON"),
+        (b"not json", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
         (b"[]", "not a JSON object"),
         (b'{"a": 1, "a": 1}', "a name occurs twice"),
         ({"a": 3}, "no dtype, shape and offsets"),
