@@ -57,7 +57,7 @@ def benchmarks(names: Iterable[str]) -> list[Benchmark]:
     return list(dict.fromkeys(chosen))
 
 
-def describe(chosen: Iterable[Benchmark]) -> list[str]:
+def describe_benchmarks(chosen: Iterable[Benchmark]) -> list[str]:
     """One line for each benchmark: how lm-eval runs it, or what runs it instead."""
     lines = []
     for benchmark in chosen:
