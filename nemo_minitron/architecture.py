@@ -12,9 +12,9 @@ from nemo_minitron.errors import InputError, nearest
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-MOST = {"num_layers": 10_000, "num_moe_experts": 10_000}  # what is built of a model grows with them
-MOST_EXPERTS = 1_000_000  # of all layers together: each has tensors of its own
-MOST_SIZE = 2**31 - 1  # of any other size
+MOST = {"num_layers": 10_000, "num_moe_experts": 10_000}  # upper bounds; the number of tensors grows with these sizes
+MOST_EXPERTS = 1_000_000  # upper bound over all layers; each expert has its own tensors
+MOST_SIZE = 2**31 - 1  # upper bound of every other size
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -29,10 +29,10 @@ class Architecture:
     one 0 or 1 a layer, or as in Megatron an N for every N-th layer, from the first. `moe_ffn_hidden_size` is an
     expert's width (None: `ffn_hidden_size`), `moe_shared_expert_intermediate_size` the shared expert's (None:
     there is none), `moe_shared_expert_gate` says that the shared expert's output is gated. Where every layer is
-    a mixture, `ffn_hidden_size` is the expert's width too. All of this is settled on construction, so that
-    equal models compare equal.
+    a mixture, `ffn_hidden_size` is the expert's width too. The constructor fills in all of these
+    fields, so that equal models compare equal.
 
-    Raises InputError where sizes contradict each other.
+    Raises InputError if sizes contradict each other.
     """
 
     num_layers: int
@@ -128,7 +128,7 @@ class Architecture:
         return tuple(sorted(set(range(self.num_layers)) - set(self.moe_layers)))
 
     def keep_layers(self, kept: Sequence[int]) -> Architecture:
-        """What is left when only the layers `kept` stay (sorted): each is a mixture, or dense, as it was."""
+        """The architecture with only the layers `kept` (sorted); each layer stays a mixture, or dense, as it was."""
         pattern = tuple(int(layer in self.moe_layers) for layer in kept)
         if self.num_moe_experts and not any(pattern):
             return self.replace(num_layers=len(kept), **{name: _DENSE[name] for name in MOE_FIELDS})
@@ -183,14 +183,15 @@ class Architecture:
     def parameters(self, embeddings: bool = True, active: bool = False) -> int:
         """Exact parameter count, as in the HF folder; `embeddings=False` leaves out input embedding and head.
 
-        `active=True`: only those that work on one token, which is sent to `moe_router_topk` experts.
+        `active=True` counts only the parameters that work on one token; a token goes to `moe_router_topk` experts.
         """
         outside = () if embeddings else ("embedding.weight", "head.weight")
         shapes = self._active_shapes() if active else self.shapes()
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in outside)
 
     def _active_shapes(self) -> dict[str, tuple[int, ...]]:
-        """`shapes()` without the experts that one token does not meet; all experts are alike."""
+        """`shapes()` with only `moe_router_topk` experts a layer, which is what one token uses; all experts are
+        alike."""
         return {name: shape for name, shape in self.shapes().items() if _expert_of(name) < self.moe_router_topk}
 
     def memory(self, *, batch: int, context: int, weights: str = "bf16", kv_cache: str = "bf16") -> int:
@@ -209,8 +210,8 @@ class Architecture:
         return matrices * size + (self.parameters() - matrices) * kept + keys_and_values * cache
 
     def flops_per_token(self, context: int = 1) -> int:
-        """Forward FLOPs of one token at position `context`: two per element of the matrices that work on it,
-        and attention's."""
+        """Forward FLOPs of one token at position `context`: two per element of each matrix that works on the token,
+        plus those of attention."""
         matrices = sum(
             math.prod(shape)
             for name, shape in self._active_shapes().items()
@@ -222,7 +223,7 @@ class Architecture:
 
     # -- plain values --------------------------------------------------------------------------------
     def as_dict(self) -> dict[str, Any]:
-        """All fields as plain values; a dense model's are without those of mixtures."""
+        """All fields as plain values; those of a dense model leave out MOE_FIELDS."""
         values = dataclasses.asdict(self)
         return values if self.num_moe_experts else {n: v for n, v in values.items() if n not in MOE_FIELDS}
 
@@ -260,9 +261,9 @@ def _pattern(freq: Any, layers: int) -> tuple[int, ...]:
 
 
 def _expert_of(name: str) -> int:
-    """The expert that a canonical tensor belongs to; -1 for one that every token meets."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else -1
+    """The number of the expert that a canonical tensor belongs to; -1 for a tensor that every token uses."""
+    match = _EXPERT.search(name)
+    return int(match[1]) if match else -1
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""The precisions of a model by name, and what of Megatron's each one is; plain data, which every room may read."""
+"""The names of the precisions, and Megatron's setting for each; plain data that every room may read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nemo_minitron.errors import InputError, nearest
 WIDE = ("fp32", "bf16")
 FP8 = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}  # -> Megatron's fp8_recipe
 PRECISIONS = (*WIDE, *FP8)
-ALIGN = 16  # what the dimensions of an FP8 matrix must be multiples of
-BLOCK = 128  # values that have one scale in fp8-blockwise
-HISTORY = 1024  # steps whose largest values fp8-delayed remembers, as in NeMo's own recipe
+ALIGN = 16  # the dimensions of an FP8 matrix must be multiples of this
+BLOCK = 128  # so many values share one scale in fp8-blockwise
+HISTORY = 1024  # fp8-delayed remembers the largest values of so many steps, as in NeMo's own recipe
 EMULATED = "emulated_fp8"  # the field of a config that names the recipe of the emulation
 
 
@@ -23,10 +23,11 @@ def check_precision(precision: str, legal: Sequence[str] = PRECISIONS) -> None:
 
 
 def token_multiple(recipe: str | None, parts: int = 1) -> int:
-    """What the tokens of a micro-batch on a rank must be a multiple of, in one of Megatron's recipes (None: no FP8).
+    """The number that the tokens of a micro-batch on a rank must be a multiple of under a recipe of Megatron's.
 
-    `parts`: into how many sequence parallelism cuts them. Transformer Engine multiplies FP8 matrices of 8 tokens at
-    least and sums over 16 in a weight's gradient; blocks that are gathered over the parts are whole ones on each.
+    `recipe` None: no FP8, so any number is legal. `parts`: sequence parallelism cuts the tokens into so many parts.
+    Transformer Engine multiplies FP8 matrices of at least 8 tokens, and sums over 16 in the gradient of a weight. Each
+    part must hold whole blocks, because the blocks are gathered over the parts.
     """
     if recipe is None:
         return 1
@@ -34,7 +35,7 @@ def token_multiple(recipe: str | None, parts: int = 1) -> int:
 
 
 def weights_in(precision: str) -> str:
-    """fp32 or bf16: what parameters are kept in. Under FP8 they are bf16, cast for each matrix product.
+    """The dtype of the stored parameters, fp32 or bf16. Under FP8 they are bf16 and are cast for each matrix product.
 
     Raises InputError for an unknown precision.
     """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 Block = tuple[int, int]  # first and last dropped layer, both inclusive, 0-based, numbered as in the source
-NOTHING: Block = (0, -1)  # the empty block: the undropped model, which every scan holds as its baseline
+NOTHING: Block = (0, -1)  # the empty block: the whole model, the baseline of every scan
 
 
 def size_of(block: Block) -> int:
-    """How many layers a block has; 0 for `NOTHING`."""
+    """The number of layers in a block; 0 for `NOTHING`."""
     return block[1] - block[0] + 1

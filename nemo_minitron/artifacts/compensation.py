@@ -1,4 +1,4 @@
-"""Compensation: tensors of the student solved anew, in a file beside the plan, which stays pure selection."""
+"""Compensation: tensors of the student that were re-fitted after the cut, in a file of their own beside the plan."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ HEADER = grouped({"version": whole(), "plan": text(), "notes": mapped(anything()
 
 @dataclasses.dataclass
 class Compensation:
-    """`tensors`: the student's canonical names -> fp32 in its global shapes, taken in place of the plan's slices and
-    rounded to the dtype that the teacher stores. `plan`: digest of the plan that they belong to. `notes`: what made
-    them (method, tokens), not part of their identity.
+    """Tensors that replace the plan's slices of the same name.
+
+    `tensors`: the student's canonical names -> fp32 in the student's global shapes; they are rounded to the dtype that
+    the teacher stores. `plan`: digest of the plan that they belong to. `notes`: what made them (method, tokens); the
+    notes are not part of their identity.
     """
 
     plan: str
@@ -32,9 +34,9 @@ class Compensation:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self, plan: PrunePlan) -> None:
-        """Raises InputError where it was made for another plan, or has a tensor that the student has not."""
+        """Raises InputError if it was made for another plan, or has a tensor that the student lacks."""
         if self.plan != plan.digest:
-            raise InputError("the compensation was made for another plan; make it anew for this one")
+            raise InputError("the compensation was made for another plan; run minitron compensate again with this plan")
         shapes = plan.target.shapes()
         for name, shape in self.shapes().items():
             if shapes.get(name) != shape:
@@ -43,13 +45,13 @@ class Compensation:
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor; none is read."""
+        """The shape of every tensor; reads no tensor."""
         return _shapes(self.tensors)
 
     def joined(self, tensors: Mapping[str, np.ndarray], notes: dict[str, Any]) -> Compensation:
-        """With `tensors` too, which it must not have already."""
+        """This compensation with more `tensors`; their names must be new."""
         assert not tensors.keys() & self.tensors.keys()
-        both = ChainMap(dict(tensors), self.tensors)  # type: ignore[arg-type]  # that is only read
+        both = ChainMap(dict(tensors), self.tensors)  # type: ignore[arg-type]  # ChainMap is only read
         return dataclasses.replace(self, tensors=both, notes=self.notes | notes)
 
     def save(self, path: str | Path) -> None:
@@ -65,7 +67,7 @@ class Compensation:
 
     @classmethod
     def load(cls, path: str | Path) -> Compensation:
-        """Reads the header; tensors are read when they are asked for. Raises InputError for what is no such file."""
+        """Reads the header; each tensor is read on access. Raises InputError if the file holds no compensation."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
@@ -80,11 +82,11 @@ class Compensation:
                 raise ValueError(f"version {header['version']}, of {' and '.join(sorted(dtypes))}")
             return cls(header["plan"], _Stored(Path(path), shapes), header["notes"])
         except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
-            raise InputError(f"'{path}' is no compensation of version {VERSION} ({error})") from None
+            raise InputError(f"'{path}' is not a compensation of version {VERSION} ({error})") from None
 
 
 class _Stored(Mapping[str, np.ndarray]):
-    """The tensors of a file, each read when it is asked for."""
+    """The tensors of a file; each is read on access."""
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         self.path, self.shapes = path, shapes

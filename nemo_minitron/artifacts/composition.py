@@ -1,4 +1,4 @@
-"""Cuts made one after another as one plan, in the indices of the first model."""
+"""Several cuts, made one after another, as one plan in the indices of the first model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Indices = Sequence[int] | None  # None: all stay
 
 
 def compose(first: PrunePlan, *others: PrunePlan) -> PrunePlan:
-    """The plan that cuts `first.source` as all of them do in turn, each numbered as in the model before it.
+    """One plan that cuts `first.source` as all the plans do in turn; each plan is numbered as in the model before it.
 
-    Exact: a selection of a selection is a selection, so one cut by it gives the bytes of the successive cuts. Its
-    digest of a model is the first's; its notes are the last one's, and those of the others under `earlier`.
+    It is exact: a selection of a selection is a selection, so one cut gives the bytes of the successive cuts. The
+    model digest is the first plan's. The notes are the last plan's; those of the others stand under `earlier`.
 
-    Raises InputError where a plan does not start from the sizes that the one before it leaves.
+    Raises InputError if a plan does not start from the sizes that the plan before it leaves.
     """
     return functools.reduce(_two, others, first)
 
@@ -35,21 +35,21 @@ def _two(first: PrunePlan, second: PrunePlan) -> PrunePlan:
         if name in first.keep or name in second.keep:
             each = cut.per_layer
             keep[name] = _layers(first, second, cut) if each else _select(first.indices(name), second.indices(name))
-    keep = {name: kept for name, kept in keep.items() if kept}  # without axes whose layers all went
-    own = {name: note for name, note in first.notes.items() if name != "earlier"}
-    earlier = [*first.notes.get("earlier", []), own]
+    keep = {name: kept for name, kept in keep.items() if kept}  # leaves out an axis if all its layers were dropped
+    first_notes = {name: note for name, note in first.notes.items() if name != "earlier"}
+    earlier = [*first.notes.get("earlier", []), first_notes]
     return PrunePlan(first.source, second.target, keep, first.model_digest, {**second.notes, "earlier": earlier})
 
 
 def _layers(first: PrunePlan, second: PrunePlan, cut: Axis) -> dict[int, Any]:
-    """Layer of the first source -> what stays of the axis in it; of an expert's neurons, source expert -> those."""
-    having, both = set(cut.layers_of(second.source)), _experts if cut.per_expert else _units
-    layers = [layer for layer in second.kept_layers if layer in having]
-    return {first.kept_layers[layer]: both(first, second, cut.name, layer) for layer in layers}
+    """Layer of the first source -> kept indices of the axis; for an axis of experts, source expert -> kept indices."""
+    layers_with_axis, compose_layer = set(cut.layers_of(second.source)), _experts if cut.per_expert else _units
+    layers = [layer for layer in second.kept_layers if layer in layers_with_axis]
+    return {first.kept_layers[layer]: compose_layer(first, second, cut.name, layer) for layer in layers}
 
 
 def _units(first: PrunePlan, second: PrunePlan, name: str, layer: int) -> list[int] | None:
-    """`layer` is the second source's."""
+    """Kept indices of one layer; `layer` is numbered as in the second source."""
     return _select(first.indices(name, first.kept_layers[layer]), second.indices(name, layer))
 
 

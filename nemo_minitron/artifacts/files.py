@@ -1,4 +1,4 @@
-"""Whole or not at all: files and folders that a kill cannot leave half-written."""
+"""Atomic files and folders: a kill leaves the old content or the new one, never half of it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from nemo_minitron.artifacts.parse import Kind, checked, unique
 from nemo_minitron.artifacts.temporary import BESIDE, beside
 from nemo_minitron.errors import DISK, InputError, first_line
 
-LARGEST_JSON = 1 << 30  # bytes; a plan of the largest models has a tenth of it
+LARGEST_JSON = 1 << 30  # bytes; a plan of the largest models has a tenth of this
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path; the file takes the name `path` only if the block ends well, and is on the disk then.
+    """Yields a temporary path; when the block ends without an error, the file is synced and takes the name `path`.
 
-    Raises OSError that names `path` where the disk is full or fails.
+    Raises OSError that names `path` if the disk is full or fails.
     """
     path = Path(path)
     with naming(path), beside(path) as folder:
         temporary = folder / path.name
         temporary.touch()
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # not before: a writer may have made the file anew
+        os.chmod(temporary, 0o666 & ~_umask())  # only now: the writer may have replaced the file that was touched
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -40,12 +40,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder; it replaces `path` only if the block ends well.
+    """Yields a temporary folder; when the block ends without an error, the folder replaces `path`.
 
-    A kill at any moment leaves the old folder or the new one at `path`, where the file system can exchange two names;
-    elsewhere there is a moment between them at which a kill leaves the old one under a hidden name. `durable`: it is
-    on the disk before it takes the name, as one that replaces another always is; else it gets there as with `cp`.
-    Raises OSError that names `path` where the disk is full or fails.
+    If the file system can exchange two names, a kill at any moment leaves the old folder or the new one at `path`.
+    Elsewhere there is one moment at which a kill leaves the old folder under a hidden name. `durable`: the folder is
+    synced before it takes the name; a folder that replaces another one is always synced. Without it the bytes reach
+    the disk whenever the system writes them, as with `cp`.
+    Raises OSError that names `path` if the disk is full or fails.
     """
     path = Path(path)
     with naming(path), beside(path) as folder:
@@ -66,7 +67,7 @@ def atomic_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the disk that name no file, or a temporary one, name `path`; so do those of libraries in Rust."""
+    """Makes a disk error name `path` if it names no file or a temporary one; also the errors of libraries in Rust."""
     try:
         yield
     except Exception as error:
@@ -78,12 +79,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names at once (Linux's renameat2); False where that does not exist."""
+    """Swaps two names in one step (Linux's renameat2); False if the system has no such call."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except AttributeError:
@@ -93,14 +94,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def reserve(handle: int, size: int) -> None:
-    """Makes an open file `size` bytes long and, where the file system can (Linux's fallocate), gives it its place on
-    the disk now: a disk that gets full tells before the work, and each write has less to do.
+    """Makes an open file `size` bytes long and, if the file system can (Linux's fallocate), allocates its blocks.
 
-    Raises OSError where the disk has no such place.
+    So a disk that is too small is found before the work, and each write has less to do.
+    Raises OSError if the disk has no room.
     """
     os.ftruncate(handle, size)
     try:
-        # not os.posix_fallocate, which writes into every block where the file system cannot
+        # not os.posix_fallocate: it writes into every block if the file system cannot allocate
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     except AttributeError:
         return
@@ -110,26 +111,26 @@ def reserve(handle: int, size: int) -> None:
 
 
 def _umask() -> int:
-    """What the user takes away from new files; the system tells only by setting it."""
+    """The process's umask; the system returns it only when a new one is set."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, are on the disk afterwards."""
+    """Writes a file's bytes, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that syncs no folders
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # this file system cannot sync folders
             raise
     finally:
         os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:
-    """All files and folders in a folder, and its own names."""
+    """Syncs a folder and all files and folders in it."""
     for place, _, files in os.walk(folder):
         for name in files:
             sync(Path(place, name))
@@ -142,8 +143,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _lines(value: Any, start: str) -> str:
-    """JSON with an item a line, but lists of plain values on one: the many numbers of a plan take a quarter of the
-    time that way. `start` begins a line at this depth."""
+    """JSON with one item a line, but a list of plain values on one line: this writes the many numbers of a plan in a
+    quarter of the time. `start`: what begins a line at this depth."""
     deeper = start + " "
     if isinstance(value, dict) and value:
         named = (json.dumps({key: 0})[1:-2] + _lines(item, deeper) for key, item in value.items())  # '"key": '
@@ -154,9 +155,9 @@ def _lines(value: Any, start: str) -> str:
 
 
 def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Any:
-    """The values of a file, of a `kind` where one is given.
+    """The values of a JSON file; if a `kind` is given, they are checked against it.
 
-    Raises InputError where `path` is missing, is no JSON or is of another kind; `what` names it in the sentence.
+    Raises InputError if `path` is missing, is not JSON or is of another kind; `what` names the file in the sentence.
     """
     path = Path(path)
     try:
@@ -177,7 +178,7 @@ def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, is nested too deeply, or gives a name two values."""
+    """Raises ValueError if `text` is not JSON, is nested too deeply, or gives a name two values."""
     try:
         return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
     except RecursionError:
@@ -185,12 +186,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of a plain value, through canonical JSON."""
+    """sha256 of a plain value, written as canonical JSON; in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -199,12 +200,12 @@ def file_digest(path: str | Path) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """What a folder takes of its disk."""
+    """The number of bytes that a folder takes on its disk."""
     return sum(os.lstat(Path(place, name)).st_blocks * 512 for place, _, files in os.walk(folder) for name in files)
 
 
 def need_space(folder: str | Path, size: int) -> None:
-    """Raises InputError when the disk under `folder` has fewer than `size` free bytes."""
+    """Raises InputError if the disk under `folder` has fewer than `size` free bytes."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent

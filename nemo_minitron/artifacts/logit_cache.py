@@ -1,9 +1,9 @@
-"""A teacher's logits on disk: a folder of shards of rows, each row found by the tokens that it holds.
+"""A teacher's logits on disk: a folder of shards of rows; a row is found by its tokens.
 
-`cache.json` says what the numbers are of; it is written first. `shard-00000.logits` and on hold `rows_per_shard`
-rows each, whole or not there: little-endian uint64 rows, uint64 [rows] keys, uint64 [rows, sets] ends of the
-records behind, then the records (`Codec`). Nothing in a cache depends on the layout that made it or reads it,
-or on the order in which rows are asked for.
+`cache.json` says which model and text the numbers belong to; it is written first. `shard-00000.logits` and the
+following files hold `rows_per_shard` rows each; a shard is complete or absent. A shard has, little-endian: uint64 the
+number of rows, uint64 [rows] keys, uint64 [rows, sets] ends of the records, then the records (`Codec`). Nothing in a
+cache depends on the layout that made it or reads it, or on the order in which rows are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nemo_minitron.errors import InputError
 VERSION = 1
 HEADER = "cache.json"
 SAMPLED_ROWS = 64
-MOST_SHARDS = 10_000_000  # their names are listed
+MOST_SHARDS = 10_000_000  # a list of all their names must fit into memory
 _SETTINGS = {"int": whole(), "float": number(), "str": text(), "bool": flag}
 SETTINGS = grouped({}, {field.name: _SETTINGS[str(field.type)] for field in dataclasses.fields(CacheSettings)})
 KIND = grouped({
@@ -35,13 +35,13 @@ KIND = grouped({
 
 
 def row_key(tokens: np.ndarray) -> int:
-    """64 bits of blake2b over a row's tokens: what a cache knows the row by."""
+    """64 bits of blake2b over a row's tokens: the key of the row in a cache."""
     raw = np.ascontiguousarray(tokens, "<i4").tobytes()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 def data_digest(row: Callable[[int], np.ndarray], rows: int, sequence_length: int) -> str:
-    """Identity of the first `rows` rows of a text: their number, their length, and the keys of up to 64 of them."""
+    """Digest of the first `rows` rows of a text: of their number, their length, and the keys of up to 64 of them."""
     places = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).astype(int))
     return digest_of([rows, sequence_length, [row_key(row(int(i))) for i in places]])
 
@@ -59,7 +59,7 @@ class CacheHeader:
 
     @property
     def digest(self) -> str:
-        """Identity of the cache's numbers: model, text, mode, draws, both temperatures, seed; not the sharding."""
+        """Digest of what decides the numbers: model, text, mode, draws, both temperatures, seed; not the sharding."""
         return digest_of([self.settings.identity(), self.model, self.data, self.vocab_size, self.rows])
 
     @property
@@ -74,7 +74,7 @@ class CacheHeader:
 
     @classmethod
     def load(cls, folder: str | Path) -> CacheHeader:
-        """Raises InputError for a folder that holds no cache of this version."""
+        """Reads `cache.json`. Raises InputError if the folder holds no cache of this version."""
         values = read_json(Path(folder) / HEADER, "the header of the logit cache", mapped(anything(4)))
         if values.get("version") != VERSION:
             raise InputError(f"'{folder}' is no logit cache of version {VERSION}")
@@ -83,16 +83,18 @@ class CacheHeader:
         try:
             stored, settings = values.pop("digest"), CacheSettings(**values.pop("settings"))
             header = cls(settings=settings, **values)
-        except TypeError as error:  # a name that it has not
+        except TypeError as error:  # an unknown name of a setting
             raise InputError(f"'{folder}' holds no logit cache ({type(error).__name__}: {error})") from None
         if header.shards > MOST_SHARDS:
             raise InputError(f"the logit cache '{folder}' has {header.shards} shards; legal are 1 to {MOST_SHARDS}")
         if stored != header.digest:
-            raise InputError(f"'{Path(folder) / HEADER}' was changed by hand: its digest does not fit; make it anew")
+            raise InputError(
+                f"'{Path(folder) / HEADER}' was changed by hand: its digest is wrong; run minitron cache-logits again"
+            )
         return header
 
     def check(self, folder: str | Path, **expected: Any) -> None:
-        """Raises InputError where `model`, `data`, `vocab_size`, `rows` or a setting is another than expected."""
+        """Raises InputError if `model`, `data`, `vocab_size`, `rows` or a setting differs from the expected value."""
         have = dataclasses.asdict(self.settings) | {"vocab_size": self.vocab_size, "rows": self.rows}
         for name, value in expected.items():
             if name in ("model", "data"):
@@ -108,15 +110,15 @@ def shard_path(folder: str | Path, shard: int) -> Path:
 
 
 def missing(folder: str | Path, header: CacheHeader) -> list[int]:
-    """Shards that are still to be made."""
+    """The numbers of the shards that are absent."""
     return [shard for shard in range(header.shards) if not shard_path(folder, shard).is_file()]
 
 
 def torn(folder: str | Path, header: CacheHeader) -> list[Path]:
-    """Shards that are there and not as long as they say themselves."""
+    """The shards that are present but are not as long as their header says."""
     sets = header.settings.stored_sets
-    there = [path for shard in range(header.shards) if (path := shard_path(folder, shard)).is_file()]
-    return [path for path in there if _numbers(path, _rows(path), sets) is None]
+    present = [path for shard in range(header.shards) if (path := shard_path(folder, shard)).is_file()]
+    return [path for path in present if _numbers(path, _rows(path), sets) is None]
 
 
 def _rows(path: Path) -> int:
@@ -125,19 +127,19 @@ def _rows(path: Path) -> int:
 
 
 def _numbers(path: Path, rows: int, sets: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Of a shard of so many rows their keys and where the records end; None where it is another one, or torn."""
-    size, there = 8 * (1 + rows + rows * sets), path.stat().st_size
-    if there < size or _rows(path) != rows:
+    """The keys of a shard's rows and the ends of its records; None if it is torn or has another number of rows."""
+    size, file_size = 8 * (1 + rows + rows * sets), path.stat().st_size
+    if file_size < size or _rows(path) != rows:
         return None
     with open(path, "rb") as file:
         numbers = np.frombuffer(file.read(size), "<u8")
     ends = numbers[rows + 1 :]
-    torn = there != size + int(numbers[-1]) or (ends[1:] < ends[:-1]).any()
+    torn = file_size != size + int(numbers[-1]) or (ends[1:] < ends[:-1]).any()
     return None if torn else (numbers[1 : rows + 1], ends)
 
 
 def write_shard(path: Path, keys: Sequence[int], records: Sequence[Sequence[bytes]]) -> None:
-    """`records[row][set]`, in the order of `keys`. Whole or not at all."""
+    """Writes a shard atomically; `records[row][set]` are in the order of `keys`."""
     ends = np.cumsum([len(record) for row in records for record in row], dtype=np.uint64)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         for part in (np.array([len(keys)]), np.array(keys, np.uint64), ends):
@@ -147,17 +149,17 @@ def write_shard(path: Path, keys: Sequence[int], records: Sequence[Sequence[byte
 
 
 class LogitCache:
-    """A finished cache, read by row; of the disk only what a row needs, of memory 8 bytes a row and 8 a record.
+    """A finished cache, read row by row. It keeps 8 bytes a row and 8 bytes a record in memory.
 
-    Raises InputError for a cache that is not finished, or is damaged.
+    Raises InputError if the cache is not finished, or is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.header = Path(folder), CacheHeader.load(folder)
         if absent := missing(folder, self.header):
-            made = self.header.shards - len(absent)
+            done = self.header.shards - len(absent)
             raise InputError(
-                f"the logit cache '{folder}' has {made} of its {self.header.shards} shards; run the same minitron "
+                f"the logit cache '{folder}' has {done} of its {self.header.shards} shards; run the same minitron "
                 "cache-logits again, and it goes on"
             )
         self._codec = Codec(self.header.settings, self.header.vocab_size)
@@ -168,33 +170,33 @@ class LogitCache:
         self._keys = keys[self._order]
 
     def find(self, tokens: np.ndarray) -> int:
-        """The row of these tokens, int [sequence_length]. Raises InputError where the cache does not have it."""
+        """The number of the row with these tokens, int [sequence_length]. Raises InputError if the cache lacks it."""
         key = np.uint64(row_key(tokens))
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             raise InputError(
-                f"the logit cache '{self.folder}' lacks a row of {len(tokens)} tokens that training deals out; it has "
+                f"the logit cache '{self.folder}' lacks a row of {len(tokens)} tokens that training uses; it has "
                 f"the first {self.header.rows} rows of {self.header.settings.sequence_length} of its text"
             )
         return int(self._order[place])
 
     def read(self, row: int, epoch: int = 0) -> Kept:
-        """What is kept of a row's positions, in the set of an epoch."""
+        """The kept tokens of a row's positions, in the set that belongs to an epoch."""
         shard, place = divmod(row, self.header.rows_per_shard)
         ends = self._ends[shard]
         sets = self.header.settings.stored_sets
-        at = place * sets + epoch % sets
-        start = int(ends[at - 1]) if at else 0
+        record = place * sets + epoch % sets
+        start = int(ends[record - 1]) if record else 0
         base = 8 + 8 * (len(ends) // sets) + 8 * len(ends)
         file = os.open(shard_path(self.folder, shard), os.O_RDONLY)
         try:
-            return self._codec.decode(os.pread(file, int(ends[at]) - start, base + start))
+            return self._codec.decode(os.pread(file, int(ends[record]) - start, base + start))
         finally:
             os.close(file)
 
     def _index(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         path = shard_path(self.folder, shard)
-        found = _numbers(path, len(self.header.rows_of(shard)), self.header.settings.stored_sets)
-        if found is None:
+        keys_and_ends = _numbers(path, len(self.header.rows_of(shard)), self.header.settings.stored_sets)
+        if keys_and_ends is None:
             raise InputError(f"'{path}' is damaged; run the same minitron cache-logits again")
-        return found
+        return keys_and_ends

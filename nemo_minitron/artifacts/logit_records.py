@@ -1,4 +1,4 @@
-"""A record of a logit cache: the tokens that are kept of a teacher's distribution at each position of a row."""
+"""A record of a logit cache: the kept tokens of the teacher's distribution at each position of a row."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MODES = ("sample", "top-k")
 
 @dataclasses.dataclass(frozen=True)
 class CacheSettings:
-    """What decides the numbers of a cache, besides model and text. Raises InputError for what is not legal.
+    """The settings that decide a cache's numbers, beside model and text. Raises InputError for an illegal value.
 
     `mode` "sample": at each position `draws` tokens from q, where q is proportional to p^(1 / `proposal_temperature`)
     and p = softmax(logits / `temperature`) is the target (RS-KD, 2503.16870). A token's weight is count / draws *
-    p / q, never normalised: so the target's expectation is p. At proposal temperature 1 q is p and the count
-    suffices. `independent`: draws as in the paper; else one from each `draws`-th of the distribution, which has
-    the same expectation and less noise. `sets`: so many independent sets of draws; epoch e uses set e % sets.
-    `mode` "top-k": the `k` largest p and the mass of all others.
-    `sequence_length`: tokens of a row. `precision`: the teacher's.
+    p / q and is never normalised, so that the expectation of the target is p. At proposal temperature 1, q is p and
+    the count suffices. `independent`: independent draws, as in the paper; otherwise one draw from each `draws`-th of
+    the distribution, which has the same expectation and less noise. `sets`: the number of independent sets of draws;
+    epoch e uses set e % sets. `mode` "top-k": the `k` largest p, and the mass of all other tokens.
+    `sequence_length`: tokens of a row. `precision`: of the teacher's forward pass.
     """
 
     sequence_length: int = 512
@@ -65,10 +65,10 @@ class CacheSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Ragged arrays of one row and one set: position i keeps the next `lengths[i]` of N tokens.
+    """The kept tokens of one row and one set, as ragged arrays: position i keeps the next `lengths[i]` of N tokens.
 
-    `lengths` int64 [S]; `ids` int64 [N], none twice at a position; `counts` int64 [N], 1 to draws (mode "sample");
-    `factors` float32 [N]: p / q (mode "sample" at a proposal temperature other than 1) or p (mode "top-k");
+    `lengths` int64 [S]; `ids` int64 [N], each at most once at a position; `counts` int64 [N], 1 to draws (mode
+    "sample"); `factors` float32 [N]: p / q (mode "sample" at a proposal temperature other than 1) or p (mode "top-k");
     `tail` float32 [S]: the mass of all tokens that are not kept (mode "top-k").
     """
 
@@ -79,17 +79,18 @@ class Kept:
     tail: np.ndarray | None = None
 
     def weights(self, draws: int) -> np.ndarray:
-        """float32 [N]: what each token weighs in the target."""
+        """float32 [N]: the weight of each token in the target."""
         weights = np.ones(len(self.ids)) if self.counts is None else self.counts / draws
         return (weights if self.factors is None else weights * self.factors).astype(np.float32)
 
 
 class Codec:
-    """Kept <-> bytes, little-endian, one part after the other:
+    """Kept <-> bytes, little-endian, one part after the other.
 
-    lengths, uint8 [S] (uint16 where a position may keep more than 255); tokens, `width` bytes each: the id in the
-    lowest bits, above it count - 1; factors, float32 [N]; tail, float32 [S]. `width` is the fewest bytes that hold
-    both: 3 for any vocabulary up to 131,072 with up to 128 draws. Parts that a mode does not have take no bytes.
+    The parts are: lengths, uint8 [S] (uint16 if a position may keep more than 255); tokens, `width` bytes each, with
+    the id in the lowest bits and count - 1 above it; factors, float32 [N]; tail, float32 [S]. `width` is the fewest
+    bytes that hold both: 3 for any vocabulary up to 131,072 with up to 128 draws. A part that the mode lacks takes no
+    bytes.
     """
 
     def __init__(self, settings: CacheSettings, vocab_size: int) -> None:
@@ -111,7 +112,7 @@ class Codec:
         return b"".join(part.tobytes() for part in parts)
 
     def decode(self, record: bytes) -> Kept:
-        """Raises InputError for bytes that are no record, and for numbers that are no probabilities."""
+        """Raises InputError if the bytes are not a record, or a number in them is not a probability."""
         rows = self.settings.sequence_length
         at = rows * self._length.itemsize
         lengths = np.frombuffer(record[:at].ljust(at, b"\0"), self._length).astype(np.int64)
@@ -125,10 +126,10 @@ class Codec:
         at += number * self.width
         ids = packed & ((1 << self.id_bits) - 1)
         if number and ids.max() >= self.vocab_size:
-            raise InputError("a record of the cache holds a token beyond its vocabulary; make the cache anew")
+            raise InputError("a record of the cache holds a token beyond its vocabulary; make the cache again")
         numbers = np.frombuffer(record, "<f4", (len(record) - at) // 4, at)
         if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
-            raise InputError("a record of the cache holds a probability that is none; make the cache anew")
+            raise InputError("a record of the cache holds a number that is no probability; make the cache again")
         factors = np.frombuffer(record, "<f4", number, at) if self._factors else None
         last = np.frombuffer(record, "<f4", rows, at + 4 * number) if tail else None
         counts = (packed >> self.id_bits) + 1 if self.settings.sampled else None

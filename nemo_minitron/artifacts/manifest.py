@@ -1,4 +1,4 @@
-"""The run's manifest: which stages are done, from which inputs, in how many seconds, and the files that they left."""
+"""The manifest of a run: the finished stages, the digests of their inputs, their seconds, and the files they wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.artifacts.parse import grouped, listed, mapped, number, text, whole
-from nemo_minitron.artifacts.whole import damaged, sealed, take_away
+from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 
 STAGE = grouped({"name": text(), "seconds": number(0), "digest": text()})
 FILE = grouped({"stage": text(), "bytes": whole(), "digest": text()})
@@ -22,8 +22,8 @@ KIND = grouped(
 class Manifest:
     """`manifest.json` of a run folder: versions, digests and the finished stages, in order.
 
-    A stage: {"name", "seconds", "digest"}; the digest is that of its inputs, so a rerun knows what is done. `files`:
-    path in the folder -> {"stage", "bytes", "digest"}, as the last stage that wrote it left it.
+    A stage is {"name", "seconds", "digest"}; the digest is that of its inputs, so that a rerun knows what is done.
+    `files`: path in the folder -> {"stage", "bytes", "digest"}, set by the last stage that wrote the file.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
-        """One without stages where there is no file. Raises InputError for a damaged one."""
+        """Reads the manifest; without a file it has no stages. Raises InputError for a damaged file."""
         path = Path(path)
         values = read_json(path, "the manifest", KIND) if path.exists() else {}
         known = {name: values[name] for name in ("versions", "digests", "stages", "files") if name in values}
@@ -44,32 +44,34 @@ class Manifest:
         return any(stage["name"] == name and stage["digest"] == digest for stage in self.stages)
 
     def knows(self, name: str, outputs: Collection[str]) -> bool:
-        """Whether it says what a stage has left; earlier versions did not."""
-        own = any(entry["stage"] == name for entry in self.files.values())
-        return own or all(output in self.files for output in outputs)
+        """Whether the manifest records the files of a stage; earlier versions did not write them down."""
+        recorded = any(entry["stage"] == name for entry in self.files.values())
+        return recorded or all(output in self.files for output in outputs)
 
     def damaged(self, name: str, outputs: Iterable[str] = ()) -> dict[str, str]:
-        """What is wrong with each file that a stage has left, and with each of its `outputs`, whoever wrote it last."""
+        """Path -> what is wrong with it, for the damaged files of a stage and of `outputs`, whichever stage wrote
+        them."""
         folder, wanted = self.path.parent, set(outputs)
-        own = {path: entry for path, entry in self.files.items() if entry["stage"] == name or path in wanted}
-        gone = {path: "is gone" for path in sorted(wanted) if not (folder / path).exists()}
-        return gone | damaged(folder, own)
+        entries = {path: entry for path, entry in self.files.items() if entry["stage"] == name or path in wanted}
+        absent = {path: "is gone" for path in sorted(wanted) if not (folder / path).exists()}
+        return absent | damaged(folder, entries)
 
     def finish(self, name: str, seconds: float, digest: str, paths: Iterable[str] = ()) -> None:
-        """Writes the stage down, with what it left: files, or folders whole. They are on the disk before the manifest
-        says so. An older entry of that name goes."""
+        """Records a finished stage and its files; of a folder in `paths`, all files. They are synced to the disk before
+        the manifest is written. An older entry of the same name is replaced."""
         self.stages = [stage for stage in self.stages if stage["name"] != name]
         self.stages.append({"name": name, "seconds": round(seconds, 2), "digest": digest})
         self.seal(name, paths)
         self.save()
 
     def seal(self, name: str, paths: Iterable[str]) -> None:
-        kept = {path: entry for path, entry in self.files.items() if entry["stage"] != name}
-        found = sealed(self.path.parent, paths)
-        self.files = kept | {path: {"stage": name, **entry} for path, entry in found.items()}
+        """Replaces the records of a stage's files; syncs the files, but does not save the manifest."""
+        others = {path: entry for path, entry in self.files.items() if entry["stage"] != name}
+        seals = sealed(self.path.parent, paths)
+        self.files = others | {path: {"stage": name, **entry} for path, entry in seals.items()}
 
     def strike(self, names: Collection[str]) -> None:
-        """Forgets stages that are done again; of their files those that are damaged go, which none of them trusts."""
+        """Forgets stages that must run again, and removes their damaged files, so that no stage goes on from them."""
         for name in names:
             take_away(self.path.parent, self.damaged(name))
         self.stages = [stage for stage in self.stages if stage["name"] not in names]

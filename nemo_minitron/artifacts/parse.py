@@ -1,6 +1,6 @@
-"""What a file says, distrusted: the types, bounds and depth of plain values, checked once, where they are read.
+"""Checks of values that were read from a file: their types, bounds and depth, once, when they are read.
 
-A kind is a function of a value: it gives the value back, or raises `Wrong`. `checked` turns that into an InputError
+A kind is a function of a value: it returns the value, or raises `Wrong`. `checked` turns `Wrong` into an InputError
 that names the place in the file. Kinds nest: `listed(grouped({"name": text(), "seconds": number(0)}))`.
 """
 
@@ -14,22 +14,22 @@ from typing import Any
 from nemo_minitron.errors import InputError
 
 Kind = Callable[[Any], Any]
-DEPTH = 32  # of values that have no kind of their own
+DEPTH = 32  # deepest nesting of values without a kind of their own
 LARGEST = 2**63 - 1
-LONGEST = 1 << 24  # characters of a text
-WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a name that is a folder's, a file's and a shell's alike
+LONGEST = 1 << 24  # most characters of a text
+WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a name that is legal for a folder, a file and a shell
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Wrong(Exception):
-    """A value that is not legal; `place` grows on the way out, so that it is put together for a refusal alone."""
+    """A value that is not legal; `place` grows while the exception rises, so that only a refusal pays for it."""
 
     def __init__(self, value: Any, legal: str) -> None:
         self.value, self.legal, self.place = value, legal, []  # type: ignore[var-annotated]
 
 
 def checked(value: Any, kind: Kind, what: str) -> Any:
-    """`value`, as `kind` gives it back. Raises InputError; `what` names the file in its sentence."""
+    """`value`, checked by `kind`. Raises InputError; `what` names the file in the sentence."""
     try:
         return kind(value)
     except Wrong as wrong:
@@ -39,7 +39,7 @@ def checked(value: Any, kind: Kind, what: str) -> Any:
 
 
 def shown(value: Any, plain: bool = False) -> str:
-    """A value for a message: short however large it is; `plain`: a text without quotes."""
+    """A value for a message, shortened if it is large; `plain`: a text is shown without quotes."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     text = short.repr(value)
@@ -48,7 +48,7 @@ def shown(value: Any, plain: bool = False) -> str:
 
 # -- kinds ---------------------------------------------------------------------------------------------
 def whole(least: int = 0, most: int = LARGEST) -> Kind:
-    """A whole number; true and false are none."""
+    """A whole number from `least` to `most`; true and false are not numbers."""
 
     def kind(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
@@ -59,10 +59,10 @@ def whole(least: int = 0, most: int = LARGEST) -> Kind:
 
 
 def number(least: float = float("-inf"), most: float = float("inf")) -> Kind:
-    """A finite number, as float or int; an int that no float holds is none."""
+    """A finite float or int from `least` to `most`; an int that no float can hold is not legal."""
 
     def kind(value: Any) -> float:
-        finite = type(value) in (int, float) and -1.7e308 < value < 1.7e308  # of NaN neither is true
+        finite = type(value) in (int, float) and -1.7e308 < value < 1.7e308  # NaN fails both comparisons
         if not finite or not least <= value <= most:
             bounds = f" of {least:g} to {most:g}" if most < float("inf") else f" of at least {least:g}"
             raise Wrong(value, "a finite number" + (bounds if least > float("-inf") else ""))
@@ -72,7 +72,7 @@ def number(least: float = float("-inf"), most: float = float("inf")) -> Kind:
 
 
 def text(pattern: re.Pattern[str] | None = None, legal: str = "a text", most: int = LONGEST) -> Kind:
-    """A text that can be written as UTF-8; `pattern` is matched with all of it, and said as `legal`."""
+    """A text that can be written as UTF-8; `pattern` must match all of it, and `legal` describes that in a refusal."""
 
     def kind(value: Any) -> str:
         if not isinstance(value, str) or len(value) > most or not _encodes(value):
@@ -85,7 +85,7 @@ def text(pattern: re.Pattern[str] | None = None, legal: str = "a text", most: in
 
 
 def _encodes(value: str) -> bool:
-    """Whether a text has no lone surrogate, which JSON can name and no file can hold."""
+    """Whether a text has no lone surrogate: JSON can spell one, but UTF-8 cannot."""
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -111,7 +111,7 @@ def one_of(*values: str) -> Kind:
 
 
 def listed(kind: Kind, most: int = LARGEST, least: int = 0) -> Kind:
-    """A list, each of its values of a kind."""
+    """A list of `least` to `most` values, each of a kind."""
 
     def check(value: Any) -> list[Any]:
         if not isinstance(value, list) or not least <= len(value) <= most:
@@ -122,7 +122,7 @@ def listed(kind: Kind, most: int = LARGEST, least: int = 0) -> Kind:
 
 
 def mapped(kind: Kind, most: int = LARGEST) -> Kind:
-    """An object of any names, each of its values of a kind."""
+    """An object with any names; each value is of a kind."""
 
     def check(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > most:
@@ -133,7 +133,7 @@ def mapped(kind: Kind, most: int = LARGEST) -> Kind:
 
 
 def grouped(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) -> Kind:
-    """An object with these names; what has another name may be anything that is not nested too deeply."""
+    """An object with these names; under any other name it may hold anything that is not nested too deeply."""
     known = {**needed, **(optional or {})}
 
     def check(value: Any) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _inside(kind: Kind, value: Any, place: str | int) -> Any:
 
 
 def anything(depth: int = DEPTH) -> Kind:
-    """Plain values of any kind, nested at most `depth` deep: what is done with them later may go down into them."""
+    """Plain values of any kind, nested at most `depth` deep, because later code may recurse into them."""
 
     def check(value: Any) -> Any:
         level = [value]
@@ -176,7 +176,7 @@ def anything(depth: int = DEPTH) -> Kind:
 
 
 def _within(value: Any) -> Sequence[Any]:
-    """The values of one list or object, after a look at what they are."""
+    """The values directly inside a list or object; also checks a text and the names of an object."""
     if isinstance(value, str) and not _encodes(value):
         raise Wrong(value, "a text")
     if isinstance(value, dict):
@@ -185,7 +185,7 @@ def _within(value: Any) -> Sequence[Any]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a JSON object. Raises ValueError for a name with two values: which one is meant nobody knows."""
+    """The pairs of a JSON object as a dict. Raises ValueError for a name with two values: the file is ambiguous."""
     values = dict(pairs)
     if len(values) != len(pairs):
         for name, value in pairs:

@@ -55,11 +55,11 @@ class PrunePlan:
 
     @property
     def kept_layers(self) -> list[int]:
-        """Source layers of the student, in order."""
+        """The source layers that stay, in order."""
         return self.keep["layers"] if "layers" in self.keep else list(range(self.source.num_layers))
 
     def indices(self, name: str, layer: int | None = None, expert: int | None = None) -> list[int] | None:
-        """Kept indices of an axis in a source layer (and source expert), or None where all stay."""
+        """The kept indices of an axis in a source layer (and source expert); None if all stay."""
         kept, cut = self.keep.get(name), axis(name)
         if kept is None or not cut.per_layer:
             return kept
@@ -67,7 +67,7 @@ class PrunePlan:
 
     @property
     def digest(self) -> str:
-        """Identity of the selection: without notes."""
+        """sha256 of the selection, in hex; the notes do not count."""
         return digest_of({k: v for k, v in self.as_dict().items() if k != "notes"})
 
     # -- checks --------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class PrunePlan:
             _check_indices(where, values, cut.length(self.source), cut.length(self.target))
 
     def _lists(self, cut: Axis) -> dict[str, Any]:
-        """In words where -> the list of kept indices there, one for each place that the axis has."""
+        """Place in words -> its list of kept indices; one entry for each layer or expert that has the axis."""
         kept = self.keep[cut.name]
         if not cut.per_layer:
             return {cut.name: kept}
@@ -98,7 +98,7 @@ class PrunePlan:
         return lists
 
     def _check_sizes(self, uncut: Architecture) -> None:
-        """`uncut`: the source's kept layers, whole."""
+        """Checks the sizes of `target`; `uncut` is the source with only the kept layers."""
         cuttable = {cut.size for cut in AXES.values()}
         for field in sorted(f.name for f in dataclasses.fields(Architecture) if f.name not in cuttable):
             before, after = getattr(uncut, field), getattr(self.target, field)
@@ -112,7 +112,7 @@ class PrunePlan:
                 )
 
     def _check_groups(self, layer: int) -> None:
-        """Every kept group must keep the same number of heads, and no head may be without its group."""
+        """Each kept group must keep the same number of heads, and each kept head needs its group."""
         size = self.source.heads_per_group
         groups = self.indices("query_groups", layer)
         heads = self.indices("heads", layer)
@@ -144,7 +144,7 @@ class PrunePlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PrunePlan:
-        """Raises InputError for anything that is not a legal plan."""
+        """Reads a plan. Raises InputError if the file is not a legal plan."""
         values = read_json(path, "the plan")
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise InputError(f"'{path}' is no prune plan of version {VERSION}")
@@ -164,15 +164,15 @@ class PrunePlan:
 
 
 def _integer_keys(kept: Any, depth: int) -> Any:
-    """Layers and experts, which are names in JSON, as numbers; what is not written as they are is refused."""
+    """Turns the names of layers and experts, which JSON keeps as texts, into numbers; refuses any other spelling."""
     if not isinstance(kept, dict):
         return kept
     if not depth:
         raise InputError("kept indices are nested too deeply; they are listed for each layer and expert")
-    found = {int(key): _integer_keys(values, depth - 1) for key, values in kept.items()}
-    if list(map(str, found)) != list(kept):
+    by_number = {int(key): _integer_keys(values, depth - 1) for key, values in kept.items()}
+    if list(map(str, by_number)) != list(kept):
         raise InputError("layers and experts must be whole numbers, each named once")
-    return found
+    return by_number
 
 
 def _check_indices(where: str, values: Sequence[int], source: int, target: int) -> None:

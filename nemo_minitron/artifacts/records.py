@@ -1,6 +1,6 @@
-"""The small files of a run folder, read: numbers, samples, losses, the last checkpoint, candidates of a search.
+"""Readers of the small files of a run folder: numbers, samples, losses, the last checkpoint, candidates of a search.
 
-Each reader raises InputError for a file that is missing, damaged, or says what cannot be.
+Each reader raises InputError if the file is missing, is damaged, or holds an impossible value.
 """
 
 from __future__ import annotations
@@ -38,35 +38,36 @@ MARKS = mapped(text())
 
 
 def read_numbers(path: str | Path) -> list[dict[str, Any]]:
-    """numbers.json: a row an evaluated model and text."""
+    """Reads numbers.json: one row for each evaluated model and text."""
     return read_json(path, "the numbers", NUMBERS)
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """samples.json: what each model writes after a prompt."""
+    """Reads samples.json: the text that each model wrote after a prompt."""
     return read_json(path, "the samples", SAMPLES)
 
 
 def read_last(path: str | Path) -> dict[str, Any]:
-    """last.json of a training: `checkpoint`, relative to its folder, and where it ended early `stopped`, a step."""
+    """Reads last.json of a training: `checkpoint`, relative to its folder; `stopped`, a step, if the training ended
+    early."""
     return read_json(path, "the record of the last checkpoint", LAST)
 
 
 def read_mark(path: str | Path) -> str:
-    """The digest of settings that a training was begun with."""
+    """Reads the digest of the settings that a training was started with."""
     return read_json(path, "the mark of the training's settings", DIGEST)
 
 
 def read_known(path: Path, identity: str, **fields: Kind) -> dict[str, Any] | None:
-    """What a file holds beside `identity`, or None where it is not there, or was made of something else."""
+    """The content of a candidate's file; None if it is missing, or was made with another `identity`."""
     if not path.is_file():
         return None
-    held = read_json(path, "a candidate's file", grouped({"identity": text(), **fields}))
-    return held if held["identity"] == identity else None
+    content = read_json(path, "a candidate's file", grouped({"identity": text(), **fields}))
+    return content if content["identity"] == identity else None
 
 
 def read_curve(path: str | Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """Rows of loss.csv, each column a number; a loss may be one that is not finite, where a training went wrong."""
+    """The rows of loss.csv as numbers; a loss may be infinite or NaN if the training went wrong."""
     rows = []
     try:
         with open(path, newline="", encoding="utf-8") as file:

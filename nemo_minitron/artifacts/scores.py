@@ -1,4 +1,4 @@
-"""Scores: what matters in a model, in global order, independent of the layout that made it."""
+"""Scores: the importance of each unit of a model, in global order, independent of the layout that made them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Scores:
 
     `s["ffn"]` [num_layers, ffn]; `s["heads"]` [num_layers, heads]; `s["query_groups"]` [num_layers, groups];
     `s["norms"]` [norms, hidden] (input and pre-MLP norm of each layer, then the final one); `s["hidden"]`
-    [hidden]; `s["layers"]` [num_layers] (block influence); of mixtures of experts `s["experts"]` [num_layers,
+    [hidden]; `s["layers"]` [num_layers] (block influence); for a mixture of experts `s["experts"]` [num_layers,
     experts], `s["expert_ffn"]` [num_layers, experts, ffn] and `s["shared_expert_ffn"]` [num_layers, ffn]. Only
-    what was asked for is there; a layer without the module has zeros.
-    `states` are the mergeable statistics behind them, from which `under` gives the scores of any other
-    criterion that was gathered, and `merge` those of two runs together. `method` says what was scored: activations,
-    `taylor`, `magnitude` or `random`. `samples`, `tokens`, `layout` and `notes` say what made it and are not part of
-    its identity.
+    the requested scores are present; a layer without the module has zeros.
+    `states` are the mergeable statistics behind the scores: `under` computes the scores of another criterion from them,
+    and `merge` those of two runs together. `method` says what was scored: activations, `taylor`, `magnitude` or
+    `random`. `samples`, `tokens`, `layout` and `notes` record how the scores were made and are not part of their
+    identity.
     """
 
     architecture: Architecture
@@ -56,7 +56,7 @@ class Scores:
     method: str = ACTIVATION
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Raises InputError for an axis that these scores do not have, naming those that they have."""
+        """Raises InputError, which lists the axes that were scored, for an axis that was not."""
         if name not in self.tensors:
             raise InputError(f"these scores have no '{name}'; {nearest(name, self.tensors)}")
         return self.tensors[name]
@@ -70,7 +70,8 @@ class Scores:
         return criteria.criteria_of(self.states)
 
     def under(self, criterion: str, norms: str | None = None) -> Scores:
-        """The scores of the same pass under another criterion, and sum of norms. Raises InputError."""
+        """The scores of the same pass under another criterion and sum of norms. Raises InputError if it was not
+        gathered."""
         norms = norms or self.norms
         criteria.check_norms(norms)
         if not self.states:
@@ -81,9 +82,9 @@ class Scores:
         )
 
     def merge(self, other: Scores) -> Scores:
-        """The scores of both runs' samples together: of one model, by the same statistics.
+        """The scores of the samples of both runs together; both must have scored the same model by the same statistics.
 
-        Raises InputError where the models or the statistics differ.
+        Raises InputError if the models or the statistics differ.
         """
         if self.architecture != other.architecture or self.model_digest != other.model_digest:
             raise InputError(f"the two runs scored different models ({self.model_digest} and {other.model_digest})")
@@ -100,7 +101,7 @@ class Scores:
         return merged.under(self.criterion)
 
     def _without_states(self) -> dict[str, np.ndarray]:
-        """Scores that no statistic is behind: they belong to no criterion."""
+        """The scores without a statistic behind them: they do not depend on the criterion."""
         known = criteria.pairs_of(self.states)
         derived = criteria.derive(
             {name: self.tensors[name] for name in known if name in self.tensors}, self.architecture
@@ -109,7 +110,7 @@ class Scores:
 
     @property
     def digest(self) -> str:
-        """Identity of the numbers and of what they are about; not of the layout that made them."""
+        """sha256 of the numbers and of the model they belong to, in hex; independent of the layout that made them."""
         import hashlib
 
         numbers = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in self.tensors.items()}
@@ -135,7 +136,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Raises InputError for a file that is missing, is no safetensors file or holds no scores."""
+        """Reads scores. Raises InputError if the file is missing, is not a safetensors file or holds no scores."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
@@ -146,7 +147,7 @@ class Scores:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = checked(header, HEADER, f"the header of the scores '{path}'")
             plain = {name: header[name] for name in _PLAIN}
-            plain["method"] = header.get("method", ACTIVATION)  # older files have none
+            plain["method"] = header.get("method", ACTIVATION)  # older files lack it
             depth = {c: {(int(a), int(b)): v for a, b, v in rows} for c, rows in header["depth"].items()}
             architecture = Architecture.from_dict(header["architecture"])
             criteria.check_norms(plain["norms"])
@@ -157,19 +158,19 @@ class Scores:
         return scores
 
     def check(self, path: str | Path = "scores") -> None:
-        """Raises InputError where a tensor's shape or a number does not fit the architecture."""
+        """Raises InputError if the shape of a tensor does not fit the architecture, or a number is not finite."""
         for name, shape in expected_shapes(self.architecture).items():
             if name in self.tensors and self.tensors[name].shape != shape:
                 raise InputError(f"'{path}': '{name}' is {self.tensors[name].shape}, the architecture says {shape}")
         self._check_finite(path)
 
     def _check_finite(self, path: str | Path) -> None:
-        """Of scores, of the statistics behind them and of depth."""
+        """Checks the scores, the statistics behind them and the scores of depth."""
         for name, array in [*self.tensors.items(), *self.states.items()]:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise InputError(f"'{path}': '{name}' holds a number that is not finite")
-        for criterion, found in self.depth.items():
-            for (first, last), value in found.items():
+        for criterion, blocks in self.depth.items():
+            for (first, last), value in blocks.items():
                 if not math.isfinite(value):
                     raise InputError(f"'{path}': {criterion} of block {first} to {last} is {value}, no finite number")
         try:
@@ -186,7 +187,7 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Global shape of each tensor of scores; of mixtures of experts only where the architecture has them."""
+    """The global shape of each tensor of scores; those of experts only if the architecture has experts."""
     a, layers = architecture, architecture.num_layers
     shapes: dict[str, tuple[int, ...]] = {
         "ffn": (layers, a.ffn_hidden_size),

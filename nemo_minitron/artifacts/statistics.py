@@ -1,8 +1,8 @@
 """The paper's aggregations (2407.14679, section 2.2) as states that merge and finish.
 
-An aggregation turns many numbers per channel into one. Its state is a tuple of arrays of one shape: states of
-two shards of a sequence, of two ranks' samples or of two runs merge exactly, finished values do not. The
-formulas use operators alone, so they serve torch tensors (while a model runs) and numpy arrays (in files).
+An aggregation turns many numbers per channel into one. Its state is a tuple of arrays of one shape. The states of
+two shards of a sequence, of two ranks' samples or of two runs merge exactly; finished values do not. The formulas
+use only operators, so that they work on torch tensors (while a model runs) and on numpy arrays (in files).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ State = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-    """`merge(a, b)` -> state of the union; `finish(state)` -> one number per channel, 0 of an empty state.
+    """`merge(a, b)` -> state of the union; `finish(state)` -> one number per channel, 0 for an empty state.
 
     `fields` name the arrays of a state, as they are stored in Scores. A state of zeros is the empty one.
     """
@@ -60,14 +60,15 @@ AGGREGATIONS = {
 }
 
 TOKENS = "tokens"
-"""In the place of an aggregation over samples: none, the positions of all samples are one; a mean in any criterion."""
+"""Stands in place of an aggregation over samples: all positions of all samples count alike, and every criterion takes
+their mean."""
 ROUTED = "routed"
-"""Likewise, of the tokens that came to an expert: they have lost their sample; over them the criterion's aggregation
-over the sequence."""
+"""Stands in place of an aggregation over samples: the tokens that were routed to an expert have lost their sample, so
+the criterion's aggregation over the sequence runs over all of them."""
 
 
 def criterion(name: str) -> tuple[str, str]:
-    """`"l2,mean"` -> (over samples, over the sequence), the paper's order. Raises InputError."""
+    """`"l2,mean"` -> (over samples, over the sequence), in the paper's order. Raises InputError for any other form."""
     parts = [part.strip() for part in name.split(",")]
     for part in parts:
         if part not in AGGREGATIONS:
@@ -78,6 +79,6 @@ def criterion(name: str) -> tuple[str, str]:
 
 
 def aggregation_of(pair: tuple[str, str]) -> Aggregation:
-    """The aggregation whose states a statistic keeps for a criterion: the one over samples, or over positions."""
+    """The aggregation whose states a statistic keeps for a pair: the one over samples, or else over positions."""
     over_samples, over_sequence = pair
     return AGGREGATIONS[over_sequence if over_samples in (TOKENS, ROUTED) else over_samples]

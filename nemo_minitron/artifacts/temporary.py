@@ -1,7 +1,8 @@
-"""Folders that are there for as long as their process: a lock says whether it lives, so what a kill leaves is removed.
+"""Temporary folders that live as long as their process; what a killed process leaves is removed by a later one.
 
-A lock of the system (flock) on the folder itself, not a process' number: it goes with the process however that ends,
-and it means the same in every container on a machine. Where a file system has no such locks nothing is removed.
+A lock of the system (flock) on the folder tells whether its process is alive. A process number would not do: the lock
+ends with the process however that ends, and it means the same in every container on a machine. If a file system has no
+such locks, nothing is removed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-BESIDE = ".minitron-"  # in the name of a folder beside what it becomes: .NAME.minitron-abcd1234
-APART = "minitron-tmp-"  # in the system's folder of temporary files
+BESIDE = ".minitron-"  # part of the name of a folder beside its target: .NAME.minitron-abcd1234
+APART = "minitron-tmp-"  # start of the name of a folder in the system's temporary folder
 _BESIDE = re.compile(rf"\..*{re.escape(BESIDE)}[a-z0-9_]{{8}}")
 _APART = re.compile(rf"{re.escape(APART)}[a-z0-9_]{{8}}")
 _swept: set[Path] = set()
@@ -24,32 +25,33 @@ _swept: set[Path] = set()
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A hidden folder in the folder of `path`, which is made; gone afterwards. What dead processes left there goes."""
+    """Yields a hidden folder beside `path` and removes it afterwards; also removes what dead processes left there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent not in _swept:  # once a process: a cache has many files in one folder
+    if path.parent not in _swept:  # only once in a process: a cache writes many files into one folder
         _swept.add(path.parent)
         _sweep(path.parent, _BESIDE)
-    with _held(path.parent, f".{path.name}{BESIDE}") as folder:
+    with _locked_folder(path.parent, f".{path.name}{BESIDE}") as folder:
         yield folder
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[Path]:
-    """A folder in the system's folder of temporary files; gone afterwards. What dead processes left there goes."""
+    """Yields a folder in the system's temporary folder and removes it afterwards; also removes what dead processes
+    left."""
     place = Path(tempfile.gettempdir())
     _sweep(place, _APART)
-    with _held(place, APART) as folder:
+    with _locked_folder(place, APART) as folder:
         yield folder
 
 
 def sweep(folder: Path) -> None:
-    """Removes what dead processes have left anywhere in a folder; what belongs to a living one stays."""
+    """Removes what dead processes have left anywhere in a folder; the folders of live processes stay."""
     for place, _, _ in os.walk(folder):
         _sweep(Path(place), _BESIDE)
 
 
 @contextlib.contextmanager
-def _held(place: Path, prefix: str) -> Iterator[Path]:
+def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
     folder, handle = _locked(place, prefix)
     try:
         yield folder
@@ -64,7 +66,7 @@ def _locked(place: Path, prefix: str) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
         try:
             handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it for litter, before its lock
+        except FileNotFoundError:  # another process removed it before it was locked
             continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -81,8 +83,8 @@ def _sweep(place: Path, names: re.Pattern[str]) -> None:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Removes a folder that no living process holds."""
-    with contextlib.suppress(OSError):  # another's, or gone already
+    """Removes a folder that no live process has locked."""
+    with contextlib.suppress(OSError):  # it belongs to a live process, or is gone already
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, w
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.artifacts.records import LAST as LAST_KIND
 from nemo_minitron.artifacts.records import read_mark
-from nemo_minitron.artifacts.whole import damaged, sealed, take_away
+from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import cache_of, corpus_identity, tokenise
 from nemo_minitron.distillation.layer_map import layer_map

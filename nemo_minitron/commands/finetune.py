@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
-from nemo_minitron.artifacts.whole import sealed
+from nemo_minitron.artifacts.seals import sealed
 from nemo_minitron.commands.corpus import cache_of
 from nemo_minitron.commands.distill import (
     WHOLE,

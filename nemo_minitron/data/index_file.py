@@ -1,8 +1,9 @@
-"""Megatron's `.idx`, read as data: where each document lies in the `.bin`. No Megatron, and nothing believed.
+"""Reads Megatron's `.idx`, which says where each document lies in the `.bin`, without Megatron; every number is
+checked.
 
 Little-endian: the nine bytes of MAGIC, uint64 version (1), uint8 code of the dtype, uint64 sequences, uint64 document
-ends; then int32 [sequences] lengths, int64 [sequences] positions in bytes, int64 [document ends] documents. Files with
-modalities have int8 [sequences] behind that.
+ends; then int32 [sequences] lengths, int64 [sequences] positions in bytes, int64 [document ends] documents. A file with
+modalities ends in int8 [sequences].
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ HEADER = struct.Struct("<QBQQ")
 DTYPES = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
 }  # fmt: skip
-ARRAY = b"\x93NUMPY"  # how a .npy begins
-BLOCK = 1 << 20  # sequences looked at together
+ARRAY = b"\x93NUMPY"  # the first bytes of a .npy
+BLOCK = 1 << 20  # sequences that are checked at a time
 
 
 def read_index(idx: Path, bin_size: int) -> tuple[np.ndarray, np.dtype]:
-    """Ends of the sequences in tokens, int64 [sequences], and the dtype of the tokens in a `.bin` of so many bytes.
+    """The ends of the sequences in tokens, int64 [sequences], and the dtype of the tokens; `bin_size`: bytes of the
+    `.bin`.
 
-    Raises InputError for a file that is not whole, or does not belong to it.
+    Raises InputError if the file is incomplete, or does not belong to the `.bin`.
     """
     dtype, sequences, documents, start = _header(idx)
     size, there = start + 12 * sequences + 8 * documents, idx.stat().st_size
@@ -51,11 +53,11 @@ def read_index(idx: Path, bin_size: int) -> tuple[np.ndarray, np.dtype]:
 
 
 def _header(idx: Path) -> tuple[np.dtype, int, int, int]:
-    """The tokens' dtype, how many sequences and document ends there are, and where they begin."""
+    """The dtype of the tokens, the numbers of sequences and of document ends, and the byte where the arrays begin."""
     with open(idx, "rb") as file:
         head = file.read(len(MAGIC) + HEADER.size)
     if len(head) < len(MAGIC) + HEADER.size or not head.startswith(MAGIC):
-        _refuse(idx, "it does not begin as one")
+        _refuse(idx, "it does not begin like one")
     version, code, sequences, documents = HEADER.unpack(head[len(MAGIC) :])
     if version != 1 or code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
         _refuse(idx, f"it is of version {version} with tokens of kind {code}; legal: version 1, kinds 1 to 5 and 8")
@@ -67,16 +69,17 @@ def _numbers(idx: Path, dtype: str, start: int, count: int) -> np.ndarray:
 
 
 def check_arrays(folder: Path) -> None:
-    """Raises InputError where a `.npy` of Megatron's index of samples is none: numpy would take it for a pickle.
+    """Raises InputError if a `.npy` of Megatron's index of samples is not an array: numpy would load it as a pickle.
 
-    Of an array numpy maps the numbers, and refuses objects. A file that another rank has just begun is let be.
+    numpy maps an array of numbers and refuses an array of objects. A file that another rank has just begun to write is
+    accepted.
     """
     for file in folder.glob("*.npy"):
         with open(file, "rb") as stream:
             head = stream.read(len(ARRAY))
         if not ARRAY.startswith(head):
-            raise InputError(f"'{file}' is no array, and is not loaded; delete '{folder}' and run the same again")
+            raise InputError(f"'{file}' is not an array and is not loaded; delete '{folder}' and run the same again")
 
 
 def _refuse(idx: Path, why: str) -> NoReturn:
-    raise InputError(f"'{idx}' is no whole index of Megatron's: {why}")
+    raise InputError(f"'{idx}' is not a complete index of Megatron's: {why}")

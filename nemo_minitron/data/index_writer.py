@@ -1,4 +1,4 @@
-"""What writes Megatron's indexed files, a document in pieces at a time, and what is counted of the documents."""
+"""Writes Megatron's indexed files, one piece of a document at a time, and counts the documents."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from nemo_minitron.data.lines import Document
 
 
 class Writer:
-    """Megatron's builder of indexed files, given a document in pieces: its own `add_document` wants it whole."""
+    """Feeds a document in pieces to Megatron's builder of indexed files, whose `add_document` needs the whole
+    document."""
 
     def __init__(self, prefix: Path, ids: int) -> None:
         self.dtype = megatron().DType.optimal_dtype(ids)
         self.builder = megatron().IndexedDatasetBuilder(str(with_ending(prefix, ".bin")), dtype=self.dtype)
-        self.tokens = self.length = 0  # of the documents that are closed, and of the one that is open
+        self.tokens = self.length = 0  # in the closed documents, and in the open one
         self.broken = False  # a piece of the open document is missing
 
     def add(self, ids: np.ndarray) -> None:
@@ -27,7 +28,7 @@ class Writer:
         self.length += len(ids)
 
     def close(self, eos: int) -> bool:
-        """Ends a document; one that is broken is taken back, and False given."""
+        """Ends a document and returns True; a broken one is removed again, and the result is False."""
         broken, self.broken = self.broken, False
         if broken:
             self.builder.data_file.seek(self.tokens * np.dtype(self.dtype).itemsize)
@@ -42,7 +43,7 @@ class Writer:
 
 
 class Content:
-    """Documents as they pass: how many, their bytes, and a digest in which their borders count."""
+    """Passes documents on; counts them and their bytes, and computes a digest that depends on their borders."""
 
     def __init__(self, texts: Iterator[Document]) -> None:
         self.texts, self.digest, self.documents, self.bytes = texts, hashlib.sha256(), 0, 0
@@ -56,12 +57,13 @@ class Content:
             yield document
 
     def forget(self, document: Document) -> None:
-        """Counts a document no longer; the digest is of what was read."""
+        """Takes a document out of the counts; it stays in the digest, which covers all that was read."""
         self.documents -= 1
         self.bytes -= len(document.raw)
 
 
 def digest_of(texts: Iterator[Document]) -> str:
+    """The digest of documents, in hex, as `Content` computes it."""
     content = Content(texts)
     for _ in content:
         pass
@@ -69,7 +71,8 @@ def digest_of(texts: Iterator[Document]) -> str:
 
 
 def megatron() -> Any:
-    """Megatron's module; without `setup` it does not import where Transformer Engine is installed and cannot run."""
+    """Megatron's module of indexed files. Without `setup` the import fails if Transformer Engine is installed but
+    cannot run."""
     backend.setup()
     from megatron.core.datasets import indexed_dataset
 
@@ -77,5 +80,5 @@ def megatron() -> Any:
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
-    """Megatron's way: the ending is put behind the whole name, dots and all."""
+    """Appends the ending to the whole name, dots included, as Megatron does."""
     return prefix.with_name(prefix.name + ending)

@@ -23,7 +23,7 @@ from nemo_minitron.data.vocabulary import load_tokenizer, parts_of, tokenizer_di
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
 
-CHUNK = 1 << 22  # tokens that are looked at together
+CHUNK = 1 << 22  # tokens that are checked at a time
 LARGEST_SIDECAR = 1 << 20  # bytes
 NATURAL = parse.whole(0, 2**62)
 SIDECAR = {
@@ -36,23 +36,25 @@ SKIPPED = {"skipped": NATURAL, "first_skipped": parse.text()}
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sidecar `<prefix>.json`: what the tokens were made of. It is written last, and so says 'whole'."""
+    """The sidecar `<prefix>.json`: how the tokens were made. It is written last, so its presence marks complete
+    files."""
 
     source: str
     documents: int
-    tokens: int  # with the end-of-document token of each document
+    tokens: int  # including the end-of-document token of each document
     bytes: int  # UTF-8, of the text
     eos: int
     dtype: str
     tokenizer: str  # digest
     content: str  # digest of the documents, in order
-    skipped: int = 0  # bad lines that were left out
-    first_skipped: str = ""  # what the first of them was
+    skipped: int = 0  # number of bad lines that were left out
+    first_skipped: str = ""  # what was wrong with the first of them
 
     @classmethod
     def load(cls, prefix: Path) -> Corpus | None:
-        """The sidecar of a prefix; None where there is none, and where the file is of something else, or of another
-        version. Raises InputError for one of ours that is damaged."""
+        """The sidecar of a prefix; None if the file is missing, belongs to something else, or has another version.
+
+        Raises InputError if it is a damaged sidecar."""
         file = with_ending(prefix, ".json")
         try:
             values = parse_json(file.read_bytes()) if file.stat().st_size <= LARGEST_SIDECAR else None
@@ -70,7 +72,7 @@ def prefix_of(source: str | Path) -> Path | None:
 
 
 def held_out(source: str, split: str = "test") -> str:
-    """`source`, with `@split` behind it where `datasets` would give "train": held-out text is never that."""
+    """`source` with `@split` appended if `datasets` would choose "train", which is never held-out text."""
     name, written = parted(source)
     if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
         return source
@@ -81,23 +83,23 @@ def build(
     source: str | Path, tokenizer: Any, prefix: str | Path, split: str | None = None, field: str = "text", *,
     vocab_size: int | None = None, skip_bad_lines: bool = False,
 ) -> Tokens:  # fmt: skip
-    """Tokenises a source into `<prefix>.bin/.idx/.json` unless the same is there already; opens it.
+    """Tokenises a source into `<prefix>.bin/.idx/.json`, unless these hold the same already; opens the result.
 
-    One document each, no BOS, the tokenizer's EOS after each; uint16 where the vocabulary allows, else
-    int32. Same documents and tokenizer, by digest: nothing is written. A source that is such files already
-    is opened where it lies. For one process: let it run before the others start, or behind a barrier.
-    A long document is tokenised in pieces where its tokens are provably the same (`pieces.py`).
-    `vocab_size`: of the model that is to read the tokens; all of them are checked against it, in any file.
-    `skip_bad_lines`: what cannot be read is left out, and counted in `corpus.skipped`.
+    Each document gets no BOS and is followed by the tokenizer's EOS; tokens are uint16 if the vocabulary allows it,
+    else int32. If the digests of documents and tokenizer match, nothing is written. A source that consists of such
+    files is opened in place. Only one process may call this: before the others start, or behind a barrier. A long
+    document is tokenised in pieces if that provably gives the same tokens (`pieces.py`). `vocab_size`: the vocabulary
+    of the model that will read the tokens; every token is checked against it. `skip_bad_lines`: lines that cannot be
+    read are left out, and counted in `corpus.skipped`.
 
-    Raises InputError: as `documents` does; no EOS; indexed files made with another tokenizer; a token that the model
-    has no row for.
+    Raises InputError: as `documents` does; if the tokenizer has no EOS; for indexed files made with another tokenizer;
+    for a token that the model has no row for.
     """
     tokenizer = load_tokenizer(tokenizer)
-    there = prefix_of(source)
-    if there is not None:
-        check_tokenizer(there, tokenizer)
-        return Tokens(there).checked(vocab_size)
+    indexed = prefix_of(source)
+    if indexed is not None:
+        check_tokenizer(indexed, tokenizer)
+        return Tokens(indexed).checked(vocab_size)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token to put after a document: set eos_token")
     prefix = _bare(Path(prefix))
@@ -112,21 +114,25 @@ def build(
 
 
 class Tokens:
-    """One stream of tokens: the documents of `<prefix>.bin/.idx`, end to end, each closed by its EOS.
+    """One stream of tokens: the documents of `<prefix>.bin/.idx` one after another, each ended by its EOS.
 
-    The file is mapped, not read; every process sees the same stream and the same windows in every layout.
-    Raises InputError where the two files are missing or do not belong together.
+    The file is mapped, not read. Every process sees the same stream, and the same windows, in every layout.
+    Raises InputError if the two files are missing or do not belong together.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        found = prefix_of(prefix)
-        if found is None:
-            raise InputError(f"'{prefix}' is no Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
-        self.prefix = found
-        self.corpus = Corpus.load(found)
-        self._ends, dtype = read_index(with_ending(found, ".idx"), with_ending(found, ".bin").stat().st_size)
+        bare_prefix = prefix_of(prefix)
+        if bare_prefix is None:
+            raise InputError(f"'{prefix}' is not a Megatron prefix: '{prefix}.bin' and '{prefix}.idx' are needed")
+        self.prefix = bare_prefix
+        self.corpus = Corpus.load(bare_prefix)
+        self._ends, dtype = read_index(
+            with_ending(bare_prefix, ".idx"), with_ending(bare_prefix, ".bin").stat().st_size
+        )
         self.tokens = int(self._ends[-1]) if len(self._ends) else 0
-        self._stream = np.memmap(with_ending(found, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
+        self._stream = (
+            np.memmap(with_ending(bare_prefix, ".bin"), dtype=dtype, mode="r") if self.tokens else np.empty(0)
+        )
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -140,8 +146,10 @@ class Tokens:
         return self.stream(start, int(self._ends[document]) - start)
 
     def checked(self, vocab_size: int | None) -> Tokens:
-        """Itself, all of it read once. Raises InputError for a token that a model of this vocabulary has no row for:
-        on one rank that would be an IndexError, on several a row of zeros and wrong numbers. None: no check."""
+        """This stream, after one pass over all its tokens; `vocab_size` None: no check.
+
+        Raises InputError for a token that a model of this vocabulary has no row for. On one rank such a token would
+        be an IndexError; on several ranks it would silently become a row of zeros."""
         for start in range(0, self.tokens if vocab_size is not None else 0, CHUNK):
             chunk = self._stream[start : start + CHUNK]
             for token in (int(chunk.max()), int(chunk.min())):
@@ -155,15 +163,15 @@ class Tokens:
         return self
 
     def samples(self, sequence_length: int) -> int:
-        """How many whole windows of that length there are; the tail of the stream is left out."""
+        """The number of full windows of that length; the rest of the stream is left out."""
         return self.tokens // sequence_length
 
     def windows(self, sequence_length: int, samples: int | None = None, seed: int | None = None) -> Any:
         """Contiguous windows of the stream that do not overlap: torch.int64 [samples, sequence_length].
 
-        Without a seed the first ones in order; with one, drawn without replacement, so that fewer samples
-        of the same seed are the first of more. All of them where `samples` is None.
-        Raises InputError when the corpus has fewer than asked, or none.
+        Without a seed they are the first windows, in order. With a seed they are drawn without replacement, so that
+        fewer samples of the same seed are the first of more. `samples` None: all windows.
+        Raises InputError if the corpus has fewer windows than `samples`, or none.
         """
         import torch
 
@@ -196,16 +204,18 @@ class Tokens:
 
 
 def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
-    """InputError if the sidecar of a prefix says that another tokenizer made it; silent without a sidecar."""
-    made = Corpus.load(prefix)
-    if made is not None and made.tokenizer != tokenizer_digest(tokenizer):
-        raise InputError(f"'{prefix}' was tokenised from '{made.source}' with another tokenizer: give the text instead")
+    """Raises InputError if the sidecar of a prefix names another tokenizer; does nothing without a sidecar."""
+    corpus = Corpus.load(prefix)
+    if corpus is not None and corpus.tokenizer != tokenizer_digest(tokenizer):
+        raise InputError(
+            f"'{prefix}' was tokenised from '{corpus.source}' with another tokenizer: give the text instead"
+        )
 
 
 def _write(
     source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
 ) -> None:  # fmt: skip
-    """Writes the three files beside their names, then renames them; the sidecar goes first and comes last."""
+    """Writes three temporary files, then renames them. The old sidecar is removed first and the new one comes last."""
     with naming(prefix), beside(prefix) as folder:
         partial = folder / prefix.name
         corpus = _tokenise(source, tokenizer, partial, texts, bad, vocab_size)
@@ -247,15 +257,15 @@ def _tokenise(
 
 
 def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLines) -> bool:
-    """Whether the files are there, as long as the sidecar says, of this tokenizer and of these texts."""
-    made = Corpus.load(prefix)
-    if made is not None and made.skipped and not bad.skip:
+    """Whether complete files of this tokenizer and these texts exist already."""
+    corpus = Corpus.load(prefix)
+    if corpus is not None and corpus.skipped and not bad.skip:
         return False
-    if made is None or prefix_of(prefix) is None or made.tokenizer != tokenizer_digest(tokenizer):
+    if corpus is None or prefix_of(prefix) is None or corpus.tokenizer != tokenizer_digest(tokenizer):
         return False
-    if with_ending(prefix, ".bin").stat().st_size != made.tokens * np.dtype(made.dtype).itemsize:
+    if with_ending(prefix, ".bin").stat().st_size != corpus.tokens * np.dtype(corpus.dtype).itemsize:
         return False
-    return made.content == digest_of(texts)
+    return corpus.content == digest_of(texts)
 
 
 def _bare(path: Path) -> Path:

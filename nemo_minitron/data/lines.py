@@ -1,4 +1,4 @@
-"""Lines of JSON and files of text, as bytes of UTF-8: read, or refused in one sentence that names the place."""
+"""Reads lines of JSON and files of text as UTF-8 bytes; a refusal is one sentence that names the place."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import InputError
 
-LONG = 1 << 20  # bytes from which a text is worked on in pieces: Python's own copies may take four times as much
+LONG = 1 << 20  # bytes; a longer text is handled in pieces, because Python's own copies may take four times as much
 PART = re.compile(
     rb"(?:[^\\]{1,4096}|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\.){1,64}",
     re.DOTALL,
 )
-"""Up to 256 KiB of the inside of a JSON string that end between two characters; a pair of surrogates is one."""
+"""Matches up to 256 KiB inside a JSON string and ends between two characters; a surrogate pair counts as one."""
 
 
 class Document(NamedTuple):
     raw: bytes | bytearray  # UTF-8
-    where: str  # it comes from: file and line, for a sentence
+    where: str  # its origin, file and line, for a sentence
 
 
 def read_line(line: bytes | str, where: str) -> Any:
-    """The value of a line of JSON. Raises InputError for what is no JSON, and for JSON that Python cannot take."""
+    """The value of a line of JSON. Raises InputError if the line is not JSON, or Python cannot parse it."""
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
@@ -34,12 +34,12 @@ def read_line(line: bytes | str, where: str) -> Any:
         raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise InputError(f"{where} cannot be read: it is nested too deeply") from None
-    except ValueError as error:  # of a whole number with thousands of digits
+    except ValueError as error:  # a whole number with thousands of digits
         raise InputError(f"{where} cannot be read: {str(error).partition(';')[0]}") from None
 
 
 def utf8(text: str, where: str) -> bytes:
-    """A text's bytes. Raises InputError for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """A text's UTF-8 bytes. Raises InputError for half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -50,13 +50,13 @@ def utf8(text: str, where: str) -> bytes:
 
 
 def checked_utf8(raw: bytes, where: str) -> bytes:
-    """`raw`, if it is UTF-8; else InputError says in which line it is not."""
+    """`raw`, if it is UTF-8. Raises InputError, which names the line, if it is not."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         for done in range(0, len(raw), LONG):
             decoder.decode(raw[done : done + LONG], final=done + LONG >= len(raw))
     except UnicodeDecodeError as error:
-        kept = len(error.object) - len(raw[done : done + LONG])  # of the piece before
+        kept = len(error.object) - len(raw[done : done + LONG])  # bytes left over from the piece before
         at = done + error.start - kept
         line = raw.count(b"\n", 0, at) + 1
         raise InputError(f"{where}, line {line} is not UTF-8: byte {at} of the file does not decode") from None
@@ -64,10 +64,11 @@ def checked_utf8(raw: bytes, where: str) -> bytes:
 
 
 def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytearray | None]]:
-    """A long line's value, in which a word stands for each long string, and the function from such a word to the
-    string's bytes (None for another text). Python's parser would take several times the line's size.
+    """The value of a long line with a placeholder for each long string, and a function from placeholder to bytes.
 
-    Raises InputError as `read_line`; the function as `utf8`.
+    Python's parser would take several times the line's size; this way a long string is decoded only when it is used.
+    The function returns None for a text that is not a placeholder. Raises InputError as `read_line` does; the function
+    as `utf8` does.
     """
     mark, short, places, done = uuid.uuid4().hex, bytearray(), dict[str, tuple[int, int]](), 0
     for start, end in _strings(line):
@@ -86,7 +87,7 @@ def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytearray |
 
 
 def _strings(line: bytes) -> Iterator[tuple[int, int]]:
-    """Where the strings of a line of JSON begin and end, quotes included."""
+    """(start, end) of each string in a line of JSON, quotes included."""
     start = line.find(b'"')
     while start >= 0:
         end = line.find(b'"', start + 1)
@@ -106,13 +107,13 @@ def _escaped(line: bytes, at: int) -> bool:
 
 
 def _string(line: bytes, start: int, end: int, where: str) -> bytearray:
-    """The bytes of the text that a string of JSON spells, read part by part."""
-    found, at, last = bytearray(), start + 1, end - 1
+    """The UTF-8 bytes of a JSON string, decoded part by part."""
+    text_bytes, at, last = bytearray(), start + 1, end - 1
     while at < last:
         part = PART.match(line, at, last)
-        stop = part.end() if part else last  # what is no escape, the parser refuses
-        if stop < last and line[stop] & 0xC0 == 0x80:  # within a character
+        stop = part.end() if part else last  # the parser refuses an illegal escape
+        if stop < last and line[stop] & 0xC0 == 0x80:  # inside a character
             stop = max((i for i in range(stop - 3, stop) if line[i] & 0xC0 == 0xC0), default=stop)
-        found += utf8(read_line(b'"' + line[at:stop] + b'"', where), where)
+        text_bytes += utf8(read_line(b'"' + line[at:stop] + b'"', where), where)
         at = stop
-    return found  # not copied once more: it may be long
+    return text_bytes  # no further copy: it may be long

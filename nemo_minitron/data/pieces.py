@@ -1,20 +1,21 @@
-"""A long document is tokenised in pieces, with exactly the tokens of the whole.
+"""Tokenises a long document in pieces, with exactly the tokens that the whole document has.
 
-A text is cut behind a letter or digit x and before a mark y (a blank, a full stop, ...), where this can be proven:
+A text is cut after a letter or digit x and before a mark y (a blank, a full stop, ...), if the tokens are provably the
+same. The proof:
 
-- In every tokenizer that `marks_of` knows, the words that its splitter makes of a text end between x and y: no
-  alternative of the splitter's pattern goes from a letter or digit on to a mark, and each takes letters and digits. No
-  pattern looks back, and the one that looks ahead, `\\s+(?!\\S)`, never does so from x. Hence the words before the cut
-  are those of the text up to x, whatever follows, and the words behind it are the same after any text that ends in x.
-  Tokens never cross words.
-- Without a splitter (Llama 2, Mistral, Phi-3) BPE merges the whole text. No merge crosses x and y where no token of the
+- In every tokenizer that `marks_of` knows, the splitter ends a word between x and y: no alternative of its pattern
+  continues from a letter or digit to a mark, and some alternative matches every letter and digit. No pattern looks
+  back, and the only one that looks ahead, `\\s+(?!\\S)`, never does so from x. Hence the words before the cut are those
+  of the text up to x, whatever follows, and the words after it are the same after any text that ends in x. Tokens
+  never cross words.
+- Without a splitter (Llama 2, Mistral, Phi-3) BPE merges the whole text. No merge crosses x and y if no token of the
   vocabulary has a letter or digit before y.
-- NFC and NFKC change nothing across the cut: x is a normal form and y begins anew.
-- What is put in front of a text (a blank, `▁`) is put in front of each piece too. So a piece begins with the x before
-  it, and the tokens of x are dropped: as many as x has alone.
-- Added tokens are found first. One that ends in x, or has y behind x, takes x from the legal ones.
+- NFC and NFKC change nothing across the cut: x is a normal form, and y starts a new one.
+- A tokenizer that puts something in front of a text (a blank, `▁`) does so for each piece too. So a piece starts with
+  the x before it, and the tokens of x are dropped afterwards; their number is that of x alone.
+- Added tokens are matched first. If one ends in x, or has y after x, then x is not a legal place for a cut.
 
-Other tokenizers (Unigram without a splitter, unknown patterns) get a document whole.
+For other tokenizers (Unigram without a splitter, unknown patterns) a document is not cut.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import numpy as np
 from nemo_minitron.data.lines import Document
 from nemo_minitron.errors import InputError, first_line
 
-PIECE = 1 << 15  # bytes: a tokenizer takes some hundred times as much for what it knows of each token
-WINDOW = 1 << 12  # bytes in which a cut is looked for at a time
+PIECE = 1 << 15  # bytes; a tokenizer's records of the tokens take some hundred times as much memory
+WINDOW = 1 << 12  # bytes that are searched for a cut at a time
 MARKS = " \n.,;:!?)" + "\u3001\u3002\uff0c\uff1a\uff1b\uff01\uff1f"  # and their full-width forms
 BLANK = "\u2581"  # how SentencePiece writes a blank
 LETTERS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -44,24 +45,24 @@ WORDS = frozenset({
     *(rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS[0]}{a}{LETTERS[1]}{b}{end}"
       for a, b in ("*+", "+*") for end in ("", f"{ENDING}?")),
 })  # fmt: skip
-"""Alternatives of the splitters of GPT-2, Llama 3, Qwen, o200k and their kin, each of them looked at by hand: none goes
-from a letter or digit on to one of MARKS, or looks back."""
+"""Alternatives of the splitters of GPT-2, Llama 3, Qwen, o200k and similar ones. Each was checked by hand: none
+continues from a letter or digit to one of MARKS, and none looks back."""
 COVERING = (
     {r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?+\p{L}+", *(w for w in WORDS if LETTERS[0] in w)},
     {r" ?\p{N}+", r"\p{N}", r"\p{N}{1,3}", r"\p{N}{1,3}+"},
 )
-"""A pattern needs one of each, so that every letter and every digit lies in a match."""
+"""A pattern needs one alternative of each set, so that every letter and every digit lies in a match."""
 
 
 class Piece(NamedTuple):
     text: str
-    drop: int  # so many of its first tokens are not its own
-    last: bool  # of its document
+    drop: int  # number of first tokens that belong to the piece before
+    last: bool  # whether the document ends here
     document: Document
 
 
 class Pieces:
-    """How the texts of a transformers tokenizer may be cut; `size`: bytes of a piece, about."""
+    """Cuts documents for a transformers tokenizer; `size`: approximate bytes of a piece."""
 
     def __init__(self, tokenizer: Any, parts: Mapping[str, Any], size: int = PIECE) -> None:
         self.tokenizer, self.size = tokenizer, size
@@ -81,14 +82,14 @@ class Pieces:
             drop = self._length(before) if end < len(raw) else 0
 
     def _cut(self, raw: bytes | bytearray, at: int) -> int:
-        """The first place from `at` on where a document may be cut; its end where there is none."""
+        """The first place from `at` on where a document may be cut; the document's end if there is none."""
         while self.places is not None and at < len(raw):
-            while at < len(raw) and raw[at] & 0xC0 == 0x80:  # within a character
+            while at < len(raw) and raw[at] & 0xC0 == 0x80:  # inside a character
                 at += 1
             window = raw[at : at + WINDOW].decode("utf-8", errors="ignore")  # the last character may be cut
-            for found in self.places.finditer(window):
-                if self._legal(found[0]):
-                    return at + len(window[: found.end()].encode())
+            for match in self.places.finditer(window):
+                if self._legal(match[0]):
+                    return at + len(window[: match.end()].encode())
             at += max(1, len(window[:-1].encode()))  # the last character may be the x of a mark behind it
         return len(raw)
 
@@ -101,8 +102,8 @@ class Pieces:
 
 
 def marks_of(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, int] | None]:
-    """Of a tokenizer.json: the marks before which its texts may be cut, "" where this is not known; and the characters
-    that may stand before one, where not all may."""
+    """The marks before which texts of a tokenizer.json may be cut ("" if that is not known), and the characters that
+    may stand before a mark (None: all)."""
     model, none = parts["model"], ("", None)
     if model.get("dropout") or not all(map(_is_local, _stages(parts["normalizer"], "normalizers"))):
         return none
@@ -116,13 +117,13 @@ def marks_of(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, int] | None]:
 
 
 def barred_by(added: Iterable[Mapping[str, Any]], marks: str) -> set[str]:
-    """Characters behind which an added token may end, or go on with a mark."""
-    found = set()
+    """The characters after which an added token may end, or continue with a mark."""
+    barred = set()
     for token in added:
         for content in (token["content"], unicodedata.normalize("NFKC", token["content"])):
             followed = zip(content, [*content[1:], marks[:1]], strict=False)
-            found |= {x for x, y in followed if y in marks or y == BLANK}
-    return found
+            barred |= {x for x, y in followed if y in marks or y == BLANK}
+    return barred
 
 
 def _stages(value: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
@@ -147,20 +148,20 @@ def _ends_words(stage: Mapping[str, Any]) -> str:
     if kind == "Metaspace":
         return " " if stage.get("split", True) and stage["replacement"] == BLANK else ""
     if kind == "Split":
-        whole = stage["behavior"] == "Isolated" or (stage["behavior"] == "Removed" and stage["invert"])
+        covers_text = stage["behavior"] == "Isolated" or (stage["behavior"] == "Removed" and stage["invert"])
         known = alternatives(stage["pattern"].get("Regex", ""))
-        return MARKS if whole and known <= WORDS and all(known & kind for kind in COVERING) else ""
+        return MARKS if covers_text and known <= WORDS and all(known & kind for kind in COVERING) else ""
     return ""
 
 
 def _may_come_first(stage: Mapping[str, Any]) -> bool:
-    """Whether a stage cuts the two sides as it cuts the whole, without an end of its own between them."""
+    """Whether a stage splits the two sides of a cut as it splits the whole text, without ending a word there itself."""
     return stage["type"] == "Digits" or (stage["type"] == "Metaspace" and stage["replacement"] == BLANK)
 
 
 def alternatives(pattern: str) -> set[str]:
     """The alternatives of a regular expression, at its outermost level."""
-    found, depth, inside, part = set(), 0, False, ""
+    parts, depth, inside, part = set(), 0, False, ""
     escaped = False
     for character in pattern:
         if escaped:
@@ -174,17 +175,17 @@ def alternatives(pattern: str) -> set[str]:
         elif character in "()":
             depth += 1 if character == "(" else -1
         elif character == "|" and not depth:
-            found.add(part)
+            parts.add(part)
             part = ""
             continue
         part += character
-    return found | {part}
+    return parts | {part}
 
 
 def _unmerged(
     model: Mapping[str, Any], stages: list[Mapping[str, Any]], normalizer: Mapping[str, Any] | None
 ) -> tuple[str, Mapping[str, int] | None]:
-    """Marks that no token of a BPE vocabulary has behind a letter or digit, and the vocabulary."""
+    """The marks that no token of a BPE vocabulary has after a letter or digit, and the vocabulary."""
     words = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model.get(name) for name in words):
         return "", None
@@ -197,26 +198,26 @@ def _unmerged(
 
 
 def batches(documents: Iterable[Document], pieces: Pieces, budget: int = 8 * PIECE) -> Iterator[list[Piece]]:
-    """The pieces of documents, of about `budget` characters at a time."""
+    """Batches of the pieces of documents, about `budget` characters each."""
     batch: list[Piece] = []
-    held = 0
+    characters = 0
     for piece in (piece for document in documents for piece in pieces.of(document)):
         batch.append(piece)
-        held += len(piece.text)
-        if held >= budget:
+        characters += len(piece.text)
+        if characters >= budget:
             yield batch
-            batch, held = [], 0
+            batch, characters = [], 0
     if batch:
         yield batch
 
 
 def encoded(tokenizer: Any, batch: list[Piece]) -> list[np.ndarray | InputError]:
-    """The tokens of each piece, int64 [length]; for one that the tokenizer cannot take, what is to be said of it."""
+    """The tokens of each piece, int64 [length], or the InputError for a piece that the tokenizer cannot take."""
     try:
         ids = tokenizer(
             [piece.text for piece in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         if len(batch) > 1:

@@ -1,4 +1,4 @@
-"""Where text comes from: a text file, a JSONL file, a folder, or whatever `datasets` can load."""
+"""Sources of text: a text file, a JSONL file, a folder, or anything that `datasets` can load."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
 
 @dataclasses.dataclass
 class BadLines:
-    """Lines that cannot be read. `skip`: they are left out and counted, and `first` says what the first one was."""
+    """Lines that cannot be read. `skip`: leave them out and count them; `first` says what was wrong with the first
+    one."""
 
     skip: bool = False
     count: int = 0
     first: str = ""
 
     def take(self, error: InputError) -> None:
-        """Counts a bad line. Raises `error` where bad lines are not skipped."""
+        """Counts a bad line. Raises `error` if bad lines are not skipped."""
         if not self.skip:
             raise error
         self.count += 1
@@ -31,17 +32,16 @@ class BadLines:
 
 
 def documents(source: str | Path, split: str | None = None, field: str = "text") -> Iterator[str]:
-    """The documents of a source, in its order; those with nothing but white space are left out.
+    """The documents of a source, in its order; blank documents are left out.
 
-    `source` is a text file (.txt, .md: the whole file is one document), a JSONL file (.jsonl, .ndjson: one
-    object a line, its text under `field`), a folder that `datasets` can load (of .txt files, each is one document), or
-    a `datasets` name, with its configuration after a colon where it has several
-    (`Salesforce/wikitext:wikitext-2-raw-v1`).
-    The split of a folder or name stands behind an @ (`Salesforce/wikitext:wikitext-2-raw-v1@validation`),
-    or is given as `split`; else it is "train".
+    `source` is a text file (.txt, .md: the whole file is one document), a JSONL file (.jsonl, .ndjson: one object a
+    line, its text under `field`), a folder that `datasets` can load (of .txt files, each is one document), or a
+    `datasets` name, with its configuration after a colon where it has several
+    (`Salesforce/wikitext:wikitext-2-raw-v1`). The split of a folder or name follows an @
+    (`Salesforce/wikitext:wikitext-2-raw-v1@validation`) or is given as `split`; the default is "train".
 
-    Raises InputError: missing or unreadable source, a line that is not JSON, lacks the field or is no Unicode, a split
-    given for a file, no text at all. Each comes when the bad place is reached, not before.
+    Raises InputError for a missing or unreadable source, a line that is not JSON, lacks the field or is not Unicode, a
+    split given for a file, and a source without text. The error comes when the bad place is reached, not before.
     """
     for document in raw_documents(source, split, field):
         yield document.raw.decode("utf-8")
@@ -50,21 +50,22 @@ def documents(source: str | Path, split: str | None = None, field: str = "text")
 def raw_documents(
     source: str | Path, split: str | None = None, field: str = "text", bad: BadLines | None = None
 ) -> Iterator[Document]:
-    """As `documents`, in UTF-8 and with their places: a long document takes its bytes, not up to four times as much.
+    """As `documents`, but as UTF-8 bytes with their places: a Python text of a long document may take four times the
+    memory.
 
-    `bad` counts lines that cannot be read, where they are to be skipped.
+    `bad` decides whether lines that cannot be read are skipped, and counts them.
     """
     source, written = parted(str(source))
     split, path, bad = written or split, Path(source), bad or BadLines()
     if path.suffix in (*TEXT, *JSONL):
         if split is not None:
             raise InputError(f"'{source}' is one file and has no split '{split}': leave the split out")
-        found = _text_files([path], bad) if path.suffix in TEXT else _jsonl(path, field, bad)
+        documents_of_source = _text_files([path], bad) if path.suffix in TEXT else _jsonl(path, field, bad)
     else:
         files = _texts_of_folder(path, split or "train")
-        found = _text_files(files, bad) if files else _dataset(source, split or "train", field, bad)
+        documents_of_source = _text_files(files, bad) if files else _dataset(source, split or "train", field, bad)
     empty = True
-    for document in found:
+    for document in documents_of_source:
         if not _blank(document.raw):
             empty = False
             yield document
@@ -73,13 +74,14 @@ def raw_documents(
 
 
 def parted(source: str) -> tuple[str, str | None]:
-    """`name@split` -> (name, split); a file or folder whose own name has an @ is taken as it is."""
+    """`name@split` -> (name, split); the name of an existing file or folder may contain an @ itself."""
     name, _, split = source.rpartition("@")
     return (name, split) if name and split and not Path(source).exists() else (source, None)
 
 
 def _blank(raw: bytes | bytearray) -> bool:
-    """Long documents are looked at as bytes, in which Unicode's wider spaces are not blank."""
+    """Whether a document is blank; a long one is checked as bytes, which do not count Unicode's wider spaces as
+    blank."""
     return raw.isspace() if len(raw) > LONG else not raw.decode("utf-8").strip()
 
 
@@ -108,7 +110,7 @@ def _jsonl(path: Path, field: str, bad: BadLines) -> Iterator[Document]:
             except InputError as error:
                 bad.take(error)
                 continue
-            del line  # it may be long, and the document is worked on now
+            del line  # free its memory before the document is used: it may be long
             yield Document(raw, where)
 
 
@@ -132,9 +134,9 @@ def _dataset(name: str, split: str, field: str, bad: BadLines) -> Iterator[Docum
 
 
 def _texts_of_folder(path: Path, split: str) -> list[Path]:
-    """The files of a split, where `datasets` would read a folder as plain text: it takes each line for a document.
+    """The files of a split, if `datasets` would read the folder as plain text, where it makes each line a document.
 
-    Which files make which split stays its business. Raises InputError for a split that is not there.
+    `datasets` still decides which files belong to which split. Raises InputError if the split does not exist.
     """
     if not path.is_dir() or any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return []
@@ -153,7 +155,7 @@ def _texts_of_folder(path: Path, split: str) -> list[Path]:
 
 
 def _load(name: str, split: str) -> Any:
-    """A `datasets.Dataset`: from a folder written by save_to_disk, any other folder, or a name."""
+    """A `datasets.Dataset` from a folder written by save_to_disk, from any other folder, or from a name."""
     path = Path(name)
     if not path.exists() and _is_path(path, name):
         raise InputError(f"'{name}' does not exist{_beside(path)}")
@@ -177,12 +179,12 @@ def _load(name: str, split: str) -> Any:
 
 
 def _is_path(path: Path, name: str) -> bool:
-    """Whether a source that does not exist was meant as a file or folder, not as a name on the hub."""
+    """Whether a source that does not exist was meant as a file or folder and not as a name on the hub."""
     return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", ".parquet")
 
 
 def _only_split(name: str, split: str, dataset: Any) -> Any:
-    """A folder saved from one split: the name it was saved under, if any, must be the one asked for."""
+    """A dataset saved from one split; the name of that split, if it was saved, must be the requested one."""
     saved = str(dataset.split or split)
     if saved != split:
         raise InputError(f"'{name}' has no split '{split}': legal is '{saved}'")
@@ -195,7 +197,7 @@ def _splits(path: Path) -> str:
 
 
 def _text_of(record: Any, field: str, where: str) -> str:
-    """The text of one record; InputError says which fields there are."""
+    """The text of one record. Raises InputError, which names the nearest field, if the field is missing."""
     if not isinstance(record, Mapping):
         raise InputError(f"{where} is not an object with a field '{field}'")
     if field not in record:
@@ -206,7 +208,7 @@ def _text_of(record: Any, field: str, where: str) -> str:
 
 
 def _open(path: Path) -> Any:
-    """The file, opened for bytes: newlines stay as they are, so that byte counts are the file's own."""
+    """The file, opened for bytes: newlines stay unchanged, so that byte counts are those of the file."""
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -216,7 +218,7 @@ def _open(path: Path) -> Any:
 
 
 def _beside(path: Path) -> str:
-    """What the folder has instead, for the end of a refusal."""
+    """The files that the folder has instead, for the end of a refusal."""
     if not path.parent.is_dir():
         return f", nor does the folder '{path.parent}'"
     names = [p.name for p in path.parent.iterdir() if p.suffix in (*TEXT, *JSONL)]

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: loading, its identity, and the bytes that each of its tokens stands for."""
+"""A tokenizer's loading, its identity, and the number of bytes that each of its tokens stands for."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ SPACE = "\u2581"  # sentencepiece writes a space as ▁
 
 
 def load_tokenizer(source: Any) -> Any:
-    """A fast transformers tokenizer from a folder, a hub id, NeMo's AutoTokenizer, or itself; its code is never run.
+    """A fast transformers tokenizer from a folder, a hub id, NeMo's AutoTokenizer or a tokenizer; its code is never
+    run.
 
-    Raises InputError where there is none, or only one in Python, whose tokens cannot be counted in bytes.
+    Raises InputError if there is none, or only one written in Python, whose tokens cannot be counted in bytes.
     """
     if isinstance(source, (str, Path)):
         source = open_tokenizer(source)
@@ -35,9 +36,10 @@ def load_tokenizer(source: Any) -> Any:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over what decides how text becomes tokens, and over the token that ends a document.
+    """SHA-256, in hex, of all parts that decide how text becomes tokens, and of the token that ends a document.
 
-    Not over what adds a BOS, decodes or names roles: NeMo's wrapper changes those, and the tokens stay.
+    It does not cover the parts that add a BOS, decode, or name roles: NeMo's wrapper changes those without changing the
+    tokens.
     """
     tokenizer = load_tokenizer(tokenizer)
     parts = parts_of(tokenizer)
@@ -47,12 +49,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> np.ndarray:
-    """How many UTF-8 bytes of text each token stands for: int64 [vocab_size], 0 for special tokens.
+    """The number of UTF-8 bytes of text that each token stands for: int64 [vocab_size], 0 for special tokens.
 
-    Summed over the tokens of a text it is `len(text.encode())`, exactly, so bits per byte need no text.
-    Two things lie with the tokenizer: one that normalises (NFC, lower case) is counted on what it makes of
-    the text, and one that puts a space in front of a text (Llama 2) has one byte more a document.
-    `vocab_size`: the model's, where it has more rows than the tokenizer has ids; rows without a token stay 0.
+    The sum over the tokens of a text is exactly `len(text.encode())`, so bits per byte need no text. There are two
+    exceptions: a tokenizer that normalises (NFC, lower case) is counted on the normalised text, and one that puts a
+    space in front of a text (Llama 2) has one byte more a document.
+    `vocab_size`: the model's, if it has more rows than the tokenizer has ids; rows without a token stay 0.
     Raises InputError for vocabularies whose tokens drop text (WordPiece), and for a smaller `vocab_size`.
     """
     tokenizer = load_tokenizer(tokenizer)
@@ -64,14 +66,14 @@ def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> np.ndarray:
     lengths = np.zeros(size, dtype=np.int64)
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = count(token)
-    for index, added in tokenizer.added_tokens_decoder.items():  # written as they are, in no alphabet
+    for index, added in tokenizer.added_tokens_decoder.items():  # added tokens are stored as plain text
         lengths[index] = 0 if added.special else len(added.content.encode())
     lengths[tokenizer.all_special_ids] = 0
     return lengths
 
 
 def _counter(parts: dict[str, Any]) -> Callable[[str], int]:
-    """The function from a token's spelling to its bytes, by the alphabet that the vocabulary is spelt in."""
+    """The function from a token's spelling to its number of bytes; it depends on the vocabulary's alphabet."""
     stages = json.dumps([parts["pre_tokenizer"], parts["decoder"]], ensure_ascii=False)
     if '"ByteLevel"' in stages:
         return len  # one character a byte

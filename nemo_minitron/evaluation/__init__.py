@@ -1,7 +1,7 @@
-"""Model -> numbers: loss, perplexity and bits per byte of packed windows, text, lm-eval tasks, acceptance.
+"""Measures a model: loss, perplexity and bits per byte of packed windows, generated text, lm-eval tasks, acceptance.
 
-Models are Hugging Face folders, read by transformers, so a student is measured by code that did not make
-it. Importing this room loads neither torch nor transformers.
+Models are Hugging Face folders that transformers loads, so a student is measured by code that did not make it. The
+import of this room loads neither torch nor transformers.
 """
 
 from nemo_minitron.evaluation.acceptance import Acceptance, draft_acceptance

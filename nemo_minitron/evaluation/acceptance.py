@@ -1,4 +1,4 @@
-"""A student as its teacher's draft model: how many of its tokens speculative decoding would accept (2211.17192).
+"""A student as its teacher's draft model: the share of its tokens that speculative decoding accepts (2211.17192).
 
 Shapes: N windows, B batch, S sequence, V vocabulary.
 """
@@ -16,7 +16,7 @@ from nemo_minitron.evaluation.model import load
 from nemo_minitron.evaluation.perplexity import POSITIONS, check_windows
 from nemo_minitron.families import check_draft
 
-MOST = 16  # tokens that are drafted at once
+MOST = 16  # most tokens that are drafted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Acceptance:
     """`acceptance`: the mean over `positions` of the sum over the vocabulary of min(p, q), at temperature 1; `greedy`:
     the share of positions where both models' likeliest token is the same, which is accepted at temperature 0.
 
-    `cost`: the draft's parameters over the target's, which is what a token costs where decoding waits for memory.
+    `cost`: the draft's parameters over the target's; this is the relative cost of a token if decoding is memory-bound.
     """
 
     acceptance: float
@@ -34,11 +34,11 @@ class Acceptance:
 
     @property
     def length(self) -> int:
-        """The number of drafted tokens with the largest gain; 0 where drafting does not pay."""
+        """The number of drafted tokens with the largest gain; 0 if drafting does not pay."""
         return max(range(MOST + 1), key=lambda count: (self.gain(count), -count))
 
     def gain(self, drafted: int) -> float:
-        """Times as many tokens a second as the target alone, where each position accepts as the mean does
+        """The speed-up over the target alone, in tokens a second, if each position accepts as the mean does
         (2211.17192, theorem 3.8)."""
         tokens = sum(self.acceptance**accepted for accepted in range(drafted + 1))
         return tokens / (1 + drafted * self.cost)
@@ -50,10 +50,10 @@ class Acceptance:
 def draft_acceptance(
     target: str | Path, draft: str | Path, windows: np.ndarray, *, precision: str = "bf16", batch_size: int = 4
 ) -> Acceptance:
-    """Both Hugging Face folders run over every position of `windows`, whole numbers [N, S], packed tokens.
+    """Runs both Hugging Face folders over every position of `windows`, whole numbers [N, S], packed tokens.
 
-    Probabilities are fp32 from the logits, sums float64. Raises InputError for vocabularies of two sizes, windows
-    that do not fit, and models that cannot be loaded.
+    Probabilities are fp32 from the logits; sums are float64. Raises InputError if the vocabularies differ in size, the
+    windows do not fit, or a model cannot be loaded.
     """
     theirs, ours = check_draft(target, draft)
     windows = check_windows(windows, theirs.vocab_size)
@@ -65,7 +65,7 @@ def draft_acceptance(
 
 
 def _sums(models: tuple[Any, Any], windows_BS: np.ndarray) -> tuple[float, float]:
-    """Over a batch's positions: sums of min(p, q), and of positions where both prefer the same token."""
+    """Sums over a batch's positions: of min(p, q), and of the positions where both models prefer the same token."""
     import torch
 
     tokens_BS = torch.from_numpy(windows_BS).to(models[0].device)

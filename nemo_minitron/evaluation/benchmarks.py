@@ -1,6 +1,6 @@
-"""The benchmarks of the papers by name: lm-eval's task where it has one, else where it is run. Plain data.
+"""The benchmarks of the papers by name, each with lm-eval's task or, if it has none, the tool that runs it. Plain data.
 
-Shots are those of 2407.14679 and 2408.11796 for base models; lm-eval's own for instruct models.
+For base models the shots are those of 2407.14679 and 2408.11796; for instruct models they are lm-eval's own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from nemo_minitron.errors import InputError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """`task`: lm-eval's name, empty where it has none; `shots`: examples before the question, None for the task's own.
+    """`task`: lm-eval's name, empty if it has none; `shots`: examples before the question, None for the task's own
+    number.
 
-    `note`: where it is run instead, or what the task needs.
+    `note`: the tool that runs it instead, or what the task needs.
     """
 
     name: str
@@ -47,7 +48,7 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (*BASE, *INSTRUCT)}
 
 
 def benchmarks(names: Iterable[str]) -> list[Benchmark]:
-    """Of sets (base, instruct) and single names, each once. Raises InputError for an unknown one."""
+    """The benchmarks of sets (base, instruct) and of single names, each once. Raises InputError for an unknown name."""
     chosen: list[Benchmark] = []
     for name in names:
         if name not in SETS and name not in BENCHMARKS:
@@ -56,10 +57,10 @@ def benchmarks(names: Iterable[str]) -> list[Benchmark]:
     return list(dict.fromkeys(chosen))
 
 
-def words(found: Iterable[Benchmark]) -> list[str]:
-    """A line each: how it is run, or why not by lm-eval."""
+def describe_benchmarks(chosen: Iterable[Benchmark]) -> list[str]:
+    """One line for each benchmark: how lm-eval runs it, or what runs it instead."""
     lines = []
-    for benchmark in found:
+    for benchmark in chosen:
         shots = "" if benchmark.shots is None else f", {benchmark.shots} shots"
         how = f"lm-eval's {benchmark.task}{shots}" if benchmark.task else ""
         lines.append(f"{benchmark.name}: " + "; ".join(part for part in (how, benchmark.note) if part))

@@ -1,4 +1,4 @@
-"""Text of a Hugging Face folder: greedy, what a reader of the report sees of a model; sampled, to train others on."""
+"""Text that a Hugging Face folder writes: greedy, for the report's readers; sampled, to train other models on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nemo_minitron.families.tokenizer import check_ids, open_tokenizer
 def generate(
     folder: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 48, precision: str = "bf16"
 ) -> list[str]:
-    """The continuation of each prompt (without the prompt), greedy, so the same on every run.
+    """The greedy continuation of each prompt, without the prompt; the same on every run.
 
-    One prompt at a time: a batch would need padding. Sampling settings of the folder's generation config
-    are left aside. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
+    Prompts run one at a time, since a batch would need padding. The sampling settings of the folder's generation config
+    are ignored. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
     """
     tokenizer = _tokenizer(folder)
     encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
@@ -36,8 +36,8 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
-    """A prompt's text and the text that a model put behind it, perhaps none."""
+class Completion:
+    """A prompt's text and the text that a model wrote after it, which may be empty."""
 
     prompt: str
     continuation: str
@@ -47,13 +47,13 @@ def sample(
     folder: str | Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0,
     top_p: float = 1.0, seed: int = 0, batch_size: int = 8, precision: str = "bf16",
     skip: Callable[[int], bool] = lambda first: False,
-) -> Iterator[tuple[int, list[Written]]]:  # fmt: skip
-    """Of each batch, in order, its first prompt's place in `prompts` and what was written after each of its prompts.
+) -> Iterator[tuple[int, list[Completion]]]:  # fmt: skip
+    """Yields for each batch, in order, its first prompt's place in `prompts` and the completions of its prompts.
 
-    `prompts`: token ids. A batch is up to `batch_size` neighbours of one length, so that nothing is padded. Tokens
+    `prompts`: token ids. A batch has up to `batch_size` neighbours of one length, so that nothing is padded. Tokens
     are drawn at `temperature` from the likeliest ones that together have probability `top_p`, until the model ends
-    the text; the folder's own sampling settings are left aside. Each batch has a generator of its own, seeded by
-    `seed` and its place: those that `skip(first)` leaves out change nothing in the others. Raises InputError for a
+    the text; the folder's own sampling settings are ignored. Each batch has its own generator, seeded by `seed` and the
+    batch's place, so a batch that `skip(first)` leaves out changes nothing in the others. Raises InputError for a
     folder without model or tokenizer, and for a prompt without a token.
     """
     tokenizer = _tokenizer(folder)
@@ -78,7 +78,7 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[int,
             first += len(rows)
 
 
-def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]) -> list[Written]:
+def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]) -> list[Completion]:
     import torch
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
@@ -87,7 +87,7 @@ def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
         drawn = model.generate(ids, attention_mask=torch.ones_like(ids))
     length = ids.shape[-1]
-    return [Written(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
+    return [Completion(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
 
 
 def _tokenizer(folder: str | Path) -> Any:
@@ -102,7 +102,7 @@ def _settle(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> None
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    # Set, not handed over: transformers fills what is handed over at its default from the folder's settings.
+    # Set as an attribute: if it were an argument, transformers would fill its defaults from the folder's settings.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=eos, pad_token_id=pad, **how
     )
@@ -118,9 +118,9 @@ def _continue(model: Any, tokenizer: Any, ids: Any) -> str:
 
 
 def _after(tokenizer: Any, output: list[int], length: int) -> str:
-    """Text of the new tokens. Decoded with the prompt where that works: alone they may lose a first space."""
-    whole, prompt, new = (_decoded(tokenizer, part) for part in (output, output[:length], output[length:]))
-    return whole[len(prompt) :] if whole.startswith(prompt) else new
+    """The text of the new tokens. They are decoded with the prompt if possible: alone they may lose a first space."""
+    full_text, prompt, new = (_decoded(tokenizer, part) for part in (output, output[:length], output[length:]))
+    return full_text[len(prompt) :] if full_text.startswith(prompt) else new
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""How long a shape takes on this machine: a forward pass of transformers' model of it, with random weights."""
+"""Measures the forward pass of a shape on this machine, with transformers' model and random weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def forward_seconds(
 ) -> float:
     """Seconds of one forward pass over `batch` sequences of `context` tokens (prefill), the median of `repeat`.
 
-    `config` is a Hugging Face config; on the GPU where there is one, in `precision`, one pass before to warm up.
-    It is transformers' time, not a serving engine's: good to compare shapes. Raises InputError for an unknown
-    precision.
+    `config` is a Hugging Face config. The model runs in `precision`, on the GPU if there is one, after one pass to warm
+    up. It is transformers' time, not that of a serving engine, so use it to compare shapes. Raises InputError for an
+    unknown precision.
     """
     dtype = dtype_name(precision)
     import torch
@@ -32,19 +32,19 @@ def forward_seconds(
         )
         tokens = torch.zeros((batch, context), dtype=torch.long)
     model = model.to(getattr(torch, dtype)).eval()
-    took = []
+    times = []
     for _ in range(repeat + 1):
         _wait(device)
         start = time.perf_counter()
         with torch.inference_mode():
             model(tokens, use_cache=False)
         _wait(device)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[1:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def _wait(device: Any) -> None:
-    """The GPU works on while Python goes ahead."""
+    """Waits for the GPU, which works asynchronously."""
     if device.type == "cuda":
         import torch
 

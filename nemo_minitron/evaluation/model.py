@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a live transformers model: offline, safetensors only, no remote code."""
+"""Loads a Hugging Face folder as a transformers model: offline, from safetensors only, without remote code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
-    """The model of `folder` in eval mode, on the GPU where there is one.
+    """The model of `folder` in eval mode, on the GPU if there is one.
 
-    Raises InputError for an unknown precision, a folder that is no model, and a weight that is missing:
-    transformers would fill it with random numbers and only warn.
+    Raises InputError for an unknown precision, a folder that is no model, and a missing weight, which transformers
+    would fill with random numbers after a mere warning.
     """
     dtype = dtype_name(precision)
-    from_hf(folder)  # refuses, in one sentence, what is no folder of a supported family
+    from_hf(folder)  # refuses, in one sentence, a folder that is not of a supported family
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ def load(folder: str | Path, precision: str = "bf16") -> PreTrainedModel:
 def config_object(folder: str | Path) -> PretrainedConfig:
     """transformers' config of a folder, whichever version of transformers wrote its config.json.
 
-    transformers 4 ignores the keys of transformers 5, so that `from_pretrained` alone would rotate with another base.
+    transformers 4 ignores the keys of transformers 5, so `from_pretrained` alone would use the wrong rotary base.
     """
     from transformers import CONFIG_MAPPING
 
@@ -59,14 +59,14 @@ def config_object(folder: str | Path) -> PretrainedConfig:
 
 
 def dtype_name(precision: str) -> str:
-    """torch's name of a precision. Raises InputError for an unknown one."""
+    """torch's name of a precision. Raises InputError for an unknown precision."""
     if precision not in DTYPES:
         raise InputError(f"precision '{precision}' is unknown here; {nearest(precision, DTYPES)}")
     return DTYPES[precision]
 
 
 def _dtype(dtype: Any) -> dict[str, Any]:
-    """transformers renamed the argument in 4.56 and warns about the old name from then on."""
+    """The dtype as a keyword argument; transformers renamed it in 4.56 and has warned about the old name since."""
     import transformers
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])

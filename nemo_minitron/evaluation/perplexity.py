@@ -21,16 +21,16 @@ from nemo_minitron.families import from_hf
 if TYPE_CHECKING:
     import torch
 
-POSITIONS = 512  # logits that are held in fp32 at once: at V = 128k they and their softmax take 0.5 GB
-LARGEST_LOSS = 700.0  # exp of more is no float, and JSON has no infinity
+POSITIONS = 512  # positions whose logits are in fp32 at once; at V = 128k they and their softmax take 0.5 GB
+LARGEST_LOSS = 700.0  # exp of a larger loss overflows a float, and JSON has no infinity
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
     """One row of `numbers.json`.
 
-    `tokens`: predicted positions; `loss`: nats per predicted token; `bits_per_byte`: None where the bytes of
-    the tokens are not known; `seconds`: of the forward passes, without loading the model.
+    `tokens`: predicted positions; `loss`: nats per predicted token; `bits_per_byte`: None if the bytes of the tokens
+    are not known; `seconds`: of the forward passes, without the time to load the model.
     """
 
     corpus: str
@@ -44,7 +44,8 @@ class Numbers:
 
     @classmethod
     def from_totals(cls, nats: float, tokens: int, text_bytes: int | None = None, **rest: Any) -> Numbers:
-        """From sums over all predicted positions; `rest`: the fields that do not follow from them."""
+        """Makes the numbers from sums over all predicted positions; `rest`: the fields that do not follow from the
+        sums."""
         loss = nats / tokens
         bits = nats / math.log(2) / text_bytes if text_bytes else None
         perplexity = math.exp(min(loss, LARGEST_LOSS))
@@ -70,12 +71,11 @@ def evaluate(
     """Mean cross entropy of each next token over positions 1 to S-1 of each window.
 
     `windows`: whole numbers [N, S], packed tokens without padding. `token_bytes`: whole numbers [V], UTF-8
-    bytes of each token. `precision`: bf16 or fp32, of the forward pass; the loss is fp32 from the logits and
-    is summed in float64. `progress(windows done, N)` is called after each batch. The batch size changes the
-    result by rounding only: nothing is padded.
+    bytes of each token. `precision`: bf16 or fp32, of the forward pass; the loss is computed in fp32 from the
+    logits and is summed in float64. `progress(windows done, N)` is called after each batch. The batch size changes the
+    result only by rounding, because nothing is padded.
 
-    Raises InputError for windows that do not fit the model, a model that cannot be loaded, and logits that
-    are not finite.
+    Raises InputError if the windows do not fit the model, the model cannot be loaded, or its logits are not finite.
     """
     architecture = from_hf(folder)
     windows = check_windows(windows, architecture.vocab_size)
@@ -101,7 +101,7 @@ def _measured(
 
 
 def _total_nats(model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None) -> float:
-    """Exactly rounded sum over windows, so that it does not depend on how they are batched."""
+    """The exactly rounded sum over windows, so that it does not depend on the batches."""
     nats: list[float] = []
     for first in range(0, len(windows), batch_size):
         nats += _batch_nats(model, windows[first : first + batch_size])
@@ -121,7 +121,8 @@ def _batch_nats(model: Any, windows_BS: np.ndarray) -> list[float]:
 
 
 def _row_nats(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
-    """Position i predicts token i + 1. By chunks, so that no fp32 copy of all logits exists."""
+    """The summed cross entropy of a row, where position i predicts token i + 1; in chunks, to avoid an fp32 copy of all
+    logits."""
     from torch.nn.functional import cross_entropy
 
     total = 0.0
@@ -134,7 +135,7 @@ def _row_nats(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
 
 
 def check_windows(windows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """`windows` as int64 [N, S]. Raises InputError where they are none, or do not fit the vocabulary."""
+    """`windows` as int64 [N, S]. Raises InputError if they have another form, or do not fit the vocabulary."""
     windows = np.ascontiguousarray(windows)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2 or windows.dtype.kind not in "iu":
         raise InputError(
@@ -152,7 +153,7 @@ def check_windows(windows: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def predicted_bytes(windows: np.ndarray, token_bytes: np.ndarray) -> int:
-    """UTF-8 bytes of the tokens that are predicted: all but the first of each window."""
+    """The UTF-8 bytes of the predicted tokens, which are all but the first of each window."""
     token_bytes = np.asarray(token_bytes)
     if token_bytes.ndim != 1 or len(token_bytes) <= windows.max():
         raise InputError(

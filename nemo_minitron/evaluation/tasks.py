@@ -1,4 +1,5 @@
-"""Benchmarks by lm-eval, an optional package: tasks by name, by the path of a task's YAML file, or the papers' sets."""
+"""Runs benchmarks with lm-eval, an optional package: tasks by name, by the path of their YAML file, or the papers'
+sets."""
 
 from __future__ import annotations
 
@@ -28,17 +29,17 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> number, as lm-eval names them; `limit`: documents of each task.
 
-    `tasks` may also be `base`, `instruct` or a benchmark's name (`evaluation.benchmarks`), with its shots; of a set,
-    what lm-eval does not have is left out. Raises InputError where lm-eval is not installed, the folder is no model,
-    a name is unknown, or programs of the model would be run without leave.
+    `tasks` may also be `base`, `instruct` or a benchmark's name (`evaluation.benchmarks`), with its shots; benchmarks
+    of a set that lm-eval lacks are left out. Raises InputError if lm-eval is not installed, the folder is no model, a
+    name is unknown, or programs that the model writes would run without permission.
     """
     from_hf(folder)
     lm_eval, manager, by_shots = _find(tasks)
     from lm_eval.models.huggingface import HFLM
 
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     with _ids_within(folder) as tokenizer:
-        # not by its path: lm-eval would read the folder's config as transformers alone does
+        # not given by its path: lm-eval would read the folder's config as transformers alone does
         model = HFLM(pretrained=load(folder, precision), tokenizer=tokenizer, batch_size=batch_size)
         for shots, names in by_shots.items():
             results = lm_eval.simple_evaluate(
@@ -50,14 +51,14 @@ def run_tasks(
                 **({"confirm_run_unsafe_code": True} if _may_run_programs() else {}),
             )["results"]
             for task, row in results.items():
-                found[task] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-    return found
+                metrics[task] = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    return metrics
 
 
 @contextlib.contextmanager
 def _ids_within(folder: str | Path) -> Iterator[Any]:
-    """The tokenizer; a failure inside is said to be its own where it has tokens that the model has no row for, since
-    lm-eval hands them on unchecked."""
+    """Yields the tokenizer. If the block fails and the tokenizer has tokens that the model has no row for, the error
+    says so: lm-eval does not check them."""
     tokenizer, rows = open_tokenizer(folder), from_hf(folder).vocab_size
     try:
         yield tokenizer
@@ -67,18 +68,18 @@ def _ids_within(folder: str | Path) -> Iterator[Any]:
             raise
         raise InputError(
             f"the model '{folder}' failed on lm-eval's texts ({first_line(error)}): its tokenizer has tokens up to "
-            f"{largest} and it has rows for 0 to {rows - 1}; resize its embedding, or mend the tokenizer"
+            f"{largest}, but the model has rows for 0 to {rows - 1}; resize its embedding, or mend the tokenizer"
         ) from error
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises InputError, before any model is loaded, where lm-eval is missing or does not know a task."""
+    """Raises InputError, before any model is loaded, if lm-eval is missing or does not know a task."""
     if tasks:
         _find(tasks)
 
 
 def _find(tasks: Sequence[str]) -> tuple[Any, Any, dict[int | None, list[str]]]:
-    """lm-eval, its task manager and the tasks' names by their shots (None: each task's own)."""
+    """lm-eval, its task manager, and shots -> names of tasks (None: each task's own shots)."""
     by_shots = with_shots(tasks)
     try:
         import lm_eval
@@ -94,19 +95,19 @@ def _find(tasks: Sequence[str]) -> tuple[Any, Any, dict[int | None, list[str]]]:
 
 
 def with_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
-    """Shots -> lm-eval's names. Raises InputError for a benchmark that lm-eval lacks, or that needs leave."""
-    found: dict[int | None, list[str]] = {}
+    """Shots -> lm-eval's names. Raises InputError for a benchmark that lm-eval lacks, or that needs permission."""
+    by_shots: dict[int | None, list[str]] = {}
     for task in tasks:
         if task not in SETS and task not in BENCHMARKS:
-            found.setdefault(None, []).append(task_name(task))
+            by_shots.setdefault(None, []).append(task_name(task))
             continue
         for benchmark in benchmarks([task]):
             if not benchmark.task and task not in SETS:
                 raise InputError(f"{task} is not run by lm-eval; {benchmark.note}")
             if benchmark.note == CODE and not _may_run_programs():
                 raise InputError(f"{benchmark.name} {CODE}; or name the other benchmarks one by one")
-            found.setdefault(benchmark.shots, []).extend([benchmark.task] * bool(benchmark.task))
-    return {shots: names for shots, names in found.items() if names}
+            by_shots.setdefault(benchmark.shots, []).extend([benchmark.task] * bool(benchmark.task))
+    return {shots: names for shots, names in by_shots.items() if names}
 
 
 def _may_run_programs() -> bool:
@@ -114,12 +115,13 @@ def _may_run_programs() -> bool:
 
 
 def task_name(task: str) -> str:
-    """A name as it is; of a YAML file its `task:` line. Not parsed: such files hold tags of lm-eval's own."""
+    """The name of a task, for a YAML file from its `task:` line. The file is not parsed, since it may hold lm-eval's
+    own tags."""
     if not task.endswith(YAML):
         return task
     if not Path(task).is_file():
         raise InputError(f"the task file '{task}' does not exist")
-    found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", Path(task).read_text(), re.MULTILINE)
-    if not found:
+    match = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", Path(task).read_text(), re.MULTILINE)
+    if not match:
         raise InputError(f"the task file '{task}' has no line 'task: NAME'")
-    return found[1]
+    return match[1]

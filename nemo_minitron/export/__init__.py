@@ -1,4 +1,4 @@
-"""Student -> what surrounds its weights: a complete Hugging Face folder, its model card, the run's report.
+"""Writes what surrounds a student's weights: a complete Hugging Face folder, its model card, the report of the run.
 
 Nothing here needs torch; matplotlib, jinja2 and huggingface_hub are imported where they are used.
 """

@@ -12,13 +12,17 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.errors import InputError, visible
-from nemo_minitron.export import words
+from nemo_minitron.export import formatting
 
-NOTHING = ("", "~", "null", "Null", "NULL")  # as YAML writes it
-LARGEST_FRONT = 1 << 20  # characters of a card that are read
-MARKS = {mark: f"\\{mark}" for mark in "\\`[]|"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # Markdown's, and HTML's
+NOTHING = ("", "~", "null", "Null", "NULL")  # spellings of nothing in YAML
+LARGEST_FRONT = 1 << 20  # most characters of a card that are read
+MARKS = {mark: f"\\{mark}" for mark in "\\`[]|"} | {
+    "<": "&lt;",
+    ">": "&gt;",
+    "&": "&amp;",
+}  # characters with a meaning in Markdown or HTML
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-LINK = re.compile(r"(https://)?[\w./~%+-]+", re.ASCII)  # to a licence, or its file beside the card
+LINK = re.compile(r"(https://)?[\w./~%+-]+", re.ASCII)  # a link to a licence, or to its file beside the card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 DATA_KEYS = ("name", "license", "use")
 DISTILLATION_KEYS = ("loss", "tokens", "steps", "precision", "learning_rate")
@@ -27,15 +31,15 @@ NUMBER_KEYS = ("stage", "corpus", "tokens", "parameters", "loss", "perplexity", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says; plain values beside the two Architectures.
+    """The content of a card: two Architectures and plain values.
 
-    `base_model`: hub id or name; `base_folder`: where its own card may lie, whose licence goes before
+    `base_model`: hub id or name; `base_folder`: its folder, whose card's licence takes precedence over
     `license` (an identifier such as apache-2.0). `samples`, `tokens`: of the calibration. `data`: rows of
     {"name", "license", "use"}; `distillation`: {"loss", "tokens", "steps", "precision", "learning_rate"} or
-    None; `numbers`: rows of numbers.json; `command`: what made the model; `versions`: package -> version;
-    `limits`: sentences of the caller's own; `in_place`: what the student got in place of the plan's slices.
+    None; `numbers`: rows of numbers.json; `command`: the command that made the model; `versions`: package -> version;
+    `limits`: more sentences about limits; `in_place`: what the student got in place of the plan's slices.
 
-    Raises InputError for a row that lacks one of these.
+    Raises InputError if a row lacks one of these keys.
     """
 
     name: str
@@ -91,26 +95,26 @@ def card_text(facts: CardFacts) -> str:
         **license_of(facts),
     }
     front = ModelCardData(**fields)
-    card = ModelCard.from_template(front, template_str=TEMPLATE.read_text(encoding="utf-8"), **_words(facts))
+    card = ModelCard.from_template(front, template_str=TEMPLATE.read_text(encoding="utf-8"), **_template_values(facts))
     return str(card).rstrip() + "\n"
 
 
 def license_of(facts: CardFacts) -> dict[str, str]:
-    """`license` of the base's card (with name and link if it has them), else the caller's; may be empty."""
+    """`license` of the base's card (with name and link if it has them), else of `facts`; may be empty."""
     fields = ("license", "license_name", "license_link")
     front = _front_matter(Path(facts.base_folder) / "README.md") if facts.base_folder else {}
-    said = {name: front[name] for name in fields if isinstance(front.get(name), str) and front[name] not in NOTHING}
-    if not LINK.fullmatch(said.get("license_link", "https://x")):
-        del said["license_link"]
-    if "license" in said:
-        return {name: visible(_line(value)) for name, value in said.items()}
+    stated = {name: front[name] for name in fields if isinstance(front.get(name), str) and front[name] not in NOTHING}
+    if not LINK.fullmatch(stated.get("license_link", "https://x")):
+        del stated["license_link"]
+    if "license" in stated:
+        return {name: visible(_line(value)) for name, value in stated.items()}
     return {"license": visible(_line(facts.license))} if facts.license else {}
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """Empty for a card that is missing or has none: a base's faulty card must not stop an export.
+    """The YAML front matter of a card; empty if it is missing or damaged: a faulty card must not stop an export.
 
-    Every value stays the text that it is: a date that is none, or an octal number, is nobody's concern here.
+    Every value stays a text, so that an odd date or number in it does no harm.
     """
     import yaml
 
@@ -125,8 +129,8 @@ def _front_matter(card: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _words(facts: CardFacts) -> dict[str, Any]:
-    """Everything the template prints, as words that cannot break a Markdown table."""
+def _template_values(facts: CardFacts) -> dict[str, Any]:
+    """The values that the template prints, as texts that cannot break a Markdown table."""
     parameters = facts.source.parameters(), facts.target.parameters()
     smallest = min((row["tokens"] for row in facts.numbers), default=0)
     return {
@@ -135,19 +139,19 @@ def _words(facts: CardFacts) -> dict[str, Any]:
         "on_hub": HUB_ID.fullmatch(facts.base_model) is not None,
         "loaded": json.dumps(visible(_line(facts.name)), ensure_ascii=False).replace("<", "\\u003c"),
         "licence": _cell(license_of(facts).get("license", "not stated")),
-        "before": words.short_count(parameters[0]),
-        "after": words.short_count(parameters[1]),
-        "after_exact": words.count(parameters[1]),
-        "change": words.change(*parameters) or "±0 %",
-        "sizes": words.size_rows(facts.source, facts.target),
+        "before": formatting.short_count(parameters[0]),
+        "after": formatting.short_count(parameters[1]),
+        "after_exact": formatting.count(parameters[1]),
+        "change": formatting.change(*parameters) or "±0 %",
+        "sizes": formatting.size_rows(facts.source, facts.target),
         "criterion": _cell(facts.criterion),
-        "samples": words.count(facts.samples),
-        "calibration_tokens": words.count(facts.tokens),
+        "samples": formatting.count(facts.samples),
+        "calibration_tokens": formatting.count(facts.tokens),
         "plan_digest": _cell(facts.plan_digest),
         "data": [[_cell(row[key]) for key in DATA_KEYS] for row in facts.data],
         "distillation": _distillation(facts.distillation),
         "numbers": number_rows(facts.numbers),
-        "evaluated": words.count(smallest) if smallest else "",
+        "evaluated": formatting.count(smallest) if smallest else "",
         "command": _command(facts.command),
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", facts.command)), default=0)),
         "versions": [(_cell(k), _cell(v)) for k, v in sorted(facts.versions.items())],
@@ -157,39 +161,39 @@ def _words(facts: CardFacts) -> dict[str, Any]:
 
 
 def _command(command: str) -> str:
-    """Lines as they are, without characters that a terminal would act on once they are copied there."""
+    """The lines of the command, without characters that a terminal would act on after a copy."""
     return "\n".join(map(visible, command.strip().split("\n")))
 
 
 def _distillation(values: Mapping[str, Any] | None) -> dict[str, str] | None:
     if values is None:
         return None
-    counted = {key: words.count(values[key]) for key in ("tokens", "steps")}
+    counted = {key: formatting.count(values[key]) for key in ("tokens", "steps")}
     return {key: counted.get(key, _cell(values[key])) for key in DISTILLATION_KEYS}
 
 
 def number_rows(numbers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of numbers.json, by corpus and then teacher first, as words."""
-    ordered = sorted(numbers, key=lambda row: (row["corpus"], words.stage_order(row["stage"])))
+    """The rows of numbers.json as texts, by corpus and then teacher first."""
+    ordered = sorted(numbers, key=lambda row: (row["corpus"], formatting.stage_order(row["stage"])))
     return [
         [
-            _cell(words.STAGES.get(row["stage"], row["stage"])),
+            _cell(formatting.STAGES.get(row["stage"], row["stage"])),
             _cell(row["corpus"]),
-            words.count(row["parameters"]),
-            words.number(row["loss"]),
-            words.number(row["perplexity"], 2),
-            words.number(row["bits_per_byte"]),
-            words.count(row["tokens"]),
+            formatting.count(row["parameters"]),
+            formatting.number(row["loss"]),
+            formatting.number(row["perplexity"], 2),
+            formatting.number(row["bits_per_byte"]),
+            formatting.count(row["tokens"]),
         ]
         for row in ordered
     ]
 
 
 def _line(value: Any) -> str:
-    """One line: a line of dashes inside a value would end the front matter."""
+    """The value on one line: a line of dashes inside a value would end the front matter."""
     return " ".join(str(value).split())
 
 
 def _cell(value: Any) -> str:
-    """One line of text in Markdown: no link, image, tag, code or column comes of what it holds."""
+    """The value as one line of plain Markdown text: it cannot become a link, image, tag, code or column."""
     return "".join(MARKS.get(character, character) for character in visible(_line(value)))

@@ -1,4 +1,4 @@
-"""A teacher and its student as a pair for speculative decoding: what vLLM and TensorRT-LLM are started with."""
+"""Speculative decoding with a teacher and its student: writes the configurations for vLLM and TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ VLLM, TENSORRT_LLM = "vllm.json", "tensorrt_llm.yaml"
 def write_draft(folder: str | Path, target: str | Path, draft: str | Path, tokens: int) -> list[str]:
     """Writes `vllm.json` (its speculative config) and `tensorrt_llm.yaml`; returns the command that takes each.
 
-    `target`, `draft`: Hugging Face folders of one vocabulary; `tokens` are drafted at a time. Raises InputError.
+    `target`, `draft`: Hugging Face folders with one vocabulary; `tokens`: the number drafted at a time. Raises
+    InputError if the vocabularies differ, or `tokens` is below 1.
     """
     if tokens < 1:
         raise InputError(f"{tokens} tokens are drafted at a time; the nearest legal number is 1")
@@ -25,11 +26,11 @@ def write_draft(folder: str | Path, target: str | Path, draft: str | Path, token
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / VLLM, {"method": "draft_model", "model": drafting, "num_speculative_tokens": tokens})
     lines = (
-        "disable_overlap_scheduler: true",  # TensorRT-LLM drafts in a model of its own only so
+        "disable_overlap_scheduler: true",  # TensorRT-LLM needs this for a separate draft model
         "speculative_config:",
         "  decoding_type: DraftTarget",
         f"  max_draft_len: {tokens}",
-        f"  speculative_model_dir: {json.dumps(drafting)}",  # a string of JSON is one of YAML
+        f"  speculative_model_dir: {json.dumps(drafting)}",  # a JSON string is also a YAML string
     )
     with atomic_file(out / TENSORRT_LLM) as file:
         file.write_text("\n".join(lines) + "\n")

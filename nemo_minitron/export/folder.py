@@ -1,4 +1,4 @@
-"""A student's folder: is it complete, and does it carry the base's tokenizer?"""
+"""Completes a student's folder: checks its weights and copies the base's tokenizer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
 from nemo_minitron.families.side_files import SETTINGS, TOKENIZER, copy_side_file, side_files
+from nemo_minitron.sources.headers import read_header
 
 INDEX = grouped({"weight_map": mapped(text())})
 TIED = "lm_head.weight"  # some folders store a tied head too
 
 
 def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
-    """Copies what the base has and the student lacks (tokenizer, generation config); names of all its files.
+    """Copies the files that the student lacks (tokenizer, generation config) from the base; returns the names of all
+    files.
 
-    Raises InputError, naming the file or the tensor, where weights are missing or have another shape than
-    config.json says, and where a tokenizer file differs from the base's although the vocabulary is the same.
+    Raises InputError, which names the file or the tensor, if weights are missing or have another shape than config.json
+    says, or if a tokenizer file differs from the base's although the vocabulary is the same.
     """
     folder, base = Path(folder), Path(base_folder)
     architecture = from_hf(folder)
@@ -34,43 +36,47 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _take_tokenizer_file(own: Path, base: Path, same_vocabulary: bool) -> None:
-    if not own.exists():
+def _take_tokenizer_file(student_file: Path, base: Path, same_vocabulary: bool) -> None:
+    if not student_file.exists():
         if not same_vocabulary:
-            raise InputError(f"the student has another vocabulary than its base and no '{own.name}' of its own")
-        copy_side_file(base, own)
-    elif same_vocabulary and own.read_bytes() not in (base.read_bytes(), _as_copied(base)):
+            raise InputError(
+                f"the student has another vocabulary than its base, but no '{student_file.name}' of its own"
+            )
+        copy_side_file(base, student_file)
+    elif same_vocabulary and student_file.read_bytes() not in (base.read_bytes(), _as_copied(base)):
         raise InputError(
-            f"the student's '{own.name}' is not the base's although the vocabulary is; copy it from '{base.parent}'"
+            f"the student's '{student_file.name}' differs from the base's, but the vocabulary does not; copy it from "
+            f"'{base.parent}'"
         )
 
 
 def _as_copied(file: Path) -> bytes:
+    """The bytes of a copy of the file, which may differ: `copy_side_file` removes references to code."""
     with apart() as scratch:
         copy_side_file(file, scratch / file.name)
         return (scratch / file.name).read_bytes()
 
 
 def _check_weights(folder: Path, architecture: Architecture) -> None:
-    """Every tensor that the config speaks of is there, in its shape, and no other."""
-    found = stored_shapes(folder)
+    """Raises InputError unless the folder has exactly the tensors that its config needs, in their shapes."""
+    stored = stored_shapes(folder)
     shapes = architecture.shapes()
     expected = {}
     for name, parts in family_of(read_config(folder)).hf_tensors(architecture).items():
         first, rest = shapes[parts[0]][0], shapes[parts[0]][1:]
         expected[name] = (first + sum(shapes[part][0] for part in parts[1:]), *rest)
     for name, shape in expected.items():
-        if name not in found:
+        if name not in stored:
             raise InputError(f"the student '{folder}' lacks the tensor '{name}'")
-        if found[name] != shape:
-            raise InputError(f"the student's '{name}' is {found[name]}; its config.json says {shape}")
-    extra = found.keys() - expected.keys() - ({TIED} if architecture.tied_embeddings else set())
+        if stored[name] != shape:
+            raise InputError(f"the student's '{name}' is {stored[name]}; its config.json says {shape}")
+    extra = stored.keys() - expected.keys() - ({TIED} if architecture.tied_embeddings else set())
     if extra:
-        raise InputError(f"the student '{folder}' has a tensor that its config.json does not speak of: '{min(extra)}'")
+        raise InputError(f"the student '{folder}' has a tensor that its config.json does not mention: '{min(extra)}'")
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor -> shape of a folder's safetensors, from the files' headers alone."""
+    """Tensor -> shape, from the headers of a folder's safetensors files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"the student '{folder}' has no safetensors file")
@@ -81,14 +87,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         if missing:
             raise InputError(f"the student '{folder}' lacks the shard '{min(missing)}'")
         files = [file for file in files if file.name in named]
-    return {name: shape for file in files for name, shape in _header(file).items()}
+    return {name: shape for file in files for name, shape in _shapes_in(file).items()}
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"'{file}' is no whole safetensors file ({error})") from None
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in read_header(file).items()}

@@ -1,4 +1,4 @@
-"""How the figures of importance are drawn; what they show is in `importance_figures.py`.
+"""Draws the figures of importance; `importance_figures.py` decides what they show.
 
 Shapes: L layers, H hidden channels, N heads, C columns of the heat map.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOOR = 1e-3  # of a layer's largest score: what is below has the palest colour
+FLOOR = 1e-3  # relative to a layer's largest score; anything below has the palest colour
 
 
 def layers(figure: Figure, *, score_L: np.ndarray, kept_L: np.ndarray, planned: bool) -> None:
-    """Stems; logarithmic, since the first layer's influence is many times that of the others."""
+    """Draws stems, on a logarithmic axis, since the first layer's influence is many times that of the others."""
     axes = figure.subplots()
     index_L = np.arange(len(score_L))
     positive = bool((score_L > 0).all())
@@ -48,7 +48,8 @@ def layers(figure: Figure, *, score_L: np.ndarray, kept_L: np.ndarray, planned: 
 
 
 def depth(figure: Figure, *, panels: dict[str, dict[Block, float]], dropped: Block | None) -> None:
-    """`panels`: label of the y axis -> values of the blocks; `dropped`: the plan's own, where it is one block."""
+    """Draws one panel a criterion. `panels`: label of the y axis -> values of the blocks; `dropped`: the plan's block,
+    or None."""
     every = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
     for axes, (label, values) in zip(every, panels.items(), strict=True):
         _scan(axes, values)
@@ -57,7 +58,7 @@ def depth(figure: Figure, *, panels: dict[str, dict[Block, float]], dropped: Blo
         low, high = min(values.values()), max(values.values())
         if low > 0 and high > 2 * low and label != "accuracy":
             log_axis(axes, "y", low / 1.08, high * 1.1)
-            if high < 20 * low:  # a loss: one decade, where 2 and 5 alone say little
+            if high < 20 * low:  # a loss spans about one decade, where ticks at 2 and 5 alone are too few
                 decade = 10.0 ** np.floor(np.log10(low))
                 axes.set_yticks(
                     [t for t in np.outer((decade, 10 * decade), (1, 2, 3, 4, 6, 8)).flat if low <= t <= high]
@@ -70,7 +71,7 @@ def depth(figure: Figure, *, panels: dict[str, dict[Block, float]], dropped: Blo
 
 
 def _scan(axes: Axes, values: dict[Block, float]) -> None:
-    """A line for each size of block, the darker the more layers go."""
+    """Draws a line for each size of block; a darker line means more dropped layers."""
     from matplotlib import colormaps
 
     sizes = sorted({size_of(block) for block in values} - {size_of(NOTHING)})
@@ -91,7 +92,7 @@ def neurons(
     counts: dict[int, int],
     share: dict[int, float],
 ) -> None:
-    """Heat map with the line between kept and cut; beside it the part of each layer's score that stays."""
+    """Draws a heat map with the line between kept and cut, and beside it the share of each layer's score that stays."""
     panels = figure.subplots(1, 2 if counts else 1, width_ratios=(5, 1) if counts else None, squeeze=False)[0]
     main = panels[0]
     image = _heat_map(main, edges, mean_LC)
@@ -104,11 +105,11 @@ def neurons(
 
 
 def hidden(figure: Figure, *, score_H: np.ndarray, kept_H: np.ndarray, planned: bool) -> None:
-    """Bars in the order given; two outlines, so that thousands of channels stay a small SVG."""
+    """Draws bars in the given order, as two outlines, so that the SVG stays small with thousands of channels."""
     axes = figure.subplots()
     positive = score_H[score_H > 0]
     base = positive.min() / 1.3 if len(positive) else 0
-    many = len(score_H) > 1000  # as an outline each channel costs 100 bytes
+    many = len(score_H) > 1000  # an outline costs 100 bytes a channel
     for mask, colour, label in ((kept_H, KEPT, "kept"), (~kept_H, CUT, "cut")):
         if mask.any():
             heights = np.where(mask, np.maximum(score_H, base), base)
@@ -124,7 +125,7 @@ def hidden(figure: Figure, *, score_H: np.ndarray, kept_H: np.ndarray, planned: 
 
 
 def grid(figure: Figure, *, score_LN: np.ndarray, kept_LN: np.ndarray, one: str) -> None:
-    """Heat map of few columns, each cut cell crossed out."""
+    """Draws a heat map of few columns, with each cut cell crossed out."""
     axes = figure.subplots()
     image = _heat_map(axes, np.arange(score_LN.shape[1] + 1) - 0.5, score_LN)
     whole_L = ~kept_LN.any(axis=1)
@@ -137,7 +138,8 @@ def grid(figure: Figure, *, score_LN: np.ndarray, kept_LN: np.ndarray, one: str)
 
 
 def _heat_map(axes: Axes, edges: np.ndarray, score_LC: np.ndarray) -> Any:
-    """Each row against its largest, logarithmic, layer 0 on top; rasterised, so that an SVG stays small."""
+    """Draws each row relative to its largest value, on a logarithmic scale, layer 0 on top; rasterised, to keep the SVG
+    small."""
     from matplotlib.colors import LogNorm
 
     relative_LC = score_LC / np.maximum(score_LC.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -158,7 +160,7 @@ def _colour_bar(figure: Figure, image: Any, axes: Axes, **place: Any) -> None:
 
 
 def _thresholds(axes: Axes, counts: dict[int, int]) -> None:
-    """A line in each kept layer between what stays and what goes."""
+    """Draws a line in each kept layer between the kept and the cut neurons."""
     layers = sorted(counts)
     ends = [layer - 0.5 for layer in layers], [layer + 0.5 for layer in layers]
     axes.vlines([counts[layer] for layer in layers], *ends, color=CUT, linewidth=2)
@@ -166,7 +168,7 @@ def _thresholds(axes: Axes, counts: dict[int, int]) -> None:
 
 
 def _veil(axes: Axes, layers: list[int]) -> None:
-    """Layers that go as a whole."""
+    """Covers the layers that are dropped entirely."""
     middle = sum(axes.get_xlim()) / 2
     for layer in layers:
         axes.axhspan(layer - 0.5, layer + 0.5, color="white", alpha=0.8, linewidth=0)

@@ -1,6 +1,6 @@
-"""Figures of what matters: layers, neurons of each layer, hidden channels, heads; kept and cut marked.
+"""Figures of importance: layers, neurons of each layer, hidden channels, heads; kept and cut units are marked.
 
-Each function gives a Plot, or a sentence that says why there is none.
+Each function returns a Plot, or a sentence that says why there is none.
 Shapes: L layers, F neurons of a layer, H hidden channels, N heads, C columns of the heat map.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 from nemo_minitron.artifacts.blocks import size_of
 from nemo_minitron.export import importance_drawing as drawing
 from nemo_minitron.export.plot import Plot
-from nemo_minitron.export.run import Run
+from nemo_minitron.export.run import RunFiles
 
-DEPTH = {"loss": "loss (nats)", "perplexity": "perplexity", "accuracy": "accuracy"}  # criteria that are drawn
-COLUMNS = 256  # of the heat map
+DEPTH = {"loss": "loss (nats)", "perplexity": "perplexity", "accuracy": "accuracy"}  # criterion that is drawn -> label
+COLUMNS = 256  # most columns of the heat map
 Kept = dict[int, list[int]]  # source layer -> kept indices
 
 
-def layers(run: Run) -> Plot | str:
+def layers(run: RunFiles) -> Plot | str:
     """Block influence of each layer."""
     if run.scores is None or "layers" not in run.scores:
         return "The run has no scores of layers (block influence)."
@@ -29,30 +29,31 @@ def layers(run: Run) -> Plot | str:
     caption = "How much a layer turns the residual stream: 1 − cosine of its input and its output."
     if run.plan:
         cut = np.flatnonzero(~kept_L).tolist()
-        caption += f" The plan cuts {words_of(cut)}." if cut else " The plan keeps every layer."
+        caption += f" The plan cuts {describe_layers(cut)}." if cut else " The plan keeps every layer."
     rows = [(i, score_L[i], kept_L[i]) for i in range(len(score_L))]
     draw = partial(drawing.layers, score_L=score_L, kept_L=kept_L, planned=run.plan is not None)
     return Plot("layers", caption, ("layer", "block_influence", "kept"), rows, draw)
 
 
-def depth(run: Run) -> Plot | str:
-    """What is left without each contiguous block of layers: one panel a criterion, one line a size of block."""
-    found = {name: run.scores.depth[name] for name in DEPTH if run.scores and run.scores.depth.get(name)}
-    if not found:
+def depth(run: RunFiles) -> Plot | str:
+    """The model without each contiguous block of layers: one panel for each criterion, one line for each size of
+    block."""
+    scans = {name: run.scores.depth[name] for name in DEPTH if run.scores and run.scores.depth.get(name)}
+    if not scans:
         return "The run has no scan of dropped layers."
-    rows = [(name, *block, size_of(block), value) for name, blocks in found.items() for block, value in blocks.items()]
+    rows = [(name, *block, size_of(block), value) for name, blocks in scans.items() for block, value in blocks.items()]
     caption = "The model without a block of layers, by the first of them; nothing is retrained."
     dropped = None
     if run.plan and run.cuts("layers"):
         cut = sorted(set(range(run.plan.source.num_layers)) - set(run.plan.keep["layers"]))
         dropped = (cut[0], cut[-1]) if len(cut) == cut[-1] - cut[0] + 1 else None
-        caption += f" The plan cuts {words_of(cut)}."
-    draw = partial(drawing.depth, panels={DEPTH[name]: blocks for name, blocks in found.items()}, dropped=dropped)
+        caption += f" The plan cuts {describe_layers(cut)}."
+    draw = partial(drawing.depth, panels={DEPTH[name]: blocks for name, blocks in scans.items()}, dropped=dropped)
     columns = ("criterion", "first", "last", "layers_dropped", "value")
-    return Plot("depth", caption, columns, rows, draw, 0.6 + 2.7 * len(found))
+    return Plot("depth", caption, columns, rows, draw, 0.6 + 2.7 * len(scans))
 
 
-def neurons(run: Run) -> Plot | str:
+def neurons(run: RunFiles) -> Plot | str:
     """Heat map of the FFN neurons of each layer, sorted by score within the layer."""
     score_LF, why_not = _scores(run, "ffn", "FFN width")
     if score_LF is None:
@@ -90,7 +91,7 @@ def _neuron_caption(order_LF: np.ndarray, kept: Kept, share: dict[int, float]) -
     return text + f". They are not this score's best: {100 * inside:.0f} % or more of them lie left of the line."
 
 
-def hidden(run: Run) -> Plot | str:
+def hidden(run: RunFiles) -> Plot | str:
     """Hidden channels, sorted by score."""
     score_H, why_not = _scores(run, "hidden", "hidden size")
     if score_H is None:
@@ -105,17 +106,17 @@ def hidden(run: Run) -> Plot | str:
     return Plot("hidden", caption, ("rank", "channel", "score", "kept"), rows, draw)
 
 
-def heads(run: Run) -> Plot | str:
-    """Attention heads of each layer, those that go crossed out."""
+def heads(run: RunFiles) -> Plot | str:
+    """Attention heads of each layer; cut ones are crossed out."""
     return _grid(run, "heads", "head", "attention heads")
 
 
-def query_groups(run: Run) -> Plot | str:
-    """Query groups (heads of keys and values) of each layer, those that go crossed out."""
+def query_groups(run: RunFiles) -> Plot | str:
+    """Query groups (heads of keys and values) of each layer; cut ones are crossed out."""
     return _grid(run, "query_groups", "query_group", "query groups")
 
 
-def _grid(run: Run, axis: str, one: str, many: str) -> Plot | str:
+def _grid(run: RunFiles, axis: str, one: str, many: str) -> Plot | str:
     score_LN, why_not = _scores(run, axis, f"number of {many}")
     if score_LN is None:
         return why_not
@@ -130,8 +131,8 @@ def _grid(run: Run, axis: str, one: str, many: str) -> Plot | str:
 
 
 # -- parts -------------------------------------------------------------------------------------------
-def _scores(run: Run, axis: str, what: str) -> tuple[np.ndarray | None, str]:
-    """The scores of an axis that is cut (or of any, before there is a plan), or why there is no figure."""
+def _scores(run: RunFiles, axis: str, what: str) -> tuple[np.ndarray | None, str]:
+    """The scores of an axis that is cut (without a plan, of any axis), or the reason why there is no figure."""
     if run.plan is not None and not run.cuts(axis):
         return None, f"The plan does not cut the {what}."
     if run.scores is None or axis not in run.scores:
@@ -140,22 +141,22 @@ def _scores(run: Run, axis: str, what: str) -> tuple[np.ndarray | None, str]:
 
 
 def in_columns(values_LF: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Sums [L, C] over the columns between `edges`, in float64."""
+    """Sums over the columns between `edges`: [L, F] -> [L, C], float64."""
     return np.add.reduceat(values_LF.astype(np.float64), edges[:-1], axis=1)
 
 
 def _share(score: np.ndarray, kept: list[int]) -> float:
-    """Part of the whole score that the kept indices hold."""
-    whole = score.sum(dtype=np.float64)
-    return float(score[kept].sum(dtype=np.float64) / whole) if whole else 0.0
+    """The share of the whole score that the kept indices hold."""
+    total = score.sum(dtype=np.float64)
+    return float(score[kept].sum(dtype=np.float64) / total) if total else 0.0
 
 
 def kept_mask(kept: list[int] | None, size: int) -> np.ndarray:
-    """True where kept; everywhere if the plan says nothing (None)."""
+    """True for a kept index; all True if `kept` is None, because the axis is not cut."""
     return np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
 
 
-def words_of(layers: list[int]) -> str:
+def describe_layers(layers: list[int]) -> str:
     """[12] -> layer 12; [12, 13, 14] -> layers 12 to 14; else a list."""
     if len(layers) == 1:
         return f"layer {layers[0]}"

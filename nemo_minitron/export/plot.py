@@ -1,4 +1,4 @@
-"""One figure: data as CSV, drawing as SVG that is the same bytes on every run."""
+"""One figure: its data as CSV, its drawing as SVG with the same bytes on every run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """`name`: of the files; `columns`, `rows`: the CSV; `draw(figure)` fills an empty matplotlib Figure."""
+    """`name`: of its files; `columns`, `rows`: of the CSV; `draw(figure)` fills an empty matplotlib Figure."""
 
     name: str
     caption: str
@@ -52,7 +52,7 @@ class Plot:
 
 
 def svg(plot: Plot) -> str:
-    """The figure as an `<svg>` element; no date, no random ids, no link to anything outside."""
+    """The figure as an `<svg>` element, without date, random ids or external links."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -60,20 +60,20 @@ def svg(plot: Plot) -> str:
         figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
         plot.draw(figure)
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", dpi=150, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", dpi=150, metadata=no_metadata)
     text = buffer.getvalue()
-    return _own_ids(text[text.index("<svg") :], plot.name)
+    return _with_named_ids(text[text.index("<svg") :], plot.name)
 
 
-def _own_ids(drawing: str, name: str) -> str:
-    """Ids that begin with the figure's name: several figures stand in one page, where ids must differ."""
+def _with_named_ids(drawing: str, name: str) -> str:
+    """Puts the figure's name in front of all ids, because ids must differ between the figures of one page."""
     drawing = re.sub(r'(<[^<>]*\bid=")', rf"\g<1>{name}-", drawing)
     return re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", drawing)
 
 
 def write_plot(folder: Path, plot: Plot) -> str:
-    """Writes NAME.svg and NAME.csv into `folder`; the SVG's text."""
+    """Writes NAME.svg and NAME.csv into `folder`; returns the SVG's text."""
     drawing = svg(plot)
     with atomic_file(folder / f"{plot.name}.svg") as temporary:
         temporary.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + drawing, encoding="utf-8")
@@ -82,7 +82,7 @@ def write_plot(folder: Path, plot: Plot) -> str:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A CSV file, whole or not at all."""
+    """Writes a CSV file atomically."""
     with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -90,7 +90,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def _plain(value: Any) -> Any:
-    """Nine digits give an fp32 score back exactly."""
+    """A plain value for the CSV; nine digits represent an fp32 score exactly."""
     if isinstance(value, np.float32):
         return f"{value:.9g}"
     return int(value) if isinstance(value, bool | np.bool_) else value
@@ -108,7 +108,7 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`: powers of ten, over few decades also 2 and 5 times these."""
+    """Round numbers between `low` and `high`: powers of ten and, over few decades, also 2 and 5 times these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     step = math.ceil(len(decades) / 7)
     factors = (1, 2, 5) if high / low < 200 else (1,)
@@ -119,7 +119,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def plain_number(value: float, _: object = None) -> str:
-    """0.02, 1,000, 1e6: matplotlib's own would write mathematics, which is switched off."""
+    """0.02, 1,000, 1e6; matplotlib's own format uses mathematical notation, which is switched off."""
     if 1e-4 < value < 1e6:
         return f"{value:,.0f}" if value >= 1 else f"{value:g}"
     mantissa, exponent = f"{value:.0e}".split("e")

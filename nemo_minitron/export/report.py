@@ -1,4 +1,4 @@
-"""report.html of a run folder: one file that opens without a network; figures/ with the data behind each."""
+"""report.html of a run folder, one file that opens without a network, and figures/ with the data behind each figure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import atomic_file
-from nemo_minitron.export import importance_figures, result_figures, search_figures, words
+from nemo_minitron.export import formatting, importance_figures, result_figures, search_figures
 from nemo_minitron.export.plot import Plot, write_plot
-from nemo_minitron.export.run import Run, read_run
+from nemo_minitron.export.run import RunFiles, read_run
 
 TEMPLATE = "report.html.jinja"
-FIGURES: dict[str, tuple[str, Callable[[Run], Plot | str]]] = {
+FIGURES: dict[str, tuple[str, Callable[[RunFiles], Plot | str]]] = {
     "layers": ("Layers", importance_figures.layers),
     "depth": ("Dropped layers", importance_figures.depth),
     "ffn": ("Neurons of the FFN", importance_figures.neurons),
@@ -28,16 +28,17 @@ FIGURES: dict[str, tuple[str, Callable[[Run], Plot | str]]] = {
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Writes RUN/report.html and RUN/figures/*.svg, *.csv from the files of the run folder alone.
+    """Writes RUN/report.html and RUN/figures/*.svg, *.csv from the files of the run folder alone; returns the report's
+    path.
 
-    What the run has not made yet is left out, with a line that says so. The same folder gives the same
-    bytes. Returns the path of the report. Raises InputError for what is no run folder, and damaged files.
+    A part that the run has not made yet is replaced by a line that says so. The same folder gives the same bytes.
+    Raises InputError if the folder is no run folder, or has damaged files.
     """
     run = read_run(run_folder)
     context = {
         "title": run.folder.resolve().name,
         "tiles": _tiles(run),
-        "sizes": words.size_rows(run.plan.source, run.plan.target) if run.plan else [],
+        "sizes": formatting.size_rows(run.plan.source, run.plan.target) if run.plan else [],
         "figures": {name: _figure(run, name) for name in FIGURES},
         "numbers": _numbers(run),
         "samples": _samples(run),
@@ -64,8 +65,8 @@ def _render(context: dict[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(context)
 
 
-def _figure(run: Run, name: str) -> dict[str, Any]:
-    """Writes the figure's files; of one that cannot be made, files of an earlier report go."""
+def _figure(run: RunFiles, name: str) -> dict[str, Any]:
+    """Writes a figure's files; if it cannot be made, removes those of an earlier report."""
     from markupsafe import Markup
 
     title, make = FIGURES[name]
@@ -79,67 +80,69 @@ def _figure(run: Run, name: str) -> dict[str, Any]:
     return {"title": title, "svg": drawing, "caption": plot.caption, "csv": f"figures/{name}.csv"}
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """(what, number, beside it) of the two results that a reader looks for first."""
+def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(what, number, remark) of the two results that a reader looks for first."""
     tiles = []
     if run.plan:
         before, after = run.plan.source.parameters(), run.plan.target.parameters()
-        tiles.append(("parameters", words.short_count(after), f"of {words.short_count(before)}"))
+        tiles.append(("parameters", formatting.short_count(after), f"of {formatting.short_count(before)}"))
     for corpus in dict.fromkeys(row["corpus"] for row in run.numbers):
         value = {row["stage"]: row["perplexity"] for row in result_figures.stages_of(run.numbers, corpus)}
         for stage in ("distilled", "pruned"):
             if stage in value:
-                beside = f"teacher {words.number(value['teacher'], 1)}" if "teacher" in value else ""
-                tiles.append((f"perplexity, {stage}, {corpus}", words.number(value[stage], 1), beside))
+                beside = f"teacher {formatting.number(value['teacher'], 1)}" if "teacher" in value else ""
+                tiles.append((f"perplexity, {stage}, {corpus}", formatting.number(value[stage], 1), beside))
                 break
     return tiles
 
 
-def _numbers(run: Run) -> list[list[str]]:
+def _numbers(run: RunFiles) -> list[list[str]]:
     return [
         [
-            words.STAGES.get(row["stage"], str(row["stage"])),
+            formatting.STAGES.get(row["stage"], str(row["stage"])),
             str(row["corpus"]),
-            words.count(row["parameters"]),
-            words.number(row["loss"]),
-            words.number(row["perplexity"], 2),
-            words.number(row["bits_per_byte"]),
-            words.count(row["tokens"]),
-            words.seconds(row["seconds"]),
+            formatting.count(row["parameters"]),
+            formatting.number(row["loss"]),
+            formatting.number(row["perplexity"], 2),
+            formatting.number(row["bits_per_byte"]),
+            formatting.count(row["tokens"]),
+            formatting.seconds(row["seconds"]),
         ]
         for corpus in dict.fromkeys(row["corpus"] for row in run.numbers)
         for row in result_figures.stages_of(run.numbers, corpus)
     ]
 
 
-def _samples(run: Run) -> list[dict[str, Any]]:
+def _samples(run: RunFiles) -> list[dict[str, Any]]:
     """[{"prompt", "texts": [(stage, text)]}], prompts in the order of the file, teacher first."""
     samples = []
     for prompt in dict.fromkeys(row["prompt"] for row in run.samples):
-        rows = sorted((r for r in run.samples if r["prompt"] == prompt), key=lambda r: words.stage_order(r["stage"]))
-        texts = [(words.STAGES.get(row["stage"], row["stage"]), row["text"]) for row in rows]
+        rows = sorted(
+            (r for r in run.samples if r["prompt"] == prompt), key=lambda r: formatting.stage_order(r["stage"])
+        )
+        texts = [(formatting.STAGES.get(row["stage"], row["stage"]), row["text"]) for row in rows]
         samples.append({"prompt": prompt, "texts": texts})
     return samples
 
 
-def _calibration(run: Run) -> str:
+def _calibration(run: RunFiles) -> str:
     if run.scores is None:
         return "The run has no scores yet."
     scores = run.scores
     return (
-        f"Scored by forward passes over {words.count(scores.samples)} samples "
-        f"({words.count(scores.tokens)} tokens); criterion {scores.criterion}."
+        f"Scored by forward passes over {formatting.count(scores.samples)} samples "
+        f"({formatting.count(scores.tokens)} tokens); criterion {scores.criterion}."
     )
 
 
-def _stages(run: Run) -> list[tuple[str, str]]:
+def _stages(run: RunFiles) -> list[tuple[str, str]]:
     stages = run.manifest.stages if run.manifest else []
-    rows = [(str(stage["name"]), words.seconds(stage["seconds"])) for stage in stages]
-    total = ("together", words.seconds(sum(stage["seconds"] for stage in stages)))
+    rows = [(str(stage["name"]), formatting.seconds(stage["seconds"])) for stage in stages]
+    total = ("together", formatting.seconds(sum(stage["seconds"] for stage in stages)))
     return [*rows, total] if rows else []
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Versions and digests."""
     manifest = run.manifest
     versions = sorted((manifest.versions if manifest else {}).items())

@@ -1,4 +1,4 @@
-"""Figures of what came out: the distillation curve, perplexity of each stage."""
+"""Figures of the results: the curve of distillation, and the perplexity of each stage."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_minitron.export import words
+from nemo_minitron.export import formatting
 from nemo_minitron.export.plot import KEPT, MUTED, STAGE_COLOURS, Plot, log_axis, thousands
-from nemo_minitron.export.run import Run
+from nemo_minitron.export.run import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def distillation(run: Run) -> Plot | str:
+def distillation(run: RunFiles) -> Plot | str:
     """Loss against tokens, each step and smoothed."""
     curve = [row for row in run.curve if math.isfinite(row["loss"])]
     if not curve:
@@ -39,21 +39,21 @@ def distillation(run: Run) -> Plot | str:
         axes.legend()
 
     rows = [(int(row["step"]), int(row["tokens"]), row["loss"], s) for row, s in zip(curve, smooth, strict=True)]
-    caption = f"{words.count(tokens[-1])} tokens in all; {words.count(len(loss))} steps are logged."
+    caption = f"{formatting.count(tokens[-1])} tokens in all; {formatting.count(len(loss))} steps are logged."
     if lost := len(run.curve) - len(curve):
-        caption += f" Of {lost} more the loss is no number: the training went wrong there."
+        caption += f" Steps without a finite loss: {lost}; the training went wrong there."
     return Plot("distillation", caption, ("step", "tokens", "loss", "smoothed"), rows, draw)
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the value itself and `width` values on either side, fewer at the ends."""
+    """The mean over each value and `width` values on either side, fewer at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     index = np.arange(len(values))
     first, last = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
     return (total[last] - total[first]) / (last - first)
 
 
-def perplexity(run: Run) -> Plot | str:
+def perplexity(run: RunFiles) -> Plot | str:
     """One group of bars for each corpus, one bar for each stage."""
     if not run.numbers:
         return "The run has no numbers."
@@ -79,12 +79,14 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for position, row in enumerate(rows):
         value = row["perplexity"]
         axes.barh(position, value - 1, left=1, height=0.68, color=STAGE_COLOURS.get(row["stage"], MUTED))
-        axes.annotate(words.number(value, 1), (value, position), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [words.STAGES.get(row["stage"], str(row["stage"])) for row in rows])
+        axes.annotate(formatting.number(value, 1), (value, position), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [formatting.STAGES.get(row["stage"], str(row["stage"])) for row in rows])
     axes.tick_params(axis="y", left=False)
     axes.invert_yaxis()
 
 
 def stages_of(numbers: Sequence[dict[str, Any]], corpus: str) -> list[dict[str, Any]]:
     """Rows of one corpus, teacher first."""
-    return sorted((row for row in numbers if row["corpus"] == corpus), key=lambda row: words.stage_order(row["stage"]))
+    return sorted(
+        (row for row in numbers if row["corpus"] == corpus), key=lambda row: formatting.stage_order(row["stage"])
+    )

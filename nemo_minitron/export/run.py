@@ -1,4 +1,4 @@
-"""The run folder of `minitron compress`, read: what is there, and None or nothing for what is not."""
+"""Reads the run folder of `minitron compress`; a file that is missing becomes None or an empty list."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ RECIPE = grouped({}, {"chain": listed(grouped({"name": text()}))})
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """`curve`: rows of loss.csv as numbers; `numbers`, `samples`: rows of the JSON files of these names."""
+class RunFiles:
+    """The content of a run folder. `curve`: rows of loss.csv as numbers; `numbers`, `samples`: rows of the JSON
+    files."""
 
     folder: Path
     recipe: Any = None
@@ -39,8 +40,8 @@ class Run:
         return AXES[name].length(self.plan.source) != AXES[name].length(self.plan.target)
 
 
-def read_run(folder: str | Path) -> Run:
-    """Raises InputError for what is no run folder, and for a file in it that is damaged."""
+def read_run(folder: str | Path) -> RunFiles:
+    """Reads a run folder. Raises InputError if it is no run folder, or a file in it is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"the run folder '{folder}' does not exist")
@@ -52,7 +53,7 @@ def read_run(folder: str | Path) -> Run:
     file = folder / "recipe.json"
     recipe = read_json(file, "the recipe", RECIPE) if file.exists() else None
     _check_chain(folder, recipe)
-    run = Run(
+    run = RunFiles(
         folder,
         recipe=recipe,
         manifest=Manifest.open(folder / "manifest.json") if (folder / "manifest.json").exists() else None,
@@ -68,7 +69,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _check_chain(folder: Path, recipe: Any) -> None:
-    """Raises InputError for the folder of a chain, whose steps have the reports."""
+    """Raises InputError for the folder of a chain: its steps have the reports."""
     steps = (recipe or {}).get("chain")
     if steps and not (folder / "manifest.json").exists():
         names = ", ".join(f"{folder}/{step['name']}" for step in steps)

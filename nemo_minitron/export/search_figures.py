@@ -1,4 +1,4 @@
-"""Figures of a search: which shapes are worth their cost, and when the ranks of brief distillation settle."""
+"""Figures of a search: the shapes that are worth their cost, and the ranks of brief distillation over steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import records
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.export import words
+from nemo_minitron.export import formatting
 from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
-from nemo_minitron.export.run import Run
+from nemo_minitron.export.run import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +19,9 @@ MEASURED, RANKS = "search/measured.json", "search/ranks.json"
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
-    """`rows` of candidates with `name`, `cost`, `kept` (the proxy) and, where it was measured, `loss`.
+    """`rows` of candidates with `name`, `cost`, `kept` (the proxy) and, if it was measured, `loss`.
 
-    Shown is the loss if any row has one, else the share kept, else nothing but the costs' order.
+    The figure shows the loss if any row has one, else the share kept, else only the order of costs.
     """
     value = next((name for name in ("loss", "kept") if any(row.get(name) is not None for row in rows)), "")
     shown = [row for row in rows if not value or row.get(value) is not None]
@@ -35,11 +35,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
                 line = "-" if front else ""
                 axes.plot(*zip(*points, strict=True), marker="o", linestyle=line, color=colour, label=label)
         axes.set(xlabel=cost, ylabel=_LABELS.get(value, ""))
-        axes.xaxis.set_major_formatter(lambda x, _: words.short_count(x))
+        axes.xaxis.set_major_formatter(lambda x, _: formatting.short_count(x))
         axes.grid(color=MUTED, alpha=0.25, linewidth=0.6)
         axes.legend()
 
-    caption = f"{words.count(len(shown))} shapes of the search; " + _CAPTIONS.get(value, "there are no scores.")
+    caption = f"{formatting.count(len(shown))} shapes of the search; " + _CAPTIONS.get(value, "there are no scores.")
     return Plot("pareto", caption, ("name", cost, value or "kept", "front"), data, draw)
 
 
@@ -51,7 +51,7 @@ _CAPTIONS = {
 
 
 def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, value: str) -> bool:
-    """Whether no other row costs no more and is better."""
+    """Whether no other row is better at the same or a lower cost."""
     if not value:
         return False
     sign = 1 if value == "kept" else -1
@@ -64,7 +64,7 @@ def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, 
 
 
 def ranks(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """`rows`: step, candidate, loss, rank of brief distillation: ranks over steps, and the losses behind them."""
+    """Ranks over steps, and the losses behind them; `rows` of brief distillation: step, candidate, loss, rank."""
     last = max(row["step"] for row in rows)
     winner = min((row for row in rows if row["step"] == last), key=lambda row: row["rank"])["candidate"]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
@@ -96,7 +96,7 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["YlOrBr"](0.4 + 0.5 * i / count) for i in range(count)]
 
 
-def of_run(run: Run, name: str) -> Plot | str:
+def of_run(run: RunFiles, name: str) -> Plot | str:
     """The figure `pareto` or `ranks` of a run that searched."""
     file, kind, make = {"pareto": (MEASURED, records.MEASURED, pareto), "ranks": (RANKS, records.RANKS, ranks)}[name]
     path = run.folder / file

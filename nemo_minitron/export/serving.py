@@ -1,4 +1,4 @@
-"""A Hugging Face folder in a serving engine: the commands for vLLM and TensorRT-LLM, in bf16 or FP8."""
+"""The commands that serve a Hugging Face folder in vLLM and TensorRT-LLM, in bf16 or FP8."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.families import from_hf
 
 PRECISIONS = ("bf16", "fp8")
-QUANTISED = "-fp8"  # TensorRT-LLM takes FP8 from a folder that Model Optimizer has quantised: beside the model's own
-HF_PTQ = "examples/llm_ptq/hf_ptq.py"  # of github.com/NVIDIA/Model-Optimizer, which is not in its wheel
+QUANTISED = "-fp8"  # ending of the folder that Model Optimizer quantises for TensorRT-LLM, beside the model's own
+HF_PTQ = "examples/llm_ptq/hf_ptq.py"  # from github.com/NVIDIA/Model-Optimizer; its wheel lacks it
 
 
 def serving_commands(model: str | Path, *, precision: str = "bf16", tp: int = 1) -> dict[str, list[str]]:
-    """Engine -> its commands, in order; a pruned student is served as any model of its family is.
+    """Engine -> its commands, in order; a pruned student is served like any model of its family.
 
-    vLLM quantises to FP8 as it loads, with scales of each batch; TensorRT-LLM reads a folder with calibrated scales.
-    Raises InputError for what is no model, an unknown precision, and a TP that does not divide the heads.
+    vLLM quantises to FP8 while it loads, with scales of each batch; TensorRT-LLM reads a folder with calibrated scales.
+    Raises InputError if `model` is no model, the precision is unknown, or `tp` does not divide the heads.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision '{precision}' is unknown to the engines; {nearest(precision, PRECISIONS)}")
     if not str(model).isprintable():
-        raise InputError(f"'{model}' has characters that no command line shows; give the folder another name")
+        raise InputError(f"'{model}' has characters that a command line cannot show; give the folder another name")
     heads = from_hf(model).num_attention_heads
     if tp < 1 or heads % tp:
         legal = [size for size in range(1, heads + 1) if heads % size == 0]
         raise InputError(
             f"tp={tp} does not divide {heads} heads; the nearest legal tp is {min(legal, key=lambda n: abs(n - tp))}"
         )
-    start = "./" if str(model).startswith("-") else ""  # an engine would take it for an option
+    start = "./" if str(model).startswith("-") else ""  # an engine would read the name as an option
     folder, quantised = (shlex.quote(f"{start}{model}{end}") for end in ("", QUANTISED))
     vllm = f"vllm serve {folder} --dtype bfloat16 --tensor-parallel-size {tp}"
     if precision == "bf16":

@@ -1,4 +1,4 @@
-"""Model families: one small file each. Here: which family a config is of, and where a model lies.
+"""Model families, one small file each; this file finds the family of a config, and the folder of a model.
 
 No torch: configs are dicts, names are strings.
 """
@@ -24,7 +24,8 @@ from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.side_files import without_code
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub repository: never a pickle
+# The files that are taken from a hub repository; a pickle is never among them.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
 
 
@@ -55,9 +56,9 @@ def family_of_nemo(model_class: str) -> Family:
 
 
 def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a Hugging Face folder, or one that was read, in the form of transformers 4 (`forms.normalized`).
+    """The config of a Hugging Face folder, or the given config, in the form of transformers 4 (`forms.normalized`).
 
-    Raises InputError for a folder that is none, and for a config that contradicts itself.
+    Raises InputError if the folder is no model folder, or the config contradicts itself.
     """
     if isinstance(model, Mapping):
         return normalized(model)
@@ -78,7 +79,8 @@ def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:
 def check_draft(
     target: str | Path | Mapping[str, Any], draft: str | Path | Mapping[str, Any]
 ) -> tuple[Architecture, Architecture]:
-    """Of a model and its draft in speculative decoding. Raises InputError for vocabularies of two sizes."""
+    """The Architectures of a target model and its draft (speculative decoding). Raises InputError if their vocabularies
+    differ."""
     theirs, ours = from_hf(target), from_hf(draft)
     if theirs.vocab_size != ours.vocab_size:
         raise InputError(
@@ -90,45 +92,47 @@ def check_draft(
 def to_hf(
     architecture: Architecture, base_config: Mapping[str, Any], layers: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """`base_config`, normalized, with the sizes of `architecture`; `layers`: those of the base that stay, where known.
+    """`base_config`, normalized, with the sizes of `architecture`; `layers`: the layers of the base that stay, if
+    known.
 
-    Raises InputError for what it cannot represent.
+    Raises InputError if the family's config cannot represent the architecture.
     """
     return family_of(base_config).config(architecture, normalized(base_config), layers)
 
 
 def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as a student's config.json has it: transformers 4 and 5 read the same model from it, and it names no
+    """The config for a student's config.json: transformers 4 and 5 read the same model from it, and it refers to no
     code."""
     return family_of(config).written(normalized(without_code(config)))
 
 
 def multiples_of(config: Mapping[str, Any]) -> Mapping[str, int | str]:
-    """Field of an Architecture -> what it must be a multiple of (a number, or another field) for a student of this
-    model to be loaded by every version of transformers."""
+    """Field of an Architecture -> a number, or another field, that it must be a multiple of, so that every version of
+    transformers loads the student."""
     return family_of(config).multiples
 
 
 def remark_on(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
-    """What keeps a model of these sizes and this config's family from being loaded somewhere, if anything does."""
+    """One sentence if some version of transformers cannot load a model of these sizes and this family; else None."""
     return family_of(config).remark(architecture)
 
 
 def check_host(model: str | Path | Mapping[str, Any]) -> None:
-    """Raises InputError for a model that NeMo's class of its family cannot be, before anything is loaded."""
+    """Raises InputError, before anything is loaded, if NeMo's class of the family cannot represent the model."""
     config = read_config(model)
     family_of(config).nemo_config(config)
 
 
 def remarks(model: str | Path | Mapping[str, Any]) -> list[str]:
-    """What a user should know of a model's config, a sentence each: keys that nothing reads."""
+    """Remarks on a model's config for the user, one sentence each: it names the keys that nothing reads."""
     config = read_config(model)
     unread = family_of(config).unread(config)
     return [f"keys of the config that neither transformers nor this package reads: {', '.join(unread)}"] * bool(unread)
 
 
 def resolve(model: str | Path) -> Path:
-    """A folder as it is; a hub id (`org/name`) through huggingface_hub's cache or, online, the hub."""
+    """The folder of a model; a hub id (`org/name`) is looked up in huggingface_hub's cache or, if online, on the
+    hub."""
     path = Path(model)
     if path.exists() or not _is_hub_id(str(model)):
         return path
@@ -145,7 +149,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def on_disk(model: str | Path) -> Path | None:
-    """Where a model lies on this machine: its folder, or the hub's cache if its config is there; else None."""
+    """The folder of a model on this machine: its own, or the hub's cache if the config is there; else None."""
     path = Path(model)
     if path.exists() or not _is_hub_id(str(model)):
         return path if path.exists() else None

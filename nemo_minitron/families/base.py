@@ -1,7 +1,8 @@
-"""What a model family is: a Hugging Face config <-> Architecture <-> NeMo's config; Hugging Face's names <-> canonical.
+"""A model family translates: Hugging Face's config <-> Architecture <-> NeMo's config; Hugging Face's names <->
+canonical.
 
-No torch here: a config is a dict, a name is a string. A family is a subclass with tables; where a family
-follows Llama's field names it changes only what differs.
+No torch here: a config is a dict, a name is a string. A family is a subclass with tables; a family that follows
+Llama's field names changes only what differs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LLAMA_SIZES = {  # Architecture field -> Hugging Face field
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
 }
-LLAMA_DEFAULTS: dict[str, Any] = {  # transformers' own, where a config is silent
+LLAMA_DEFAULTS: dict[str, Any] = {  # the defaults of transformers, for fields that a config omits
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "max_position_embeddings": 2048,
@@ -56,13 +57,14 @@ NEMO_FIELDS = {  # NeMo's GPTConfig field -> Hugging Face field
 
 
 def biases(*tensors: str) -> dict[str, tuple[str, ...]]:
-    """Hugging Face names of the biases of q, k, v, o, gate, up, down, as Llama names their modules."""
+    """Hugging Face name -> canonical name, for the biases of the given `tensors` (q, k, v, o, gate, up, down) in
+    Llama's modules."""
     weights = {f"layers.{{i}}.{tensor}.weight" for tensor in tensors}
     return biases_of(name for name, (part,) in LLAMA_TENSORS.items() if part in weights)
 
 
 def biases_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The biases beside these weights of LLAMA_TENSORS."""
+    """Hugging Face name -> canonical name, for the biases of these weights of LLAMA_TENSORS."""
     pairs = {name: LLAMA_TENSORS[name][0] for name in names}
     return {name.replace(".weight", ".bias"): (part.replace(".weight", ".bias"),) for name, part in pairs.items()}
 
@@ -82,46 +84,49 @@ class Family:
     defaults: ClassVar[Mapping[str, Any]] = LLAMA_DEFAULTS
     nemo_fields: ClassVar[Mapping[str, str]] = NEMO_FIELDS
     nemo_fixed: ClassVar[Mapping[str, Any]] = translate.fixed("seq_len_interpolation_factor")
-    """NeMo's field -> the one value of it that transformers' class of the family stands for."""
+    """NeMo's field -> the only value that transformers' class of the family can represent."""
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear")
-    """What of Hugging Face's `rope_scaling` NeMo's class has."""
+    """The kinds of Hugging Face's `rope_scaling` that NeMo's class supports."""
     exact_axes: ClassVar[frozenset[str]] = frozenset({"ffn", "heads", "query_groups", "layers", "vocab"})
-    """Axes along which an all-zero unit goes without changing a logit (hidden never: norms divide by it)."""
+    """Axes along which cutting an all-zero unit changes no logit (never hidden, because norms divide by its size)."""
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
-    """Ends of Hugging Face names that carry no weights."""
+    """Endings of Hugging Face names that hold no weights."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Keys that the family's own methods read, beside those of its tables."""
+    """Config keys that the family's methods read, beside those of its tables."""
     no_effect: ClassVar[frozenset[str]] = frozenset()
-    """Keys that transformers' class of the family knows and that change no logit, beside those of `keys.NO_EFFECT`."""
+    """Config keys that transformers' class of the family knows but that change no logit, beside those of
+    `keys.NO_EFFECT`."""
 
     multiples: ClassVar[Mapping[str, int | str]] = {}
-    """Field of an Architecture -> what it must be a multiple of (a number, or another field) so that each transformers
+    """Field of an Architecture -> a number, or another field, that it must be a multiple of, so that every transformers
     from 4.51 on runs the model."""
 
     @property
     def read(self) -> frozenset[str]:
-        """The keys of a normalized config that this family reads, or knows to be of no effect."""
+        """The keys of a normalized config that this family reads, or knows to have no effect."""
         named = {*self.sizes.values(), *self.defaults, *self.nemo_fields.values()}
         return frozenset(named | self.reads | self.no_effect)
 
     def architecture(self, config: Config) -> Architecture:
-        """Raises InputError for a config that lacks a size or has an illegal one, for a number that no model has,
-        and for a key that changes what the model computes and is not read here."""
+        """The Architecture of a Hugging Face config.
+
+        Raises InputError if the config lacks a size or has an illegal one, if it has a number that no model can have,
+        and if a key that is not read here changes what the model computes."""
         kind = config.get("model_type", self.model_type)
         if kind != self.model_type:
             raise InputError(f"the config's model_type is {kind!r}; that of a {self.hf_class} is '{self.model_type}'")
         keys.check_keys(config, self.read, self.hf_class)
         values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
-        found = Architecture(**values)
+        architecture = Architecture(**values)
         check_numbers(config)
-        return found
+        return architecture
 
     def unread(self, config: Config) -> list[str]:
-        """The keys of a normalized config that nothing reads, neither transformers' class nor this package."""
+        """The keys of a normalized config that neither transformers' class nor this package reads."""
         return keys.unread_keys(config, self.read)
 
     def value(self, config: Config, name: str) -> Any:
-        """A field of a Hugging Face config; where it is silent, transformers' default."""
+        """A field of a Hugging Face config; if the config omits it, transformers' default."""
         return config.get(name, self.defaults.get(name))
 
     def read_sizes(self, config: Config) -> dict[str, int]:
@@ -136,14 +141,14 @@ class Family:
         return sizes
 
     def features(self, config: Config) -> dict[str, Any]:
-        """Architecture fields other than sizes."""
+        """The fields of the Architecture other than sizes."""
         return {"tied_embeddings": bool(config.get("tie_word_embeddings", False))}
 
     def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
         """`base` with the sizes of `architecture`; head_dim is always written out.
 
-        `layers`: the layers of `base` that stay, sorted; what the config says of each layer is cut with them. None
-        leaves that to where all layers are alike. Raises InputError for what the family cannot represent.
+        `layers`: the layers of `base` that stay, sorted; lists with one value a layer are cut with them. None: the kept
+        layers are not known, so all layers must be alike. Raises InputError for what the family cannot represent.
         """
         result = dict(base) | {name: getattr(architecture, field) for field, name in self.sizes.items()}
         if architecture.num_layers != (count := self.read_sizes(base)["num_layers"]):
@@ -153,26 +158,27 @@ class Family:
         return result
 
     def written(self, config: Config) -> dict[str, Any]:
-        """A normalized config as it is written for a student: transformers 4 and 5 read the same from it."""
+        """A normalized config in the form that a student stores: transformers 4 and 5 read the same from it."""
         part = self.value(config, "partial_rotary_factor") if "partial_rotary_factor" in self.defaults else None
         return forms.both_forms(config, self.value(config, "rope_theta"), part)
 
     def remark(self, architecture: Architecture) -> str | None:
-        """What keeps a student of these sizes from being loaded somewhere, in one sentence; None where nothing does."""
-        for field, of in self.multiples.items():
-            size, multiple = getattr(architecture, field), getattr(architecture, of) if isinstance(of, str) else of
+        """One sentence if some version of transformers cannot load a student of these sizes; else None."""
+        for field, divisor in self.multiples.items():
+            size = getattr(architecture, field)
+            multiple = getattr(architecture, divisor) if isinstance(divisor, str) else divisor
             if size is not None and size % multiple:
                 near = max(1, round(size / multiple)) * multiple
                 return (
                     f"transformers 5 runs a {self.hf_class} only where its {field} is a multiple of {multiple}; "
-                    f"{size} is none, though transformers 4 runs it; the nearest size is {near}"
+                    f"{size} is not, though transformers 4 runs it; the nearest size is {near}"
                 )
         return None
 
     def hf_tensors(self, architecture: Architecture) -> dict[str, tuple[str, ...]]:
         """Hugging Face name -> canonical names, for the whole model, in the model's order.
 
-        The mapping is total: raises InputError where a canonical tensor has no Hugging Face name.
+        The mapping is total: InputError is raised if a canonical tensor has no Hugging Face name.
         """
         shapes = architecture.shapes()
         names: dict[str, tuple[str, ...]] = {}
@@ -190,9 +196,9 @@ class Family:
         return dict(sorted(names.items(), key=lambda item: order[item[1][0]]))
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        """Name of NeMo's config class and the fields to give it, as plain values; a function by its dotted name.
+        """The name of NeMo's config class and its arguments, as plain values; a function is given by its dotted name.
 
-        Raises InputError for a model that NeMo's class of the family cannot be.
+        Raises InputError if NeMo's class of the family cannot represent the model.
         """
         architecture = self.architecture(config)
         fields = {name: self.value(config, key) for name, key in self.nemo_fields.items()}
@@ -203,7 +209,7 @@ class Family:
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults).
 
-        Raises InputError for a NeMo model that transformers' class of the family cannot be.
+        Raises InputError if transformers' class of the family cannot represent the NeMo model.
         """
         translate.check_fixed(fields, self.nemo_fixed, self.hf_class)
         return {
@@ -218,7 +224,7 @@ class Family:
 
 
 def _derived_sizes(config: Config) -> dict[str, int]:
-    """What transformers derives where a size is null, or has no default."""
+    """Sizes that transformers derives if they are null or have no default."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         return {"num_query_groups": heads, "head_dim": hidden // heads}
@@ -226,7 +232,8 @@ def _derived_sizes(config: Config) -> dict[str, int]:
 
 
 def nemo_sizes(architecture: Architecture) -> dict[str, Any]:
-    """Fields of NeMo's GPTConfig that the Architecture decides; those of mixtures only where it is one."""
+    """The fields of NeMo's GPTConfig that follow from the Architecture; fields of mixtures only for a mixture of
+    experts."""
     a = architecture
     mixture = {
         "num_moe_experts": a.num_moe_experts,
@@ -249,7 +256,7 @@ def nemo_sizes(architecture: Architecture) -> dict[str, Any]:
 
 
 def _largest_power_of_two(value: int, most: int) -> int:
-    """Largest power of two up to `most` that divides `value`: NeMo then pads nothing at TP=1."""
+    """The largest power of two up to `most` that divides `value`; with it NeMo does not pad the vocabulary at TP=1."""
     while value % most:
         most //= 2
     return most

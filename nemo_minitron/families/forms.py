@@ -15,15 +15,16 @@ from nemo_minitron.errors import InputError
 
 Config = Mapping[str, Any]
 
-MOVED = ("rope_theta", "partial_rotary_factor")  # beside the scaling in transformers 4, within it in transformers 5
+# transformers 4 keeps these beside the scaling, transformers 5 within it
+MOVED = ("rope_theta", "partial_rotary_factor")
 _KIND = ("rope_type", "type")
 
 
 def normalized(config: Config) -> dict[str, Any]:
-    """A config of either form in the form of transformers 4; one that already has it comes back as it is.
+    """A config of either form in the form of transformers 4; a config that already has that form is returned as it is.
 
-    Raises InputError where the two forms stand side by side and contradict each other, where a field has the wrong
-    type, and for rotary embeddings that differ between the types of layers.
+    Raises InputError if both forms are present and contradict each other, if a field has the wrong type, and if the
+    rotary embeddings differ between the types of layers.
     """
     result = dict(config)
     dtype = result.pop("dtype", None)
@@ -35,24 +36,24 @@ def normalized(config: Config) -> dict[str, Any]:
     if not parameters and not scaling.keys() & set(MOVED):
         return result
     if "partial_rotary_factor" in parameters and "rope_theta" not in result:
-        # transformers 5 alone wrote it, and writes its class's default factor beside the model's own
+        # only transformers 5 wrote this config; it writes the default factor of its class beside the model's own
         result.pop("partial_rotary_factor", None)
     for name in MOVED:
         _take_out(name, parameters, "rope_parameters", result)
         _take_out(name, scaling, "rope_scaling", result)
-    plain = [_with_kind(fields) for fields in (scaling, parameters) if fields]
-    if len(plain) == 2:
-        _agree("rope_scaling", plain[0], "rope_parameters", plain[1])
-    found = plain[0] if plain else {}
-    result["rope_scaling"] = None if found.get("rope_type", "default") == "default" else found
+    rope_mappings = [_with_kind(fields) for fields in (scaling, parameters) if fields]
+    if len(rope_mappings) == 2:
+        _agree("rope_scaling", rope_mappings[0], "rope_parameters", rope_mappings[1])
+    rope = rope_mappings[0] if rope_mappings else {}
+    result["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return result
 
 
 def both_forms(config: Config, rope_theta: float, partial_rotary_factor: float | None) -> dict[str, Any]:
     """A normalized config with the keys of transformers 5 beside those of transformers 4.
 
-    `rope_theta`, `partial_rotary_factor`: the model's own, which the config may leave to a default; None for a model
-    that rotates all of a head.
+    `rope_theta`, `partial_rotary_factor`: the model's values, which the config may leave to a default; the factor is
+    None for a model that rotates the whole head.
     """
     result = dict(config)
     parameters = _with_kind(_mapping("rope_scaling", config.get("rope_scaling")))
@@ -74,7 +75,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _of_all_layers(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters`, which may hold one mapping for each type of layer (Gemma 3's form)."""
+    """The one mapping in `rope_parameters`, which may hold a mapping for each type of layer (Gemma 3's form)."""
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     if not nested:
         return parameters
@@ -89,7 +90,7 @@ def _of_all_layers(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_out(name: str, fields: dict[str, Any], place: str, config: dict[str, Any]) -> None:
-    """Moves a field of `fields` to where transformers 4 has it."""
+    """Moves a field of `fields` to the place where transformers 4 keeps it."""
     value = fields.pop(name, None)
     if value is not None:
         _agree(name, config.get(name), f"{place}.{name}", value)
@@ -97,16 +98,17 @@ def _take_out(name: str, fields: dict[str, Any], place: str, config: dict[str, A
 
 
 def _with_kind(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With `rope_type` in place of the older `type`."""
+    """The fields of a scaling with `rope_type` in place of the older `type`."""
     if not fields:
         return {}
     kind = fields.get("rope_type", fields.get("type", "default"))
     return {"rope_type": kind, **{name: value for name, value in fields.items() if name not in _KIND}}
 
 
-def _agree(name: str, value: Any, other: str, said: Any) -> None:
-    if value is not None and value != said:
+def _agree(name: str, value: Any, other: str, other_value: Any) -> None:
+    """Raises InputError if both forms give a value and the values differ."""
+    if value is not None and value != other_value:
         raise InputError(
-            f"the config's {name} is {value!r} and its {other} is {said!r}; transformers 4 would read the one, "
-            "transformers 5 the other: remove the wrong one"
+            f"the config's {name} is {value!r} and its {other} is {other_value!r}; transformers 4 would "
+            "read the first, transformers 5 the second: remove the wrong one"
         )

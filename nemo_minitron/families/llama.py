@@ -27,12 +27,12 @@ class Llama(Family):
     reads = frozenset({"attention_bias", "mlp_bias"})
     multiples: ClassVar[Mapping[str, int | str]] = {
         "hidden_size": "num_attention_heads"
-    }  # its config's class checks it
+    }  # transformers' LlamaConfig checks this
 
     def features(self, config: Config) -> dict[str, Any]:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-        found = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
-        return super().features(config) | found
+        with_bias = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
+        return super().features(config) | with_bias
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
         name, fields = super().nemo_config(config)

@@ -22,16 +22,16 @@ class Mistral(Family):
         "sliding_window": 4096,
     }
     nemo_fixed = fixed("window_size", "seq_len_interpolation_factor")
-    reads = frozenset({"layer_types"})  # transformers takes a Mistral that has them for a Ministral
+    reads = frozenset({"layer_types"})  # transformers loads a Mistral that has layer_types as a Ministral
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
-        """Also refuses layers that do not all attend alike."""
+        """As in Family; also refuses a model whose layers attend in different ways."""
         name, fields = super().nemo_config(config)
         window, kinds = self.value(config, "sliding_window"), set(layer_types(config))
         if len(kinds) > 1:
             raise InputError(
                 f"some layers of this model look back over a window and some over everything; NeMo's {self.nemo_model} "
-                "has one kind of layers"
+                "has only one kind of layer"
             )
         return name, fields | nemo_window(None if kinds == {FULL} else window)
 

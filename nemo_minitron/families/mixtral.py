@@ -42,7 +42,7 @@ class Mixtral(Mistral):
     }
     nemo_fixed = fixed("num_moe_experts", "window_size", "seq_len_interpolation_factor")
     reads = frozenset()
-    # its experts are one grouped matrix product, which wants rows of 16 bytes: 8 elements in 16 bits
+    # transformers runs the experts as one grouped matrix product, which needs rows of 16 bytes: 8 elements of 16 bits
     multiples: ClassVar[Mapping[str, int | str]] = {"hidden_size": 8, "moe_ffn_hidden_size": 8}
-    no_effect = frozenset({"router_jitter_noise"})  # of transformers' training
+    no_effect = frozenset({"router_jitter_noise"})  # used only in transformers' training
     exact_axes = frozenset({"expert_ffn", "heads", "query_groups", "layers", "vocab"})

@@ -1,7 +1,7 @@
 """Nemotron: Nemotron-3, Nemotron-4, Minitron and all that transformers loads as NemotronForCausalLM.
 
-LayerNorm with a bias, whose weight is stored less 1 (LayerNorm1P) on both sides; a plain MLP with squared ReLU;
-rotary positions on a part of each head.
+It has LayerNorm with a bias, whose weight both Hugging Face and NeMo store minus 1 (LayerNorm1P); a plain MLP with
+squared ReLU; rotary positions on a part of each head.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Nemotron(Family):
         layernorm_zero_centered_gamma=True,
         normalization="LayerNorm",
     )
-    rope_types = ("default",)  # transformers reads no other
+    rope_types = ("default",)  # transformers reads no other kind
     reads = frozenset({"attention_bias", "mlp_bias"})
 
     def features(self, config: Config) -> dict[str, Any]:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-        found = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
-        return super().features(config) | found | {"gated_mlp": False, "normalization": "layernorm"}
+        with_bias = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
+        return super().features(config) | with_bias | {"gated_mlp": False, "normalization": "layernorm"}
 
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        found = dict.fromkeys(("attention_bias", "mlp_bias"), bool(fields["add_bias_linear"]))
-        return super().from_nemo(fields) | found
+        biases_of_config = dict.fromkeys(("attention_bias", "mlp_bias"), bool(fields["add_bias_linear"]))
+        return super().from_nemo(fields) | biases_of_config

@@ -1,4 +1,4 @@
-"""Numbers of a Hugging Face config that no trained model has: NaN, infinities, and an epsilon of 1e300."""
+"""Refuses numbers in a Hugging Face config that no trained model has, such as NaN, infinity or an epsilon of 1e300."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.errors import InputError
 
-RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest, both legal; wide, for what any model may have
+RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest legal value; wide enough for any real model
     "rms_norm_eps": (0.0, 0.1),
     "layer_norm_eps": (0.0, 0.1),
     "norm_eps": (0.0, 0.1),
@@ -34,8 +34,8 @@ RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest, both leg
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Raises InputError, with the key and what is legal, for a number of the config, or of a group in it, that is not
-    finite, or that no model can have. A key that is absent or null is the class's own default."""
+    """Raises InputError, with the key and the legal range, for a number in the config or in a nested object that is not
+    finite, or that no model can have. An absent or null key means the default of transformers' class."""
     for key, value in _leaves(config):
         name = key.rsplit(".", 1)[-1]
         if isinstance(value, float) and not math.isfinite(value):

@@ -32,13 +32,13 @@ class Phi3(Family):
     }
     nemo_fields = NEMO_FIELDS | {"rotary_percent": "partial_rotary_factor"}
     nemo_fixed = fixed("rotary_percent", "window_size")
-    rope_types = ("default",)  # longrope's factors, one for each frequency, are not in Megatron
-    # dropouts are of training; the original length matters to longrope alone
+    rope_types = ("default",)  # Megatron does not have longrope's factors, one for each frequency
+    # dropout acts only in training; only longrope reads the original length
     no_effect = frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"})
 
     def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
-        """Also refuses what transformers' check of longrope's factors would: it goes by hidden_size / heads, whatever
-        head_dim is."""
+        """As in Family; also refuses what transformers' check of longrope's factors would refuse. That check uses
+        hidden_size / heads, even if head_dim differs."""
         kind, rope = rope_of(base)
         if kind != "default":
             self._check_factors(architecture, kind, rope, self.value(base, "partial_rotary_factor"))
@@ -53,8 +53,9 @@ class Phi3(Family):
         if a.hidden_size not in legal:
             closest = min(legal, key=lambda size: abs(size - a.hidden_size), default=None)
             raise InputError(
-                f"hidden_size {a.hidden_size} with {heads} heads is not legal: transformers wants one of rope_scaling "
-                f"'{kind}'s {wanted} factors for each pair of hidden_size / heads; the nearest hidden_size is {closest}"
+                f"hidden_size {a.hidden_size} with {heads} heads is not legal: transformers needs one of the "
+                f"{wanted} factors of rope_scaling '{kind}' for each pair of hidden_size / heads; the nearest "
+                f"hidden_size is {closest}"
             )
 
     def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
@@ -62,10 +63,10 @@ class Phi3(Family):
         return name, fields | nemo_window(self.value(config, "sliding_window"))
 
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        # transformers' default padding token lies beyond small vocabularies
+        # the default padding token of transformers lies outside a small vocabulary
         return super().from_nemo(fields) | hf_window(fields) | {"pad_token_id": None}
 
 
 def _frequencies(hidden: int, heads: int, part: float) -> int:
-    """As transformers counts them."""
+    """The number of rotary frequencies of a head, as transformers counts them."""
     return int(hidden // heads * part) // 2

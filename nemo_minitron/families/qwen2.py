@@ -31,7 +31,7 @@ class Qwen2(Family):
         return super().features(config) | {"qkv_bias": True}
 
     def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
-        """Also moves `max_window_layers`, which counts the first layers, those without a window."""
+        """As in Family; also adapts `max_window_layers`, the number of first layers, which have no window."""
         result = super().config(architecture, base, layers)
         first, after = self._first_window(base), architecture.num_layers
         kinds = self._layer_types(base)
@@ -39,7 +39,7 @@ class Qwen2(Family):
             return result
         if layers is None and len(set(kinds)) > 1:
             raise InputError(
-                f"some layers of this {self.hf_class} look back over a window and some over everything, so that its "
+                f"some layers of this {self.hf_class} look back over a window and some over everything, so its "
                 f"layers cannot be cut to {after} before it is known which ones stay; the nearest legal number is "
                 f"{len(kinds)}"
             )
@@ -55,7 +55,7 @@ class Qwen2(Family):
         return super().from_nemo(fields) | {"use_sliding_window": False}
 
     def _layer_types(self, config: Config) -> list[str]:
-        """transformers' words for how each layer attends."""
+        """transformers' name for the attention of each layer."""
         if listed := layer_types(config):
             return listed
         window = config.get("use_sliding_window") and self.value(config, "sliding_window")

@@ -28,8 +28,8 @@ class Qwen3(Qwen2):
 
     def features(self, config: Config) -> dict[str, Any]:
         attention = bool(config.get("attention_bias"))
-        found = {"qk_norm": True, "qkv_bias": attention, "attention_output_bias": attention}
-        return Family.features(self, config) | found
+        own_features = {"qk_norm": True, "qkv_bias": attention, "attention_output_bias": attention}
+        return Family.features(self, config) | own_features
 
     def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return super().from_nemo(fields) | {"attention_bias": False}

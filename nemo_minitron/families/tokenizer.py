@@ -1,4 +1,4 @@
-"""A model's tokenizer as transformers loads it. No code of the model's folder is ever run."""
+"""A model's tokenizer, loaded by transformers. No code from the model's folder is ever run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["check_ids", "copy_tokenizer", "largest_id", "open_tokenizer", "token
 def open_tokenizer(model: str | Path) -> Any:
     """The transformers tokenizer of a folder, or of a hub id.
 
-    One of a class that transformers does not have is loaded from its tokenizer.json, with the special tokens of its
-    tokenizer_config.json. Raises InputError where there is none, or only one that is code of the model's folder.
+    If transformers lacks the tokenizer's class, it is loaded from tokenizer.json with the special tokens of
+    tokenizer_config.json. Raises InputError if there is no tokenizer, or only one that needs code from the folder.
     """
     from nemo_minitron.families import on_disk
 
@@ -34,26 +34,27 @@ def open_tokenizer(model: str | Path) -> Any:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """The tokenizer's files alone, without what names code, and the config, which says of which class it is where
-    its own config does not. Raises InputError."""
+    """Copies only the tokenizer's files, without references to code, and config.json, which names the tokenizer's class
+    if tokenizer_config.json does not. Raises InputError as `copy_side_files` does."""
     copy_side_files(folder, target, TOKENIZER)
     if (folder / "config.json").is_file():
         write_json(target / "config.json", without_code(read_json(folder / "config.json", "the model's config")))
 
 
 def largest_id(tokenizer: Any) -> int:
-    """The largest id of a transformers tokenizer. Its length says nothing of it where ids have holes."""
+    """The largest id of a transformers tokenizer. Its length does not tell the largest id if there are unused ids."""
     return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
 
 
 def check_ids(ids: Any, tokenizer: Any, vocab_size: int | None, source: str) -> None:
-    """`ids`: whole numbers that the tokenizer made of `source`, array [length]. Raises InputError for one that a model
-    of this vocabulary has no row for; None: no check."""
+    """Raises InputError if a model with `vocab_size` rows (None: no check) has no row for one of the ids.
+
+    `ids`: array [length] of whole numbers, which the tokenizer made from `source`."""
     largest = int(ids.max(initial=0)) if vocab_size is not None else 0
     if vocab_size is not None and largest >= vocab_size:
         raise InputError(
-            f"the tokenizer makes the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of '{source}', "
-            f"and the model has rows for 0 to {vocab_size - 1}: take the model's own tokenizer, or resize its "
+            f"the tokenizer makes the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) from '{source}', "
+            f"and the model has rows for 0 to {vocab_size - 1}: use the model's own tokenizer, or resize its "
             f"embedding to {largest_id(tokenizer) + 1} rows"
         )
 
@@ -63,7 +64,7 @@ def _loaded(source: str, name: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of a damaged tokenizer.json the tokenizers library raises Exception itself
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
         raise InputError(f"'{name}' gives no tokenizer: {first_line(error)}") from error
 
 
@@ -71,13 +72,13 @@ def _refuse_code(folder: Path) -> None:
     name = read_config(folder).get("tokenizer_class")
     if name is not None and not (folder / "tokenizer.json").is_file() and not in_transformers(name):
         raise InputError(
-            f"the tokenizer of '{folder}' is of the class '{name}', which transformers does not have, and code of a "
+            f"the tokenizer of '{folder}' has the class '{name}', which transformers lacks, and code of a "
             "model's folder is never run; a tokenizer.json beside it is needed"
         )
 
 
 def _needs_copy(folder: Path) -> bool:
-    """Whether transformers would ask for code, or for a class that it does not have."""
+    """Whether transformers would need code from the folder, or a class that it lacks."""
     values = read_config(folder)
     if values != plain_config(values, (folder / "tokenizer.json").is_file()):
         return True

@@ -1,4 +1,4 @@
-"""`tokenizer_config.json` without what names code, and in the form that every transformers reads."""
+"""`tokenizer_config.json` without references to code, in a form that every transformers reads."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ COMMON = (
     "PreTrainedTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer",
     "GPTNeoXTokenizer", "T5Tokenizer", "BertTokenizer", "CohereTokenizer",
 )  # fmt: skip
-"""Classes of transformers 4.51 to 5, each also with "Fast" behind its name: no import is needed to know them."""
+"""Classes of transformers 4.51 to 5, also with "Fast" behind the name; listed here to save the import of
+transformers."""
 
 
 def plain_config(values: Mapping[str, Any], fast: bool) -> dict[str, Any]:
-    """A tokenizer's config without `auto_map`. `fast`: a tokenizer.json lies beside it, so that a class which
-    transformers does not have (code beside the model, or one of a newer transformers) gives way to the plain one.
+    """A tokenizer's config without `auto_map`. `fast`: a tokenizer.json lies beside it, so a class that transformers
+    lacks (code beside the model, or a class of a newer transformers) is replaced by the plain one.
 
-    transformers 5 lists extra special tokens where 4.5x wants names for them: both read the older key.
+    transformers 5 writes `extra_special_tokens` as a list, while 4.5x expects names; both read the older key.
     """
-    found = {key: value for key, value in values.items() if key != "auto_map"}
-    name = found.get("tokenizer_class")
+    kept = {key: value for key, value in values.items() if key != "auto_map"}
+    name = kept.get("tokenizer_class")
     if fast and name is not None and not in_transformers(name):
-        found["tokenizer_class"] = FAST
-    extra = found.get("extra_special_tokens")
+        kept["tokenizer_class"] = FAST
+    extra = kept.get("extra_special_tokens")
     if isinstance(extra, list):
-        del found["extra_special_tokens"]
-        found["additional_special_tokens"] = [*(found.get("additional_special_tokens") or []), *extra]
-    return found
+        del kept["extra_special_tokens"]
+        kept["additional_special_tokens"] = [*(kept.get("additional_special_tokens") or []), *extra]
+    return kept
 
 
 def in_transformers(name: Any) -> bool:
@@ -48,18 +49,18 @@ def in_transformers(name: Any) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `tokenizer_config.json` of a folder, {} where there is none. Raises InputError for what is no object."""
+    """The `tokenizer_config.json` of a folder; {} if there is none. Raises InputError if it is not a JSON object."""
     file = folder / TOKENIZER_CONFIG
     values = read_json(file, "the tokenizer's config") if file.is_file() else {}
     if not isinstance(values, dict):
-        raise InputError(f"'{file}' is no tokenizer's config: it holds a {type(values).__name__}")
+        raise InputError(f"'{file}' is not a tokenizer's config: it holds a {type(values).__name__}")
     return values
 
 
 def copy_config(file: Path, target: Path) -> None:
-    """Copies a `tokenizer_config.json`, to itself too, byte by byte where it is plain already.
+    """Copies a `tokenizer_config.json`, also onto itself; byte by byte if it is plain already.
 
-    Raises InputError as `read_config`.
+    Raises InputError as `read_config` does.
     """
     values = read_config(file.parent)
     plain = plain_config(values, (file.parent / "tokenizer.json").is_file())

@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face config <-> fields of NeMo's GPTConfig: what families share. Plain values only."""
+"""Fields of a Hugging Face config <-> fields of NeMo's GPTConfig, shared by the families. Plain values only."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ _FIXED = {
 
 
 def fixed(*read: str, **others: Any) -> dict[str, Any]:
-    """The values that NeMo's fields have in a Llama-like model, but for the fields that the family reads, and for
-    `others`."""
+    """NeMo's field -> its value in a Llama-like model, without the fields that the family reads (`read`), and with
+    `others` in place of the usual values."""
     return {name: value for name, value in _FIXED.items() if name not in read} | others
 
 
 def check_fixed(fields: Mapping[str, Any], values: Mapping[str, Any], hf_class: str) -> None:
-    """Raises InputError for a NeMo model that is not what the Hugging Face class stands for."""
+    """Raises InputError if the Hugging Face class cannot represent the NeMo model."""
     for name, value in values.items():
-        found = fields.get(name, value)
-        if found != value:
-            raise InputError(f"the NeMo model's {name} is {found!r}; a {hf_class} is one with {value!r}")
+        given = fields.get(name, value)
+        if given != value:
+            raise InputError(f"the NeMo model's {name} is {given!r}; a {hf_class} needs {value!r}")
 
 
 def hf_sizes(fields: Mapping[str, Any], sizes: Mapping[str, str]) -> dict[str, Any]:
-    """Hugging Face's sizes; `sizes`: Architecture field -> Hugging Face field. What NeMo leaves to Megatron is
-    written out."""
+    """Hugging Face field -> size; `sizes`: Architecture field -> Hugging Face field. Sizes that NeMo leaves to Megatron
+    are computed here."""
     derived = {
         "num_query_groups": fields["num_attention_heads"],
         "head_dim": fields["hidden_size"] // fields["num_attention_heads"],
         "ffn_hidden_size": 4 * fields["hidden_size"],
         "moe_ffn_hidden_size": fields["ffn_hidden_size"],
     }
-    found = {}
+    hf_fields = {}
     for size, name in sizes.items():
         value = fields["kv_channels" if size == "head_dim" else size]
-        found[name] = derived.get(size) if value is None else value
-    return found
+        hf_fields[name] = derived.get(size) if value is None else value
+    return hf_fields
 
 
 def nemo_biases(a: Architecture, hf_class: str) -> dict[str, bool]:
-    """Raises InputError for biases in other places than Megatron can have them."""
+    """NeMo's fields for biases. Raises InputError if Megatron cannot have biases in these places."""
     if a.attention_output_bias != a.mlp_bias or (a.mlp_bias and not a.qkv_bias):
         raise InputError(
             "Megatron has biases in attention and MLP, in q, k and v alone, or nowhere; "
@@ -71,16 +71,17 @@ def nemo_biases(a: Architecture, hf_class: str) -> dict[str, bool]:
 
 
 def nemo_activation(name: str, default: str) -> dict[str, Any]:
-    """Nothing where it is NeMo's own; Megatron's fused ones are for those alone. Raises InputError."""
+    """NeMo's fields for an activation; none for the family's default, the only one that Megatron fuses. Raises
+    InputError."""
     if name == default:
         return {}
     if name not in ACTIVATIONS:
-        raise InputError(f"hidden_act '{name}' is not one that is known; {nearest(str(name), ACTIVATIONS)}")
+        raise InputError(f"hidden_act '{name}' is unknown; {nearest(str(name), ACTIVATIONS)}")
     return {"activation_func": ACTIVATIONS[name], "bias_activation_fusion": False}
 
 
 def hf_activation(function: str | None, default: str) -> str:
-    """Hugging Face's name of a function that a NeMo context names, wherever it is imported from."""
+    """Hugging Face's name of the function that a NeMo context gives; the module it is imported from does not matter."""
     if function is None:
         return default
     last = function.rsplit(".", 1)[-1]
@@ -91,7 +92,7 @@ def hf_activation(function: str | None, default: str) -> str:
 
 
 def rope_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Kind and fields of `rope_scaling`. Raises InputError where it is no mapping."""
+    """Kind and fields of `rope_scaling`. Raises InputError if it is not a mapping."""
     rope = config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"the config's rope_scaling is {rope!r}; it must be a mapping or null")
@@ -105,10 +106,10 @@ def rope_field(rope: Mapping[str, Any], name: str) -> Any:
 
 
 def nemo_rope(config: Mapping[str, Any], legal: tuple[str, ...], nemo_model: str) -> dict[str, Any]:
-    """Raises InputError for a kind of scaling that NeMo's class does not have."""
+    """NeMo's fields for `rope_scaling`. Raises InputError for a kind that NeMo's class lacks."""
     kind, rope = rope_of(config)
     if kind not in legal:
-        raise InputError(f"rope_scaling '{kind}' is not in NeMo's {nemo_model}; it has {', '.join(legal)}")
+        raise InputError(f"rope_scaling '{kind}' is not supported by NeMo's {nemo_model}; it has {', '.join(legal)}")
     return {"seq_len_interpolation_factor": float(rope_field(rope, "factor"))} if kind == "linear" else {}
 
 
@@ -118,8 +119,10 @@ def hf_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nemo_window(window: int | None) -> dict[str, Any]:
-    """transformers looks back over `window` tokens with the present one, Transformer Engine over `window_size[0]`
-    tokens beside it; under context parallelism it then needs `a2a`."""
+    """NeMo's fields for a sliding window of `window` tokens; None: no window.
+
+    transformers counts the current token into the window, Transformer Engine's `window_size[0]` does not. Under context
+    parallelism Transformer Engine then needs `a2a`."""
     return {"window_size": [window - 1, 0] if window else None, "cp_comm_type": "a2a" if window else None}
 
 

@@ -12,7 +12,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation.benchmarks import benchmarks, words
+from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import check_host, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
 from nemo_minitron.job.calibrations import calibration_of
@@ -185,7 +185,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
         lines += ["", f"search: {job.search.words(source, job.keep, multiples_of(config))}"]
         lines += ["the student above is the shape closest to the first target"]
     if measured := benchmarks(job.evaluation.benchmarks):
-        lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in words(measured))]
+        lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in describe_benchmarks(measured))]
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
     names = stage_names(job, nemo=folder is not None and is_nemo_checkpoint(folder))
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
-from nemo_minitron.artifacts.whole import take_away
+from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job

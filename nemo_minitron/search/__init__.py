@@ -1,6 +1,6 @@
 """Scores + a budget, or sizes to keep -> PrunePlan. No torch."""
 
-from nemo_minitron.search.candidates import Candidate, Found, search
+from nemo_minitron.search.candidates import Candidate, SearchResult, search
 from nemo_minitron.search.compare import compare_plans, threshold_band
 from nemo_minitron.search.plans import plan, random_plan
 from nemo_minitron.search.rank import Ranking, rank
@@ -8,6 +8,6 @@ from nemo_minitron.search.space import Divisors, Space, make_space
 from nemo_minitron.search.targets import Target
 
 __all__ = [
-    "Candidate", "Divisors", "Found", "Ranking", "Space", "Target", "compare_plans", "make_space", "plan",
+    "Candidate", "Divisors", "Ranking", "SearchResult", "Space", "Target", "compare_plans", "make_space", "plan",
     "random_plan", "rank", "search", "threshold_band",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A space and a budget -> the shapes that fit, the best first."""
+"""From a space and a budget to the shapes that fit, best first."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nemo_minitron.search.space import Space
 from nemo_minitron.search.targets import Target
 
 Measure = Callable[["Candidate"], float]
-RANKED = 2048  # shapes at most, of all that fit
-TIMED = 64  # shapes at most whose latency is measured
+RANKED = 2048  # most shapes that are ranked, of all that fit
+TIMED = 64  # most shapes whose latency is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A shape: `sizes` by axis (those that the space varies), `kept` the proxy (None without scores)."""
+    """A shape. `sizes`: size by axis, for the axes that the space varies; `kept`: the proxy (None without scores)."""
 
     sizes: Mapping[str, int]
     architecture: Architecture
@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Fit for a folder: `layers28-hidden512-ffn1280`."""
+        """A name that is legal for a folder: `layers28-hidden512-ffn1280`."""
         return "-".join(f"{name}{size}" for name, size in self.sizes.items())
 
     def __str__(self) -> str:
@@ -41,9 +41,9 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """`candidates`: the best, first; `front`: those that no other beats in both `cost` and what is kept, by cost;
-    `combinations` were tried and `fitting` meet the targets."""
+class SearchResult:
+    """`candidates`: the best shapes, best first; `front`: the shapes that no other beats in both cost and the share
+    kept, by rising cost; `combinations`: the number of shapes tried; `fitting`: the number that meet the targets."""
 
     candidates: Sequence[Candidate]
     front: Sequence[Candidate]
@@ -53,7 +53,7 @@ class Found:
 
 @dataclasses.dataclass
 class _Rows:
-    """Shapes, one a row: sizes int64 [rows, axes], the first target's cost, and what they are ranked by."""
+    """Shapes, one a row: sizes int64 [rows, axes], the cost of the first target, and the value they are ranked by."""
 
     sizes: np.ndarray
     cost: np.ndarray
@@ -67,17 +67,17 @@ class _Rows:
         return _Rows(*(np.concatenate(pair) for pair in pairs))
 
     def best(self, count: int) -> _Rows:
-        """Of equal ones the earlier."""
+        """The `count` rows of highest rank; of equal rows the earlier comes first."""
         return self.take(np.argsort(-self.rank, kind="stable")[:count])
 
     def front(self) -> _Rows:
-        """By rising cost, those that keep more than everything cheaper."""
+        """The rows that keep more than every cheaper row, by rising cost."""
         rows = self.take(np.lexsort((-self.rank, self.cost)))
         before = np.concatenate([[-np.inf], np.maximum.accumulate(rows.rank)[:-1]]) if len(rows.rank) else rows.rank
         return rows.take(rows.rank > before)
 
     def maximal(self) -> _Rows:
-        """Those that fit inside no other: a larger size along every axis where they differ."""
+        """The rows that fit inside no other row; a shape fits inside another if no size of it is larger."""
         inside = (self.sizes[:, None] <= self.sizes[None]).all(axis=2)
         return self.take(inside.sum(axis=1) == 1)  # only itself
 
@@ -92,15 +92,15 @@ def search(
     depth: str = BLOCK_INFLUENCE,
     contiguous: bool = True,
     latency: tuple[float, Measure] | None = None,
-) -> Found:
+) -> SearchResult:
     """Enumerates the whole space, keeps what meets every target, and ranks it by the proxy of `scores`.
 
-    Without scores the closest to the first target comes first. `maximal` leaves out shapes that fit inside
-    another that meets the targets. `latency`: a limit and the function that measures a candidate (in the same
-    unit); candidates are then measured in the order of their rank, 64 at most, until `top` of them are within it.
-    Layers go by the criterion `depth`, as in `plan`.
+    Without scores the shape closest to the first target comes first. `maximal` leaves out a shape that fits inside
+    another one that meets the targets. `latency`: a limit and a function that measures a candidate (in the same
+    unit); candidates are measured in the order of their rank, 64 at most, until `top` of them are within the limit.
+    Layers are dropped by the criterion `depth`, as in `plan`.
 
-    Raises InputError where there is no target, and where nothing meets them, naming the shape that comes nearest.
+    Raises InputError if there is no target, and if no shape meets them; it then names the nearest shape.
     """
     if not targets:
         raise InputError("there is no target to search for; give the parameters, the memory or the FLOPs")
@@ -118,10 +118,12 @@ def search(
         fitting += len(rows.cost)
         best, front = best.join(rows).best(max(top, RANKED)), front.join(rows).front()
     if not fitting:
-        raise InputError(_nothing(space, targets, nearest))
+        raise InputError(_none_fits(space, targets, nearest))
     ranked = _candidates(space, best.maximal() if maximal else best, proxy is not None)
     chosen = itertools.islice(ranked if latency is None else _fast_enough(ranked, *latency), top)
-    return Found(list(chosen), list(_candidates(space, front, True)) if proxy else [], space.combinations, fitting)
+    return SearchResult(
+        list(chosen), list(_candidates(space, front, True)) if proxy else [], space.combinations, fitting
+    )
 
 
 def _candidates(space: Space, rows: _Rows, scored: bool) -> Iterator[Candidate]:
@@ -135,7 +137,8 @@ def _shape(space: Space, sizes: Mapping[str, int]) -> Architecture:
 
 
 def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure) -> Iterator[Candidate]:
-    """Measures only as many as are asked for. Raises InputError where none of them all is within the limit."""
+    """Yields candidates within the limit; measures only as many as are consumed. Raises InputError if none is within
+    it."""
     fastest: tuple[float, Candidate] | None = None
     for candidate in itertools.islice(candidates, TIMED):
         took = measure(candidate)
@@ -151,7 +154,7 @@ def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure
 def _nearer(
     nearest: tuple[float, dict[str, int]] | None, columns: Columns, misses: np.ndarray
 ) -> tuple[float, dict[str, int]] | None:
-    """The shape that misses least so far, and by how much."""
+    """The nearest shape so far, and how far it misses."""
     if not len(misses):
         return nearest
     at = int(np.argmin(misses))
@@ -160,15 +163,15 @@ def _nearer(
     return float(misses[at]), {name: int(sizes[at]) for name, sizes in columns.items()}
 
 
-def _nothing(space: Space, targets: Sequence[Target], nearest: tuple[float, dict[str, int]] | None) -> str:
-    asked = " and ".join(map(str, targets))
+def _none_fits(space: Space, targets: Sequence[Target], nearest: tuple[float, dict[str, int]] | None) -> str:
+    wanted = " and ".join(map(str, targets))
     if nearest is None:
         return f"no shape of the space is legal; its axes are {', '.join(space.axes)}: check divisors and query groups"
     shape = Candidate(nearest[1], _shape(space, nearest[1]))
-    got = " and ".join(f"{t.cost(shape.architecture):,} {t.unit or t.name}" for t in targets)
-    return f"none of {space.combinations:,} shapes has {asked}; the nearest is {shape} with {got}"
+    costs = " and ".join(f"{t.cost(shape.architecture):,} {t.unit or t.name}" for t in targets)
+    return f"none of {space.combinations:,} shapes has {wanted}; the nearest is {shape} with {costs}"
 
 
 def cut_of(candidate: Candidate, source: Architecture) -> dict[str, int]:
-    """The sizes to keep, as `plan` takes them: of axes that get smaller."""
+    """The sizes to keep, as `plan` takes them, for the axes that get smaller."""
     return {name: size for name, size in candidate.sizes.items() if size < AXES[name].length(source)}

@@ -1,4 +1,4 @@
-"""How close a plan's cuts are, and whether two plans differ only where scores are too close to call."""
+"""How close a plan's cuts are, and whether two plans differ only in units whose scores are nearly equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Where = tuple[str, int | None, int | None]  # axis, source layer, query group (o
 
 
 class Comparison(NamedTuple):
-    """Units that one plan keeps and the other drops, inside and outside the band of the threshold."""
+    """The number of units that one plan keeps and the other drops, inside and outside the band of the threshold."""
 
     identical: bool
     inside: int
@@ -26,15 +26,17 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """Units ranked against each other: their source indices, their scores (None: not scored), which stay."""
+    """Units that are ranked against each other: their source indices, their scores (None: not scored), and those
+    kept."""
 
     units: np.ndarray
     values: np.ndarray | None
     kept: frozenset[int]
 
     def band(self, tolerance: float) -> np.ndarray:
-        """Units [n] within relative `tolerance` of the threshold: midway between the last kept score and the
-        first dropped one, in the ranking of most important units."""
+        """The units [n] within relative `tolerance` of the threshold.
+
+        The threshold lies midway between the last kept score and the first dropped one, most important units first."""
         count = len(self.kept)
         if self.values is None or not 0 < count < len(self.units):
             return self.units[:0]
@@ -45,10 +47,10 @@ class _Cut:
 
 
 def threshold_band(scores: Scores, plan: PrunePlan, tolerance: float) -> dict[str, int]:
-    """Axis that is cut -> units within relative `tolerance` of their threshold, over all kept layers.
+    """Axis that is cut -> number of units within relative `tolerance` of their threshold, over all kept layers.
 
-    The threshold lies midway between the last unit that stays and the first that goes. Where two runs
-    give scores that are equal to `e`, relative, only units within 2 `e` of it can change sides.
+    The threshold lies midway between the last kept unit and the first dropped one. If the scores of two runs differ
+    by at most `e`, relative, then only units within 2 `e` of the threshold can change sides.
     """
     counts: dict[str, int] = {}
     for (name, _, _), cut in _cuts(scores, plan).items():
@@ -57,10 +59,10 @@ def threshold_band(scores: Scores, plan: PrunePlan, tolerance: float) -> dict[st
 
 
 def compare_plans(a: PrunePlan, b: PrunePlan, scores: Scores, tolerance: float) -> Comparison:
-    """Counts the units that only one of two plans keeps, by whether `scores` is too close to call there.
+    """Counts the units that only one of two plans keeps, inside and outside the band of the threshold of `scores`.
 
-    Units are compared where both plans rank the same ones: in layers, and for heads in query groups, that
-    both keep. Raises InputError for plans of different sizes.
+    Units are compared only in layers, and heads only in query groups, that both plans keep, since both then rank the
+    same units. Raises InputError for plans of different sizes.
     """
     if (a.source, a.target) != (b.source, b.target):
         raise InputError("only plans of the same source and target sizes can be compared")

@@ -1,4 +1,4 @@
-"""A cost of many shapes at once, exactly: Architecture's own formula, read off at a few sizes."""
+"""The exact cost of many shapes at once, interpolated from Architecture's own formula at a few sizes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Columns = Mapping[str, np.ndarray]  # axis -> its size in each shape, int64 [sha
 class Formula:
     """`cost` of `source` with other sizes along `axes`, for arrays of sizes.
 
-    Parameters, bytes to serve and FLOPs are sums of products in which no size occurs twice. Such a sum is fixed
-    by its values where each size takes two values, so it is read off `cost` there and no formula is written a
-    second time. Where query groups vary, heads must be among the axes.
+    Parameters, bytes to serve and FLOPs are sums of products in which no size occurs twice. Such a sum is determined
+    by its values at two sizes of each axis, so `cost` is evaluated there and no formula is written twice. If query
+    groups vary, heads must be among the axes.
 
-    Raises ValueError for a cost that is no such sum (it then misses the source's own value).
+    Raises ValueError if `cost` is not such a sum (its value for the source is then wrong).
     """
 
     def __init__(self, cost: Cost, source: Architecture, axes: Sequence[str]) -> None:
@@ -38,12 +38,12 @@ class Formula:
             for corner in itertools.product((0, 1), repeat=len(axes))
             if values[corner]
         }
-        own = {name: np.array([axis(name).length(source)]) for name in axes}
-        if self(own)[0] != cost(source):
+        source_sizes = {name: np.array([axis(name).length(source)]) for name in axes}
+        if self(source_sizes)[0] != cost(source):
             raise ValueError("the cost is no sum of products of sizes in which each size occurs once")
 
     def __call__(self, sizes: Columns) -> np.ndarray:
-        """int64 [shapes]."""
+        """The cost of each shape, int64 [shapes]."""
         count = len(next(iter(sizes.values()))) if sizes else 1
         total = np.full(count, self.terms.get((), 0), np.int64)
         for names, coefficient in self.terms.items():
@@ -53,14 +53,14 @@ class Formula:
 
 
 def _coefficients(values: np.ndarray, low: int, high: int, position: int) -> np.ndarray:
-    """Values at two sizes of the first dimension -> constant and factor of it; the dimension goes back in place."""
+    """Values at two sizes of the first dimension -> its constant and factor; the dimension moves back to `position`."""
     factor = (values[1] - values[0]) // (high - low)
     return np.moveaxis(np.stack([values[0] - factor * low, factor]), 0, position)
 
 
 def _two_sizes(name: str, source: Architecture, axes: Sequence[str]) -> tuple[int, int]:
-    """Two small sizes of an axis that go with any of the others': small, since a layer costs time to count."""
-    if name == "heads":  # a multiple of the query groups, also of two where those vary
+    """Two small sizes of an axis, legal with any size of the others; small, because each layer takes time to count."""
+    if name == "heads":  # a multiple of the query groups; if those vary too, of two groups
         groups = 2 if "query_groups" in axes else source.num_query_groups
         return groups, 2 * groups
     least = source.moe_router_topk if name == "experts" else 1

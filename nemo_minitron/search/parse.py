@@ -1,4 +1,4 @@
-"""What a user writes about a search -> numbers; each refusal says what to write."""
+"""From what a user writes about a search to numbers; each refusal says what to write."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ BYTES |= {f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
 
 
 def count(text: str, what: str) -> int:
-    """`84M`, `8.27B`, `84000000` -> a whole number. Raises InputError."""
+    """`84M`, `8.27B`, `84000000` -> a whole number. Raises InputError; `what` names the option."""
     return int(_quantity(text, COUNTS, what, "84M or 8.27B"))
 
 
 def size_in_bytes(text: str, what: str) -> int:
-    """`8GiB`, `8GB`, `512MiB` -> bytes. Raises InputError."""
+    """`8GiB`, `8GB`, `512MiB` -> bytes. Raises InputError; `what` names the option."""
     return int(_quantity(text, BYTES, what, "8GiB or 500MB"))
 
 
 def seconds(text: str, what: str) -> float:
-    """`30ms`, `0.5s` -> seconds. Raises InputError."""
+    """`30ms`, `0.5s` -> seconds. Raises InputError; `what` names the option."""
     return float(_quantity(text, SECONDS, what, "30ms"))
 
 
 def _quantity(text: str, units: Mapping[str, int | Fraction], what: str, example: str) -> Fraction:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in units:
-        raise InputError(f"{what}={text} is no size; write for example {example}")
-    return Fraction(found[1]) * units[found[2].upper()]
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units:
+        raise InputError(f"{what}={text} is not a size; write for example {example}")
+    return Fraction(match[1]) * units[match[2].upper()]
 
 
 def tolerance(text: str) -> float:
     """`5%` or `0.05` -> 0.05. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
-    if not found:
-        raise InputError(f"the tolerance '{text}' is no share; write for example 5%")
-    return float(Fraction(found[1]) / (100 if found[2] else 1))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    if not match:
+        raise InputError(f"the tolerance '{text}' is not a share; write for example 5%")
+    return float(Fraction(match[1]) / (100 if match[2] else 1))
 
 
 def sizes(text: str, option: str = "--keep") -> dict[str, int]:
@@ -53,23 +53,23 @@ def sizes(text: str, option: str = "--keep") -> dict[str, int]:
 
 def bounds(text: str) -> dict[str, tuple[int, int]]:
     """`ffn=512:1536,layers=20:30` -> least and largest size by axis. Raises InputError."""
-    found = {}
+    ends_of_axis = {}
     for name, value, part in _pairs(text, ",", "--bounds"):
         ends = value.split(":")
         if len(ends) != 2:
             raise InputError(f"'{part}' in --bounds has no two ends; write for example ffn=512:1536,layers=20:30")
         low, high = (_whole(end, part, "--bounds", "ffn=512:1536,layers=20:30") for end in ends)
-        found[name] = (low, high)
-    return found
+        ends_of_axis[name] = (low, high)
+    return ends_of_axis
 
 
 def lists(text: str) -> dict[str, Sequence[int] | Sequence[Fraction]]:
     """`layers=29,30;ffn=2.5x,3x` -> sizes to try by axis, multiples of hidden as fractions. Raises InputError."""
-    found: dict[str, Sequence[int] | Sequence[Fraction]] = {}
+    sizes_of_axis: dict[str, Sequence[int] | Sequence[Fraction]] = {}
     for name, value, part in _pairs(text, ";", "--space"):
         values = [_listed(item.strip(), part) for item in value.split(",")]
-        found[name] = values  # type: ignore[assignment]
-    return found
+        sizes_of_axis[name] = values  # type: ignore[assignment]
+    return sizes_of_axis
 
 
 def _listed(item: str, part: str) -> int | Fraction:
@@ -87,7 +87,7 @@ def divisors(text: str) -> Divisors:
             every, local = _whole(value or str(ALIGN), part, "--divisors", "fp8 or fp8=128"), True
             if every % ALIGN or not every:
                 near = max(1, round(every / ALIGN)) * ALIGN
-                raise InputError(f"fp8={every} in --divisors is no multiple of {ALIGN}; the nearest is {near}")
+                raise InputError(f"fp8={every} in --divisors is not a multiple of {ALIGN}; the nearest is {near}")
         elif not separator:
             every = _whole(part, part, "--divisors", "64,tp=8 or fp8")
         elif name.strip() == "tp":
@@ -111,5 +111,5 @@ def _pairs(text: str, between: str, option: str) -> Iterator[tuple[str, str, str
 
 def _whole(value: str, part: str, option: str, example: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", value.strip()):
-        raise InputError(f"'{part}' in {option} is no size; write axis=size, for example {example}")
+        raise InputError(f"'{part}' in {option} is not a size; write axis=size, for example {example}")
     return int(value)

@@ -1,8 +1,8 @@
-"""Which units stay: the most important ones, or for a baseline the least important or random ones.
+"""Chooses the units that stay: the most important ones, or for a baseline the least important or random ones.
 
-Everything here is numbered as in the source: a plan that drops layers keeps units of its kept layers under
-their own numbers, and a layer's units are ranked by the scores of that layer in the uncut model
-(P1, section 2: ranked once, cut in one shot).
+Everything is numbered as in the source: a plan that drops layers lists the kept layers by their source numbers, and the
+units of a layer are ranked by the scores of that layer in the uncut model (2407.14679, section 2: units are ranked once
+and cut in one shot).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def plan(
 ) -> PrunePlan:
     """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list).
 
-    ffn is ranked within its layer; experts too, and their neurons within each; heads within their query
-    group; query groups within their layer, by their own score or else the sum of their heads'; hidden over the
-    model; layers by block influence, or by the criterion `depth` of `scores.depth`: the best contiguous block,
-    or with `contiguous=False` the best single layers (see `layers_to_drop`). Of units with equal scores the one
-    with the lower index stays. `least=True` keeps the least important ones instead, with the same rule for
-    ties. An axis that keeps its size is absent from the plan.
+    ffn and experts are ranked within their layer, the neurons of an expert within the expert, and heads within their
+    query group. Query groups are ranked within their layer, by their own score or else by the sum of their heads'
+    scores. hidden is ranked over the whole model. Layers are ranked by block influence, or by the criterion `depth` of
+    `scores.depth`: the best contiguous block or, with `contiguous=False`, the best single layers (see
+    `layers_to_drop`). Of units with equal scores the one with the lower index stays. `least=True` keeps the least
+    important units instead, with the same rule for ties. An axis that keeps its size is absent from the plan.
 
-    Raises InputError for sizes that are not legal and for an axis, or a size of block, that was not scored.
+    Raises InputError for an illegal size, and for an axis, or a size of block, that was not scored.
     """
     kept, notes = "least" if least else "most", {}
     gone = scores.architecture.num_layers - student_architecture(scores.architecture, keep).num_layers
@@ -48,17 +48,17 @@ def plan(
         dropped = layers_to_drop(scores, gone, depth, contiguous=contiguous, least=least)
         keep = {**keep, "layers": sorted(set(range(scores.architecture.num_layers)) - set(dropped))}
         notes = {"depth": depth, "contiguous": contiguous}
-    made = _select(scores.architecture, keep, lambda name, layer: scores_of(scores, name, layer), least)
-    made.model_digest = scores.model_digest
-    made.notes = {"kept": f"{kept} important", "scores": scores.digest, "criterion": scores.criterion} | notes
-    return made
+    selection = _select(scores.architecture, keep, lambda name, layer: scores_of(scores, name, layer), least)
+    selection.model_digest = scores.model_digest
+    selection.notes = {"kept": f"{kept} important", "scores": scores.digest, "criterion": scores.criterion} | notes
+    return selection
 
 
 def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> PrunePlan:
     """Keeps random units, as a baseline; sizes as in `plan`.
 
-    Each axis and source layer draws from a PCG64 generator of its own, seeded by (seed, axis, layer), so
-    that its choice does not depend on what else is cut. Raises InputError as `plan` does.
+    Each axis and source layer draws from its own PCG64 generator, seeded by (seed, axis, layer), so that the choice
+    does not depend on what else is cut. Raises InputError as `plan` does.
     """
     if not 0 <= seed < 1 << 64:
         near = 0 if seed < 0 else (1 << 64) - 1
@@ -70,13 +70,13 @@ def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> Pru
         shape = (architecture.num_moe_experts or 0, *units) if axis(name).per_expert else units
         return np.random.Generator(np.random.PCG64(entropy)).random(shape)
 
-    made = _select(architecture, keep, draw, least=False)
-    made.notes = {"kept": "random", "seed": seed}
-    return made
+    selection = _select(architecture, keep, draw, least=False)
+    selection.notes = {"kept": "random", "seed": seed}
+    return selection
 
 
 def scores_of(scores: Scores, name: str, layer: int | None) -> np.ndarray:
-    """Scores of an axis' units, [units] or [experts, units]; of source layer `layer` where it is per layer.
+    """The scores of an axis' units, [units] or [experts, units]; `layer`: the source layer, if the axis is per layer.
 
     Raises InputError for an axis that was not scored.
     """
@@ -94,19 +94,21 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
     for name, size in sizes.items():  # experts before the neurons of each
         if name in ("layers", "heads"):
             continue
-        having = [layer for layer in axis(name).layers_of(source) if layer in layers]
+        layers_with_axis = [layer for layer in axis(name).layers_of(source) if layer in layers]
         if axis(name).per_expert:
-            experts = chosen.get("experts") or dict.fromkeys(having, range(source.num_moe_experts or 0))
-            chosen[name] = {n: {e: _best(values(name, n)[e], size, least) for e in experts[n]} for n in having}
+            experts = chosen.get("experts") or dict.fromkeys(layers_with_axis, range(source.num_moe_experts or 0))
+            chosen[name] = {
+                n: {e: _best(values(name, n)[e], size, least) for e in experts[n]} for n in layers_with_axis
+            }
         elif axis(name).per_layer:
-            chosen[name] = {layer: _best(values(name, layer), size, least) for layer in having}
+            chosen[name] = {layer: _best(values(name, layer), size, least) for layer in layers_with_axis}
         else:
             chosen[name] = _best(values(name, None), size, least)
     if "layers" in sizes:
         chosen["layers"] = layers
     if "heads" in sizes or "query_groups" in sizes:
-        groups, everyone = chosen.get("query_groups", {}), list(range(source.num_query_groups))
-        chosen["heads"] = {n: _heads(source, target, groups.get(n, everyone), n, values, least) for n in layers}
+        groups, all_groups = chosen.get("query_groups", {}), list(range(source.num_query_groups))
+        chosen["heads"] = {n: _heads(source, target, groups.get(n, all_groups), n, values, least) for n in layers}
     ordered = {name: chosen[name] for name in AXES if name in chosen}
     return PrunePlan(source=source, target=target, keep=ordered)
 
@@ -121,15 +123,16 @@ def _layers(source: Architecture, target: Architecture, keep: Keep, values: Valu
 def _heads(
     source: Architecture, target: Architecture, groups: list[int], layer: int, values: Values, least: bool
 ) -> list[int]:
-    """Heads that stay in a layer: as many in each kept query group, ranked within it (P1, section 2)."""
+    """The heads that stay in a layer: the same number in each kept query group, ranked within it (2407.14679, section
+    2)."""
     size, kept = source.heads_per_group, target.heads_per_group
-    if size == kept:  # whole groups go: heads need no scores
+    if size == kept:  # only complete groups are cut, so heads need no scores
         return [group * size + head for group in groups for head in range(size)]
     ranked = values("heads", layer).reshape(-1, size)
     return [group * size + head for group in groups for head in _best(ranked[group], kept, least)]
 
 
 def _best(values: np.ndarray, count: int, least: bool) -> list[int]:
-    """Sorted indices of the `count` largest (or smallest) values; of equal ones the lower index."""
+    """Sorted indices of the `count` largest (`least`: smallest) values; of equal values the lower index."""
     order = np.argsort(values if least else -values, kind="stable")
     return sorted(order[:count].tolist())

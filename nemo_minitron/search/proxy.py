@@ -1,8 +1,8 @@
-"""How much of what matters a shape keeps: a cheap guess that orders millions of shapes before any is cut.
+"""Estimates the share of importance that a shape keeps, cheaply enough to order millions of shapes before any is cut.
 
-It is a heuristic. Of each axis it takes the share of importance that the kept units hold (of their layer's or
-query group's sum, averaged over layers; of layers, the share of block influence), and multiplies the shares, each
-to the power of WEIGHTS. What follows is measured: `rank` distils the best few.
+It is a heuristic. For each axis it takes the share of importance that the kept units hold (of the sum in their layer or
+query group, averaged over layers; for layers, the share of block influence). It multiplies the shares, each to the
+power of WEIGHTS. The best few shapes are measured afterwards: `rank` distils them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ OTHERS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Proxy:
-    """`shares[axis][size]`: of the importance, in [0, 1], NaN where a size cannot be made; heads by heads a group."""
+    """`shares[axis][size]`: share of importance in [0, 1], NaN for an impossible size; for heads, size is that of a
+    group."""
 
     shares: Mapping[str, np.ndarray]
     groups: int
 
     def __call__(self, sizes: Columns) -> np.ndarray:
-        """Share of importance kept, float64 [shapes]; NaN where a size cannot be made."""
+        """The share of importance that is kept, float64 [shapes]; NaN for an impossible size."""
         kept = np.ones(len(next(iter(sizes.values()))))
         for name, shares in self.shares.items():
             at = sizes[name]
@@ -47,7 +48,7 @@ class Proxy:
 
 
 def make_proxy(scores: Scores, axes: tuple[str, ...], depth: str = BLOCK_INFLUENCE, contiguous: bool = True) -> Proxy:
-    """The shares along `axes`; layers go by the criterion `depth`, as in `plan`.
+    """The shares along `axes`; layers are dropped by the criterion `depth`, as in `plan`.
 
     Raises InputError for an axis that was not scored.
     """
@@ -58,30 +59,30 @@ def make_proxy(scores: Scores, axes: tuple[str, ...], depth: str = BLOCK_INFLUEN
 
 
 def _shares(scores: Scores, name: str) -> np.ndarray:
-    """float64 [size + 1], over the mean of all layers that have the axis."""
+    """The share kept at each size, float64 [size + 1], averaged over the layers that have the axis."""
     if not axis(name).per_layer:
         return _kept(scores_of(scores, name, None))
-    found = []
+    shares_of_layers = []
     for layer in axis(name).layers_of(scores.architecture):
         values = scores_of(scores, name, layer)
         if name == "heads":
             values = values.reshape(scores.architecture.num_query_groups, -1)
-        found.append(_kept(values))
-    return np.mean(found, axis=0)
+        shares_of_layers.append(_kept(values))
+    return np.mean(shares_of_layers, axis=0)
 
 
 def _kept(values: np.ndarray) -> np.ndarray:
-    """Scores [..., units] -> share of their sum in the n largest, n = 0 to all, averaged over the rows."""
+    """Scores [..., units] -> share of their sum in the n largest, for n = 0 to all, averaged over the rows."""
     ranked = -np.sort(-values.astype(np.float64), axis=-1)
     ranked = ranked.reshape(-1, ranked.shape[-1])
     total = ranked.sum(axis=1, keepdims=True)
-    even = np.full_like(ranked, 1 / ranked.shape[1])  # a row of zeros, as of an expert that no token met
+    even = np.full_like(ranked, 1 / ranked.shape[1])  # for a row of zeros, such as an expert that got no token
     share = np.divide(ranked, total, out=even, where=total > 0).cumsum(axis=1).mean(axis=0)
     return np.concatenate([[0.0], share])
 
 
 def _layers(scores: Scores, depth: str, contiguous: bool) -> np.ndarray:
-    """Share of block influence in the layers that stay; NaN where the criterion cannot say which."""
+    """The share of block influence in the layers that stay; NaN if the criterion cannot tell which ones stay."""
     influence = scores["layers"].astype(np.float64)
     if depth == BLOCK_INFLUENCE:
         return _kept(influence)

@@ -1,9 +1,9 @@
-"""Brief distillation as the judge: a few candidates are trained a little, ranked, and the worse half stops.
+"""Ranks a few candidates by brief distillation, and stops the worse half after each round.
 
-The papers train every candidate for as long (2407.14679, section 3: 400 steps, ranks settle after about 300). Here
-training goes in rounds, and after each the worse half of those still running stops (successive halving), but for the
-last two. That one stopped could not have won is likely, not certain: the ranks over steps, which are recorded, show
-whether they had settled.
+The papers train every candidate equally long (2407.14679, section 3: 400 steps, ranks settle after about 300). Here
+training goes in rounds; after each round the worse half of the running candidates stops (successive halving), but at
+least two go on. It is likely, not certain, that a stopped candidate could not have won: the recorded ranks over steps
+show whether they had settled.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from nemo_minitron.errors import InputError
 
 Curve = Sequence[tuple[int, float]]  # (step, loss), every step so far
-Measure = Callable[[str, int], Curve]  # (candidate, steps) -> its curve up to that step, going on from where it was
+Measure = Callable[
+    [str, int], Curve
+]  # (candidate, steps) -> its curve up to that step; training resumes where it stopped
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A candidate at a step: its loss, averaged over the last part of the round, and its rank from 1 among those
-    that got as far."""
+    """A candidate at a step: its loss, averaged over the last part of the round, and its rank among the candidates that
+    reached the step; 1 is the best."""
 
     step: int
     candidate: str
@@ -39,7 +41,7 @@ class Ranking:
 
     @property
     def settled(self) -> int:
-        """The first recorded step from which on no two candidates change places any more, among those that go on."""
+        """The first recorded step after which no two of the remaining candidates change places."""
         steps = sorted({row.step for row in self.standings})
         for i in range(len(steps) - 1, 0, -1):
             before, after = self.order(steps[i - 1]), self.order(steps[i])
@@ -61,13 +63,14 @@ def rank(
     marks: int = 12,
     stop: Callable[[str], None] | None = None,
 ) -> Ranking:
-    """Trains by `measure` and returns who won. All candidates must see the same batches in the same order.
+    """Trains candidates by `measure` and ranks them. All candidates must see the same batches in the same order.
 
-    `rounds` equal parts of `steps`; after each but the last, the better half, rounded up, but at least two, go on.
-    A loss is the mean over the steps since the mark before; `marks`: how many such marks there are in `steps`, at
-    least one a round. Of equal losses the earlier candidate is ahead. `stop` is told of each that is stopped.
+    `steps` are divided into `rounds` equal parts; after each but the last, the better half goes on (rounded up, at
+    least two). `marks`: the number of steps, at least one a round, at which candidates are ranked; a loss is the mean
+    over the steps since the mark before. Of equal losses the earlier candidate is ahead. `stop` is called with each
+    candidate that is stopped.
 
-    Raises InputError for no candidate, for a curve that lacks a step, and where all have diverged.
+    Raises InputError if there is no candidate, if a curve lacks a step, and if all candidates have diverged.
     """
     if not candidates:
         raise InputError("there is no candidate to rank")
@@ -91,12 +94,12 @@ def rank(
 
 
 def going_on(running: int) -> int:
-    """How many of so many candidates train on after a round: the better half, rounded up, but at least two."""
+    """The number of candidates that go on after a round: the better half, rounded up, but at least two."""
     return min(running, max(2, -(-running // 2)))
 
 
 def _between(places: Sequence[int], first: int, last: int) -> list[tuple[int, int]]:
-    """Marks after `first` up to `last`, each with the one before it."""
+    """(mark before, mark) for each mark after `first` up to `last`."""
     within = [place for place in places if first < place <= last]
     return list(zip([first, *within[:-1]], within, strict=True))
 
@@ -108,7 +111,7 @@ def _stand(curves: dict[str, dict[int, float]], begin: int, place: int) -> list[
         if missing:
             raise InputError(f"the distillation of '{name}' has no loss for step {missing[0]}; run it again")
         loss = sum(curve[step] for step in range(begin + 1, place + 1)) / (place - begin)
-        losses[name] = math.inf if math.isnan(loss) else loss  # diverged: behind all others
+        losses[name] = math.inf if math.isnan(loss) else loss  # a diverged candidate ranks behind all others
     if not any(math.isfinite(loss) for loss in losses.values()):
         raise InputError(f"no candidate's distillation gives a finite loss at step {place}; lower the learning rate")
     order = sorted(losses, key=lambda name: losses[name])

@@ -1,4 +1,5 @@
-"""Sizes on the way of a student that is scored and cut in several rounds (2407.14679, iterative importance)."""
+"""The sizes of a student after each round, if it is scored and cut in several rounds (2407.14679, iterative
+importance)."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
 
-UNIT = 64  # of tensor cores; it also holds the usual parallel sizes
-COUNTED = ("layers", "heads", "query_groups")  # small numbers, each of which is legal
+UNIT = 64  # multiple for tensor cores; the usual parallel sizes divide it
+COUNTED = ("layers", "heads", "query_groups")  # small numbers; each one is legal
 
 
 def round_sizes(source: Architecture, keep: Keep, rounds: int) -> list[dict[str, Any]]:
-    """What stays after each of `rounds` rounds, axis -> size: equal steps from the source's sizes to `keep`'s.
+    """The sizes (by axis) after each of `rounds` rounds: equal steps from the source's sizes to those of `keep`.
 
     Widths are rounded to multiples of the largest power of two up to 64 that divides both ends and is no larger than
-    a step, layers and query groups to whole ones, heads to as many in each group; halves are rounded up. It depends on
-    no layout. The last is `keep` itself.
+    a step; layers and query groups to whole numbers; heads to the same number in each group; halves are rounded up.
+    The result depends on no layout. The last entry is `keep` itself.
 
-    Raises InputError as `student_architecture`, for a list of layers, and for more rounds than there are steps.
+    Raises InputError as `student_architecture` does, for a list of layers, and for more rounds than there are steps.
     """
     if rounds == 1:
         return [dict(keep)]
@@ -36,14 +37,14 @@ def round_sizes(source: Architecture, keep: Keep, rounds: int) -> list[dict[str,
 
 
 def _ends(name: str, source: Architecture, target: Architecture) -> tuple[int, int]:
-    """The sizes of an axis before and after; heads are counted in a group."""
+    """The sizes of an axis before and after; heads are counted per group."""
     if name == "heads":
         return source.heads_per_group, target.heads_per_group
     return axis(name).length(source), axis(name).length(target)
 
 
 def _between(source: Architecture, target: Architecture, keep: Keep, number: int, rounds: int) -> dict[str, int]:
-    """The sizes after round `number`, of the axes of `keep`."""
+    """The sizes after round `number` of the axes in `keep`."""
 
     def step(before: int, after: int, unit: int) -> int:
         """The multiple of `unit` nearest to before + (after - before) number / rounds."""
@@ -59,7 +60,7 @@ def _between(source: Architecture, target: Architecture, keep: Keep, number: int
 
 
 def _unit(before: int, after: int, rounds: int) -> int:
-    """1 where less than a unit goes a round."""
+    """The multiple that sizes are rounded to; 1 if a round cuts less than any larger unit."""
     unit = math.gcd(before, after, UNIT)
     while unit > 1 and unit * rounds > before - after:
         unit //= 2

@@ -1,4 +1,4 @@
-"""`keep`, as a user gives it -> the student's Architecture, or one sentence about what is legal."""
+"""From a user's `keep` to the student's Architecture; a refusal is one sentence that says what is legal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 
-Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the indices that stay
+Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the list of layers that stay
 VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
 
 
@@ -24,11 +24,10 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
 
 
 def student_architecture(source: Architecture, keep: Keep) -> Architecture:
-    """The Architecture that `keep` leaves of `source`; its heads follow from cut query groups.
+    """The Architecture that `keep` leaves of `source`; if query groups are cut, their heads are cut with them.
 
-    Raises InputError for an unknown axis, one that the source lacks, a size that is not within the source's,
-    heads that do not divide into the query groups, and a mere number of layers where some are mixtures of
-    experts and some are not.
+    Raises InputError for an unknown axis, an axis that the source lacks, a size above the source's, heads that do not
+    divide into the query groups, and a mere number of layers if only some layers are mixtures of experts.
     """
     listed = given_layers(source, keep)
     if "layers" in keep and listed is None and isinstance(source.moe_layer_freq, tuple):
@@ -46,7 +45,7 @@ def student_architecture(source: Architecture, keep: Keep) -> Architecture:
 
 
 def given_layers(source: Architecture, keep: Keep) -> list[int] | None:
-    """The layers to keep, sorted, where `keep` lists them; else None."""
+    """The layers to keep, sorted, if `keep` lists them; else None. Raises InputError for an illegal list."""
     layers = keep.get("layers")
     if layers is None or not isinstance(layers, Sequence):
         return None
@@ -66,7 +65,7 @@ def _size(source: Architecture, name: str, value: Any) -> int:
     if not most:
         there = ", ".join(other for other, cut in AXES.items() if cut.length(source))
         raise InputError(f"the model has no '{name}' to cut; it has {there}")
-    least = source.moe_router_topk if name == "experts" else 1  # a token goes to as many
+    least = source.moe_router_topk if name == "experts" else 1  # a token goes to so many experts
     if not _whole(value):
         raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from {least} to {most}")
     if not least <= value <= most:

@@ -1,4 +1,4 @@
-"""The shapes that a search goes through: legal sizes of each axis, and every combination of them."""
+"""The shapes that a search tries: the legal sizes of each axis, in every combination."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nemo_minitron.search.sizes import Keep, student_architecture
 
 DEFAULT_AXES = ("layers", "hidden", "ffn", "experts", "expert_ffn", "shared_expert_ffn")
 WIDTHS = ("hidden", "ffn", "expert_ffn", "shared_expert_ffn")
-STEP = 64  # what tensor cores want in 16 bits
-MOST = 200_000_000  # shapes, some ten seconds a hundred million
+STEP = 64  # multiple that tensor cores need in 16 bits
+MOST = 200_000_000  # shapes; a hundred million take about ten seconds
 ROWS = 1 << 20  # shapes in memory at a time
 
-Sizes = Sequence[int] | Sequence[Fraction]  # of an axis; fractions are multiples of the hidden size
+Sizes = Sequence[int] | Sequence[Fraction]  # sizes of an axis; fractions are multiples of the hidden size
 Bounds = Mapping[str, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Divisors:
-    """What sizes must be multiples of; the least common multiple where several meet.
+    """The numbers that sizes must be multiples of; if several apply, their least common multiple.
 
-    `every`: of each dimension of a matrix that is cut, heads counted with their dimension (0: nothing is
-    forbidden, see `step`); tensor cores want 64 or 128. `tp`: of what tensor parallelism divides. `local`: `every` is
-    wanted of each tensor-parallel rank's share; 16 then makes all matrices legal in FP8. `of`: of single axes.
+    `every`: for each dimension of a matrix that is cut, where a head counts with its dimension (0: any size is legal,
+    see `step`); tensor cores need 64 or 128. `tp`: for dimensions that tensor parallelism divides. `local`: `every`
+    applies to the share of each tensor-parallel rank; 16 then makes all matrices legal in FP8. `of`: for single axes.
     """
 
     every: int = 0
@@ -44,7 +44,7 @@ class Divisors:
                 raise InputError(f"the divisor {name}={value} is not legal; the nearest is 1")
 
     def hard(self, source: Architecture, name: str) -> int:
-        """What a size of this axis must be a multiple of."""
+        """The number that a size of this axis must be a multiple of."""
         every = self.every or 1
         if name in ("heads", "query_groups"):
             every //= math.gcd(every, source.head_dim)
@@ -56,8 +56,10 @@ class Divisors:
         return math.lcm(every, self.of.get(name, 1))
 
     def step(self, source: Architecture, name: str, multiple: int = 1) -> int:
-        """From one size to the next between bounds: unless divisors say, 64, or less or more, so that an axis of
-        widths or experts has from eight steps to a hundred odd. Sizes are multiples of `multiple`, too."""
+        """The step from one size to the next between bounds; sizes are also multiples of `multiple`.
+
+        Unless divisors say otherwise, the step is near 64, chosen so that an axis of widths or experts has between
+        eight and a hundred odd steps."""
         hard, length = math.lcm(self.hard(source, name), multiple), axis(name).length(source)
         if name not in (*WIDTHS, "experts") or self.every or name in self.of:
             return hard
@@ -70,8 +72,9 @@ class Divisors:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """`sizes`: legal sizes of each axis that varies; `multiples`: those given as multiples of the hidden size; `loads`:
-    axis -> what its sizes must be multiples of, a number or another axis, for a student that loads everywhere."""
+    """`sizes`: the legal sizes of each axis that varies; `multiples`: sizes given as multiples of the hidden size;
+    `loads`: axis -> a number, or another axis, that its sizes must be multiples of, so that the student loads
+    everywhere."""
 
     source: Architecture
     sizes: Mapping[str, tuple[int, ...]]
@@ -81,16 +84,16 @@ class Space:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Axes with a column, in the table's order: query groups bring the heads along."""
-        found = {*self.sizes, *self.multiples}
-        return tuple(name for name in AXES if name in found or (name == "heads" and "query_groups" in found))
+        """The axes that have a column, in the order of AXES; query groups bring the heads with them."""
+        named = {*self.sizes, *self.multiples}
+        return tuple(name for name in AXES if name in named or (name == "heads" and "query_groups" in named))
 
     @property
     def combinations(self) -> int:
         return math.prod(len(values) for values in (*self.sizes.values(), *self.multiples.values()))
 
     def blocks(self, rows: int = ROWS) -> Iterator[dict[str, np.ndarray]]:
-        """All legal shapes, some `rows` at a time: axis -> sizes, int64 [shapes]."""
+        """All legal shapes, at most `rows` at a time: axis -> sizes, int64 [shapes]."""
         grid: dict[str, tuple[int, ...] | tuple[Fraction, ...]] = {**self.sizes, **self.multiples}
         lengths = tuple(len(values) for values in grid.values())
         for start in range(0, self.combinations, rows):
@@ -115,7 +118,7 @@ class Space:
         return (sizes <= axis(name).length(self.source)) & (sizes % self.divisors.hard(self.source, name) == 0)
 
     def _whole_groups(self, columns: dict[str, np.ndarray]) -> np.ndarray | bool:
-        """Each query group keeps as many heads; heads that do not vary go with their groups."""
+        """Whether each query group keeps the same number of heads; heads that do not vary are cut with their groups."""
         size = self.source.heads_per_group
         if "query_groups" in columns and "heads" not in columns:
             columns["heads"] = columns["query_groups"] * size
@@ -137,15 +140,16 @@ def make_space(
     keep: Keep | None = None,
     loads: Mapping[str, int | str] | None = None,
 ) -> Space:
-    """`lists`: the sizes to try, as the papers' spaces; only these axes vary then, and those of `bounds`.
+    """The space of a search. `lists`: the sizes to try, as in the papers; then only these axes and those of `bounds`
+    vary.
 
-    Without lists, layers, hidden, ffn and experts vary between half and all of what is there, and each axis of
-    `bounds` between its own ends, the ends with it; heads, query groups and the vocabulary only where they are
-    named. Steps and what is legal: `divisors`; of listed sizes those that are not legal go. `keep` fixes an axis.
-    `loads` (a family's `multiples`, by Architecture's fields) leaves out sizes that some version of transformers does
-    not load, where there are others, of axes whose sizes are not listed or kept by name.
+    Without lists, layers, hidden, ffn and experts vary between half and all of the source's size. Each axis of `bounds`
+    varies between its two ends, which are included. Heads, query groups and the vocabulary vary only if they are named.
+    `divisors` decide the steps and the legal sizes; illegal sizes in a list are left out. `keep` fixes an axis. `loads`
+    (a family's `multiples`, by fields of Architecture) leaves out sizes that some version of transformers does not
+    load, if other sizes remain; it does not apply to axes that are listed or kept by name.
 
-    Raises InputError for an axis that the model lacks, a size out of range, and an axis that has no legal size.
+    Raises InputError for an axis that the model lacks, a size out of range, and an axis without a legal size.
     """
     lists, bounds, divisors, keep = lists or {}, bounds or {}, divisors or Divisors(), keep or {}
     for name in (*lists, *bounds, *divisors.of):
@@ -168,7 +172,7 @@ def make_space(
     for name, of in tuple(everywhere.items()):
         every = axis(of).length(source) if isinstance(of, str) else of
         if name in sizes and of not in sizes and all(size % every for size in sizes[name]):
-            del everywhere[name]  # the bounds leave no such size
+            del everywhere[name]  # no size within the bounds fits, so the rule is dropped
     space = Space(source, {n: sizes[n] for n in AXES if n in sizes}, multiples, divisors, everywhere)
     if space.combinations > MOST:
         raise InputError(f"the space has {space.combinations:,} shapes; narrow it to at most {MOST:,}")
@@ -176,7 +180,7 @@ def make_space(
 
 
 def _everywhere(loads: Mapping[str, int | str], named: set[str]) -> dict[str, int | str]:
-    """The same by axes, of those whose sizes the user did not name."""
+    """`loads` keyed by axis, without the axes whose sizes the user named."""
     by_size = {cut.size: name for name, cut in AXES.items()}
     return {
         by_size[field]: by_size[of] if isinstance(of, str) else of
@@ -186,13 +190,14 @@ def _everywhere(loads: Mapping[str, int | str], named: set[str]) -> dict[str, in
 
 
 def _default_axes(source: Architecture) -> list[str]:
-    """Some layers of a model with dense and mixed layers are not like others: their number alone says too little."""
+    """The axes that vary by default; not layers if some are dense and some mixtures, since their number is then not
+    enough."""
     mixed = isinstance(source.moe_layer_freq, tuple)
     return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and mixed)]
 
 
 def _power_of_two(value: int) -> int:
-    """The largest up to `value`, at least 1."""
+    """The largest power of two up to `value`, at least 1."""
     return 1 << max(0, value.bit_length() - 1)
 
 
@@ -221,16 +226,16 @@ def _listed(source: Architecture, name: str, values: Sizes, divisor: int) -> tup
             near = min(max(value, least), most)
             raise InputError(f"{name}={value} is not legal; legal are {least} to {most}, the nearest is {near}")
     legal = sorted({int(value) for value in values if value % divisor == 0})
-    return tuple(legal) if legal else _none(name, divisor, list(map(int, values)))
+    return tuple(legal) if legal else _no_legal_size(name, divisor, list(map(int, values)))
 
 
 def _multiples(source: Architecture, name: str, values: Sizes) -> tuple[Fraction, ...]:
     if name not in WIDTHS or name == "hidden":
         raise InputError(f"'{name}' cannot be a multiple of hidden; {', '.join(WIDTHS[1:])} can")
-    found = tuple(sorted({Fraction(value) for value in values}))
-    if found[0] <= 0:
-        raise InputError(f"{name}={float(found[0]):g}x is not legal; multiples are above 0")
-    return found
+    fractions = tuple(sorted({Fraction(value) for value in values}))
+    if fractions[0] <= 0:
+        raise InputError(f"{name}={float(fractions[0]):g}x is not legal; multiples are above 0")
+    return fractions
 
 
 def _between(
@@ -244,10 +249,10 @@ def _between(
     step, hard = divisors.step(source, name, every), divisors.hard(source, name)
     legal = {*range(-(-low // step) * step, high + 1, step)} or {*range(-(-low // hard) * hard, high + 1, hard)}
     legal |= {size for size in {low, high} if size % hard == 0 and (bounds or size == most)}
-    return tuple(sorted(legal)) if legal else _none(name, hard, [low, high])
+    return tuple(sorted(legal)) if legal else _no_legal_size(name, hard, [low, high])
 
 
-def _none(name: str, divisor: int, given: Sequence[int]) -> tuple[int, ...]:
+def _no_legal_size(name: str, divisor: int, given: Sequence[int]) -> tuple[int, ...]:
     near = max(1, round(given[-1] / divisor)) * divisor
     raise InputError(
         f"no size of '{name}' from {min(given)} to {max(given)} is a multiple of {divisor}; the nearest is {near}"

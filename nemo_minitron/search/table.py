@@ -1,4 +1,4 @@
-"""Candidates as rows of plain values: the table on the screen, `candidates.csv`, the data of the figures."""
+"""Candidates as rows of plain values, for the table on the screen, `candidates.csv` and the figures."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import axis
-from nemo_minitron.search.candidates import Candidate, Found
+from nemo_minitron.search.candidates import Candidate, SearchResult
 from nemo_minitron.search.formula import Cost, Formula
 
 
-def rows_of(found: Found, source: Architecture, **serving: Any) -> list[dict[str, Any]]:
-    """The candidates, best first, then what else lies on the front; `serving` as `Architecture.memory` takes it.
+def rows_of(result: SearchResult, source: Architecture, **serving: Any) -> list[dict[str, Any]]:
+    """The candidates, best first, then the other shapes on the front; `serving`: arguments of `Architecture.memory`.
 
     Columns: name, each axis, parameters, without_embeddings, active_parameters (of mixtures), bytes (to serve),
     flops (of a token at the end of the context), kept (the proxy), rank (None beyond the candidates), front.
     """
-    names = {candidate.name for candidate in found.candidates}
-    front = {candidate.name for candidate in found.front}
-    every = [*found.candidates, *(candidate for candidate in found.front if candidate.name not in names)]
-    costs = _costs(source, [candidate.sizes for candidate in every], serving)
+    names = {candidate.name for candidate in result.candidates}
+    front = {candidate.name for candidate in result.front}
+    shapes = [*result.candidates, *(candidate for candidate in result.front if candidate.name not in names)]
+    costs = _costs(source, [candidate.sizes for candidate in shapes], serving)
     return [
         {
             "name": candidate.name,
@@ -32,20 +32,20 @@ def rows_of(found: Found, source: Architecture, **serving: Any) -> list[dict[str
             "rank": i + 1 if i < len(names) else None,
             "front": candidate.name in front,
         }
-        for i, candidate in enumerate(every)
+        for i, candidate in enumerate(shapes)
     ]
 
 
 def source_row(source: Architecture, axes: Sequence[str], **serving: Any) -> dict[str, Any]:
     """The uncut model in the same columns."""
-    whole = Candidate({name: axis(name).length(source) for name in axes}, source, 1.0)
-    return rows_of(Found([whole], [], 1, 1), source, **serving)[0] | {"name": "uncut", "rank": None}
+    uncut = Candidate({name: axis(name).length(source) for name in axes}, source, 1.0)
+    return rows_of(SearchResult([uncut], [], 1, 1), source, **serving)[0] | {"name": "uncut", "rank": None}
 
 
 def _costs(
     source: Architecture, sizes: Sequence[Mapping[str, int]], serving: Mapping[str, Any]
 ) -> dict[str, list[int]]:
-    """By formula: an Architecture with hundreds of experts takes a while to count."""
+    """The costs, by formula, because counting an Architecture with hundreds of experts takes long."""
     costs: dict[str, Cost] = {
         "parameters": lambda a: a.parameters(),
         "without_embeddings": lambda a: a.parameters(embeddings=False),

@@ -1,4 +1,4 @@
-"""What a shape may cost."""
+"""Targets of a search: the cost that a shape may have."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nemo_minitron.search.formula import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A band of `tolerance` around `value` of a cost, ends included, or with None anything up to `value`.
+    """A band of relative `tolerance` around `value` of a cost, ends included; tolerance None: anything up to `value`.
 
-    `unit` and `name` are for people. Raises InputError for a value below 1 or a tolerance outside of [0, 1).
+    `unit` and `name` are for messages. Raises InputError for a value below 1 or a tolerance outside [0, 1).
     """
 
     name: str
@@ -34,14 +34,14 @@ class Target:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The least and the largest cost that meet it."""
+        """The least and the largest cost that meet the target."""
         if self.tolerance is None:
             return 0, self.value
         part = Fraction(str(self.tolerance)) * self.value
         return math.ceil(self.value - part), math.floor(self.value + part)
 
     def misses(self, costs: np.ndarray) -> np.ndarray:
-        """How far each cost is outside, relative to the target's value; 0 where it meets it."""
+        """The distance of each cost from the band, relative to the target's value; 0 if the cost meets the target."""
         low, high = self.ends
         return np.maximum(np.maximum(low - costs, costs - high), 0) / self.value
 
@@ -53,7 +53,7 @@ class Target:
 
 
 def parameters(value: int, tolerance: float = 0.05, *, embeddings: bool = True, active: bool = False) -> Target:
-    """A band, as in the papers: of all parameters, of those without embeddings, or of those active for a token."""
+    """A band of parameters, as in the papers: all of them, those without embeddings, or those active for one token."""
     name = "active parameters" if active else "parameters" if embeddings else "parameters without embeddings"
 
     def cost(a: Architecture) -> int:
@@ -63,7 +63,7 @@ def parameters(value: int, tolerance: float = 0.05, *, embeddings: bool = True, 
 
 
 def memory(value: int, *, batch: int = 1, context: int = 4096, weights: str = "bf16", kv_cache: str = "bf16") -> Target:
-    """At most: bytes of weights and of the KV cache of `batch` sequences of `context` tokens."""
+    """At most `value` bytes of weights and of the KV cache of `batch` sequences of `context` tokens."""
 
     def cost(a: Architecture) -> int:
         return a.memory(batch=batch, context=context, weights=weights, kv_cache=kv_cache)
@@ -72,5 +72,5 @@ def memory(value: int, *, batch: int = 1, context: int = 4096, weights: str = "b
 
 
 def flops(value: int, *, context: int = 4096) -> Target:
-    """At most: forward FLOPs of one token at position `context`."""
+    """At most `value` forward FLOPs of one token at position `context`."""
     return Target("FLOPs", value, lambda a: a.flops_per_token(context), unit="FLOPs a token")

@@ -12,7 +12,7 @@ from nemo_minitron.settings.validated import ValidatedSettings
 if TYPE_CHECKING:
     from nemo_minitron.architecture import Architecture
     from nemo_minitron.artifacts import Scores
-    from nemo_minitron.search.candidates import Found, Measure
+    from nemo_minitron.search.candidates import Measure, SearchResult
     from nemo_minitron.search.space import Space
     from nemo_minitron.search.targets import Target
 
@@ -114,7 +114,7 @@ class Search(ValidatedSettings):
     def run(
         self, source: Architecture, keep: Mapping[str, Any], scores: Scores | None = None,
         measure: Measure | None = None, loads: Loads | None = None, **options: Any,
-    ) -> Found:  # fmt: skip
+    ) -> SearchResult:  # fmt: skip
         """The candidates. `measure` gives a candidate's latency in seconds (None: it is not looked at), `loads` is for
         `make_space`, `options` for `search.search`. Raises InputError where nothing meets the targets."""
         from nemo_minitron.search import parse, search

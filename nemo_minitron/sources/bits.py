@@ -1,4 +1,4 @@
-"""Raw bits <-> torch tensors: the one place where a safetensors dtype meets torch's."""
+"""Raw bits <-> torch tensors; only this file translates between dtypes of safetensors and of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:
-    """Raw bits of a safetensors dtype -> a torch tensor that shares their memory where it can."""
+    """Raw bits of a safetensors dtype -> a torch tensor, which shares their memory if they are contiguous."""
     signed = np.ascontiguousarray(raw).view(np.dtype(f"int{raw.dtype.itemsize * 8}"))
     return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
 

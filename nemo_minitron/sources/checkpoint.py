@@ -1,7 +1,7 @@
 """A NeMo checkpoint (torch_dist weights beside a context) as a TensorSource, read chunk by chunk.
 
-Neither part is trusted: `.metadata` and chunks as in `checkpoint_files.py`; the context's `io.json` names classes that
-NeMo would import and call, here it is read as data. Chunks are read one at a time.
+Neither part is trusted. `checkpoint_files.py` checks `.metadata` and the chunks; the context's `io.json` names classes
+that NeMo would import and call, but here it is read as data. Chunks are read one at a time.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
 
 
 class CheckpointSource:
-    """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: its tokenizer's.
+    """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: the folder of its tokenizer.
 
-    Holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
-    Raises InputError for what is damaged, hostile or not a model of a supported family.
+    It holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
+    Raises InputError if the checkpoint is damaged, hostile or not a model of a supported family.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,8 +57,9 @@ class CheckpointSource:
         return DTYPES[self._metadata.state_dict_metadata[key].properties.dtype]
 
     def _locate(self) -> dict[str, list[tuple[str, tuple[int, ...], Piece]]]:
-        """Canonical name -> (key in the checkpoint, layer and expert where they are stacked, piece of the tensor)."""
-        found: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
+        """Canonical name -> (key in the checkpoint, its positions along stacked layers and experts, piece of the
+        tensor)."""
+        located: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
             if not key.startswith("module.") or not hasattr(entry, "size"):
                 continue
@@ -66,19 +67,19 @@ class CheckpointSource:
             for name, at in _parameters(key.removeprefix("module."), entry.size, self.architecture):
                 stacked = len(at)
                 for piece in pieces(name, self.architecture):
-                    found.setdefault(piece.tensor, []).append((key, at, piece))
+                    located.setdefault(piece.tensor, []).append((key, at, piece))
             for chunk in entry.chunks:
                 for at in _stacked_in(chunk, stacked):
                     self._chunks.setdefault((key, at), []).append(chunk)
         shapes = self.architecture.shapes()
-        if missing := shapes.keys() - found.keys():
+        if missing := shapes.keys() - located.keys():
             raise InputError(f"the checkpoint '{self.path}' lacks the tensor '{min(missing)}'")
-        if surplus := found.keys() - shapes.keys():
-            raise InputError(f"the checkpoint '{self.path}' has '{min(surplus)}', which its config does not speak of")
-        for name, places in found.items():
+        if surplus := located.keys() - shapes.keys():
+            raise InputError(f"the checkpoint '{self.path}' has '{min(surplus)}', which its config does not mention")
+        for name, places in located.items():
             if len({self._metadata.state_dict_metadata[key].properties.dtype for key, _, _ in places}) > 1:
                 raise InputError(f"the checkpoint '{self.path}' stores '{name}' in several dtypes")
-        return found
+        return located
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices, one array per dimension."""
@@ -94,8 +95,8 @@ class CheckpointSource:
         return block
 
     def _block(self, key: str, stacked: tuple[int, ...], wanted: list[np.ndarray]) -> np.ndarray:
-        """Elements of one saved tensor, of a layer (and expert) where they are stacked, from the chunks that
-        hold them."""
+        """The `wanted` elements of one saved tensor, read from the chunks that hold them; `stacked`: the positions of
+        the layer (and expert) along the stacked dimensions."""
         entry = self._metadata.state_dict_metadata[key]
         full = [*(np.array([number]) for number in stacked), *wanted]
         block = np.zeros([len(i) for i in full], RAW[DTYPES[entry.properties.dtype]])
@@ -125,21 +126,21 @@ class CheckpointSource:
 
 
 def _stacked_in(chunk: Any, dimensions: int) -> Iterator[tuple[int, ...]]:
-    """The positions along the stacked dimensions that lie in a chunk."""
+    """The positions along the stacked dimensions that a chunk covers."""
     bounds = itertools.islice(zip(chunk.offsets, chunk.sizes, strict=True), dimensions)
     return itertools.product(*(range(first, first + size) for first, size in bounds))
 
 
 def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A checkpoint's key -> Megatron parameters, and where each lies in the saved tensor's first dimensions.
+    """A checkpoint's key -> Megatron parameters, each with its position in the first dimensions of the saved tensor.
 
     Layers are stacked along the first dimension, or each has a key; experts are stacked along the next one.
     """
-    found = _LAYER.fullmatch(name)
-    if not found:
+    match = _LAYER.fullmatch(name)
+    if not match:
         yield name, ()
         return
-    layer, local = found.groups()
+    layer, local = match.groups()
     experts = _EXPERTS.fullmatch(local)
     counts = [(a.num_layers, "layers")] if layer is None else []
     counts += [(a.num_moe_experts or 0, "experts")] if experts else []
@@ -153,5 +154,5 @@ def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tu
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Where `distill` left its last checkpoint. Raises InputError where there is none."""
+    """The last checkpoint that `distill` wrote into a folder. Raises InputError if there is none."""
     return folder / read_last(folder / "last.json")["checkpoint"]

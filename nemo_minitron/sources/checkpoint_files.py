@@ -1,8 +1,8 @@
-"""The files of a torch_dist checkpoint, distrusted: what lies where, and one chunk after the other.
+"""Reads the files of a torch_dist checkpoint without trusting them: where each chunk lies, and one chunk at a time.
 
-`.metadata` is a pickle, read through an allow-list of classes that do nothing but hold values; what it says is then
-checked against the files that it speaks of. Chunks are read with torch's weights-only loader, after a look at how large
-they become. `check_resumable` looks in this way at all that Megatron unpickles when a training goes on.
+`.metadata` is a pickle. It is read through an allow-list of classes that only hold values; its content is then checked
+against the files that it names. Chunks are read with torch's weights-only loader, after a check of the size that they
+unpack to. `check_resumable` checks in this way every file that Megatron unpickles when a training is resumed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nemo_minitron.errors import InputError, first_line
 
-SLACK = 1 << 20  # bytes of a chunk beside its numbers
+SLACK = 1 << 20  # bytes that a chunk may take beside its numbers
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -40,12 +40,12 @@ _ALLOWED = {
 
 
 class _Unread:
-    """Stands for what a checkpoint keeps for its own next save; takes any arguments and means nothing."""
+    """Stands in for objects that a checkpoint keeps only for its next save; takes any arguments and ignores them."""
 
     def __init__(self, *arguments: Any) -> None: ...
 
 
-_STAND_INS = {  # also so that reading a checkpoint does not import Megatron
+_STAND_INS = {  # stand-ins; they also save the import of Megatron
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Unread,
     ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Unread,
@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Place(NamedTuple):
-    """Where a chunk's bytes lie."""
+    """The place of a chunk's bytes."""
 
     file: Path
     offset: int
@@ -72,9 +72,9 @@ class Place(NamedTuple):
 
 
 def read_metadata(weights: Path) -> Any:
-    """torch's Metadata of a torch_dist folder, each value of its type and each count one that the files can hold.
+    """torch's Metadata of a torch_dist folder; types are checked, and counts are checked against the files' sizes.
 
-    Raises InputError; runs nothing that the file names.
+    Nothing that the file names is run. Raises InputError if the file is missing, damaged or hostile.
     """
     file = weights / ".metadata"
     if not file.is_file():
@@ -86,7 +86,7 @@ def read_metadata(weights: Path) -> Any:
         sizes: dict[str, tuple[Path, int]] = {}
         for key, entry in metadata.state_dict_metadata.items():
             if not isinstance(key, str) or not key.isprintable():
-                raise ValueError("a tensor's name is no text")
+                raise ValueError("the name of a tensor is not a text")
             if not isinstance(entry, BytesStorageMetadata):
                 _check_entry(key, entry, metadata.storage_data, weights, sizes)
         return metadata
@@ -95,15 +95,15 @@ def read_metadata(weights: Path) -> Any:
 
 
 def _check_entry(key: str, entry: Any, storage: Any, weights: Path, files: dict[str, tuple[Path, int]]) -> None:
-    """Raises ValueError for a tensor whose chunks do not lie in it, or have more numbers than bytes."""
+    """Raises ValueError if a chunk of a tensor lies outside the tensor, or has more numbers than bytes."""
     dtype, size = entry.properties.dtype, tuple(entry.size)
     if not isinstance(dtype, torch.dtype) or not _naturals(size) or len(size) > 8:
         raise ValueError(f"'{key}' has no dtype and size")
     for chunk in entry.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         inside = _naturals(offsets) and _naturals(sizes) and len(offsets) == len(sizes) == len(size)
-        if not inside or any(a + n > whole for a, n, whole in zip(offsets, sizes, size, strict=True)):
-            raise ValueError(f"a chunk of '{key}' lies outside of it")
+        if not inside or any(a + n > extent for a, n, extent in zip(offsets, sizes, size, strict=True)):
+            raise ValueError(f"a chunk of '{key}' lies outside it")
         info = storage.get(MetadataIndex(key, chunk.offsets))
         if info is None:
             raise ValueError(f"it does not say where a chunk of '{key}' lies")
@@ -117,27 +117,29 @@ def _naturals(values: tuple[Any, ...]) -> bool:
 
 
 def place_of(weights: Path, info: Any, files: dict[str, tuple[Path, int]] | None = None) -> Place:
-    """Raises InputError for bytes that are not in the folder's files, and for bytes that were transformed. `files`:
-    those that were looked at before, with their sizes."""
+    """The place of a chunk. `files`: a cache, name -> (file, size), of the files that were checked before.
+
+    Raises InputError if the bytes are not in the folder's files, or were transformed (compressed)."""
     name, known = str(info.relative_path), {} if files is None else files
     if name not in known:
         file = (weights / name).resolve()
         if weights.resolve() not in file.parents:
-            raise InputError(f"the checkpoint '{weights.parent}' points outside of itself, to '{name}'")
+            raise InputError(f"the checkpoint '{weights.parent}' points outside its own folder, to '{name}'")
         known[name] = file, file.stat().st_size if file.is_file() else 0
-    file, there = known[name]
+    file, file_size = known[name]
     if getattr(info, "transform_descriptors", None):
-        raise InputError(f"'{file}' holds chunks that are compressed as a whole; save it without")
-    if not _naturals((info.offset, info.length)) or info.offset + info.length > there:
-        raise InputError(f"the checkpoint '{weights.parent}' speaks of bytes that '{file.name}' does not have")
+        raise InputError(f"'{file}' holds compressed chunks; save it without compression")
+    if not _naturals((info.offset, info.length)) or info.offset + info.length > file_size:
+        raise InputError(f"the checkpoint '{weights.parent}' names bytes that '{file.name}' does not have")
     return Place(file, info.offset, info.length)
 
 
 def load_chunk(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A chunk's numbers. Raises InputError for bytes that are none, or of another dtype or number than said."""
+    """A chunk's tensor. Raises InputError if the bytes are no tensor, or of another dtype or size than `.metadata`
+    says."""
     tensor = _load(place, math.prod(shape) * dtype.itemsize)
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise InputError(f"a chunk of '{place.file}' is no plain tensor")
+        raise InputError(f"a chunk of '{place.file}' is not a plain tensor")
     if tensor.dtype != dtype or tensor.numel() != math.prod(shape):
         raise InputError(
             f"a chunk of '{place.file}' has {tensor.numel()} numbers of {tensor.dtype}; its .metadata says "
@@ -147,7 +149,7 @@ def load_chunk(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> torc
 
 
 def _load(place: Place, size: int) -> Any:
-    """What torch's weights-only loader makes of the bytes, which may become `size` bytes and not many more."""
+    """The result of torch's weights-only loader; the bytes may unpack to about `size` bytes, not more."""
     try:
         with open(place.file, "rb") as stream:
             stream.seek(place.offset)
@@ -157,20 +159,22 @@ def _load(place: Place, size: int) -> Any:
         if inflated > size + SLACK:
             raise ValueError(f"it would take {inflated} bytes in the place of {size}")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged bytes
+    except Exception as error:  # torch raises many kinds of errors for damaged bytes
         raise InputError(
             f"a chunk of '{place.file}' cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from None
 
 
-# -- a training that goes on ---------------------------------------------------------------------------
+# -- a resumed training ---------------------------------------------------------------------------
 def check_resumable(folder: Path) -> None:
-    """Raises InputError for a training's checkpoint in `folder` whose pickles ask for more than values: `.metadata`,
-    `common.pt`, and the objects among the chunks. Megatron and torch read them with pickle's own loader."""
+    """Raises InputError if a pickle of a training's checkpoint in `folder` holds more than values.
+
+    The pickles are `.metadata`, `common.pt` and the objects among the chunks; Megatron and torch would load them with
+    pickle's own loader, which runs what they name."""
     for weights in sorted(path.parent for path in folder.glob("*/weights/.metadata")):
         metadata = read_metadata(weights)
         for index, info in metadata.storage_data.items():
-            if not hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):  # an object, no tensor
+            if not hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):  # an object, not a tensor
                 place = place_of(weights, info)
                 _load(place, place.length)
         for file in sorted(weights.glob("*.pt")):

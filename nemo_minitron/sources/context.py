@@ -1,8 +1,8 @@
 """The context of a NeMo checkpoint, read as data.
 
-NeMo would import and call what `io.json` names. Here nothing is imported or called: the file is JSON, its
-values are looked up, and `model.yaml` (which has the fields that were left at their defaults) goes through
-YAML's safe loader.
+NeMo would import and call the classes that `io.json` names. Here nothing is imported or called: the file is parsed as
+JSON and its values are looked up. `model.yaml`, which also has the fields that were left at their defaults, is read
+with YAML's safe loader.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from nemo_minitron.families.side_files import TOKENIZER_CONFIG, check_link, copy
 
 WHAT = "the NeMo checkpoint's context"
 LARGEST_YAML = 1 << 24  # bytes
-MOST_VALUES = 1 << 17  # that a config's fields may have together: an object may be referred to again and again
+MOST_VALUES = 1 << 17  # most values of all fields of a config; references to one object could repeat it endlessly
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Names of NeMo's classes and the fields of the model's config: plain values; a function is its dotted name."""
+    """Names of NeMo's classes and the fields of the model's config, as plain values; a function is given by its dotted
+    name."""
 
     model_class: str
     config_class: str
@@ -38,7 +39,7 @@ class Context:
 
 
 def read_context(folder: str | Path) -> Context:
-    """Raises InputError where the context is missing, damaged or of another shape than NeMo 2's."""
+    """Reads a context. Raises InputError if it is missing, damaged or not in the form of NeMo 2."""
     folder = Path(folder)
     objects = read_json(folder / "io.json", WHAT, mapped(anything(64)))
     try:
@@ -54,24 +55,24 @@ def read_context(folder: str | Path) -> Context:
 
 
 def tokenizer_folder(checkpoint: str | Path) -> Path:
-    """The folder in a NeMo checkpoint's context that holds its tokenizer, whether or not it is there."""
+    """The folder in a NeMo checkpoint's context that holds its tokenizer; it need not exist."""
     context = Path(checkpoint) / "context"
     objects = read_json(context / "io.json", WHAT, mapped(anything(64)))
     try:
         graph = _Graph(objects["objects"])
         model = graph.child(objects["root"]["key"], "model")
         name = graph.fields(graph.child(model, "tokenizer"))["pretrained_model_name"]
-        found = context / Path(name).name
+        folder = context / Path(name).name
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return context / "nemo_tokenizer"
-    return found if os.path.isdir(found) else context / "nemo_tokenizer"
+    return folder if os.path.isdir(folder) else context / "nemo_tokenizer"
 
 
 def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:
-    """Copies a checkpoint's context with other fields of the model's config, all of it as data.
+    """Copies a checkpoint's context and changes fields of the model's config; everything is handled as data.
 
-    What NeMo recorded beside them (classes, optimizer, trainer) comes along as it is, the tokenizer without code of
-    its own. Raises InputError as `read_context`, and for a symbolic link out of the context's folder.
+    The other records of NeMo (classes, optimizer, trainer) are copied unchanged, the tokenizer without its code. Raises
+    InputError as `read_context` does, and for a symbolic link out of the context's folder.
     """
     read_context(source)
     shutil.copytree(source, target, ignore=lambda folder, names: _code(Path(source), Path(folder), names))
@@ -89,21 +90,22 @@ def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, A
 
 
 def _code(context: Path, folder: Path, names: list[str]) -> list[str]:
-    """Of a folder within a context, what is not copied."""
+    """The names in a folder of a context that are not copied: code."""
     for name in names:
         check_link(folder / name, context)
     return [name for name in names if name.endswith(".py") or name == "__pycache__"]
 
 
 def _defaults(folder: Path) -> dict[str, Any]:
-    """All fields of the model's config as NeMo wrote them down for people."""
+    """All fields of the model's config from model.yaml, which NeMo writes for people."""
     named = {name: _function(value) for name, value in _yaml(folder / "model.yaml")["config"].items()}
     return {name: value for name, value in named.items() if _plain(value)}
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    """With its `config`, an object. An alias repeats what it stands for, so that its file's size bounds nothing; what
-    is used of it here is plain."""
+    """The values of model.yaml, with `config`, an object. Raises InputError if it cannot be read.
+
+    YAML aliases can make the values much larger than the file, but only plain values of it are used here."""
     try:
         if file.stat().st_size > LARGEST_YAML:
             raise ValueError(f"it has more than {LARGEST_YAML} bytes")
@@ -116,8 +118,8 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _function(value: Any) -> Any:
-    """The dotted name of a function that is a value, not called; the number that YAML 1.1 reads as a text for want of
-    a point; anything else as it is."""
+    """The dotted name if the value is a function; the number if the value is a text such as `1e-5`, which YAML 1.1
+    does not read as a number without a point; else the value itself."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+e[+-]?[0-9]{1,3}", value):
         return float(value)
     if isinstance(value, Mapping) and value.get("_call_") is False and "_target_" in value:
@@ -131,7 +133,7 @@ def _plain(value: Any) -> bool:
 
 
 class _Graph:
-    """fiddle's serialised objects: each has a type, items, and a reference to its metadata."""
+    """The objects that fiddle serialised: each has a type, items, and a reference to its metadata."""
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self.objects, self._left = objects, MOST_VALUES
@@ -140,11 +142,11 @@ class _Graph:
         return dict(self._items(key))[name]["key"]
 
     def fields(self, key: str) -> dict[str, Any]:
-        found = {name: self._value(value) for name, value in self._items(key)}
-        return {name: value for name, value in found.items() if value is not _OPAQUE}
+        values = {name: self._value(value) for name, value in self._items(key)}
+        return {name: value for name, value in values.items() if value is not _OPAQUE}
 
     def set(self, key: str, values: Mapping[str, Any]) -> None:
-        """Sets plain fields, also ones that were left at their defaults: those join the argument names."""
+        """Sets plain fields; a field that was left at its default is added to the argument names."""
         items = self.objects[key]["items"]
         names = self.objects[dict(self._items(self.objects[key]["metadata"]["key"]))["argument_names"]["key"]]["items"]
         for name, value in values.items():
@@ -157,7 +159,7 @@ class _Graph:
                 names.append([f"Index(index={len(names)})", name])
 
     def distrust_tokenizers(self) -> None:
-        """No tokenizer that is loaded from this record runs code beside its files."""
+        """Forbids every tokenizer in this record to run code beside its files."""
         for recorded in self.objects.values():
             for name, value in recorded["items"]:
                 if name == "Attr(name='trust_remote_code')" and value["type"] == "leaf":
@@ -187,6 +189,7 @@ _OPAQUE = object()
 
 
 def hf_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The Hugging Face config that a NeMo checkpoint's context stands for. Raises InputError."""
+    """The Hugging Face config that corresponds to a NeMo checkpoint's context. Raises InputError as `read_context`
+    does."""
     context = read_context(Path(checkpoint) / "context")
     return family_of_nemo(context.model_class).from_nemo(context.config)

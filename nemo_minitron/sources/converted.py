@@ -1,4 +1,4 @@
-"""A source in another dtype: a student trained in fp32 goes out as the folder stores its weights."""
+"""A source converted to another dtype: a student that was trained in fp32 is stored in the dtypes of its folder."""
 
 from __future__ import annotations
 

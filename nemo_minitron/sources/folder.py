@@ -1,6 +1,6 @@
-"""A Hugging Face folder as a TensorSource: bytes by pread, no torch, no mmap.
+"""A Hugging Face folder as a TensorSource: reads bytes with pread, without torch and without mmap.
 
-A mapped file counts into the process's peak memory and is slower here than reading the rows that stay.
+A mapped file would count into the process's peak memory, and is slower here than reading only the rows that stay.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, read_config
 from nemo_minitron.sources.headers import SIZES, Entry, read_header, shards
-from nemo_minitron.sources.streams import Run, Sink
+from nemo_minitron.sources.streams import ByteRange, Sink
 from nemo_minitron.sources.tensors import RAW
 
-MOST = 1024  # buffers of one call, the system's limit
-LEAST = 1 << 20  # bytes of a run of rows, on average, from which on it is read by itself, not several with one call
-# Bytes of rows in a block: it is read, picked from and written within the processor's cache. Blocks of 16 MB took more
-# than twice the processor time.
+MOST = 1024  # the system's limit of buffers in one call
+LEAST = 1 << 20  # bytes; if runs of rows are longer on average, each is copied by itself
+# Bytes of rows in a block. A block is read, picked from and written within the processor's cache; blocks of 16 MB took
+# more than twice the processor time.
 BLOCK = 1 << 20
 UNIT = 8  # neighbouring columns that are picked as one
 _GAP = memoryview(bytearray(64 << 10))
@@ -33,8 +33,8 @@ class HFSource:
 
     `architecture`, `config` (the folder's, as a dict), `family` and `folder` are public.
 
-    Raises InputError where config and files contradict each other: a tensor that nothing claims, one that is
-    missing, a shape or dtype that is not what the config says, a damaged file, weights only as a pickle.
+    Raises InputError if config and files contradict each other (a tensor that the config does not mention, a missing
+    one, another shape or dtype), if a file is damaged, and if the weights exist only as a pickle.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,9 +45,9 @@ class HFSource:
         stored = _stored(self.folder)
         experts = (self.architecture.num_moe_experts or 0) * len(self.architecture.moe_layers)
         for count, what in ((self.architecture.num_layers, "layers"), (experts, "experts")):
-            if count > len(stored):  # before anything as long as the model is built
+            if count > len(stored):  # checked before anything of the model's size is built
                 raise InputError(
-                    f"the config of '{self.folder}' speaks of {count} {what}, its files hold {len(stored)} tensors"
+                    f"the config of '{self.folder}' has {count} {what}, its files hold {len(stored)} tensors"
                 )
         self._shapes = self.architecture.shapes()
         self._places = self._claim(stored)
@@ -59,14 +59,14 @@ class HFSource:
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits (uint16, uint32, uint64) of the outer product of sorted indices, as a new array.
 
-        Only the runs of rows in `index[0]` are read; the other dimensions are picked from them in memory.
-        Raises InputError where the file has become shorter since it was opened.
+        Only the rows in `index[0]` are read; the other dimensions are picked from them in memory.
+        Raises InputError if the file has become shorter since it was opened.
         """
         entry, first = self._place(name)
         rows, *rest = index
         row = entry.shape[1:]
         block: np.ndarray
-        if not row:  # a vector: elements are too small to be read one by one
+        if not row:  # a vector: single elements are too small to be read one by one
             block = _read_rows(entry, np.arange(first, first + self._shapes[name][0]), row)[rows]
         else:
             block = _read_rows(entry, rows + first, row)
@@ -75,8 +75,10 @@ class HFSource:
         return block
 
     def stream(self, name: str, index: Index, sink: Sink) -> None:
-        """Puts the outer product of sorted indices into `sink`: whole rows in long runs are copied as they are, the
-        rest is read in blocks of rows, picked from, and written. Raises what `read` and `Sink` raise."""
+        """Writes the outer product of sorted indices into `sink`.
+
+        Long runs of complete rows are copied directly; anything else is read in blocks of rows, picked from, and
+        written. Raises what `read` and `Sink` raise."""
         entry, first = self._place(name)
         rows, *rest = index
         step = math.prod(entry.shape[1:]) * SIZES[entry.dtype]
@@ -84,7 +86,7 @@ class HFSource:
         if whole_rows and len(runs := _runs(rows)) * LEAST <= max(LEAST, len(rows) * step):
             _check_range(rows + first, entry.shape[0])
             at = entry.start + first * step
-            sink.copy(entry.file, [Run(at + row * step, count * step) for row, count in runs])
+            sink.copy(entry.file, [ByteRange(at + row * step, count * step) for row, count in runs])
             return
         height = max(1, BLOCK // step)
         for begin in range(0, len(rows), height):
@@ -115,7 +117,7 @@ class HFSource:
         if unclaimed:
             raise InputError(
                 f"'{self.folder}' has the tensor '{min(unclaimed)}', "
-                f"which its config ({self.family.hf_class}) does not speak of"
+                f"which its config ({self.family.hf_class}) does not mention"
             )
 
 
@@ -134,7 +136,7 @@ def _stored(folder: Path) -> dict[str, Entry]:
 
 def _checked(folder: Path, name: str, stored: dict[str, Entry], parts: list[tuple[int, ...]]) -> Entry:
     if name not in stored:
-        raise InputError(f"'{folder}' lacks the tensor '{name}' that its config speaks of")
+        raise InputError(f"'{folder}' lacks the tensor '{name}' that its config needs")
     entry, shape = stored[name], (sum(part[0] for part in parts), *parts[0][1:])
     if entry.shape != shape:
         raise InputError(f"'{name}' in '{folder}' is {entry.shape}; its config says {shape}")
@@ -144,25 +146,25 @@ def _checked(folder: Path, name: str, stored: dict[str, Entry], parts: list[tupl
 
 
 def _check_range(kept: np.ndarray, size: int) -> None:
-    """Of sorted indices."""
+    """Raises IndexError if sorted indices leave a dimension of `size`."""
     if len(kept) and not 0 <= kept[0] <= kept[-1] < size:
         raise IndexError(f"{kept[0]} to {kept[-1]} of a dimension of {size}")
 
 
 def _picked(block: np.ndarray, dim: int, kept: np.ndarray) -> np.ndarray:
-    """The positions `kept` (sorted) of one dimension, as cheaply as numpy has it."""
+    """The positions `kept` (sorted) of one dimension, picked by the cheapest way that numpy has."""
     if len(kept) == block.shape[dim]:
         return block
     _check_range(kept, block.shape[dim])
     unit = f"V{UNIT * block.itemsize}"
-    # mode "wrap" takes a third less time than the one that checks
+    # mode "wrap" takes a third less time than the mode that checks the range
     if dim < block.ndim - 1 or not _in_units(kept, block.shape[dim]):
         return block.take(kept, axis=dim, mode="wrap")
     return block.view(unit).take(kept[::UNIT] // UNIT, axis=dim, mode="wrap").view(block.dtype)
 
 
 def _in_units(kept: np.ndarray, size: int) -> bool:
-    """Whether sorted positions are whole units of `UNIT` neighbours, as the columns of heads are."""
+    """Whether sorted positions consist of complete units of `UNIT` neighbours, as the columns of heads do."""
     if size % UNIT or len(kept) % UNIT:
         return False
     first, last = kept[::UNIT], kept[UNIT - 1 :: UNIT]
@@ -196,8 +198,8 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _fill(stream: BinaryIO, runs: list[tuple[int, memoryview]]) -> None:
-    """Reads (position in the file, where to) in order. Short gaps are read too, into `_GAP`, and forgotten: a call that
-    skips nothing takes less time than one for each run."""
+    """Reads (position in the file, target) in order. Short gaps are read too, into `_GAP`, and ignored: one call that
+    skips nothing takes less time than a call for each run."""
     views: list[memoryview] = []
     first = last = 0
     for position, view in runs:
@@ -215,19 +217,19 @@ def _fill(stream: BinaryIO, runs: list[tuple[int, memoryview]]) -> None:
 
 
 def _read(stream: BinaryIO, views: list[memoryview], position: int) -> None:
-    """Fills the views, one after another, from `position` on."""
+    """Fills the views, one after another, with the bytes from `position` on."""
     wanted = sum(map(len, views))
     while wanted:
         count = os.preadv(stream.fileno(), views, position)
         if not count:
-            raise InputError(f"'{stream.name}' is no whole safetensors file: it ends at byte {position}")
+            raise InputError(f"'{stream.name}' is not a complete safetensors file: it ends at byte {position}")
         wanted, position = wanted - count, position + count
         if wanted:
             views = _after(views, count)
 
 
 def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the views when their first `count` bytes are taken off."""
+    """The rest of the views after their first `count` bytes."""
     for number, view in enumerate(views):
         if count < len(view):
             return [view[count:], *views[number + 1 :]]

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, distrusted: what lies where, or one sentence about what is wrong."""
+"""Reads the header of a safetensors file without trusting it; a refusal is one sentence about what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError
 
-LARGEST = 100_000_000  # bytes of a header; the format's own limit
+LARGEST = 100_000_000  # bytes of a header, the limit of the format
 SIZES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -38,9 +38,9 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Tensor name -> Entry, by position in the file; reads the header and no weights.
+    """Tensor name -> Entry, by position in the file; reads the header but no weights.
 
-    Raises InputError for a file that is not whole or not what the format allows.
+    Raises InputError if the file is incomplete or breaks a rule of the format.
     """
     values, start, end = _parse(file)
     values.pop("__metadata__", None)
@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             _refuse(file, f"'{name}' {how} the tensor before it")
         position += entry.size
     if position != end:
-        _refuse(file, f"its header speaks of {position} bytes, the file has {end}; is the download complete?")
+        _refuse(file, f"its header describes {position} bytes, the file has {end}; is the download complete?")
     return ordered
 
 
@@ -73,9 +73,9 @@ def _parse(file: Path) -> tuple[dict[str, Any], int, int]:
     try:
         values = json.loads(text, object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        _refuse(file, f"its header is no JSON ({error})")
+        _refuse(file, f"its header is not JSON ({error})")
     if not isinstance(values, dict):
-        _refuse(file, "its header is no JSON object")
+        _refuse(file, "its header is not a JSON object")
     return values, 8 + length, size
 
 
@@ -107,7 +107,7 @@ def _naturals(values: Any) -> bool:
 
 
 def _refuse(file: Path, why: str) -> NoReturn:
-    raise InputError(f"'{file}' is no whole safetensors file: {why}")
+    raise InputError(f"'{file}' is not a complete safetensors file: {why}")
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
@@ -115,7 +115,7 @@ def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
 
     A single `model.safetensors` comes first, as in transformers, and has no such names.
 
-    Raises InputError for a folder without safetensors and for an index that is not one, or points elsewhere.
+    Raises InputError if the folder has no safetensors, or its index is damaged or points out of the folder.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

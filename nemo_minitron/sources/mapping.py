@@ -1,8 +1,8 @@
 """Megatron's tensors <-> canonical tensors: fused QKV, fused gate/up, shards, experts, padded vocabularies.
 
-This table is the only place that knows how Megatron lays a decoder out. A Megatron parameter is a set of
-pieces; a piece is a box of a canonical tensor that lies at a place of the parameter. Filling a live model,
-reading a checkpoint and gathering a model all walk the same pieces. No torch and no Megatron here.
+Only this table knows how Megatron lays a decoder out. A Megatron parameter is a set of pieces; a piece is a box of a
+canonical tensor that lies at a place of the parameter. The code that fills a live model, reads a checkpoint or gathers
+a model uses the same pieces. No torch and no Megatron here.
 
 Parameters are named with their global layer number: `decoder.layers.7.mlp.linear_fc1.weight`. Experts carry
 their number on the rank, one after another (`mlp.experts.local_experts.2.linear_fc1.weight`) or grouped as under
@@ -32,10 +32,10 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A rank's place in the tensor-parallel group (`rank` of `size`), and what it holds of experts: `ep_rank` of
-    `ep_size` ranks among which they are dealt out, `etp_rank` of `etp_size` ranks that share one of them.
+    """A rank's place in the tensor-parallel group (`rank` of `size`) and in the groups of experts.
 
-    The default is the whole parameter, as in a checkpoint's global view.
+    Experts are dealt out among `ep_size` ranks, of which this is `ep_rank`; `etp_size` ranks share one expert, and this
+    is `etp_rank` of them. The default is the whole parameter, as in a checkpoint's global view.
     """
 
     rank: int = 0
@@ -52,12 +52,13 @@ class Shard:
 
     @property
     def expert(self) -> Shard:
-        """The shard of one expert's tensors: `of` and `size` go by the experts' tensor parallelism."""
+        """The shard for the tensors of one expert: `of` and `size` use the tensor parallelism of experts."""
         return dataclasses.replace(self, rank=self.etp_rank, size=self.etp_size)
 
     @property
     def first(self) -> Shard:
-        """The first of the ranks between which tensors are split; what it holds too is replicated."""
+        """The shard of the first rank of the group; a tensor of this rank that the first rank holds too is
+        replicated."""
         return dataclasses.replace(self, rank=0, etp_rank=0)
 
 
@@ -74,25 +75,25 @@ _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.w
 
 
 def is_expert(parameter: str) -> bool:
-    """Whether it belongs to a routed expert, whose copies lie in the expert-data-parallel group."""
+    """Whether a parameter belongs to a routed expert; its copies lie in the expert-data-parallel group."""
     return ".mlp.experts." in parameter
 
 
 def pieces(parameter: str, architecture: Architecture, shard: Shard = Shard()) -> list[Piece]:
-    """What `parameter` of this rank is made of; empty for extra state.
+    """The pieces of `parameter` on this rank; empty for extra state.
 
-    Rows of a padded vocabulary lie in no piece. Raises InputError for a parameter that nothing claims.
+    The padding of a vocabulary lies in no piece. Raises InputError for a parameter that the mapping does not know.
     """
     if parameter.endswith("_extra_state"):
         return []
     if parameter.startswith(_LAYERS):
         layer, local = parameter.removeprefix(_LAYERS).split(".", 1)
-        found = list(_of_layer(local, f"layers.{layer}.", architecture, shard))
+        parts = list(_of_layer(local, f"layers.{layer}.", architecture, shard))
     else:
-        found = list(_outside(parameter, architecture, shard))
-    if not found:
-        raise InputError(f"nothing in the canonical mapping claims Megatron's parameter '{parameter}'")
-    return found
+        parts = list(_outside(parameter, architecture, shard))
+    if not parts:
+        raise InputError(f"the canonical mapping does not know Megatron's parameter '{parameter}'")
+    return parts
 
 
 def _outside(parameter: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
@@ -135,11 +136,11 @@ def _mixture(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator
     elif local.startswith(shared):
         width = a.moe_shared_expert_intermediate_size or 0
         yield from _mlp(local.removeprefix(shared), f"{prefix}shared_expert.", width, a, shard)
-    elif found := _EXPERT.fullmatch(local):
-        index, on_rank = int(found[1] or found[4]), (a.num_moe_experts or 0) // shard.ep_size
+    elif match := _EXPERT.fullmatch(local):
+        index, on_rank = int(match[1] or match[4]), (a.num_moe_experts or 0) // shard.ep_size
         if index < on_rank:
             expert = f"{prefix}experts.{shard.ep_rank * on_rank + index}."
-            name = f"{found[2] or found[3]}.weight"
+            name = f"{match[2] or match[3]}.weight"
             yield from _mlp(name, expert, a.moe_ffn_hidden_size or 0, a, shard.expert)
 
 
@@ -167,7 +168,7 @@ def _row_parallel(tensor: str, length: int, a: Architecture, shard: Shard) -> Pi
 
 
 def _qkv(prefix: str, part: str, columns: Box, a: Architecture, shard: Shard) -> Iterator[Piece]:
-    """Rows of fused QKV are [group][its query heads, key, value], whole groups on each rank."""
+    """The rows of fused QKV are [group][its query heads, key, value]; each rank holds complete groups."""
     q, kv, at = a.heads_per_group * a.head_dim, a.head_dim, 0
     for group in range(*shard.of(a.num_query_groups)):
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
@@ -186,5 +187,5 @@ def _part(parameter: str) -> str:
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
-    """The smallest multiple of `tp` that holds the vocabulary: what a model of this layout is built with."""
+    """The smallest multiple of `tp` that holds the vocabulary: the padded size in a model of this layout."""
     return -(-vocab_size // tp) * tp

@@ -1,4 +1,4 @@
-"""A teacher on disk: a Hugging Face folder, a hub id or a NeMo checkpoint, opened as a TensorSource."""
+"""Opens a model on disk as a TensorSource: a Hugging Face folder, a hub id or a NeMo checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nemo_minitron.families import read_config, resolve
 
 
 def is_nemo_checkpoint(path: str | Path) -> bool:
-    """A folder with `weights/` and `context/`, as NeMo 2 writes them."""
+    """Whether a folder is a NeMo checkpoint: NeMo 2 writes `weights/` and `context/`."""
     return (Path(path) / "weights").is_dir() or (Path(path) / "context").is_dir()
 
 
 def open_source(source: str | Path) -> Any:
     """A TensorSource with `config` (the Hugging Face config) and `folder`.
 
-    Raises InputError for what is neither, or is damaged.
+    Raises InputError if `source` is neither kind of model, or is damaged.
     """
     path = resolve(source)
     if path.is_dir() and is_nemo_checkpoint(path):
@@ -32,9 +32,9 @@ def open_source(source: str | Path) -> Any:
 
 
 def config_of(model: str | Path) -> dict[str, Any]:
-    """The Hugging Face config of a model; a NeMo checkpoint's from its context, read as data, without NeMo.
+    """The Hugging Face config of a model; for a NeMo checkpoint it is made from the context, without NeMo.
 
-    Raises InputError for what is no model.
+    Raises InputError if `model` is no model.
     """
     path = resolve(model)
     if not is_nemo_checkpoint(path):
@@ -42,7 +42,7 @@ def config_of(model: str | Path) -> dict[str, Any]:
     from nemo_minitron.sources.context import hf_config
 
     config = hf_config(path)
-    if config["vocab_size"] is None:  # NeMo took it from the tokenizer; the weights have it
+    if config["vocab_size"] is None:  # NeMo took it from the tokenizer; the weights show it
         from nemo_minitron.sources.checkpoint import CheckpointSource
 
         return CheckpointSource(path).config

@@ -1,9 +1,10 @@
-"""Bytes into a file of the student: the teacher's, by way of a buffer that the processor's cache holds, where they are
-looked through: a number that is not finite is not passed on. That takes a third more processor time than to let the
-kernel copy whole runs, which sees nothing.
+"""Copies bytes of the teacher into a file of the student, through a buffer that fits into the processor's cache.
 
-One thread writes to a file at a time. The system lets no two anyway, and those that wait for it there spin: with two
-threads that cost as much processor time as the copy.
+In the buffer the numbers are checked: a number that is not finite is refused. This takes a third more processor time
+than a copy by the kernel, which cannot check.
+
+One thread writes to a file at a time. The system allows only one anyway, and threads that wait for it there spin: with
+two threads that cost as much processor time as the copy.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.sources.finite import check_finite
 from nemo_minitron.sources.tensors import RAW
 
-# Bytes of one write. For longer ones the system takes larger pages, which a virtual machine's host may have taken back:
-# in some runs they cost more than the copy, in others nothing.
+# Bytes of one write. For longer writes the system uses larger pages, which the host of a virtual machine may have taken
+# back: in some runs they cost more than the copy, in others nothing.
 PIECE = 64 << 10
-BUFFER = 256 << 10  # bytes that are read, looked through and written at a time
+BUFFER = 256 << 10  # bytes that are read, checked and written at a time
 
 
-class Run(NamedTuple):
+class ByteRange(NamedTuple):
     """`size` bytes of a file from `position` on."""
 
     position: int
@@ -35,8 +36,10 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Sink:
-    """Where one thread puts what follows: an open file, the next byte's position, the lock of those who write to it;
-    the safetensors dtype of what comes, and the name of the tensor, for a refusal."""
+    """The place in an open file that one thread writes a tensor to.
+
+    `position`: of the next byte; `turn`: the lock that all writers of the file share; `dtype`: the tensor's safetensors
+    dtype; `name`: the tensor's name, for a refusal."""
 
     handle: int
     position: int
@@ -45,7 +48,7 @@ class Sink:
     name: str
 
     def write(self, block: np.ndarray) -> None:
-        """All numbers of `block`, raw bits, in C order. Raises InputError where one is not finite."""
+        """Writes `block`, raw bits, in C order. Raises InputError if a number is not finite."""
         block = np.ascontiguousarray(block)
         check_finite(block, self.dtype, self.name)
         view = block.reshape(-1).view(np.uint8).data
@@ -54,12 +57,13 @@ class Sink:
                 count = os.pwrite(self.handle, view[: PIECE - self.position % PIECE], self.position)
                 view, self.position = view[count:], self.position + count
 
-    def copy(self, file: Path, runs: list[Run]) -> None:
-        """Runs of another file, whole numbers of elements each, one after another. Raises InputError where that file
-        ends before them, or a number is not finite."""
+    def copy(self, file: Path, ranges: list[ByteRange]) -> None:
+        """Copies ranges of another file one after another; each holds complete elements.
+
+        Raises InputError if that file ends too early, or a number is not finite."""
         room = np.empty(BUFFER // np.dtype(RAW[self.dtype]).itemsize, RAW[self.dtype])
         with open(file, "rb", buffering=0) as source:
-            for position, size in runs:
+            for position, size in ranges:
                 for start in range(position, position + size, BUFFER):
                     part = room[: min(BUFFER, position + size - start) // room.itemsize]
                     _fill(source.fileno(), part.view(np.uint8).data, start, file)
@@ -70,5 +74,5 @@ def _fill(handle: int, view: memoryview, position: int, file: Path) -> None:
     while len(view):
         count = os.preadv(handle, [view], position)
         if not count:
-            raise InputError(f"'{file}' is no whole safetensors file: it ends at byte {position}")
+            raise InputError(f"'{file}' is not a complete safetensors file: it ends at byte {position}")
         view, position = view[count:], position + count

@@ -1,7 +1,7 @@
-"""What a teacher looks like to the cut: canonical tensors that can be read in blocks, as raw bits.
+"""The interface of a teacher for a cut: canonical tensors that can be read in blocks, as raw bits.
 
-Raw bits are unsigned integers of the stored dtype's size (bf16 -> uint16, fp32 -> uint32): a cut moves
-them and never computes, so the same plan gives the same bytes from every source that stores the same dtype.
+Raw bits are unsigned integers of the stored dtype's size (bf16 -> uint16, fp32 -> uint32). A cut moves them and never
+computes, so the same plan gives the same bytes from every source that stores the same dtype.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class TensorSource(Protocol):
 
 
 def whole(shape: tuple[int, ...]) -> Index:
+    """The index of a whole tensor."""
     return tuple(np.arange(n) for n in shape)
 
 
 def source_digest(source: TensorSource) -> str:
-    """The model digest of a source; reads a few blocks of each tensor."""
+    """The model digest of a source, sha256 in hex; reads one small block of each tensor."""
     return model_digest(
         source.architecture, lambda name, index: bf16_bits(source.read(name, index), source.dtype(name))
     )

@@ -132,5 +132,5 @@ def test_runs_that_do_not_fit_are_refused(change, words):
 def test_a_criterion_that_was_not_gathered_is_refused():
     with pytest.raises(InputError, match="'l2,var' was not gathered; these scores have l2,mean and mean,mean"):
         scores(samples(4)).under("l2,var")
-    with pytest.raises(InputError, match="is no state of a statistic"):
+    with pytest.raises(InputError, match="is not a state of a statistic"):
         criteria.pairs_of({"ffn/sum": np.zeros(3)})

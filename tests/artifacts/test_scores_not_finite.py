@@ -53,5 +53,5 @@ def test_records(part, bad):
     record = Kept(np.full(3, 2), np.arange(6), None, numbers["factors"], numbers["tail"])
     assert codec.decode(codec.encode(record)).tail.tolist() == [0.5] * 3
     numbers[part][1] = bad
-    with pytest.raises(InputError, match="holds a probability that is none"):
+    with pytest.raises(InputError, match="holds a number that is no probability"):
         codec.decode(codec.encode(record))

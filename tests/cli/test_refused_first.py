@@ -65,7 +65,9 @@ def refused(world, monkeypatch, command):
 @pytest.mark.parametrize("model", ["yarn-4", "yarn-5"])
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_a_rotary_scaling_that_nemo_lacks(world, monkeypatch, command, model):
-    assert "rope_scaling 'yarn' is not in NeMo's LlamaModel" in refused(world, monkeypatch, command.format(model=model))
+    assert "rope_scaling 'yarn' is not supported by NeMo's LlamaModel" in refused(
+        world, monkeypatch, command.format(model=model)
+    )
 
 
 def test_a_pair_without_one_vocabulary(world, monkeypatch):

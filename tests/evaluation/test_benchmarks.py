@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation.benchmarks import BASE, INSTRUCT, benchmarks, words
+from nemo_minitron.evaluation.benchmarks import BASE, INSTRUCT, benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import with_shots
 
 
@@ -25,7 +25,7 @@ def test_sets_and_names_each_once():
 def test_each_is_run_or_said_where():
     for benchmark in (*BASE, *INSTRUCT):
         assert benchmark.task or benchmark.note
-    lines = words(benchmarks(["MMLU", "MT-Bench", "HumanEval", "IFEval"]))
+    lines = describe_benchmarks(benchmarks(["MMLU", "MT-Bench", "HumanEval", "IFEval"]))
     assert lines == [
         "MMLU: lm-eval's mmlu, 5 shots",
         "MT-Bench: lm-eval has none: FastChat's llm_judge, with a judge model",

@@ -97,7 +97,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
         (lambda t: t | {UP: np.zeros((15, 16), np.float32)}, r"\(15, 16\); its config.json says \(16, 16\)"),
         (
             lambda t: t | {"model.layers.7.extra": np.zeros(3, np.float32)},
-            "does not speak of: 'model.layers.7.extra'",
+            "does not mention: 'model.layers.7.extra'",
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_missing_and_broken_files_are_refused(student, base):
         finish_folder(student, base_folder=base)
     index.unlink()
     weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         finish_folder(student, base_folder=base)
     weights.unlink()
     with pytest.raises(InputError, match="no safetensors file"):

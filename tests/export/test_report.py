@@ -128,7 +128,7 @@ def test_scores_of_zero(run):
 
 def test_a_step_whose_loss_is_no_number_is_left_out_and_told(run):
     (run / "checkpoints/distilled/loss.csv").write_text("step,tokens,loss\n1,128,4.5\n2,256,4.25\n3,384,nan\n")
-    assert "Of 1 more the loss is no number" in "".join(page(run).words)
+    assert "Steps without a finite loss: 1" in "".join(page(run).words)
     assert [row["step"] for row in rows(run, "distillation")] == ["1", "2"]
 
 

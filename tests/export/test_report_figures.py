@@ -9,9 +9,9 @@ from run_folder import SOURCE, page, rows, top
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.export import importance_figures, write_report
+from nemo_minitron.export.formatting import change, memory, number, seconds, short_count
 from nemo_minitron.export.plot import log_ticks
 from nemo_minitron.export.result_figures import smoothed
-from nemo_minitron.export.words import change, memory, number, seconds, short_count
 
 
 # -- the data behind the figures -------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_llama3_scaling_of_transformers_5_is_read():
 def test_a_scaling_that_is_refused_is_refused_in_either_form(model_type, kind):
     old = config(model_type, rope_scaling={"rope_type": kind, "factor": 4.0})
     for form in (old, in_form_5(old), config(model_type, rope_scaling={"type": kind, "factor": 4.0})):
-        with pytest.raises(InputError, match=f"rope_scaling '{kind}' is not in NeMo's"):
+        with pytest.raises(InputError, match=f"rope_scaling '{kind}' is not supported by NeMo's"):
             family_of(form).nemo_config(normalized(form))
 
 

@@ -64,7 +64,7 @@ def test_what_changes_the_function_is_refused_by_name(model_type, name, value):
 def test_a_part_of_the_head_that_transformers_would_rotate_is_refused(model_type):
     from_hf(config(model_type, partial_rotary_factor=1.0))
     for fields in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
-        with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.5, which a .* legal is 1\.0"):
+        with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.5, which is not .* legal is 1\.0"):
             from_hf(config(model_type, **fields))
 
 

@@ -112,10 +112,13 @@ LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "lon
         (config("qwen3", layer_types=["full_attention"] * 5 + ["sliding_attention"]), "has no sliding window"),
         (config("qwen3", attention_bias=True), "this Qwen3ForCausalLM has them in attention alone"),
         (config("nemotron", mlp_bias=True), "this NemotronForCausalLM has them in the MLP alone"),
-        (config("phi3", **LONGROPE), "rope_scaling 'longrope' is not in NeMo's Phi3Model; it has default"),
+        (config("phi3", **LONGROPE), "rope_scaling 'longrope' is not supported by NeMo's Phi3Model; it has default"),
         (config("qwen2", rope_scaling={"type": "yarn", "factor": 4.0}), "it has default, linear"),
-        (config("nemotron", rope_scaling={"rope_type": "linear", "factor": 4.0}), "not in NeMo's NemotronModel"),
-        (config("mistral", rope_scaling={"rope_type": "llama3"}), "not in NeMo's MistralModel"),
+        (
+            config("nemotron", rope_scaling={"rope_type": "linear", "factor": 4.0}),
+            "not supported by NeMo's NemotronModel",
+        ),
+        (config("mistral", rope_scaling={"rope_type": "llama3"}), "not supported by NeMo's MistralModel"),
         (config("qwen2", rope_scaling={"rope_type": "linear"}), "has no 'factor'"),
         (config("qwen2", rope_scaling="linear"), "must be a mapping"),
         (config("qwen2", hidden_act="gelu_new"), "hidden_act 'gelu_new' .* did you mean 'gelu'"),
@@ -129,7 +132,7 @@ def test_what_nemos_class_cannot_be(base, message):
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("qwen2", {"add_qkv_bias": False}, "add_qkv_bias is False; a Qwen2ForCausalLM is one with True"),
+        ("qwen2", {"add_qkv_bias": False}, "add_qkv_bias is False; a Qwen2ForCausalLM needs True"),
         ("qwen3", {"qk_layernorm": False}, "qk_layernorm is False"),
         ("nemotron", {"layernorm_zero_centered_gamma": False}, "layernorm_zero_centered_gamma is False"),
         ("nemotron", {"gated_linear_unit": True}, "gated_linear_unit is True"),

@@ -177,12 +177,12 @@ def test_what_a_file_may_not_be(tmp_path, cut):
     refused("made for another plan", {DOWN: good}, header | {"plan": "x"})
     refused(r"is \(41, 49\), the student's is \(41, 50\)", {DOWN: good[:, 1:].copy()}, header)
     refused("the student's is not there", {"layers.3.down.weight": good}, header)
-    refused("is no compensation", {DOWN: good.astype(np.float64)}, header)
-    refused("is no compensation", {DOWN: good}, header | {"version": 2})
-    refused("is no compensation", {DOWN: good}, {})
+    refused("is not a compensation", {DOWN: good.astype(np.float64)}, header)
+    refused("is not a compensation", {DOWN: good}, header | {"version": 2})
+    refused("is not a compensation", {DOWN: good}, {})
     refused("not finite", {DOWN: good * np.nan}, header)
     path.write_bytes(b"x" * 100)
-    with pytest.raises(InputError, match="is no compensation"):
+    with pytest.raises(InputError, match="is not a compensation"):
         Compensation.load(path)
     with pytest.raises(InputError, match="does not exist"):
         Compensation.load(tmp_path / "nothing")

@@ -64,7 +64,7 @@ def test_listed_layers_and_other_axes_are_untouched(scores):
             "not for all of 1; scan sizes=1; the nearest size scanned is 2",
         ),
         (4, {"depth": "perplexity"}, "'perplexity' was scanned for no block; scan blocks of 2 layers"),
-        (1, {"depth": "removal"}, "removal stopped after 3 layers, 5 are to go; the nearest legal is 3"),
+        (1, {"depth": "removal"}, "removal stopped after 3 layers, 5 are to be dropped; the nearest legal number is 3"),
         (4, {"depth": "removal", "least": True}, "which layers matter least"),
     ],
 )

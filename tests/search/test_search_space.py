@@ -158,14 +158,14 @@ def test_refused(options, words):
     ("read", "text", "words"),
     [
         (parse.sizes, "ffn", "'ffn' in --keep names no axis and size"),
-        (parse.sizes, "ffn=many", "'ffn=many' in --keep is no size"),
+        (parse.sizes, "ffn=many", "'ffn=many' in --keep is not a size"),
         (parse.sizes, "ffn=1,ffn=2", "'ffn' is in --keep twice"),
         (parse.bounds, "ffn=3", "has no two ends"),
-        (parse.lists, "ffn=2.5y", "'ffn=2.5y' in --space is no size"),
-        (parse.divisors, "sixty", "'sixty' in --divisors is no size"),
+        (parse.lists, "ffn=2.5y", "'ffn=2.5y' in --space is not a size"),
+        (parse.divisors, "sixty", "'sixty' in --divisors is not a size"),
         (parse.divisors, "tp=0", "the divisor tp=0 is not legal"),
-        (parse.tolerance, "five", "'five' is no share"),
-        (lambda text: parse.count(text, "--params"), "84X", "--params=84X is no size; write for example 84M"),
+        (parse.tolerance, "five", "'five' is not a share"),
+        (lambda text: parse.count(text, "--params"), "84X", "--params=84X is not a size; write for example 84M"),
         (lambda text: parse.size_in_bytes(text, "--memory"), "8GiX", "write for example 8GiB"),
     ],
 )
@@ -183,7 +183,7 @@ def test_words():
     assert parse.lists("layers=29, 30; ffn=2.5x") == {"layers": [29, 30], "ffn": [Fraction(5, 2)]}
     assert parse.divisors("fp8, tp=8,hidden=128") == Divisors(16, 8, {"hidden": 128}, local=True)
     assert parse.divisors("fp8=128") == Divisors(128, local=True)
-    with pytest.raises(InputError, match="fp8=100 in --divisors is no multiple of 16; the nearest is 96"):
+    with pytest.raises(InputError, match="fp8=100 in --divisors is not a multiple of 16; the nearest is 96"):
         parse.divisors("fp8=100")
 
 

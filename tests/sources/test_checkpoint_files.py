@@ -113,13 +113,13 @@ def place(**fields):
     [
         (sizes([10**15]), "numbers in .* bytes"),
         (sizes([2**61]), "numbers in .* bytes"),
-        (outside, "lies outside of it"),
-        (place(length=10**15), "speaks of bytes that '__0_0.distcp' does not have"),
-        (place(offset=10**15), "speaks of bytes"),
-        (place(offset=-1), "speaks of bytes"),
-        (place(relative_path="../../../t/config.json"), "points outside of itself"),
+        (outside, "lies outside it"),
+        (place(length=10**15), "names bytes that '__0_0.distcp' does not have"),
+        (place(offset=10**15), "names bytes"),
+        (place(offset=-1), "names bytes"),
+        (place(relative_path="../../../t/config.json"), "points outside its own folder"),
         (place(relative_path="nothing.distcp"), "does not have"),
-        (place(transform_descriptors=["zstd"]), "compressed as a whole"),
+        (place(transform_descriptors=["zstd"]), "holds compressed chunks"),
     ],
 )
 def test_metadata_that_lies_is_refused_before_a_chunk_is_read(weights, how, words):
@@ -135,8 +135,8 @@ def test_metadata_that_lies_is_refused_before_a_chunk_is_read(weights, how, word
         (torch.ones(24), zipfile.ZIP_STORED, "24 numbers of torch.float32; its .metadata says 48"),
         (torch.ones(1).expand(10**12), zipfile.ZIP_STORED, "1000000000000 numbers"),
         (torch.zeros(1 << 24), zipfile.ZIP_DEFLATED, "it would take .* bytes in the place of 192"),
-        ({"a": torch.ones(48)}, zipfile.ZIP_STORED, "no plain tensor"),
-        (torch.ones(48).to_sparse(), zipfile.ZIP_STORED, "no plain tensor"),
+        ({"a": torch.ones(48)}, zipfile.ZIP_STORED, "not a plain tensor"),
+        (torch.ones(48).to_sparse(), zipfile.ZIP_STORED, "not a plain tensor"),
     ],
 )  # fmt: skip
 def test_chunks_that_are_not_what_the_metadata_says(weights, read, value, compression, words):
@@ -184,7 +184,7 @@ def test_an_index_of_samples_that_is_a_pickle_is_not_loaded(tmp_path):
     (tmp_path / "begun.npy").write_bytes(b"\x93NU")
     check_arrays(tmp_path)
     (tmp_path / "bad.npy").write_bytes(pickle.dumps(mutations.Trap(str(tmp_path / "ran"))))
-    with pytest.raises(InputError, match=r"bad\.npy' is no array"):
+    with pytest.raises(InputError, match=r"bad\.npy' is not an array"):
         check_arrays(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_a_whole_index(idx):
 @pytest.mark.parametrize(
     ("at", "value", "words"),
     [
-        (0, b"X", "does not begin as one"), (9, b"\x02", "version 2"), (17, b"\x06", "kind 6"),
+        (0, b"X", "does not begin like one"), (9, b"\x02", "version 2"), (17, b"\x06", "kind 6"),
         (17, b"\xff", "kind 255"),
         (18, b"\xff" * 8, "it should have"), (26, b"\xff" * 8, "it should have"), (18, b"\x02", "it should have"),
         (34, b"\x05", "do not lie end to end"), (38, b"\xff\xff\xff\xff", "a document of -1 tokens"),

@@ -21,7 +21,7 @@ from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune, write_weights
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources import folder, streams
-from nemo_minitron.sources.streams import Run, Sink
+from nemo_minitron.sources.streams import ByteRange, Sink
 from nemo_minitron.sources.tensors import whole
 
 BYTES = np.random.default_rng(0).integers(0, 100, 300_000, np.uint8)  # finite, whatever dtype is read into them
@@ -41,7 +41,7 @@ def test_runs_are_copied(tmp_path, monkeypatch):
     target.write_bytes(bytes(400_000))
     with open(target, "r+b", buffering=0) as stream:
         out = sink(stream, 1001)
-        out.copy(source, [Run(5, 4), Run(17, 200_000), Run(299_998, 2)])
+        out.copy(source, [ByteRange(5, 4), ByteRange(17, 200_000), ByteRange(299_998, 2)])
         out.write(BYTES[:10].view(np.uint16)[::2])
         assert out.position == 1001 + 200_006 + 6
     copied = np.concatenate([BYTES[5:9], BYTES[17:200_017], BYTES[-2:], BYTES[[0, 1, 4, 5, 8, 9]]])
@@ -53,7 +53,7 @@ def test_a_source_that_ends_early(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(BYTES)
     with open(tmp_path / "target", "wb", buffering=0) as stream, pytest.raises(InputError, match="ends at byte 300000"):
-        sink(stream, 0).copy(source, [Run(299_000, 2000)])
+        sink(stream, 0).copy(source, [ByteRange(299_000, 2000)])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -65,7 +65,7 @@ def test_what_the_disk_says_is_told(tmp_path, monkeypatch, number):
     source = tmp_path / "source"
     source.write_bytes(BYTES)
     with open(tmp_path / "target", "wb", buffering=0) as stream, pytest.raises(OSError, match=os.strerror(number)):
-        sink(stream, 0).copy(source, [Run(0, 10)])
+        sink(stream, 0).copy(source, [ByteRange(0, 10)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
@@ -84,7 +84,7 @@ def test_a_number_that_is_none_is_not_passed_on(tmp_path, dtype, kind, bad, plac
         for copy in (True, False):
             with open(tmp_path / "target", "wb", buffering=0) as stream:
                 out = sink(stream, 0, dtype)
-                put = functools.partial(out.copy, tmp_path / "source", [Run(0, raw.nbytes)]) if copy else None
+                put = functools.partial(out.copy, tmp_path / "source", [ByteRange(0, raw.nbytes)]) if copy else None
                 put = put or functools.partial(out.write, raw)
                 if changed:
                     with pytest.raises(InputError, match=r"'some.weight' hold a number that is not finite"):

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from nemo_minitron.artifacts.files import read_json, write_json
-from nemo_minitron.artifacts.whole import damaged, sealed
+from nemo_minitron.artifacts.seals import damaged, sealed
 from nemo_minitron.errors import InputError
 
 NO_TOKEN = -1

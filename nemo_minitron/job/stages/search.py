@@ -18,7 +18,7 @@ from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
-from nemo_minitron.artifacts.whole import damaged, sealed
+from nemo_minitron.artifacts.seals import damaged, sealed
 from nemo_minitron.axes import AXES
 from nemo_minitron.commands.corpus import corpus_identity
 from nemo_minitron.commands.distill import run_training, teacher_identity

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.artifacts import whole as module
-from nemo_minitron.artifacts.whole import PIECES, SMALL, damaged, seal, sealed
+from nemo_minitron.artifacts import seals as module
+from nemo_minitron.artifacts.seals import PIECES, SMALL, damaged, seal, sealed
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Whether files are still what they were when they were finished: their sizes and a cheap digest."""
+"""Seals: the size and a cheap digest of a finished file, which tell later whether it was damaged."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from nemo_minitron.artifacts.files import sync
 
-SMALL = 4 << 20  # bytes that are read whole; of a larger file pieces, so that a student of any size takes milliseconds
+SMALL = 4 << 20  # bytes; a larger file is sampled in pieces, so that a student of any size takes milliseconds
 PIECES, PIECE = 256, 4096
 
 Seal = dict[str, Any]  # {"bytes": size, "digest": of the bytes}
 
 
 def seal(file: Path) -> Seal:
-    """A file's size and the digest of its bytes; of a large one the digest of 256 pieces, first and last included."""
+    """A file's size and a digest of its bytes; for a large file, of 256 pieces that include the first and the last."""
     with open(file, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         digest = hashlib.blake2b(digest_size=16)
@@ -35,15 +35,15 @@ def _pieces(size: int) -> Iterator[tuple[int, int]]:
 
 
 def sealed(folder: Path, paths: Iterable[str]) -> dict[str, Seal]:
-    """Seals of files, and of all files in folders, by their paths in `folder`; they are on the disk afterwards."""
-    found, places = {}, set()
+    """Path in `folder` -> seal, for the files at `paths` and all files in the folders there; syncs them to the disk."""
+    seals, places = {}, set()
     for file in sorted({file for path in paths for file in _files(folder / path)}):
         sync(file)
-        found[file.relative_to(folder).as_posix()] = seal(file)
+        seals[file.relative_to(folder).as_posix()] = seal(file)
         places |= {place for place in file.parents if folder == place or folder in place.parents}
     for place in sorted(places):
         sync(place)
-    return found
+    return seals
 
 
 def _files(path: Path) -> list[Path]:
@@ -51,9 +51,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def damaged(folder: Path, seals: Mapping[str, Seal]) -> dict[str, str]:
-    """Files that are not what their seals say -> what is wrong with them, in words."""
-    words = {name: _wrong(folder / name, expected) for name, expected in seals.items()}
-    return {name: why for name, why in words.items() if why}
+    """Path -> what is wrong with it in words, for each file that does not match its seal."""
+    faults = {name: _wrong(folder / name, expected) for name, expected in seals.items()}
+    return {name: why for name, why in faults.items() if why}
 
 
 def _wrong(file: Path, expected: Seal) -> str:
@@ -65,6 +65,6 @@ def _wrong(file: Path, expected: Seal) -> str:
 
 
 def take_away(folder: Path, names: Iterable[str]) -> None:
-    """Removes damaged files, so that nothing which goes on from what is there trusts them."""
+    """Removes damaged files, so that no later stage goes on from them."""
     for name in names:
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them, for card and report."""
+"""Formats numbers for readers of the card and the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 
 NONE = "–"
-STAGES = {  # in the order in which a reader compares them
+STAGES = {  # in the order in which readers compare them
     "teacher": "teacher",
     "random": "cut at random",
     "pruned": "pruned",
@@ -22,7 +22,7 @@ SIZES = {
     "head_dim": "head dimension",
     "vocab_size": "vocabulary",
 }
-CONTEXT = 4096  # tokens, of the KV cache in the table
+CONTEXT = 4096  # tokens of the KV cache in the table
 
 
 def count(value: float) -> str:
@@ -56,14 +56,14 @@ def seconds(value: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """Change against `before` in per cent, with a true minus sign; nothing where nothing changed."""
+    """The change against `before` in per cent, with a true minus sign; empty if nothing changed."""
     if before == after:
         return ""
     return f"{(after / before - 1) * 100:+.1f} %".replace("-", "−")
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Perplexities from 17.2 to 9.70e7 in one column; NONE for None."""
+    """A number that fits a column of perplexities from 17.2 to 9.70e7; NONE for None."""
     if value is None:
         return NONE
     if abs(value) >= 1e6:
@@ -78,7 +78,7 @@ def stage_order(stage: str) -> tuple[int, str]:
 
 
 def size_rows(source: Architecture, target: Architecture) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, change) of everything a cut changes."""
+    """(what, before, after, change) for every size that a cut can change."""
     rows = [(what, count(a), count(b), change(a, b)) for what, a, b in _sizes(source, target)]
     for what, batch in (("weights in bf16", 0), (f"weights and KV cache of {CONTEXT:,} tokens, bf16", 1)):
         a, b = (sizes.memory(batch=batch, context=CONTEXT) for sizes in (source, target))
