@@ -25,15 +25,6 @@ def sample_index(name: str, shape: tuple[int, ...]) -> Index:
     return tuple(np.sort(generator.choice(n, size=min(n, SIDE), replace=False)) for n in shape)
 
 
-def bf16_bits(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw unsigned bits of safetensors dtype `dtype` (BF16, F16, F32, F64) -> bfloat16 bits, round to even."""
-    if dtype == "BF16":
-        return raw.view(np.uint16)
-    values = raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float32)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def model_digest(architecture: Architecture, read_bits: Callable[[str, Index], np.ndarray]) -> str:
     """sha256 over all tensors; `read_bits(name, index)` gives a block's bfloat16 bits (uint16)."""
     digest = hashlib.sha256()

@@ -9,8 +9,9 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import gather_first_dim, rank_and_size
 from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, solve
-from nemo_minitron.distillation.losses._vocabulary import ranks, reshard, true_columns
+from nemo_minitron.distillation.losses._vocabulary import reshard, true_columns
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
 
 # Tokens of a chunk. Fewer make the matrix products slow, more take memory: on a CPU those of 64 cost a quarter more
@@ -63,7 +64,7 @@ def fused_forward_kl(
     check_temperature(temperature)
     if main_grad_scale is not None and not accumulates(student_weight):
         raise ValueError("main_grad_scale wants a weight with an fp32 main_grad, as Megatron's DDP gives it")
-    gathered = group if sequence_parallel and ranks(group)[1] > 1 else None
+    gathered = group if sequence_parallel and rank_and_size(group)[1] > 1 else None
     teacher = _teacher(teacher_hidden, teacher_weight, teacher_logits, student_weight, vocab_size, group, gathered)
     settings = _Settings(ForwardKL(temperature > 1), temperature, vocab_size, group, gathered, main_grad_scale)
     return _FusedHead.apply(student_hidden, student_weight, teacher, loss_mask, settings, torch.is_grad_enabled())
@@ -98,7 +99,7 @@ def _teacher(
     of = logits.flatten(0, -2).t() if weight is None else weight  # type: ignore[union-attr]
     of = of.detach()  # [Vt/tp, N] or [Vt/tp, Ht]: the vocabulary first
     for have in (width, len(of)):
-        if vocab_size is not None and have * ranks(group)[1] < vocab_size:
+        if vocab_size is not None and have * rank_and_size(group)[1] < vocab_size:
             raise ValueError(f"shards of {have} columns do not hold a vocabulary of {vocab_size}")
     if len(of) != width:
         if vocab_size is None:
@@ -108,7 +109,7 @@ def _teacher(
     of = of[:true]
     if weight is None:
         return lambda rows: of.t()[rows]
-    states = _gather_sequence(hidden.detach(), gathered).flatten(0, -2)  # type: ignore[union-attr]
+    states = gather_first_dim(hidden.detach(), gathered).flatten(0, -2)  # type: ignore[union-attr]
     return _Product(states, of)
 
 
@@ -136,7 +137,7 @@ class _FusedHead(torch.autograd.Function):
         settings: _Settings, enabled: bool,
     ) -> Tensor:  # fmt: skip
         vocab_size, scale = settings.vocab_size, settings.scale
-        states = _gather_sequence(hidden.detach(), settings.gathered)
+        states = gather_first_dim(hidden.detach(), settings.gathered)
         shape, states = states.shape[:-1], states.flatten(0, -2)
         true = len(weight) if vocab_size is None else true_columns(vocab_size, len(weight), settings.group)
         mask = None if loss_mask is None else loss_mask.reshape(-1).float()
@@ -255,21 +256,12 @@ def _factor(gradient: Tensor, mask: Tensor | None, promised: float | None) -> Te
     return factor
 
 
-def _gather_sequence(shard: Tensor, group: Any) -> Tensor:
-    """[S/tp, ...] of every rank -> [S, ...]; no group: as it is."""
-    if group is None:
-        return shard
-    whole = shard.new_empty(shard.shape[0] * ranks(group)[1], *shard.shape[1:])
-    torch.distributed.all_gather_into_tensor(whole, shard.contiguous(), group=group)
-    return whole
-
-
 def _reduce(partial: Tensor, group: Any, gathered: Any) -> Tensor:
     """The sum over ranks: whole on each, or each its part of the sequence."""
     if gathered is not None:
-        part = partial.new_empty(partial.shape[0] // ranks(gathered)[1], *partial.shape[1:])
+        part = partial.new_empty(partial.shape[0] // rank_and_size(gathered)[1], *partial.shape[1:])
         torch.distributed.reduce_scatter_tensor(part, partial.contiguous(), group=gathered)
         return part
-    if ranks(group)[1] > 1:
+    if rank_and_size(group)[1] > 1:
         torch.distributed.all_reduce(partial, group=group)
     return partial

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.distillation.layer_map import Pair, Point
 from nemo_minitron.distillation.meter import TOKENS, Meter
 from nemo_minitron.distillation.projection import Projection
@@ -145,6 +146,5 @@ def _check(config: Any) -> None:
 def _stages(chunks: Sequence[Any]) -> dict[Point, int]:
     """Which pipeline rank shows which state of a model. Collective."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere: list[set[Point]] = [set() for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather_object(everywhere, set().union(*map(points, chunks)), group=group)
+    everywhere = gather_objects(set().union(*map(points, chunks)), group)
     return {point: rank for rank, shown in enumerate(everywhere) for point in shown}

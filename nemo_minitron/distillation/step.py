@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
 from nemo_minitron.distillation.losses._vocabulary import true_columns
@@ -104,13 +105,6 @@ def language_model_loss(logits: Tensor, labels: Tensor, vocab_size: int) -> Tens
     return vocab_parallel_cross_entropy(logits, labels)
 
 
-def unwrapped(model: Any) -> Any:
-    """Megatron's GPTModel inside NeMo's, DDP's and precision wrappers, which answer for its attributes."""
-    while "decoder" not in model._modules:
-        model = model._modules["module"]
-    return model
-
-
 def distillation_step(
     objective: Objective, inputs: Inputs, teacher: Teacher | None = None, meter: Meter | None = None
 ) -> Callable[[Any, Any], Tensor]:
@@ -121,7 +115,7 @@ def distillation_step(
     """
 
     def step(model: Any, batch: dict[str, Any]) -> Tensor:
-        chunk = unwrapped(model)
+        chunk = unwrap(model)
         if not chunk.post_process:
             return model(**inputs(batch))
         if not model.training:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import gather_stacked, rank_and_size
 from nemo_minitron.distillation.losses._per_token import CHUNK, check_temperature, scale_rows
 from nemo_minitron.distillation.losses._softmax import finite
-from nemo_minitron.distillation.losses._vocabulary import gather, ranks, true_columns
+from nemo_minitron.distillation.losses._vocabulary import true_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Sparse(torch.autograd.Function):
         true = width if vocab_size is None else true_columns(vocab_size, width, group)
         flat = logits.detach().reshape(shape.numel(), width)
         kept = _Kept(
-            ids.reshape(len(flat), -1) - ranks(group)[0] * width, weights.reshape(len(flat), -1),
+            ids.reshape(len(flat), -1) - rank_and_size(group)[0] * width, weights.reshape(len(flat), -1),
             None if tail is None else tail.reshape(-1), true,
         )  # fmt: skip
         gradient = (flat if in_place else torch.empty_like(flat)) if ctx.needs_input_grad[0] else None
@@ -106,14 +107,14 @@ def _solve(logits: Tensor, kept: _Kept, temperature: float, group: Any, gradient
     chunks = [slice(start, start + step) for start in range(0, rows, step)]
     room = torch.empty(min(step, rows), vocab, dtype=torch.float32, device=logits.device)
     statistics = torch.empty(5, rows, dtype=torch.float64, device=logits.device)  # what T^2 multiplies is a difference
-    sharded = ranks(group)[1] > 1
+    sharded = rank_and_size(group)[1] > 1
     for at in chunks:
         part, outside, inside = _measure(logits[at], kept[at], temperature, room)
         statistics[:, at] = part
         if gradient is not None and not sharded:
             _write(gradient[at], outside, inside, kept[at], part, temperature)
     if sharded:
-        statistics = _combined(gather(statistics, group))
+        statistics = _combined(gather_stacked(statistics, group))
         for at in chunks if gradient is not None else []:
             whole = statistics[:, at]
             _, outside, inside = _measure(logits[at], kept[at], temperature, room, whole[0].float())

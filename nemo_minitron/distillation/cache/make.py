@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.logit_cache import CacheHeader, missing, row_key, shard_path, write_shard
 from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.distillation.cache.sampling import draw, ragged, top, uniforms
 from nemo_minitron.errors import InputError
 
@@ -124,9 +125,7 @@ def _whole(parts: list[Tensor], places: Tensor) -> list[np.ndarray]:
     rows = [part.unflatten(0, places.shape).cpu().numpy() for part in parts]
     if parallel_state.get_context_parallel_world_size() == 1:
         return rows
-    everyone: list[Any] = [None] * parallel_state.get_context_parallel_world_size()
-    own = (places[0].cpu().numpy(), rows)
-    torch.distributed.all_gather_object(everyone, own, group=parallel_state.get_context_parallel_group())
+    everyone = gather_objects((places[0].cpu().numpy(), rows), parallel_state.get_context_parallel_group())
     order = np.argsort(np.concatenate([where for where, _ in everyone]))
     return [np.concatenate(shares, axis=1)[:, order] for shares in zip(*(held for _, held in everyone), strict=True)]
 

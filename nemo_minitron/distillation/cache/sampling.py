@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.backend.collectives import gather, gather_stacked, rank_and_size
 
 CHUNK = 1 << 21  # logits that are held in float64 at a time
 
@@ -43,9 +44,9 @@ def draw(
     sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     for at in _chunks(logits):
         sums[at] = _exponentials(logits[at], top[at], heat).sum(1, dtype=torch.float64)
-    every = _gathered(sums, group)  # [tp, P]
+    every = gather_stacked(sums, group)  # [tp, P]
     ends = every.cumsum(0)
-    rank = _rank(group)
+    rank = rank_and_size(group)[0]
     before = ends[rank - 1] if rank else torch.zeros_like(ends[0])
     wanted = torch.minimum(numbers * ends[-1, :, None], _below(ends[-1])[:, None])
     mine = (wanted >= before[:, None]) & (wanted < ends[rank][:, None])
@@ -75,13 +76,13 @@ def top(
     values, ids = logits.topk(here, dim=1)
     values = torch.nn.functional.pad(values.float(), (0, k - here), value=-torch.inf)
     ids = torch.nn.functional.pad(ids + first, (0, k - here), value=-1)
-    values, ids = (torch.cat(list(_gathered(x, group)), dim=1) for x in (values, ids))
+    values, ids = (torch.cat(gather(x, group), dim=1) for x in (values, ids))
     count = min(k, int(_summed(torch.tensor(logits.shape[1], device=logits.device), group)))
     values, places = values.topk(count, dim=1)
     largest, masses = values[:, :1], torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     for at in _chunks(logits):
         masses[at] = _exponentials(logits[at], largest[at, 0], temperature).sum(1, dtype=torch.float64)
-    total = _gathered(masses, group).sum(0)
+    total = gather_stacked(masses, group).sum(0)
     exponentials = _exponentials(values, largest[:, 0], temperature).double()
     tail = (total - exponentials.sum(1)).clamp(min=0) / total if count == k else torch.zeros_like(total)
     return ids.gather(1, places), (exponentials / total[:, None]).float(), tail.float()
@@ -100,25 +101,8 @@ def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[Any, ...]:
 
 
 # -- over the shards -------------------------------------------------------------------------------------
-def _rank(group: Any) -> int:
-    return torch.distributed.get_rank(group) if group is not None else 0
-
-
-def _sharded(group: Any) -> bool:
-    return group is not None and torch.distributed.get_world_size(group) > 1
-
-
-def _gathered(local: Tensor, group: Any) -> Tensor:
-    """[...] of each rank -> [tp, ...]"""
-    if not _sharded(group):
-        return local[None]
-    parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, local.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 def _summed(local: Tensor, group: Any) -> Tensor:
-    if _sharded(group):
+    if rank_and_size(group)[1] > 1:
         torch.distributed.all_reduce(local, group=group)
     return local
 
@@ -129,7 +113,7 @@ def _largest(logits: Tensor, group: Any) -> Tensor:
         local = torch.full((len(logits),), -torch.inf, device=logits.device)
     else:
         local = logits.amax(1).float()
-    return _gathered(local, group).amax(0)
+    return gather_stacked(local, group).amax(0)
 
 
 def _normalizer(logits: Tensor, top: Tensor, temperature: float, group: Any) -> Tensor:

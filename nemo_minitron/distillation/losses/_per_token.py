@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.losses._vocabulary import gather, ranks, reshard, true_columns
+from nemo_minitron.backend.collectives import gather_stacked, rank_and_size
+from nemo_minitron.distillation.losses._vocabulary import reshard, true_columns
 
 # Logits that are held in fp32 at a time, for each model: on a CPU what stays in its cache.
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -66,7 +67,7 @@ def per_token(
     if same != (teacher.shape if vocab_size is None else teacher.shape[:-1]):
         raise ValueError(f"student logits are {tuple(student.shape)}, teacher's {tuple(teacher.shape)}")
     for logits in (student, teacher):
-        if vocab_size is not None and logits.shape[-1] * ranks(group)[1] < vocab_size:
+        if vocab_size is not None and logits.shape[-1] * rank_and_size(group)[1] < vocab_size:
             raise ValueError(f"shards of {logits.shape[-1]} columns do not hold a vocabulary of {vocab_size}")
     wanted = torch.is_grad_enabled() and student.requires_grad
     return _PerToken.apply(student, teacher.detach(), rule, temperature, group, vocab_size, in_place, wanted)
@@ -163,7 +164,7 @@ def solve(
     step = _step(student)
     chunks = [slice(start, start + step) for start in range(0, max(len(student), 1), step)]
     run = _Run(rule, student, teacher, temperature, group, gradient)
-    if ranks(group)[1] > 1:  # all chunks share the collective, and are read again for the gradient
+    if rank_and_size(group)[1] > 1:  # all chunks share the collective, and are read again for the gradient
         return run(chunks)
     return torch.cat([run([at]) for at in chunks])
 
@@ -174,7 +175,8 @@ def _by_kernels(rule: Rule, student: Tensor) -> bool:
 
 def _measured(rule: Rule, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
     """By kernels: what holds for the whole vocabulary, [m, rows]."""
-    return rule.combine(gather(rule.kernels.statistics(student, teacher, temperature), group), ranks(group)[0])
+    part = rule.kernels.statistics(student, teacher, temperature)
+    return rule.combine(gather_stacked(part, group), rank_and_size(group)[0])
 
 
 class _Run:
@@ -200,7 +202,7 @@ class _Run:
         return room if self.temperature == 1 else room.div_(self.temperature)
 
     def __call__(self, chunks: list[slice]) -> Tensor:
-        rule, rank = self.rule, ranks(self.group)[0]
+        rule, rank = self.rule, rank_and_size(self.group)[0]
         if len(chunks) == 1:
             part, kept = self.measure(chunks[0])
             parts = [part]
@@ -210,11 +212,11 @@ class _Run:
         def work(at: slice) -> Any:
             return self.measure(at)[1] if kept is None else kept
 
-        whole = rule.combine(gather(torch.cat(parts, 1), self.group), rank)
+        whole = rule.combine(gather_stacked(torch.cat(parts, 1), self.group), rank)
         split = whole.split([part.shape[1] for part in parts], 1)
         if rule.refines:
             second = [rule.refine(work(at), *of) for at, *of in zip(chunks, parts, split, strict=True)]
-            whole = torch.cat([whole, gather(torch.cat(second, 1), self.group).sum(0)])
+            whole = torch.cat([whole, gather_stacked(torch.cat(second, 1), self.group).sum(0)])
             split = whole.split([part.shape[1] for part in parts], 1)
         if self.gradient is not None:
             for at, part, of in zip(chunks, parts, split, strict=True):
