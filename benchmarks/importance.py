@@ -69,7 +69,7 @@ def model_of(name: str) -> Any:
 
 
 def _smollm2() -> Any:
-    from nemo_minitron.importance.collector import unwrap
+    from nemo_minitron.backend.wrappers import unwrap
     from nemo_minitron.nemo import load_model
 
     chunks = load_model(MODEL)

@@ -5,8 +5,9 @@ Arguments: JSON list of cases, output folder. Rank r writes `CASE-r.json`.
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
+
+from workers import process_group
 
 
 def kept_bytes(model, *inputs):
@@ -57,15 +58,11 @@ def run_case(case):
 def main():
     import torch
 
-    import nemo_minitron.backend as backend
-
-    backend.setup()
     cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
-    for case in cases:
-        result = run_case(case)
-        (out / f"{case['name']}-{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    with process_group():
+        for case in cases:
+            result = run_case(case)
+            (out / f"{case['name']}-{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import hashlib
 import zlib
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
@@ -24,17 +23,6 @@ def sample_index(name: str, shape: tuple[int, ...]) -> Index:
     """The rows and columns of tensor `name` that the digest covers: sorted, drawn with a seed made of the name."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     return tuple(np.sort(generator.choice(n, size=min(n, SIDE), replace=False)) for n in shape)
-
-
-def bf16_bits(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw unsigned bits of safetensors dtype `dtype` (BF16, F16, F32, F64) -> bfloat16 bits, rounded to even.
-
-    F64 goes through fp32, so that a model has one digest whichever dtype stores its fp32 weights.
-    """
-    if dtype == "BF16":
-        return raw.view(np.uint16)
-    values = raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float32)
-    return values.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def model_digest(architecture: Architecture, read_bits: Callable[[str, Index], np.ndarray]) -> str:

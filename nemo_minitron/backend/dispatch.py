@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import gather
 from nemo_minitron.backend.versions import replace
 
 Sizes = list[int] | None
@@ -59,9 +60,7 @@ def _or_unequal(
 def gather_unequal(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
     """[sizes[rank], ...] of each rank -> [sum of sizes, ...]; no gradient."""
     padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - x.shape[0]))
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(gather(padded, group), sizes, strict=True)])
 
 
 def reduce_scatter_unequal(x: Tensor, group: Any, sizes: list[int]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Losses between intermediate states, on any pipeline stage (2407.14679, section 3.3)."""
+"""Losses between intermediate states, on any pipeline stage (2407.14679, section 3.3).
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden size, U the teacher's hidden size.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.distillation.layer_map import Pair, Point
 from nemo_minitron.distillation.meter import TOKENS, Meter
 from nemo_minitron.distillation.projection import Projection
@@ -20,27 +24,29 @@ from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError
 
 
-def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine of states [..., H], per token, fp32."""
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+def cosine(student_SBU: Tensor, teacher_SBU: Tensor) -> Tensor:
+    """fp32 [S, B]: 1 - cosine of the two states of each token."""
+    return 1 - F.cosine_similarity(student_SBU.float(), teacher_SBU.float(), dim=-1)
 
 
-def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over the width of the squared difference of states [..., H], per token, fp32."""
-    return (student.float() - teacher.float()).square().mean(-1)
+def mse(student_SBU: Tensor, teacher_SBU: Tensor) -> Tensor:
+    """fp32 [S, B]: the mean over the width of the squared difference of the two states of each token."""
+    return (student_SBU.float() - teacher_SBU.float()).square().mean(-1)
 
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "mse": mse}
 
 
 class Intermediate:
-    """This rank's part of the losses of all `pairs`. Their gradient enters where the student's state arises, so
-    that nothing more goes between the student's stages; the teacher's states are sent once, ahead of the step.
+    """This rank's part of the losses of all `pairs`, on the hooks of both models.
 
-    `weight` multiplies their sum; None: it is alpha = L_logits / L_intermediate (both means over the tokens of the
-    step before, a constant; 1 in the first step), since the logits' loss of a step is known only after earlier
-    stages have begun their backward pass. `projection`: None where both models have one width.
-    Raises InputError for a student that computes its layers again in the backward pass or trains in fp16.
+    The gradient of a loss enters on the pipeline stage where the student computes the state, so the student's stages
+    exchange nothing more than before. The teacher's states are sent once, ahead of the step.
+
+    `weight` multiplies the sum of the losses. None: the weight is the paper's alpha = L_logits / L_intermediate, a
+    constant. Both are means over the tokens of the step before, and alpha is 1 in the first step: the logits' loss of a
+    step is known too late, when earlier stages have begun their backward pass. `projection`: None if both models have
+    one width. Raises InputError for a student that recomputes its layers in the backward pass or trains in fp16.
     """
 
     def __init__(
@@ -52,45 +58,48 @@ class Intermediate:
         self.measure, self.weight = MEASURES[measure], weight
         self.alpha = 1.0 if weight is None else weight
         self.sharded = student[0].config.sequence_parallel
-        self._mask: Tensor | None = None
+        self._mask_SB: Tensor | None = None
         self._targets: dict[Pair, deque[Tensor]] = defaultdict(deque)
-        shown = [_stages(chunks) for chunks in (teacher.chunks, student)]
-        self._routes = [(pair, shown[0][pair.kind, pair.teacher], shown[1][pair.kind, pair.student]) for pair in pairs]
-        wanted = {(pair.kind, pair.teacher) for pair in pairs}, {(pair.kind, pair.student) for pair in pairs}
-        self._hooks = [hook for chunk in teacher.chunks for hook in tap(chunk, wanted[0], self._see_teacher)]
-        self._hooks += [hook for chunk in student for hook in tap(chunk, wanted[1], self._see_student)]
+        of_teacher, of_student = _stages(teacher.chunks), _stages(student)
+        # Each pair with the pipeline rank that computes the teacher's state, and the one that computes the student's.
+        self._routes = [
+            (pair, of_teacher[pair.kind, pair.teacher], of_student[pair.kind, pair.student]) for pair in pairs
+        ]
+        teachers, students = {(p.kind, p.teacher) for p in pairs}, {(p.kind, p.student) for p in pairs}
+        self._hooks = [hook for chunk in teacher.chunks for hook in tap(chunk, teachers, self._see_teacher)]
+        self._hooks += [hook for chunk in student for hook in tap(chunk, students, self._see_student)]
 
     def expect(self, batch: dict[str, Any]) -> None:
-        """The whole micro-batch that comes next to one of this rank's chunks."""
-        mask = get_batch_on_this_cp_rank({"loss_mask": batch["loss_mask"].to(torch.cuda.current_device())})
-        mask = mask["loss_mask"].t().float()  # [S, B], as states are
+        """Takes the micro-batch that one of this rank's chunks gets next, before it is cut for context parallelism."""
+        cut = get_batch_on_this_cp_rank({"loss_mask": batch["loss_mask"].to(torch.cuda.current_device())})
+        mask_SB = cut["loss_mask"].t().float()  # positions first, as states have them
         if self.sharded:
             size = parallel_state.get_tensor_model_parallel_world_size()
-            mask = mask.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
-        self._mask = mask
+            mask_SB = mask_SB.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        self._mask_SB = mask_SB
 
-    def _see_teacher(self, point: Point, states: Tensor) -> None:
+    def _see_teacher(self, point: Point, state_SBU: Tensor) -> None:
         for pair in self.pairs:
             if (pair.kind, pair.teacher) == point:
-                self._targets[pair].append(states.to(self.teacher.options["dtype"]))
+                self._targets[pair].append(state_SBU.to(self.teacher.options["dtype"]))
 
-    def _see_student(self, point: Point, states: Tensor) -> Tensor | None:
+    def _see_student(self, point: Point, state_SBH: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():  # validation
             return None
-        losses = [self._loss(pair, states) for pair in self.pairs if (pair.kind, pair.student) == point]
+        losses = [self._loss(pair, state_SBH) for pair in self.pairs if (pair.kind, pair.student) == point]
         return self.alpha * torch.stack(losses).sum()
 
-    def _loss(self, pair: Pair, states: Tensor) -> Tensor:
+    def _loss(self, pair: Pair, state_SBH: Tensor) -> Tensor:
         """The sum over this rank's tokens that count."""
-        projected = states if self.projection is None else self.projection(states)
-        losses = self.measure(projected, self._targets[pair].popleft())
-        assert self._mask is not None
-        total = (losses * self._mask).sum()
+        projected_SBU = state_SBH if self.projection is None else self.projection(state_SBH)
+        loss_SB = self.measure(projected_SBU, self._targets[pair].popleft())
+        assert self._mask_SB is not None
+        total = (loss_SB * self._mask_SB).sum()
         self.meter.add(str(pair), total, sharded=self.sharded)
         return total
 
     def send(self, count: int, sequence_length: int, micro_batch_size: int) -> None:
-        """After the teacher's schedule: its states of `count` micro-batches to the stages that want them."""
+        """Sends the teacher's states of `count` micro-batches to the stages that compare them. After its schedule."""
         group = parallel_state.get_pipeline_model_parallel_group()
         rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_process_group_ranks(group)
         length = sequence_length // parallel_state.get_context_parallel_world_size()
@@ -102,17 +111,17 @@ class Intermediate:
                 continue
             if rank == source:
                 states = [self._targets[pair].popleft() for _ in range(count)]
-                way, other = torch.distributed.isend, ranks[target]
+                operation, other = torch.distributed.isend, ranks[target]
             else:
                 states = [torch.empty(shape, **self.teacher.options) for _ in range(count)]
                 self._targets[pair].extend(states)
-                way, other = torch.distributed.irecv, ranks[source]
-            operations += [torch.distributed.P2POp(way, state, other, group) for state in states]
+                operation, other = torch.distributed.irecv, ranks[source]
+            operations += [torch.distributed.P2POp(operation, state, other, group) for state in states]
         for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
             work.wait()
 
     def finish(self, parts: dict[str, float], learning_rate: float) -> None:
-        """After a global step with these means (`Meter.reduce`): the projection's step and the next alpha."""
+        """Ends a global step, whose means are `parts` (`Meter.reduce`): the projection's step and the next alpha."""
         if self.projection is not None:
             self.projection.step(learning_rate, parts[TOKENS], self.sharded)
         total = sum(parts[str(pair)] for pair in self.pairs)
@@ -120,10 +129,12 @@ class Intermediate:
             self.alpha = parts.get("logits", parts.get("lm", 0.0)) / total
 
     def remove(self) -> None:
+        """Takes the hooks off both models."""
         for hook in self._hooks:
             hook.remove()
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on: alpha, the projection and its optimizer."""
         return {"alpha": self.alpha, "projection": self.projection.state() if self.projection else None}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -143,8 +154,7 @@ def _check(config: Any) -> None:
 
 
 def _stages(chunks: Sequence[Any]) -> dict[Point, int]:
-    """Which pipeline rank shows which state of a model. Collective."""
+    """State of a model -> the pipeline rank that computes it. Collective over the pipeline."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere: list[set[Point]] = [set() for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather_object(everywhere, set().union(*map(points, chunks)), group=group)
-    return {point: rank for rank, shown in enumerate(everywhere) for point in shown}
+    points_of_ranks = gather_objects(set().union(*map(points, chunks)), group)
+    return {point: rank for rank, on_rank in enumerate(points_of_ranks) for point in on_rank}

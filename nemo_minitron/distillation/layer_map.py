@@ -10,14 +10,14 @@ from nemo_minitron.errors import InputError, nearest
 AUTO = "auto"
 EMBEDDING = "embedding"
 KINDS = (EMBEDDING, "attention", "mlp", "block")
-THIRD_FROM_LAST = 3  # of 16 and 32 layers it was the pair that helped most (2407.14679, section 4.4)
+THIRD_FROM_LAST = 3  # the pair that helped most between 16 and 32 layers (2407.14679, section 4.4)
 
 Point = tuple[str, int]  # a kind of state and its 0-based layer, -1 for the embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A state of the student and the one of the teacher that it is compared with; layers are 0-based."""
+    """A state of the student, and the state of the teacher that it is compared with. Layers are 0-based."""
 
     kind: str
     student: int
@@ -32,8 +32,8 @@ def layer_map(
 ) -> tuple[Pair, ...]:
     """ "auto", or pairs such as "embedding,attention:3:5,mlp:3:5,block:13:29" (kind:student:teacher) -> pairs.
 
-    `kept`: which of the teacher's layers the student's are, as a plan has them; "auto" needs them, unless the
-    models are of one depth. Raises InputError for what names no state of these models.
+    `kept`: the teacher's layers that the student has, as a plan lists them. "auto" needs them, unless both models have
+    the same depth. Raises InputError for an item that names no state of these models.
     """
     if text == AUTO:
         if kept is None and student_layers == teacher_layers:
@@ -54,14 +54,16 @@ def layer_map(
 
 
 def automatic(kept: Sequence[int], teacher_layers: int) -> tuple[Pair, ...]:
-    """The embedding, and the output of each layer in front of a gap: what the layer behind the gap used to read.
+    """The embedding, and the output of each layer in front of a gap.
 
-    Without a gap, where only widths were cut, the third block from the end.
+    Its target is what the layer behind the gap read in the teacher. If there is no gap, because only widths were cut,
+    the third block from the end is taken.
     """
-    read = [following - 1 for following in (*kept[1:], teacher_layers)]
-    gaps = [i for i, (own, wanted) in enumerate(zip(kept, read, strict=True)) if own != wanted]
+    # Student's layer i -> the teacher's layer whose output the student's next layer read.
+    targets = [following - 1 for following in (*kept[1:], teacher_layers)]
+    gaps = [i for i, (layer, target) in enumerate(zip(kept, targets, strict=True)) if layer != target]
     chosen = gaps or [max(0, len(kept) - THIRD_FROM_LAST)]
-    return Pair(EMBEDDING, -1, -1), *(Pair("block", i, read[i]) for i in chosen)
+    return Pair(EMBEDDING, -1, -1), *(Pair("block", i, targets[i]) for i in chosen)
 
 
 def _pair(item: str) -> Pair:

@@ -1,4 +1,4 @@
-"""Sums of a loss's parts over a global step, each added where it arises."""
+"""Sums of a loss's parts over a global step. Each rank adds what it computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS = "tokens"
 
 
 class Meter:
-    """Parts by name, in float64; `reduce` is collective and gives the same bits on every rank."""
+    """Sums by name, in float64. `reduce` is collective over the whole job and gives the same bits on every rank."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.parts = tuple(names)
@@ -23,15 +23,16 @@ class Meter:
         return torch.zeros(len(self.names), dtype=torch.float64, device=torch.cuda.current_device())
 
     def add(self, name: str, total: Tensor, *, sharded: bool = False) -> None:
-        """The sum over this rank's tokens; `sharded`: its tensor-parallel ranks have other tokens."""
+        """Adds the sum over this rank's tokens. `sharded`: each tensor-parallel rank has its own tokens; otherwise all
+        have the same ones, and only the first is counted."""
         if sharded or parallel_state.get_tensor_model_parallel_rank() == 0:
             self._sums[self.names.index(name)] += total.detach()
 
     def reduce(self) -> dict[str, float]:
-        """The mean of each part over the tokens that count, and their number; begins anew."""
+        """The mean of each part over the tokens that count, and their number. The sums start again at 0."""
         sums, self._sums = self._sums, self._zeros()
         torch.distributed.all_reduce(sums)
         torch.distributed.broadcast(sums, 0)
-        found = dict(zip(self.names, sums.tolist(), strict=True))
-        count = max(1.0, found.pop(TOKENS))
-        return {name: value / count for name, value in found.items()} | {TOKENS: count}
+        totals = dict(zip(self.names, sums.tolist(), strict=True))
+        count = max(1.0, totals.pop(TOKENS))
+        return {name: total / count for name, total in totals.items()} | {TOKENS: count}

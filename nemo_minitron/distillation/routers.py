@@ -1,7 +1,7 @@
-"""The load-balancing loss of a mixture's routers: off in a distillation unless it is asked for, and then measured.
+"""The load-balancing loss of a mixture's routers. A distillation leaves it off unless it is asked for; then it logs it.
 
-NeMo adds what the model's config says (`moe_aux_loss_coeff`, Mixtral's `router_aux_loss_coef`) to the gradient of every
-training, and no logged loss shows it.
+NeMo itself adds to the gradient of every training what the model's config says (`moe_aux_loss_coeff`, Mixtral's
+`router_aux_loss_coef`), and no logged loss shows it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ KINDS = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancin
 
 
 def set_routers_loss(config: Any, coefficient: float) -> None:
-    """Before the model is built, and in its layout: what a NeMo config's routers add to the gradient. The config that
-    NeMo saves keeps its own. Raises InputError for a coefficient above 0 where there are no routers.
+    """Sets what the routers of a NeMo config add to the gradient. Call it in the model's layout, before it is built.
 
-    Megatron-core 0.15 multiplies it, where losses are summed per token, by a rank's own tokens, and divides by those of
-    the whole batch: under sequence and context parallelism a rank has but its part, which is made up for here.
+    The config that NeMo saves keeps its own value. Raises InputError for a coefficient above 0 if the model has no
+    routers.
+
+    If losses are summed per token, Megatron-core 0.15 multiplies the routers' loss by this rank's number of tokens and
+    divides it by that of the whole batch. Under sequence and context parallelism a rank has only a part of its tokens,
+    so the coefficient is multiplied by the number of parts.
     """
     if not getattr(config, "num_moe_experts", None):
         if coefficient:
@@ -32,19 +35,22 @@ def set_routers_loss(config: Any, coefficient: float) -> None:
                 "value is 0"
             )
         return
-    # Megatron trains mixtures under tensor parallelism with sequence parallelism alone
+    # Tensor-parallel ranks split the sequence, too: Megatron trains no mixture under TP without sequence parallelism.
     parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     config.moe_aux_loss_coeff, config.moe_z_loss_coeff = coefficient * parts, None
 
 
 def routers_loss(micro_batches: int) -> float:
-    """What the coefficient multiplied in the step that has been: the sum over layers of Megatron's load-balancing loss
-    (1 where experts are used evenly), the mean over micro-batches and data-parallel ranks. Begins anew. Collective."""
+    """What the coefficient multiplied in the last step: Megatron's load-balancing loss, summed over layers.
+
+    A layer that uses its experts evenly has 1. It is the mean over micro-batches and data-parallel ranks. The sums
+    start again at 0. Collective over the whole job.
+    """
     tracker = get_moe_layer_wise_logging_tracker()
     total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
     for kind in KINDS:
         if kind in tracker:
             total += tracker[kind]["values"].double().sum()
             tracker[kind]["values"].zero_()
-    torch.distributed.all_reduce(total)  # parts of tensor- and context-parallel ranks, layers of stages
+    torch.distributed.all_reduce(total)  # ranks of TP and CP have parts, stages have layers
     return total.item() / (micro_batches * parallel_state.get_data_parallel_world_size())

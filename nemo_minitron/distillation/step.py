@@ -1,4 +1,8 @@
-"""The step: a micro-batch through the student's stage; on the last one its logits and the teacher's -> losses."""
+"""The step: a micro-batch goes through the student's stage. The last stage compares its logits with the teacher's.
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden size, U the teacher's hidden size, W columns
+of the vocabulary on this rank.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
 from nemo_minitron.distillation.losses._vocabulary import true_columns
@@ -18,14 +23,14 @@ from nemo_minitron.distillation.meter import TOKENS, Meter
 from nemo_minitron.distillation.teacher import Head, Inputs, Teacher, headless
 
 PARTS = ("logits", "lm")
-Parts = dict[str, Tensor]  # [B, S] fp32 per token
+Parts = dict[str, Tensor]  # the name of a part of the loss -> fp32 [B, S], per token
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the last stage makes of a micro-batch: logits_weight * `loss` + lm_weight * cross entropy.
+    """The loss of a micro-batch on the last stage: logits_weight * `loss` + lm_weight * cross entropy.
 
-    `loss`: a name in `distillation.losses`; `top_k` is that of `top_k_kl`. `vocab_size`: the true one.
+    `loss`: a name in `distillation.losses`. `top_k`: the k of `top_k_kl`. `vocab_size`: without padding.
     """
 
     vocab_size: int
@@ -37,51 +42,55 @@ class Objective:
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """The names of the parts whose weight is not 0."""
         return tuple(name for name in PARTS if getattr(self, f"{name}_weight"))
 
     @property
     def fused(self) -> bool:
-        """Whether logits need not exist as a whole: nothing but the KL reads them."""
+        """Whether the fused head can do it: only the KL reads the logits, so they need not exist as a whole."""
         return self.loss == "forward_kl" and self.parts == ("logits",)
 
-    def of_states(self, student: Tensor, batch: dict[str, Any], teacher: Tensor, heads: tuple[Head, Head]) -> Parts:
-        """From last hidden states [S(/tp under sequence parallelism), B, H] and (student's, teacher's) heads.
+    def of_states(
+        self, student_SBH: Tensor, batch: dict[str, Any], teacher_SBU: Tensor, student_head: Head, teacher_head: Head
+    ) -> Parts:
+        """The parts from last hidden states (S / tp under sequence parallelism) and both heads.
 
-        The student's head's gradient is added to its main_grad at once where its factor is known.
+        If the factor of the student's head's gradient is known, the gradient is added to main_grad at once.
         """
-        student = student.to(heads[0].weight.dtype)  # a mixed-precision wrapper gives its outputs in fp32
-        loss = fused_forward_kl(
-            student, heads[0].weight, teacher, heads[1].weight, temperature=self.temperature,
+        weight = student_head.weight
+        student_SBH = student_SBH.to(weight.dtype)  # a mixed-precision wrapper gives its outputs in fp32
+        loss_SB = fused_forward_kl(
+            student_SBH, weight, teacher_SBU, teacher_head.weight, temperature=self.temperature,
             loss_mask=batch["loss_mask"].t(), vocab_size=self.vocab_size, group=_group(),
-            sequence_parallel=heads[0].layer.sequence_parallel, main_grad_scale=self._scale(heads[0]),
+            sequence_parallel=student_head.layer.sequence_parallel, main_grad_scale=self._scale(student_head),
         )  # fmt: skip
-        return {"logits": loss.t().contiguous()}
+        return {"logits": loss_SB.t().contiguous()}
 
     def _scale(self, head: Head) -> float | None:
-        """What Megatron will multiply each counted token's loss by, or None: then the gradient has to wait for it."""
+        """What Megatron will multiply each counted token's loss by. None if that is known only in the backward pass."""
         config = head.layer.config
         if not (config.calculate_per_token_loss and accumulates(head.weight)):
             return None
         return self.logits_weight * (float(config.grad_scale_func(torch.ones(1))) if config.grad_scale_func else 1.0)
 
-    def of_logits(self, student: Tensor, batch: dict[str, Any], teacher: Tensor | None) -> Parts:
-        """From logits [B, S, V/tp]; the student's are spent."""
+    def of_logits(self, student_BSW: Tensor, batch: dict[str, Any], teacher_BSW: Tensor | None) -> Parts:
+        """The parts from logits. The student's logits may be overwritten."""
         parts = {}
-        if teacher is not None:
+        if teacher_BSW is not None:
             options = {"k": self.top_k} if self.loss == "top_k_kl" else {}
             parts["logits"] = getattr(losses, self.loss)(
-                student, teacher, temperature=self.temperature, group=_group(), vocab_size=self.vocab_size,
+                student_BSW, teacher_BSW, temperature=self.temperature, group=_group(), vocab_size=self.vocab_size,
                 in_place=not self.lm_weight, **options,
             )  # fmt: skip
         if self.lm_weight:
-            # What the other loss may read again in its backward pass is not to be spent; of bf16 it costs nothing more,
-            # since cross entropy is in fp32.
-            logits = student.to(torch.float32, copy=True) if parts else student
-            parts["lm"] = language_model_loss(logits, batch["labels"], self.vocab_size)
+            # Cross entropy overwrites its logits, and the other loss may read them again in its backward pass. From
+            # bf16 the copy costs nothing more, because cross entropy needs fp32.
+            copy_BSW = student_BSW.to(torch.float32, copy=True) if parts else student_BSW
+            parts["lm"] = language_model_loss(copy_BSW, batch["labels"], self.vocab_size)
         return parts
 
     def total(self, parts: Parts, batch: dict[str, Any], meter: Meter | None) -> Tensor:
-        """[B, S]: the weighted sum; the parts' own sums over the tokens that count go to the meter."""
+        """[B, S]: the weighted sum of the parts. The meter gets each part's sum over the tokens that count."""
         if meter is not None:
             for name, value in parts.items():
                 meter.add(name, (value.detach() * batch["loss_mask"]).sum())
@@ -93,47 +102,43 @@ def _group() -> Any:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def language_model_loss(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Cross entropy [B, S], fp32, of logits [B, S, V/tp] and labels [B, S]; padded columns take no part.
+def language_model_loss(logits_BSW: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    """Cross entropy, fp32 [B, S]. Padded columns take no part.
 
-    The logits are spent: Megatron's cross entropy works in them where they are fp32.
+    fp32 logits are overwritten: Megatron's cross entropy works in them.
     """
-    true = true_columns(vocab_size, logits.shape[-1], _group())
-    if true < logits.shape[-1]:
-        logits[..., true:].fill_(-torch.inf)
-    return vocab_parallel_cross_entropy(logits, labels)
-
-
-def unwrapped(model: Any) -> Any:
-    """Megatron's GPTModel inside NeMo's, DDP's and precision wrappers, which answer for its attributes."""
-    while "decoder" not in model._modules:
-        model = model._modules["module"]
-    return model
+    true_width = true_columns(vocab_size, logits_BSW.shape[-1], _group())
+    if true_width < logits_BSW.shape[-1]:
+        logits_BSW[..., true_width:].fill_(-torch.inf)
+    return vocab_parallel_cross_entropy(logits_BSW, labels_BS)
 
 
 def distillation_step(
     objective: Objective, inputs: Inputs, teacher: Teacher | None = None, meter: Meter | None = None
 ) -> Callable[[Any, Any], Tensor]:
-    """NeMo's forward step with the objective in the place of cross entropy.
+    """NeMo's forward step, with the objective in the place of cross entropy.
 
-    What it returns on the last stage, [B, S] fp32 per token, goes through NeMo's own masked reduction, as a
-    language-model loss does. In validation it is cross entropy. Without a teacher it is the LM loss alone.
+    On the last stage it returns fp32 [B, S], per token. NeMo's own masked reduction goes over it, as over a
+    language-model loss. In validation it returns cross entropy. Without a teacher it is only the language-model loss.
     """
 
     def step(model: Any, batch: dict[str, Any]) -> Tensor:
-        chunk = unwrapped(model)
+        chunk = unwrap(model)
         if not chunk.post_process:
             return model(**inputs(batch))
         if not model.training:
             return language_model_loss(model(**inputs(batch)), batch["labels"], objective.vocab_size)
-        hidden = teacher.hidden(batch) if teacher else None  # first: the student's states are compared with its own
-        if teacher and hidden is not None and objective.fused:
+        # The teacher runs first: the student's intermediate states are compared with the teacher's as they arise.
+        teacher_SBU = teacher.hidden(batch) if teacher else None
+        if teacher and teacher_SBU is not None and objective.fused:
             with headless(chunk) as head:
-                states = model(**inputs(batch))
-            parts = objective.of_states(states, batch, hidden, (head, teacher.head))
+                student_SBH = model(**inputs(batch))
+            parts = objective.of_states(student_SBH, batch, teacher_SBU, head, teacher.head)
         else:
-            target = teacher.logits(hidden) if teacher and hidden is not None and objective.logits_weight else None
-            parts = objective.of_logits(model(**inputs(batch)), batch, target)
+            teacher_BSW = None
+            if teacher and teacher_SBU is not None and objective.logits_weight:
+                teacher_BSW = teacher.logits(teacher_SBU)
+            parts = objective.of_logits(model(**inputs(batch)), batch, teacher_BSW)
         return objective.total(parts, batch, meter)
 
     return step

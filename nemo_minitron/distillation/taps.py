@@ -1,13 +1,15 @@
-"""Where a live model's intermediate states are seen: after the norms that read them (2407.14679, section 3.3).
+"""Where a live model's intermediate states are read: after the norms that follow them (2407.14679, section 3.3).
 
-| state | seen as |
+| state | read as |
 |---|---|
 | embedding | the output of the first layer's input norm |
 | attention of a layer | the output of its pre-MLP norm |
-| block of a layer | the output of the next layer's input norm, after the last layer of the final one |
-| mlp of a layer | its MLP's own output, scaled to unit RMS: no norm reads it alone |
+| block of a layer | the output of the next layer's input norm; of the last layer, the output of the final norm |
+| mlp of a layer | the output of its MLP, scaled to unit RMS: no norm reads it alone |
 
-So the output of a block is seen on the pipeline stage of the layer that reads it.
+So the output of a block is read on the pipeline stage of the next layer.
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden size.
 """
 
 from __future__ import annotations
@@ -25,22 +27,23 @@ from nemo_minitron.backend.norms import normalize
 from nemo_minitron.distillation.layer_map import EMBEDDING, Point
 
 See = Callable[[Point, Tensor], Tensor | None]
-"""What is called with a state [S(/tp under sequence parallelism), B, H]. A scalar that it returns gives its own
-gradient to the state as the backward pass comes by: a loss on a stage that is not the last."""
+"""It is called with a state [S, B, H] (S / tp under sequence parallelism). It may return a loss, a scalar. Then the
+backward pass adds the loss's gradient to the state's. So a stage that is not the last one can have a loss."""
 
 
 def points(chunk: Any) -> set[Point]:
-    """The states that this chunk of a model shows."""
+    """The states that can be read on this chunk of a model."""
     return {point for point, _, _ in _sites(chunk)}
 
 
 def tap(chunk: Any, wanted: set[Point], see: See) -> list[RemovableHandle]:
-    """Hooks on the wanted states of a chunk."""
+    """Puts hooks on a chunk that give the wanted states to `see`."""
     sites = [site for site in _sites(chunk) if site[0] in wanted]
     return [_hook(point, module, how, see, chunk.config) for point, module, how in sites]
 
 
 def _sites(chunk: Any) -> Iterator[tuple[Point, Any, str]]:
+    """(state, the module that shows it, how: "output", "fused" or "scaled")."""
     for layer in chunk.decoder.layers:
         number = layer.layer_number - 1
         read: Point = ("block", number - 1) if number else (EMBEDDING, -1)
@@ -52,7 +55,7 @@ def _sites(chunk: Any) -> Iterator[tuple[Point, Any, str]]:
 
 
 def _norm(norm: Any, fused: Any) -> tuple[Any, str]:
-    """A norm of its own shows its output; one fused with the linear layer behind it is computed again."""
+    """A separate norm shows its output. A norm that is fused with the next linear layer is computed again."""
     return (fused, "fused") if isinstance(norm, IdentityOp) else (norm, "output")
 
 
@@ -60,29 +63,30 @@ def _hook(point: Point, module: Any, how: str, see: See, config: Any) -> Removab
     if how == "fused":
         rms, zero_centered = config.normalization == "RMSNorm", config.layernorm_zero_centered_gamma
 
-        def before(linear: Any, given: tuple) -> tuple | None:
-            gamma, beta = linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None)
-            loss = see(point, normalize(given[0], gamma, beta, config.layernorm_epsilon, rms, zero_centered))
-            return None if loss is None else (_Attach.apply(given[0], loss), *given[1:])
+        def before(linear: Any, inputs: tuple) -> tuple | None:
+            gamma_H, beta_H = linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None)
+            loss = see(point, normalize(inputs[0], gamma_H, beta_H, config.layernorm_epsilon, rms, zero_centered))
+            return None if loss is None else (_Attach.apply(inputs[0], loss), *inputs[1:])
 
         return module.register_forward_pre_hook(before)
 
-    def after(_: Any, given: tuple, output: Any) -> Any:
-        state, *rest = output if isinstance(output, tuple) else (output,)
-        shown = state if not rest or rest[0] is None else state + rest[0]  # a bias that is added later
+    def after(_: Any, inputs: tuple, output: Any) -> Any:
+        output_SBH, *rest = output if isinstance(output, tuple) else (output,)
+        # The second output is a bias, which Megatron adds later.
+        state_SBH = output_SBH if not rest or rest[0] is None else output_SBH + rest[0]
         if how == "scaled":
-            shown = F.rms_norm(shown.float(), shown.shape[-1:], eps=config.layernorm_epsilon)
-        loss = see(point, shown)
+            state_SBH = F.rms_norm(state_SBH.float(), state_SBH.shape[-1:], eps=config.layernorm_epsilon)
+        loss = see(point, state_SBH)
         if loss is None:
             return None
-        attached = _Attach.apply(state, loss)
-        return (attached, *rest) if isinstance(output, tuple) else attached
+        attached_SBH = _Attach.apply(output_SBH, loss)
+        return (attached_SBH, *rest) if isinstance(output, tuple) else attached_SBH
 
     return module.register_forward_hook(after)
 
 
 class _Attach(torch.autograd.Function):
-    """The identity on a tensor that also starts the backward pass of a scalar."""
+    """The identity on a tensor. Its backward pass also starts the backward pass of a loss, with the gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:

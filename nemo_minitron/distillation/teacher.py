@@ -1,4 +1,8 @@
-"""The frozen teacher beside the student: model chunks of its own, run by Megatron's forward-only schedule."""
+"""The frozen teacher beside the student: model chunks of its own, run by Megatron's forward-only schedule.
+
+Shapes (docs/shapes.md): S positions of the sequence (S / tp under sequence parallelism), B sequences, U the teacher's
+hidden size, W columns of the vocabulary on this rank.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,17 @@ from torch import Tensor
 
 from nemo_minitron.backend.engine import forget_copies
 
-Inputs = Callable[[Any], dict[str, Any]]  # a micro-batch -> what GPTModel's forward takes, without labels
+Inputs = Callable[[Any], dict[str, Any]]  # a micro-batch -> arguments of GPTModel's forward, without labels
 
 
 class Teacher:
-    """This rank's chunks of the teacher, which no module of the student holds: no checkpoint, optimizer or
-    gradient buffer sees them.
+    """This rank's chunks of the teacher. No module of the student holds them, so no checkpoint, optimizer or gradient
+    buffer has them.
 
-    With one pipeline stage it runs when the student's step asks for a micro-batch's logits. With several, all
-    micro-batches of a global step go through its own stages first (`ahead`), divided as its own depth wants; the
-    last stage keeps their last hidden states, and the student's point-to-point traffic stays as it was.
-    `offload`: its layers lie on the CPU between global steps; its head stays.
+    With one pipeline stage the teacher runs when the student's step asks for a micro-batch's logits. With several
+    stages all micro-batches of a global step go through the teacher's stages first (`ahead`). Its layers are divided
+    over the stages by their own number, and its last stage keeps the last hidden states. So the traffic between the
+    student's stages stays as it was. `offload`: the layers lie on the CPU between global steps; the head stays.
     """
 
     def __init__(self, chunks: Sequence[Any], inputs: Inputs, *, offload: bool = False) -> None:
@@ -45,14 +49,14 @@ class Teacher:
     def ahead(
         self, batches: Any, data_step: Callable[[Any], Any], count: int, sequence_length: int, micro_batch_size: int
     ) -> None:
-        """Runs `count` micro-batches through all stages; collective over the pipeline.
+        """Runs `count` micro-batches through all stages. Collective over the pipeline.
 
-        `batches`: an iterator over them, or one for each virtual stage; `data_step` takes the next of one. The
-        sequence length is global, as for Megatron's schedules.
+        `batches`: an iterator over them, or one for each virtual stage. `data_step` takes the next one from an
+        iterator. The sequence length is global, as in Megatron's schedules.
         """
         self._kept.clear()  # of a step that failed
         self._kept += get_forward_backward_func()(
-            forward_step_func=lambda batches, chunk: (chunk(**self.inputs(data_step(batches))), _whole),
+            forward_step_func=lambda batches, chunk: (chunk(**self.inputs(data_step(batches))), _keep),
             data_iterator=batches,
             model=self.chunks,
             num_microbatches=count,
@@ -64,27 +68,29 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, batch: Any) -> Tensor:
-        """The last hidden state, after the final norm, [S(/tp under sequence parallelism), B, H], of the student's
-        next micro-batch: its last chunk meets them in their order in all of Megatron's schedules."""
+        """[S, B, U]: the last hidden state, after the final norm, of the student's next micro-batch.
+
+        In all of Megatron's schedules the student's last chunk gets the micro-batches in their order.
+        """
         return self._kept.popleft() if self.staged else self.chunks[-1](**self.inputs(batch))
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden state -> [B, S, V/tp], in the teacher's dtype."""
-        return self.head(hidden)
+    def logits(self, hidden_SBU: Tensor) -> Tensor:
+        """Last hidden state -> logits [B, S, W], in the teacher's dtype."""
+        return self.head(hidden_SBU)
 
     @property
     def head(self) -> Head:
-        """The output layer, on the last stage alone."""
+        """The output layer. Only the last stage has it."""
         assert self._head is not None
         return self._head
 
     def come(self) -> None:
-        """Before a global step: all of it where it computes."""
+        """Before a global step: moves the layers to the device that computes."""
         self._move(torch.cuda.current_device())
 
     def leave(self) -> None:
-        """After a global step."""
+        """After a global step: moves the layers to the CPU, if they are offloaded."""
         self._move("cpu")
 
     def _move(self, device: Any) -> None:
@@ -95,15 +101,15 @@ class Teacher:
                     part.to(device)
 
 
-def _whole(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-    """What Megatron's schedule keeps of a micro-batch on the last stage."""
-    return hidden
+def _keep(hidden_SBU: Tensor, non_loss_data: bool = True) -> Tensor:
+    """Tells Megatron's schedule to keep the last stage's output of a micro-batch."""
+    return hidden_SBU
 
 
 class Head:
-    """The output layer of a chunk: last hidden state [S(/tp under sequence parallelism), B, H] -> [B, S, V/tp].
+    """The output layer of a chunk: last hidden state [S, B, U] -> logits [B, S, W].
 
-    `weight` [V/tp, H], its own or the tied embedding's.
+    `weight` [W, U] is the layer's own or the tied embedding's.
     """
 
     def __init__(self, model: Any) -> None:
@@ -111,17 +117,18 @@ class Head:
         tied = model.share_embeddings_and_output_weights
         self.weight: Tensor = model.shared_embedding_or_output_weight() if tied else self.layer.weight
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits, _ = self.layer(hidden, weight=self.weight)
-        return logits.transpose(0, 1)
+    def __call__(self, hidden_SBU: Tensor) -> Tensor:
+        logits_SBW, _ = self.layer(hidden_SBU, weight=self.weight)
+        return logits_SBW.transpose(0, 1)
 
     def tied_to(self, module: Any) -> bool:
+        """Whether the module has the weight, too."""
         return any(parameter is self.weight for parameter in module.parameters())
 
 
 @contextlib.contextmanager
 def headless(chunk: Any) -> Iterator[Head]:
-    """The chunk's forward pass ends at its last hidden state while this is open; gives the head that is left out."""
+    """A context in which the chunk's forward pass ends at its last hidden state. It gives the head that is left out."""
     head, chunk.post_process = Head(chunk), False
     try:
         yield head

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_minitron.artifacts.statistics import AGGREGATIONS, TOKENS, Aggregation, State, aggregation_of
+from nemo_minitron.backend.collectives import gather
 from nemo_minitron.importance.registry import Estimator, Watch
 from nemo_minitron.importance.samples import Samples
 from nemo_minitron.importance.statistics import Heavy, dealt, over_samples, over_sequence, with_counts
@@ -91,12 +92,9 @@ def _sequence_groups(estimator: Estimator, split: bool) -> list[Any]:
 def merge_over(groups: Sequence[Any], aggregation: Aggregation, state: State) -> State:
     """The merged state of all ranks of the groups, in rank order, so that every rank gets the same bits."""
     for group in groups:
-        size = torch.distributed.get_world_size(group)
-        if size == 1:
+        if torch.distributed.get_world_size(group) == 1:
             continue
-        packed = torch.stack(list(state))
-        parts = [torch.empty_like(packed) for _ in range(size)]
-        torch.distributed.all_gather(parts, packed, group=group)
+        parts = gather(torch.stack(list(state)), group)
         state = tuple(parts[0])
         for part in parts[1:]:
             state = aggregation.merge(state, tuple(part))

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.artifacts.scores import Scores, expected_shapes
 from nemo_minitron.axes import AXES, owners, split_expert, split_name
 from nemo_minitron.errors import InputError
 
 ROWS = 4096  # of a tensor that are held in float64 at a time
-FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 class Source(Protocol):
@@ -65,7 +65,7 @@ def _squares(source: Source, name: str, shape: tuple[int, ...]) -> list[np.ndarr
     """Per dimension, float64 [size]: the sum of squares of each slice."""
     along = [np.zeros(size) for size in shape]
     for index in _blocks(shape):
-        block = _floats(source.read(name, index), source.dtype(name)).astype(np.float64) ** 2
+        block = as_numbers(source.read(name, index), source.dtype(name)) ** 2
         for dim, total in enumerate(along):
             total[index[dim]] += block.sum(axis=tuple(d for d in range(len(shape)) if d != dim))
     return along
@@ -74,12 +74,6 @@ def _squares(source: Source, name: str, shape: tuple[int, ...]) -> list[np.ndarr
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     for start in range(0, shape[0], ROWS):
         yield (np.arange(start, min(start + ROWS, shape[0])), *(np.arange(size) for size in shape[1:]))
-
-
-def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.view(FLOATS[dtype])
 
 
 def random_scores(architecture: Architecture, seed: int = 0) -> Scores:

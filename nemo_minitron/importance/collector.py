@@ -13,6 +13,8 @@ from torch import nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.scores import ACTIVATION
+from nemo_minitron.backend.collectives import gather_objects
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
@@ -155,8 +157,7 @@ def check_axes(asked: Sequence[str] | None, here: set[str], known: set[str], ref
     `here`: the axes watched on this rank; `known`: those that its modules' estimators have. Collective.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(everywhere, (here, known, refusal), group=group)
+    everywhere = gather_objects((here, known, refusal), group)
     for _, _, reason in everywhere:
         if reason is not None:
             raise InputError(reason)
@@ -164,13 +165,6 @@ def check_axes(asked: Sequence[str] | None, here: set[str], known: set[str], ref
     for axis in asked or ():
         if axis not in there:
             raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, legal - {axis})}")
-
-
-def unwrap(chunk: Any) -> Any:
-    """Megatron's GPTModel inside NeMo's, DDP's and precision wrappers."""
-    while "decoder" not in chunk._modules:  # not hasattr: NeMo's wrappers answer for what they wrap
-        chunk = chunk._modules["module"]
-    return chunk
 
 
 def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:

@@ -10,6 +10,7 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from torch import Tensor
 
 from nemo_minitron.artifacts.statistics import AGGREGATIONS, ROUTED, State, aggregation_of
+from nemo_minitron.backend.collectives import gather
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.registry import Estimator, Watch
 from nemo_minitron.importance.samples import NOBODY, Samples
@@ -101,13 +102,12 @@ def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
 
     An expert's input are the tokens of its column, in that order.
     """
-    group, size = dispatcher.tp_ep_group, dispatcher.tp_size * dispatcher.ep_size
+    group = dispatcher.tp_ep_group
     first, last = dispatcher.local_expert_indices[0], dispatcher.local_expert_indices[-1] + 1
-    gathered = [halves] if size == 1 else _gather(halves, size, group)
+    gathered = gather(halves, group)
     if dispatcher.config.moe_token_dispatcher_type == "allgather":
         return dispatcher.local_map, torch.cat(gathered)
-    table = dispatcher.routing_map
-    tables = [table] if size == 1 else [part.bool() for part in _gather(table.to(torch.uint8), size, group)]
+    tables = [part.bool() for part in gather(dispatcher.routing_map.to(torch.uint8), group)]  # gloo knows no bool
     order = arrival(dispatcher.tp_size, dispatcher.ep_size)
     return torch.cat([tables[k][:, first:last] for k in order]), torch.cat([gathered[k] for k in order])
 
@@ -116,9 +116,3 @@ def arrival(tp_size: int, ep_size: int) -> list[int]:
     """In what order the ranks' tokens come to an expert: all-to-all over expert-parallel ranks first, then gathered
     over the experts' tensor-parallel ones."""
     return [ep * tp_size + tp for tp in range(tp_size) for ep in range(ep_size)]
-
-
-def _gather(tensor: Tensor, size: int, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
-    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
-    return parts

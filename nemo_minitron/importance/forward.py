@@ -12,9 +12,10 @@ from torch import Tensor
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.scores import ACTIVATION, Scores
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.batches import Batch, forward_arguments, micro_batches, seen
-from nemo_minitron.importance.collector import METHODS, Collector, unwrap
+from nemo_minitron.importance.collector import METHODS, Collector
 from nemo_minitron.importance.reduction import reduce
 from nemo_minitron.importance.taylor import differentiable, run_backward
 

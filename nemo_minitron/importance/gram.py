@@ -21,9 +21,10 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nemo_minitron.axes import split_expert, split_name
+from nemo_minitron.backend.collectives import gather
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import micro_batches
-from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.importance.estimators.moe import second_matrices
 from nemo_minitron.importance.experts import align_of, by_expert, local_halves
 from nemo_minitron.importance.forward import evaluating, run_forward
@@ -139,9 +140,7 @@ class _Products:
 
     def _add(self, name: str, own_PC: Tensor) -> None:
         _, shards = _groups(name)
-        parts = [torch.empty_like(own_PC) for _ in range(torch.distributed.get_world_size(shards))]
-        torch.distributed.all_gather(parts, own_PC.contiguous(), group=shards)
-        product = (own_PC.T @ torch.cat(parts, dim=1)).double()
+        product = (own_PC.T @ torch.cat(gather(own_PC, shards), dim=1)).double()
         self.sums[name] = self.sums[name] + product if name in self.sums else product
 
 

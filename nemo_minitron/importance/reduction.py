@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from nemo_minitron.artifacts import criteria
 from nemo_minitron.artifacts.scores import Scores, expected_shapes
 from nemo_minitron.artifacts.statistics import State, aggregation_of
+from nemo_minitron.backend.collectives import gather, gather_objects
 from nemo_minitron.importance.accumulator import Accumulator, merge_over
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.diagnostics import check_finite
@@ -65,23 +66,13 @@ def _whole(accumulator: Accumulator, pair: tuple[str, str], state: State) -> Sta
 
 
 def _concatenate(state: State, group: Any, dim: int) -> State:
-    size = torch.distributed.get_world_size(group)
-    if size == 1:
-        return state
-    whole = []
-    for field in state:
-        parts = [torch.empty_like(field) for _ in range(size)]
-        torch.distributed.all_gather(parts, field.contiguous(), group=group)
-        whole.append(torch.cat(parts, dim))
-    return tuple(whole)
+    return tuple(torch.cat(gather(field, group), dim) for field in state)
 
 
 def _over_stages(placed: Placed) -> Placed:
     group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[Placed] = [{} for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather_object(stages, placed, group=group)
     joined: Placed = {}
-    for stage in stages:
+    for stage in gather_objects(placed, group):
         for key, rows in stage.items():
             joined.setdefault(key, {}).update(rows)
     return joined

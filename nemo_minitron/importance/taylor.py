@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, forward_arguments
-from nemo_minitron.importance.collector import unwrap
 
 
 @contextlib.contextmanager

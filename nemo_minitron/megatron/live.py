@@ -14,8 +14,9 @@ from torch import Tensor
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.plan import PrunePlan
+from nemo_minitron.backend.collectives import gather_objects
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.collector import unwrap
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.sources.bits import DTYPES, as_raw, as_tensor
 from nemo_minitron.sources.finite import check_finite
@@ -96,8 +97,7 @@ def _slices(box: Any) -> tuple[slice, ...]:
 
 
 def _check_total(places: dict[str, Any], architecture: Architecture) -> None:
-    everywhere: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everywhere, set(places))
+    everywhere = gather_objects(set(places), torch.distributed.group.WORLD)
     found, shapes = set().union(*everywhere), architecture.shapes()
     if missing := shapes.keys() - found:
         raise InputError(f"the Megatron model has no parameter for the tensor '{min(missing)}'")

@@ -12,10 +12,10 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.selection import shapes_of, student_index
-from nemo_minitron.pruning.student import as_numbers
 from nemo_minitron.sources.tensors import TensorSource
 
 RIDGE = 0.01  # of the mean diagonal of G

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.artifacts.digest import Index, bf16_bits
+from nemo_minitron.artifacts.digest import Index
+from nemo_minitron.artifacts.dtypes import as_stored
 from nemo_minitron.pruning.selection import origin_of, shapes_of, student_index
 from nemo_minitron.sources.streams import Sink
 from nemo_minitron.sources.tensors import TensorSource, whole
@@ -56,19 +57,3 @@ class Student:
     def _compensated(self, name: str, index: Index) -> np.ndarray:
         assert self.compensation is not None
         return as_stored(self.compensation.tensors[name][np.ix_(*index)], self.dtype(name))
-
-
-def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 numbers -> raw bits of a safetensors dtype, rounded to nearest, ties to even."""
-    values = np.ascontiguousarray(values, np.float32)
-    if dtype == "BF16":
-        return bf16_bits(values.view(np.uint32), "F32")
-    wide = values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
-    return wide.view(f"u{wide.itemsize}")
-
-
-def as_numbers(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw bits of a safetensors dtype -> float64."""
-    if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts.digest import Index, bf16_bits, model_digest
+from nemo_minitron.artifacts.digest import Index, model_digest
+from nemo_minitron.artifacts.dtypes import bf16_bits
 
 # safetensors dtype -> raw bits
 RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}

@@ -16,7 +16,8 @@ import pytest
 from test_architecture import smollm2
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.artifacts.digest import bf16_bits, model_digest, sample_index
+from nemo_minitron.artifacts.digest import model_digest, sample_index
+from nemo_minitron.artifacts.dtypes import bf16_bits
 from nemo_minitron.artifacts.files import (
     atomic_file,
     atomic_folder,

@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-
-import nemo_minitron.backend as backend
+from workers import process_group
 
 MICRO_BATCHES = 8
 DENSE = ("qk_norm", "nemotron")  # RMSNorm and QK norm; LayerNorm with a zero-centred gamma, biases
@@ -209,23 +207,20 @@ def difference(got, wanted):
 
 
 def main():
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=90))
-    backend.setup()
-    world, results = torch.distributed.get_world_size(), {}
-    folder = [tempfile.mkdtemp()] if torch.distributed.get_rank() == 0 else [None]
-    torch.distributed.broadcast_object_list(folder)
-    for kind in KINDS:
-        layouts = {name: layout[:2] for name, layout in LAYOUTS[world].items() if kind in layout[2]}
-        base = measure(kind, "one", {}, {}, Path(folder[0])) if layouts else {}
-        for name, (sizes, options) in layouts.items():
-            got = measure(kind, name, sizes, options, Path(folder[0]))
-            gradients = difference(got["gradients"], base["gradients"]) if "gradients" in got else (0.0, "")
-            results[f"{kind}-{name}"] = {k: [got[k], base[k]] for k in ("loss", "norm", "after")}
-            results[f"{kind}-{name}"]["gradients"] = gradients
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with process_group():
+        world, results = torch.distributed.get_world_size(), {}
+        folder = [tempfile.mkdtemp()] if torch.distributed.get_rank() == 0 else [None]
+        torch.distributed.broadcast_object_list(folder)
+        for kind in KINDS:
+            layouts = {name: layout[:2] for name, layout in LAYOUTS[world].items() if kind in layout[2]}
+            base = measure(kind, "one", {}, {}, Path(folder[0])) if layouts else {}
+            for name, (sizes, options) in layouts.items():
+                got = measure(kind, name, sizes, options, Path(folder[0]))
+                gradients = difference(got["gradients"], base["gradients"]) if "gradients" in got else (0.0, "")
+                results[f"{kind}-{name}"] = {k: [got[k], base[k]] for k in ("loss", "norm", "after")}
+                results[f"{kind}-{name}"]["gradients"] = gradients
+        if torch.distributed.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-
-import nemo_minitron.backend as backend
+from workers import process_group
 
 IN, FFN, TOKENS = 48, 96, 12
 
@@ -73,17 +71,14 @@ def difference(recipe, sp):
 
 
 def main():
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=90))
-    backend.setup()
-    import bare_models
+    with process_group():
+        import bare_models
 
-    bare_models.start(tp=2)
-    cases = [(recipe, sp) for recipe in ("delayed", "tensorwise") for sp in (False, True)]
-    found = {f"{recipe}{'_sp' * sp}": difference(recipe, sp) for recipe, sp in cases}
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        bare_models.start(tp=2)
+        cases = [(recipe, sp) for recipe in ("delayed", "tensorwise") for sp in (False, True)]
+        found = {f"{recipe}{'_sp' * sp}": difference(recipe, sp) for recipe, sp in cases}
+        if torch.distributed.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from workers import process_group
 
-import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.logit_records import CacheSettings
 
 # Shards of 3, 3 and 1 rows, one of two ranks has none at last; of 3, 3, 3 and 1: it has fewer than the other.
@@ -135,22 +134,19 @@ def refusal(chunks, header, folder):
 
 
 def main():
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=90))
-    backend.setup()
-    rank, world, out = torch.distributed.get_rank(), torch.distributed.get_world_size(), Path(sys.argv[1])
-    results = [sharded_loss(*case, rank, world) for case in SHARDED]
-    (out / f"losses-{rank}.json").write_text(json.dumps(results))
-    for kind in dict.fromkeys(kind for kind, _, _ in LAYOUTS[world].values()):  # no set: all ranks in one order
-        one_process(kind, out)
-    for name, (kind, sizes, overrides) in LAYOUTS[world].items():
-        cache(name, kind, sizes, overrides, out)
-    if world == 2:
-        import main_grad
+    with process_group():
+        rank, world, out = torch.distributed.get_rank(), torch.distributed.get_world_size(), Path(sys.argv[1])
+        results = [sharded_loss(*case, rank, world) for case in SHARDED]
+        (out / f"losses-{rank}.json").write_text(json.dumps(results))
+        for kind in dict.fromkeys(kind for kind, _, _ in LAYOUTS[world].values()):  # no set: all ranks in one order
+            one_process(kind, out)
+        for name, (kind, sizes, overrides) in LAYOUTS[world].items():
+            cache(name, kind, sizes, overrides, out)
+        if world == 2:
+            import main_grad
 
-        found = {name: main_grad.measure(name) for name in main_grad.CASES}
-        (out / f"main-grad-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+            found = {name: main_grad.measure(name) for name in main_grad.CASES}
+            (out / f"main-grad-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_refuses_a_gradient_that_is_no_multiple_of_the_mask():
         ({"teacher_logits": torch.zeros(6, 2, 131)}, "either teacher_logits or"),
         ({"teacher_weight": torch.zeros(140, 24)}, "give the true vocab_size"),
         ({"vocab_size": 132}, "do not hold a vocabulary of 132"),
-        ({"main_grad_scale": 1.0}, "wants a weight with an fp32 main_grad"),
+        ({"main_grad_scale": 1.0}, "needs a weight with an fp32 main_grad"),
     ],
 )
 def test_refusals(change, message):

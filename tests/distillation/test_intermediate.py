@@ -217,3 +217,28 @@ def test_a_student_that_recomputes_is_refused(models, batch):
             ours(models, batch, "cosine")
     finally:
         student[0].config.recompute_granularity = None
+
+
+def test_no_hook_is_left_after_the_fit(models):
+    """The callback that Lightning calls when a fit ends takes every hook off the student and the teacher."""
+    from lightning.pytorch.callbacks import Callback
+
+    from nemo_minitron.distillation.intermediate import Intermediate
+    from nemo_minitron.distillation.layer_map import layer_map
+    from nemo_minitron.distillation.meter import Meter
+    from nemo_minitron.distillation.projection import Projection
+    from nemo_minitron.nemo import Distillation
+
+    teacher, student = models
+
+    def hooks():
+        modules = [module for chunk in (*teacher.chunks, *student) for module in chunk.modules()]
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+    assert "on_fit_end" in vars(Callback)
+    before, pairs, callback = hooks(), layer_map(PAIRS, 3, 6), Distillation("teacher")
+    meter, projection = Meter(list(map(str, pairs))), Projection(40, 48, seed=5)
+    callback._intermediate = Intermediate(pairs, student, teacher, projection=projection, meter=meter)
+    assert hooks() == before + 2 * len(pairs)
+    callback.on_fit_end(None, None)
+    assert hooks() == before

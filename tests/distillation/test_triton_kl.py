@@ -48,12 +48,12 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from nemo_minitron.distillation.losses import _triton_kernels as kernels
-logits = {"student": "*bf16", "teacher": "*bf16"}
-numbers = {"rows": "i32", "width": "i32", "scale": "fp32", "BLOCK": "constexpr"}
+logits = {"student_NW": "*bf16", "teacher_NW": "*bf16"}
+numbers = {"tokens": "i32", "width": "i32", "scale": "fp32", "BLOCK": "constexpr"}
 strides = {"stride_s": "i32", "stride_t": "i32"}
 for kernel, given in (
-    (kernels.kl_statistics, logits | {"out": "*fp32"} | strides | numbers),
-    (kernels.kl_gradient, {"out": "*bf16"} | logits | {"whole": "*fp32", "factors": "*fp32", "stride_o": "i32"}
+    (kernels.kl_statistics, logits | {"out_MN": "*fp32"} | strides | numbers),
+    (kernels.kl_gradient, {"out_NW": "*bf16"} | logits | {"joined_MN": "*fp32", "factors_N": "*fp32", "stride_o": "i32"}
      | strides | numbers),
 ):
     source = ASTSource(fn=kernel, signature=given, constexprs={"BLOCK": 2048})

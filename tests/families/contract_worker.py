@@ -6,13 +6,15 @@ Arguments: folder of models, output folder. Rank 0 writes one result a case.
 import importlib
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+
+from workers import process_group
+
 IMPORTERS = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
              "nemotron": "Nemotron", "phi3": "Phi3"}  # fmt: skip
 LAYOUTS = {"whole": {"dp": 2}, "split": {"tp": 2, "sp": True}}
@@ -111,21 +113,15 @@ def write(path, result, found):
 
 
 def main():
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    import torch
     from contract import NAMES
 
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for kind in LAYOUTS:
-        for name in NAMES:
-            run_case(name, kind, folder, out)
-    for family in IMPORTERS:
-        run_importer(family, folder, out)
-    torch.distributed.destroy_process_group()
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    with process_group():
+        for kind in LAYOUTS:
+            for name in NAMES:
+                run_case(name, kind, folder, out)
+        for family in IMPORTERS:
+            run_importer(family, folder, out)
 
 
 if __name__ == "__main__":

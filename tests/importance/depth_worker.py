@@ -5,12 +5,10 @@ Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writ
 
 import dataclasses
 import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
+from workers import process_group, run_cases
 
 COUNT = 3  # layers that go one by one
 SIZES = (1, 2, 4)
@@ -177,20 +175,17 @@ def to_rows(depth):
     return [[*block, value] for block, value in depth.items()]
 
 
-def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+def write_case(case, folder, out):
     import torch
 
-    import nemo_minitron.backend as backend
+    result = run_case(case, folder)
+    if torch.distributed.get_rank() == 0:
+        (out / f"{case['name']}.json").write_text(json.dumps(result))
 
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        result = run_case(case, folder)
-        if torch.distributed.get_rank() == 0:
-            (out / f"{case['name']}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+
+def main():
+    with process_group():
+        run_cases(write_case)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,11 @@
 Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writes one .npz a case.
 """
 
-import json
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import numpy as np
 import torch
 from depth_worker import own_batches
 from ranks import leave_layout
+from workers import process_group, run_cases
 
 
 class Grouped(torch.nn.Module):
@@ -63,18 +59,15 @@ def run_case(case, folder):
     return merged
 
 
-def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import nemo_minitron.backend as backend
+def write_case(case, folder, out):
+    grams = run_case(case, folder)
+    if torch.distributed.get_rank() == 0:
+        np.savez(out / f"{case['name']}.npz", **grams)
 
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        found = run_case(case, folder)
-        if torch.distributed.get_rank() == 0:
-            np.savez(out / f"{case['name']}.npz", **found)
-    torch.distributed.destroy_process_group()
+
+def main():
+    with process_group():
+        run_cases(write_case)
 
 
 if __name__ == "__main__":

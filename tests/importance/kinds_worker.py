@@ -8,13 +8,13 @@ output folder. Rank 0 writes the scores of a case.
 import itertools
 import json
 import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hosts" / "nemo")]
+
+from workers import process_group, run_cases  # noqa: E402
 
 CRITERIA = ["l2,mean", "mean,l2", "l2,var", "mean,max"]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
@@ -243,21 +243,8 @@ def fails(chunks, batches, method):
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
-
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        try:
-            run_case(case, folder, out)
-        except Exception:
-            traceback.print_exc()
-            raise RuntimeError(f"in {case['name']}") from None
-    torch.distributed.destroy_process_group()
+    with process_group():
+        run_cases(run_case)
 
 
 if __name__ == "__main__":

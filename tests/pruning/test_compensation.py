@@ -10,11 +10,12 @@ from plans_by_hand import HIDDEN, slice_by_hand, whole_groups, width_and_depth
 from tolerances import LOGITS_PICO_FP32, SOLVED_FP32
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.dtypes import as_numbers, as_stored
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
 from nemo_minitron.pruning.compensation import fold_norms, head_residual, solvable, solve
-from nemo_minitron.pruning.student import Student, as_numbers, as_stored
+from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.streams import Sink
 from nemo_minitron.sources.tensors import whole
 

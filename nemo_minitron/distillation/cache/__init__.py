@@ -1,8 +1,8 @@
-"""The cached teacher: its distribution, sampled or cut to its largest, written once and learned from many times.
+"""The cached teacher: samples of its distribution, or its largest probabilities, written once and used many times.
 
-A student's gradient of the forward KL is T (p_s - p): linear in the teacher's p. So any p' with expectation p gives
-the gradient of the full forward KL in expectation (RS-KD, 2503.16870), and the cross-entropy of the student
-against p' has that gradient.
+The gradient of the forward KL in a student's logits is T (p_s - p), linear in the teacher's p. So any p' with the
+expectation p gives the gradient of the full forward KL in expectation (RS-KD, 2503.16870). The cross-entropy of the
+student against p' has that gradient.
 """
 
 from nemo_minitron.distillation.cache.losses import CachedTargets, cached_top_k_kl, sampled_cross_entropy

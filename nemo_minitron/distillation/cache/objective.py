@@ -1,4 +1,7 @@
-"""The step's objective with a cache in the teacher's place: no teacher runs, no logits of one are held."""
+"""The step's objective with a cache in the teacher's place: no teacher runs, and none of its logits are in memory.
+
+Shapes (docs/shapes.md): B sequences, S positions of the sequence, W columns of the vocabulary on this rank.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from nemo_minitron.distillation.cache.teacher import CachedTeacher
 from nemo_minitron.distillation.step import Objective, Parts, language_model_loss
 from nemo_minitron.errors import InputError
 
-TARGETS = "cached_targets"  # what `with_targets` puts into a micro-batch
+TARGETS = "cached_targets"  # the key that `with_targets` adds to a micro-batch
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedObjective(Objective):
-    """logits_weight * the cache's loss + lm_weight * cross entropy; the first part is called what it is.
+    """logits_weight * the cache's loss + lm_weight * cross entropy.
 
-    `cached` is a CachedTeacher, whose mode, and not `loss`, says which loss it is.
+    `cached`: its mode decides the loss, not `loss`. The first part has that loss's name in place of "logits".
     """
 
     cached: CachedTeacher | None = None
@@ -43,41 +46,41 @@ class CachedObjective(Objective):
     def fused(self) -> bool:
         return False
 
-    def of_logits(self, student: Tensor, batch: dict[str, Any], teacher: Tensor | None) -> Parts:
-        """From logits [B, S, V/tp], which are spent, and the targets that the batch can read."""
+    def of_logits(self, student_BSW: Tensor, batch: dict[str, Any], teacher_BSW: Tensor | None) -> Parts:
+        """The parts from the student's logits, which may be overwritten, and the targets that the batch can read."""
         assert self.cached is not None
         parts: Parts = {}
         if self.logits_weight:
             group = parallel_state.get_tensor_model_parallel_group()
             parts[self.cached.loss_name] = self.cached.loss(
-                student, batch[TARGETS](), group=group, vocab_size=self.vocab_size, in_place=not self.lm_weight
+                student_BSW, batch[TARGETS](), group=group, vocab_size=self.vocab_size, in_place=not self.lm_weight
             )
         if self.lm_weight:
-            parts["lm"] = language_model_loss(student, batch["labels"], self.vocab_size)
+            parts["lm"] = language_model_loss(student_BSW, batch["labels"], self.vocab_size)
         return parts
 
 
 def with_targets(data_step: Callable[[Any], Any], cached: CachedTeacher) -> Callable[[Any], Any]:
-    """NeMo's data step, whose micro-batch can also read its targets: rows are known by their tokens, as a whole.
+    """NeMo's data step. Its micro-batch can also read its targets: the cache finds a row by all of its tokens.
 
-    Read where the loss is computed, and only then: earlier stages and validation have no use for them. Raises
-    InputError, then, for a row that the cache does not have, and for packed samples.
+    Targets are read only when the loss is computed: earlier stages and validation do not need them. Reading raises
+    InputError for a row that the cache does not have, and for packed samples.
     """
 
     def step(batches: Any) -> Any:
         item = next(batches)
-        whole = item[0] if isinstance(item, tuple) else item
-        return data_step(iter([item])) | {TARGETS: lambda: _read(cached, whole)}
+        uncut = item[0] if isinstance(item, tuple) else item  # the data step cuts rows for context parallelism
+        return data_step(iter([item])) | {TARGETS: lambda: _read(cached, uncut)}
 
     return step
 
 
 def _read(cached: CachedTeacher, batch: dict[str, Any]) -> CachedTargets:
-    """This context-parallel rank's part of the targets, where the logits are."""
+    """This context-parallel rank's part of the targets, on the device of the logits."""
     if batch.get("cu_seqlens") is not None:
         raise InputError("a batch has packed samples (cu_seqlens); a logit cache knows rows of one sample each")
-    found = cached.targets(batch["tokens"], batch.get("epoch"))
+    targets = cached.targets(batch["tokens"], batch.get("epoch"))
     device = torch.cuda.current_device()
-    given = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    moved = {name: None if value is None else value.to(device) for name, value in given.items()}
+    fields = {field.name: getattr(targets, field.name) for field in dataclasses.fields(targets)}
+    moved = {name: None if value is None else value.to(device) for name, value in fields.items()}
     return CachedTargets(**get_batch_on_this_cp_rank(moved))

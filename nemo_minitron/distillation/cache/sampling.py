@@ -1,9 +1,13 @@
-"""Tokens of a teacher's distribution, drawn or chosen on vocabulary shards; the same in every layout.
+"""Tokens of a teacher's distribution, drawn or chosen on vocabulary shards. They are the same in every layout.
 
-A draw is a number in [0, 1) and the token at which the cumulative distribution passes it. The numbers come from a
-counter-based generator (Philox) keyed by the seed and the row's tokens, so that no rank, batch or order has a part
-in them. Cumulative sums are float64: with the same logits another sharding moves them by 1e-16, with logits of
-another summation order by what those differ, and only a draw that lies so near to a border changes its token.
+A draw is a number in [0, 1), and the token is where the cumulative distribution passes that number. The numbers come
+from a counter-based generator (Philox), whose key is the seed and the row's tokens. So they do not depend on rank,
+batch or order. Cumulative sums are float64. From the same logits another sharding moves them by 1e-16; from logits that
+were summed in another order it moves them by what those differ. Only a draw that lies so near to a border changes its
+token.
+
+Shapes (docs/shapes.md): N positions, W columns of the vocabulary on this rank (without padding), K draws or kept
+entries, R ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +19,16 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.backend.collectives import gather, gather_stacked, rank_and_size
 
-CHUNK = 1 << 21  # logits that are held in float64 at a time
+CHUNK = 1 << 21  # logits that are converted to float64 at a time
 
 
 def uniforms(settings: CacheSettings, key: int, number: int) -> np.ndarray:
-    """float64 [sequence_length, draws] in [0, 1], rising: the draws of a row (by its key) in one set."""
+    """float64 [sequence_length, draws] in [0, 1], rising: the draws of one row in the set of this number.
+
+    `key`: of the row (`artifacts.logit_cache.row_key`).
+    """
     philox = np.random.Philox(key=np.array([settings.seed, key], np.uint64), counter=[0, 0, 0, number])
     values = np.random.Generator(philox).random((settings.sequence_length, settings.draws))
     if settings.independent:
@@ -32,133 +40,123 @@ def draw(
     logits: Tensor, numbers: Tensor, temperature: float = 1.0, proposal_temperature: float = 1.0, group: Any = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Tokens by inverse cumulative distribution: int64 [P, n] global ids, and float32 [P, n] p / q of each.
+    """Tokens by inverse cumulative distribution: int64 [N, K] global ids, and float32 [N, K] p / q of each.
 
-    `logits`: [P, V/tp], this rank's true columns (perhaps none), bf16 or fp32; `first`: the global id of the first
-    of them; `numbers`: float64 [P, n] in [0, 1]. p = softmax(logits / T), q = softmax(logits / (T * T_q)); at T_q = 1
-    they are one, and there is no ratio (None). The same on every rank of `group`; three collectives.
+    `logits`: [N, W], this rank's true columns (perhaps none), bf16 or fp32. `first`: the global id of the first column.
+    `numbers`: float64 [N, K] in [0, 1]. p = softmax(logits / T), q = softmax(logits / (T * T_q)). At T_q = 1 they are
+    equal, and there is no ratio (None). The result is the same on every rank of `group`. Three collectives.
     """
     heat = temperature * proposal_temperature
-    top = _largest(logits, group)
-    sums = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-    for at in _chunks(logits):
-        sums[at] = _exponentials(logits[at], top[at], heat).sum(1, dtype=torch.float64)
-    every = _gathered(sums, group)  # [tp, P]
-    ends = every.cumsum(0)
-    rank = _rank(group)
-    before = ends[rank - 1] if rank else torch.zeros_like(ends[0])
-    wanted = torch.minimum(numbers * ends[-1, :, None], _below(ends[-1])[:, None])
-    mine = (wanted >= before[:, None]) & (wanted < ends[rank][:, None])
-    tokens = torch.zeros(numbers.shape, dtype=torch.int64, device=logits.device)
-    for at in _chunks(logits) if logits.shape[1] else []:
-        rising = _exponentials(logits[at], top[at], heat).cumsum(1, dtype=torch.float64)
-        local = torch.minimum((wanted[at] - before[at, None]).clamp(min=0), _below(rising[:, -1])[:, None])
-        tokens[at] = torch.searchsorted(rising, local, right=True)
-    tokens = _summed(torch.where(mine, tokens + first, 0), group)
+    max_N = _largest(logits, group)
+    sum_N = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for chunk in _chunks(logits):
+        sum_N[chunk] = _exponentials(logits[chunk], max_N[chunk], heat).sum(1, dtype=torch.float64)
+    end_RN = gather_stacked(sum_N, group).cumsum(0)  # where the cumulative sum leaves each rank's columns
+    total_N, rank = end_RN[-1], rank_and_size(group)[0]
+    start_N = end_RN[rank - 1] if rank else torch.zeros_like(end_RN[0])
+    wanted_NK = torch.minimum(numbers * end_RN[-1, :, None], _below(total_N)[:, None])
+    here_NK = (wanted_NK >= start_N[:, None]) & (wanted_NK < end_RN[rank][:, None])
+    tokens_NK = torch.zeros(numbers.shape, dtype=torch.int64, device=logits.device)
+    for chunk in _chunks(logits) if logits.shape[1] else []:
+        rising_NW = _exponentials(logits[chunk], max_N[chunk], heat).cumsum(1, dtype=torch.float64)
+        local_NK = (wanted_NK[chunk] - start_N[chunk, None]).clamp(min=0)
+        local_NK = torch.minimum(local_NK, _below(rising_NW[:, -1])[:, None])
+        tokens_NK[chunk] = torch.searchsorted(rising_NW, local_NK, right=True)
+    tokens_NK = _summed(torch.where(here_NK, tokens_NK + first, 0), group)
     if proposal_temperature == 1.0:
-        return tokens, None
-    log_p = _chosen(logits, tokens, first, group) - top[:, None]
-    normalizer = _normalizer(logits, top, temperature, group)
-    ratio = log_p / temperature - normalizer[:, None] - log_p / heat + ends[-1].log()[:, None]
-    return tokens, ratio.exp().float()
+        return tokens_NK, None
+    shifted_NK = _logits_of(logits, tokens_NK, first, group) - max_N[:, None]
+    normalizer_N = _normalizer(logits, max_N, temperature, group)
+    ratio_NK = shifted_NK / temperature - normalizer_N[:, None] - shifted_NK / heat + total_N.log()[:, None]
+    return tokens_NK, ratio_NK.exp().float()
 
 
 def top(
     logits: Tensor, k: int, temperature: float = 1.0, group: Any = None, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most likely tokens: int64 [P, k] global ids, float32 [P, k] their p, float32 [P] the mass of the rest.
+    """The k most likely tokens: int64 [N, K] global ids, float32 [N, K] their p, float32 [N] the mass of all others.
 
-    `logits`: as in `draw`. Of equal logits at the k-th place any may be chosen. Fewer than k where the
-    vocabulary has fewer.
+    `logits`: as in `draw`. Of equal logits at the k-th place any may be chosen. K is k, or less if the vocabulary is
+    smaller.
     """
-    here = min(k, logits.shape[1])
-    values, ids = logits.topk(here, dim=1)
-    values = torch.nn.functional.pad(values.float(), (0, k - here), value=-torch.inf)
-    ids = torch.nn.functional.pad(ids + first, (0, k - here), value=-1)
-    values, ids = (torch.cat(list(_gathered(x, group)), dim=1) for x in (values, ids))
+    local = min(k, logits.shape[1])
+    values_NK, ids_NK = logits.topk(local, dim=1)
+    values_NK = torch.nn.functional.pad(values_NK.float(), (0, k - local), value=-torch.inf)
+    ids_NK = torch.nn.functional.pad(ids_NK + first, (0, k - local), value=-1)
+    # Candidates of all ranks, from which the k largest are chosen.
+    values_NI, ids_NI = (torch.cat(gather(x, group), dim=1) for x in (values_NK, ids_NK))
     count = min(k, int(_summed(torch.tensor(logits.shape[1], device=logits.device), group)))
-    values, places = values.topk(count, dim=1)
-    largest, masses = values[:, :1], torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for at in _chunks(logits):
-        masses[at] = _exponentials(logits[at], largest[at, 0], temperature).sum(1, dtype=torch.float64)
-    total = _gathered(masses, group).sum(0)
-    exponentials = _exponentials(values, largest[:, 0], temperature).double()
-    tail = (total - exponentials.sum(1)).clamp(min=0) / total if count == k else torch.zeros_like(total)
-    return ids.gather(1, places), (exponentials / total[:, None]).float(), tail.float()
+    values_NK, chosen_NK = values_NI.topk(count, dim=1)
+    max_N, sum_N = values_NK[:, 0], torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for chunk in _chunks(logits):
+        sum_N[chunk] = _exponentials(logits[chunk], max_N[chunk], temperature).sum(1, dtype=torch.float64)
+    total_N = gather_stacked(sum_N, group).sum(0)
+    exp_NK = _exponentials(values_NK, max_N, temperature).double()
+    tail_N = (total_N - exp_NK.sum(1)).clamp(min=0) / total_N if count == k else torch.zeros_like(total_N)
+    return ids_NI.gather(1, chosen_NK), (exp_NK / total_N[:, None]).float(), tail_N.float()
 
 
 def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[Any, ...]:
-    """Draws [P, n] -> (lengths [P], ids [N], counts [N], factors [N] or None), each token of a position once."""
-    order = np.argsort(tokens, axis=1, kind="stable")
-    ordered = np.take_along_axis(tokens, order, axis=1)
-    new = np.ones(ordered.shape, bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    starts = np.flatnonzero(new)
-    counts = np.diff(np.append(starts, ordered.size))
-    kept = None if factors is None else np.take_along_axis(factors, order, axis=1).reshape(-1)[starts]
-    return new.sum(1), ordered.reshape(-1)[starts], counts, kept
+    """Draws [N, K] -> (lengths [N], ids [I], counts [I], factors [I] or None). Each token of a position stands once.
+
+    I: the different tokens of all positions, one position after another.
+    """
+    order_NK = np.argsort(tokens, axis=1, kind="stable")
+    sorted_NK = np.take_along_axis(tokens, order_NK, axis=1)
+    first_NK = np.ones(sorted_NK.shape, bool)  # whether it is the first of equal tokens
+    first_NK[:, 1:] = sorted_NK[:, 1:] != sorted_NK[:, :-1]
+    starts_I = np.flatnonzero(first_NK)
+    counts_I = np.diff(np.append(starts_I, sorted_NK.size))
+    if factors is not None:
+        factors = np.take_along_axis(factors, order_NK, axis=1).reshape(-1)[starts_I]
+    return first_NK.sum(1), sorted_NK.reshape(-1)[starts_I], counts_I, factors
 
 
 # -- over the shards -------------------------------------------------------------------------------------
-def _rank(group: Any) -> int:
-    return torch.distributed.get_rank(group) if group is not None else 0
-
-
-def _sharded(group: Any) -> bool:
-    return group is not None and torch.distributed.get_world_size(group) > 1
-
-
-def _gathered(local: Tensor, group: Any) -> Tensor:
-    """[...] of each rank -> [tp, ...]"""
-    if not _sharded(group):
-        return local[None]
-    parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, local.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 def _summed(local: Tensor, group: Any) -> Tensor:
-    if _sharded(group):
+    """The sum over the ranks, in place."""
+    if rank_and_size(group)[1] > 1:
         torch.distributed.all_reduce(local, group=group)
     return local
 
 
-def _largest(logits: Tensor, group: Any) -> Tensor:
-    """float32 [P]: the largest logit of the whole vocabulary."""
-    if not logits.shape[1]:
-        local = torch.full((len(logits),), -torch.inf, device=logits.device)
+def _largest(logits_NW: Tensor, group: Any) -> Tensor:
+    """float32 [N]: the largest logit of the whole vocabulary."""
+    if not logits_NW.shape[1]:
+        local_N = torch.full((len(logits_NW),), -torch.inf, device=logits_NW.device)
     else:
-        local = logits.amax(1).float()
-    return _gathered(local, group).amax(0)
+        local_N = logits_NW.amax(1).float()
+    return gather_stacked(local_N, group).amax(0)
 
 
-def _normalizer(logits: Tensor, top: Tensor, temperature: float, group: Any) -> Tensor:
-    """float64 [P]: log of the sum of exp((logits - top) / temperature) over the whole vocabulary."""
-    sums = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for at in _chunks(logits):
-        sums[at] = _exponentials(logits[at], top[at], temperature).sum(1, dtype=torch.float64)
-    return _summed(sums, group).log()
+def _normalizer(logits_NW: Tensor, max_N: Tensor, temperature: float, group: Any) -> Tensor:
+    """float64 [N]: log of the sum of exp((logits - max) / temperature) over the whole vocabulary."""
+    sum_N = torch.zeros(len(logits_NW), dtype=torch.float64, device=logits_NW.device)
+    for chunk in _chunks(logits_NW):
+        sum_N[chunk] = _exponentials(logits_NW[chunk], max_N[chunk], temperature).sum(1, dtype=torch.float64)
+    return _summed(sum_N, group).log()
 
 
-def _chosen(logits: Tensor, tokens: Tensor, first: int, group: Any) -> Tensor:
-    """float64 [P, n]: logits of global ids."""
-    local = tokens - first
-    mine = (local >= 0) & (local < logits.shape[1])
-    if not logits.shape[1]:
-        return _summed(torch.zeros(tokens.shape, dtype=torch.float64, device=logits.device), group)
-    values = logits.gather(1, local.clamp(0, logits.shape[1] - 1)).double()
-    return _summed(torch.where(mine, values, 0.0), group)
+def _logits_of(logits_NW: Tensor, tokens_NK: Tensor, first: int, group: Any) -> Tensor:
+    """float64 [N, K]: the logits of global ids, wherever they are."""
+    columns_NK = tokens_NK - first
+    here_NK = (columns_NK >= 0) & (columns_NK < logits_NW.shape[1])
+    if not logits_NW.shape[1]:
+        return _summed(torch.zeros(tokens_NK.shape, dtype=torch.float64, device=logits_NW.device), group)
+    values_NK = logits_NW.gather(1, columns_NK.clamp(0, logits_NW.shape[1] - 1)).double()
+    return _summed(torch.where(here_NK, values_NK, 0.0), group)
 
 
 # -- in a shard ------------------------------------------------------------------------------------------
-def _chunks(logits: Tensor) -> list[slice]:
-    step = max(1, CHUNK // max(1, logits.shape[1]))
-    return [slice(first, first + step) for first in range(0, len(logits), step)]
+def _chunks(logits_NW: Tensor) -> list[slice]:
+    step = max(1, CHUNK // max(1, logits_NW.shape[1]))
+    return [slice(first, first + step) for first in range(0, len(logits_NW), step)]
 
 
-def _exponentials(logits: Tensor, top: Tensor, temperature: float) -> Tensor:
-    return (logits.float() - top[:, None]).div_(temperature).exp_()
+def _exponentials(logits_NW: Tensor, max_N: Tensor, temperature: float) -> Tensor:
+    return (logits_NW.float() - max_N[:, None]).div_(temperature).exp_()
 
 
-def _below(values: Tensor) -> Tensor:
-    return torch.nextafter(values, torch.full_like(values, -torch.inf))
+def _below(x: Tensor) -> Tensor:
+    """The next smaller number: a draw of 1.0 must still fall into the last token."""
+    return torch.nextafter(x, torch.full_like(x, -torch.inf))

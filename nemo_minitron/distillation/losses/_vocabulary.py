@@ -1,4 +1,8 @@
-"""Shards of the vocabulary: which columns are true, what all ranks gather, and other boundaries for a shard."""
+"""Shards of the vocabulary: which columns belong to tokens, and how a shard gets other boundaries.
+
+Megatron pads the vocabulary until every rank has the same width. Rank r holds the columns r * width to
+(r + 1) * width of the padded vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.backend.collectives import rank_and_size
 
-def ranks(group: Any) -> tuple[int, int]:
-    """(This process's rank, world size) in the tensor-parallel group; None: the vocabulary is whole."""
-    if group is None:
-        return 0, 1
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+Range = tuple[int, int]  # first column, and the one behind the last
 
 
 def true_columns(vocab_size: int, width: int, group: Any) -> int:
-    """How many of this rank's `width` columns belong to tokens; those behind them pad the vocabulary."""
-    return _overlap((0, vocab_size), _columns(ranks(group)[0], width))
-
-
-def gather(local: Tensor, group: Any) -> Tensor:
-    """[k, n] of every rank -> [tp, k, n], in rank order, so that sums over it are the same bits everywhere."""
-    world = ranks(group)[1]
-    if world == 1:
-        return local[None]
-    parts = [torch.empty_like(local) for _ in range(world)]
-    torch.distributed.all_gather(parts, local.contiguous(), group=group)
-    return torch.stack(parts)
+    """How many of this rank's `width` columns belong to tokens. The columns behind them are padding."""
+    return _overlap((0, vocab_size), _columns(rank_and_size(group)[0], width))
 
 
 def reshard(shard: Tensor, width: int, vocab_size: int, group: Any) -> Tensor:
     """Rows of this rank under one padding -> its true rows under another: [W, ...] -> [at most width, ...].
 
-    Rank r holds rows r * W to (r + 1) * W of the padded vocabulary and wants r * width to (r + 1) * width; rows at and
-    beyond `vocab_size` are dropped. One collective, of the rows that change their rank and those that do not.
+    `shard`: rows r * W to (r + 1) * W of the padded vocabulary; the result has rows r * width to (r + 1) * width. Rows
+    at and beyond `vocab_size` are dropped. One collective; it also moves the rows that stay on their rank.
     """
-    rank, world = ranks(group)
-    mine = _columns(rank, shard.shape[0])
-    send = [_overlap(mine, _true(r, width, vocab_size)) for r in range(world)]
-    wanted = _true(rank, width, vocab_size)
-    receive = [_overlap(wanted, _columns(r, shard.shape[0])) for r in range(world)]
-    held = shard[: sum(send)].contiguous()
-    if world == 1:
-        return held
-    found = held.new_empty(sum(receive), *shard.shape[1:])
-    torch.distributed.all_to_all_single(found, held, receive, send, group=group)
-    return found
+    rank, size = rank_and_size(group)
+    columns, wanted = _columns(rank, shard.shape[0]), _true_columns(rank, width, vocab_size)
+    sent = [_overlap(columns, _true_columns(r, width, vocab_size)) for r in range(size)]
+    received = [_overlap(wanted, _columns(r, shard.shape[0])) for r in range(size)]
+    rows = shard[: sum(sent)].contiguous()
+    if size == 1:
+        return rows
+    resharded = rows.new_empty(sum(received), *shard.shape[1:])
+    torch.distributed.all_to_all_single(resharded, rows, received, sent, group=group)
+    return resharded
 
 
-def _columns(rank: int, width: int) -> tuple[int, int]:
+def _columns(rank: int, width: int) -> Range:
     return rank * width, (rank + 1) * width
 
 
-def _true(rank: int, width: int, vocab_size: int) -> tuple[int, int]:
+def _true_columns(rank: int, width: int, vocab_size: int) -> Range:
     first, last = _columns(rank, width)
     return first, min(last, vocab_size)
 
 
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> int:
+def _overlap(one: Range, other: Range) -> int:
     return max(0, min(one[1], other[1]) - max(one[0], other[0]))

@@ -1,4 +1,7 @@
-"""Forward KL, KL(teacher || student): the loss of the Minitron papers (2407.14679, section 3)."""
+"""Forward KL, KL(teacher || student): the loss of the Minitron papers (2407.14679, section 3).
+
+Shapes (docs/shapes.md): N tokens, W columns of the vocabulary on this rank, M statistics of a token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from nemo_minitron.distillation.losses import _triton
 from nemo_minitron.distillation.losses._per_token import per_token
-from nemo_minitron.distillation.losses._softmax import Softmaxes, Whole, Work, scales
+from nemo_minitron.distillation.losses._softmax import Joined, Softmaxes, Work, scales
 
 
 def forward_kl(
@@ -22,9 +25,9 @@ def forward_kl(
 ) -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) * T^2 per token: [..., V/tp] shards -> [...], fp32.
 
-    A token that the teacher excludes (-inf) adds nothing; one that the student alone excludes makes it +inf, with the
-    gradient p_s - p_t. The package's contract. One collective a call under TP (two where the teacher's padding is
-    another). On CUDA, with Triton installed, two kernels that read the logits once each.
+    A token that the teacher excludes (-inf) adds nothing. A token that only the student excludes makes the loss +inf,
+    with the gradient p_s - p_t. All else is as in the package's contract. One collective a call under TP, two if the
+    teacher is padded differently. On CUDA, with Triton installed, two kernels do it; each reads the logits once.
     """
     rule = ForwardKL(temperature > 1)
     return per_token(student_logits, teacher_logits, rule, temperature, group, vocab_size, in_place)
@@ -35,9 +38,9 @@ class ForwardKL(Softmaxes):
 
     kernels = _triton
 
-    def loss(self, whole: Tensor) -> Tensor:
-        return Whole(*whole).kl
+    def loss(self, joined_MN: Tensor) -> Tensor:
+        return Joined(*joined_MN).kl
 
-    def gradient(self, work: Work, part: Tensor, whole: Tensor, out: Tensor) -> None:
-        scale_s, scale_t = scales(part, Whole(*whole))
-        torch.addcmul(work.exp_s.mul_(scale_s), work.exp_t, scale_t, value=-1, out=out)
+    def gradient(self, work: Work, part_MN: Tensor, joined_MN: Tensor, out_NW: Tensor) -> None:
+        scale_s_N1, scale_t_N1 = scales(part_MN, Joined(*joined_MN))
+        torch.addcmul(work.exp_s_NW.mul_(scale_s_N1), work.exp_t_NW, scale_t_N1, value=-1, out=out_NW)

@@ -205,6 +205,10 @@ class Distillation(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         pl_module.log_dict({f"distillation/{name}": self.parts[name] for name in self.names}, batch_size=1)
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._intermediate is not None:  # a student that is used further must not look for the teacher's states
+            self._intermediate.remove()
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._intermediate is not None:
             checkpoint[STATE] = self._intermediate.state()

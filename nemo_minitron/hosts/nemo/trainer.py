@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backend.precision import forward_fields, trained_fields
-from nemo_minitron.importance.collector import unwrap
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.precisions import weights_in
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation

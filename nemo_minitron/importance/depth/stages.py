@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from nemo_minitron.artifacts.blocks import NOTHING, Block
-from nemo_minitron.importance.collector import unwrap
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.importance.depth.rows import Rows
 
 See = Callable[[Block, Tensor], None]
