@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import cache_of, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
 
 
@@ -52,11 +53,8 @@ def run_cache(
             print(f"{path} is damaged and is made again", flush=True)
             path.unlink()
         if missing(out, header):
-            values = {
-                "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
-                "layout": dataclasses.asdict(layout), "micro_batch_size": micro_batch_size,
-            }  # fmt: skip
-            launch("cache", values, layout.processes, log or work / "log.txt")
+            order = CacheOrder(resolve(model), tokens.prefix, out, layout, micro_batch_size)
+            launch(order, host_of().worker, log or work / "log.txt")
     return header
 
 

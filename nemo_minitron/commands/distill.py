@@ -20,10 +20,12 @@ from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
 
 LAST, WHOLE = "last.json", "whole.json"  # where a training's last checkpoint lies; sizes and digests of its files
@@ -52,14 +54,12 @@ def run_training(
         return
     if recipe.correction_tokens and teacher:
         teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
-    settings = {
-        "student": str(student), "teacher": teacher or "", "train": str(prefixes[0]), "validation": str(prefixes[1]),
-        "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
-        "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
-    }  # fmt: skip
+    order = DistillOrder(
+        student, Path(teacher) if teacher else None, *prefixes, out, out / "index", recipe, layout, stop, plan
+    )
     (out / WHOLE).unlink(missing_ok=True)
     try:
-        launch("distill", settings, layout.processes, log)
+        launch(order, host_of().worker, log)
     except RuntimeError:
         _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
         raise
@@ -130,11 +130,9 @@ def _saved(out: Path) -> dict[int, Path]:
     folder = out / "nemo" / "checkpoints"
     if not folder.is_dir():
         return {}
-    from nemo_minitron.hosts.nemo.saved import keep_whole
-
     wrong = damaged(out, {name: seal for name, seal in _noted(out / WHOLE).items() if _of_checkpoint(out, name)})
     take_away(out, wrong)
-    kept, lines = keep_whole(folder)
+    kept, lines = host_of().keep_whole(folder)
     for line in [*(f"{out / name} {why}" for name, why in wrong.items()), *lines]:
         print(f"    {line}", flush=True)
     return kept

@@ -16,12 +16,14 @@ from nemo_minitron.commands.corpus import cache_of, tokenise
 from nemo_minitron.commands.distill import teacher_identity
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.tensors import source_digest
 
 
@@ -68,11 +70,7 @@ def calibrate(
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)
     if not _whole(work, calibration):
-        settings = {
-            "model": str(resolve(model)), "data": str(tokens.prefix), "work": str(work),
-            "calibration": dataclasses.asdict(calibration), "layout": dataclasses.asdict(layout),
-        }  # fmt: skip
-        launch("estimate", settings, layout.processes, log)
+        launch(EstimateOrder(resolve(model), tokens.prefix, work, calibration, layout), host_of().worker, log)
     scores, scanned = Scores.load(work / STATISTICS), _scanned(work)
     scores.data_digest = digest
     scores.depth = {name: scanned.depth[name] for name in calibration.depth if scanned}

@@ -23,10 +23,12 @@ from nemo_minitron.commands.distill import (
 )
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import FinetuneOrder
 
 FIELDS = ("input", "output")
 
@@ -54,12 +56,9 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
         _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
         if not finished(training, recipe.steps):
             _clear_index(training / "data")
-            settings = {
-                "student": str(source), "data": str(training / "data"), "out": str(training),
-                "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
-            }  # fmt: skip
             (training / WHOLE).unlink(missing_ok=True)
-            launch("finetune", settings, layout.processes, work / "log.txt")
+            order = FinetuneOrder(source, training / "data", training, recipe, layout)
+            launch(order, host_of().worker, work / "log.txt")
             write_json(training / WHOLE, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
         return export_student(training, source, out)

@@ -12,8 +12,10 @@ from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import is_nemo_checkpoint
 
 
@@ -52,8 +54,7 @@ def run_prune(
         file = scratch / "compensation.safetensors"
         if compensation is not None:
             compensation.save(file)
-        settings = {"model": str(path), "plan": str(plan), "out": str(out)}
-        launch("prune", settings | {"compensation": str(file) if compensation else None}, 1)
+        launch(PruneOrder(path, plan, out, file if compensation else None), host_of().worker)
     return made.target
 
 

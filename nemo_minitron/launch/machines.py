@@ -25,10 +25,13 @@ AGAIN = "run the same command on all nodes again and it goes on from what was sa
 
 @dataclasses.dataclass(frozen=True)
 class StageOrder:
-    """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`."""
+    """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`. `order`: what
+    they are told (`settings.orders`), as the plain values that travel between hosts; `worker`: the module that reads
+    them."""
 
     stage: str
-    settings: dict[str, Any]
+    worker: str
+    order: dict[str, Any]
     each: int
     nodes: int = 1
     host: str = ""

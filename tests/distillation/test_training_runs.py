@@ -21,12 +21,10 @@ class Launched:
     def __init__(self, ends_at=None):
         self.calls, self.ends_at = [], ends_at
 
-    def __call__(self, stage, settings, processes, log):
-        assert stage == "distill"
-        self.calls.append(settings)
-        recipe = Distillation(**settings["distillation"])
-        step = self.ends_at or settings["stop"] or recipe.steps
-        out = distill.Path(settings["out"])
+    def __call__(self, order, worker, log):
+        assert order.stage == "distill"
+        self.calls.append(order)
+        step, out = self.ends_at or order.stop or order.distillation.steps, order.out
         last = f"nemo/checkpoints/step={step - 1}-last"
         save_small(out / last)
         early = {"stopped": step} if self.ends_at else {}
@@ -65,8 +63,8 @@ def test_a_finished_training_is_not_begun_again_and_one_of_other_settings_is(tra
 
 def test_a_stop_is_gone_on_from(train):
     train(stop=2)
-    assert [call["stop"] for call in train(stop=2)] == [2]
-    assert [call["stop"] for call in train()] == [2, None]
+    assert [call.stop for call in train(stop=2)] == [2]
+    assert [call.stop for call in train()] == [2, None]
 
 
 def test_one_that_ended_early_is_finished(train):

@@ -5,27 +5,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.logit_cache import CacheHeader
-from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CacheOrder
 
 
-def cache_logits(settings: dict[str, Any]) -> None:
-    """`model`, `data` (.bin/.idx prefix), `out` (with its `cache.json`), `layout`, `micro_batch_size`: makes the
-    shards that `out` lacks."""
+def cache_logits(order: CacheOrder) -> None:
+    """Makes the shards that the cache lacks."""
     backend.setup()
     from nemo_minitron.data import Tokens
     from nemo_minitron.distillation.cache import make
     from nemo_minitron.hosts.nemo.models import load_model
 
-    header, tokens = CacheHeader.load(settings["out"]), Tokens(settings["data"])
+    header, tokens = CacheHeader.load(order.out), Tokens(order.data)
     length = header.settings.sequence_length
-    chunks = load_model(settings["model"], precision=header.settings.precision, layout=Layout(**settings["layout"]))
+    chunks = load_model(order.model, precision=header.settings.precision, layout=order.layout)
     make(
-        chunks, header, settings["out"], lambda row: tokens.stream(row * length, length),
-        settings["micro_batch_size"], _progress(header),
+        chunks, header, order.out, lambda row: tokens.stream(row * length, length), order.micro_batch_size,
+        _progress(header),
     )  # fmt: skip
 
 

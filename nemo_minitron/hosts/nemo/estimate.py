@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import Scores
-from nemo_minitron.settings.calibration import SCANNED, STATISTICS, TAYLOR, Calibration
-from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.calibration import SCANNED, STATISTICS, TAYLOR
+from nemo_minitron.settings.orders import EstimateOrder
 
 
-def estimate(settings: dict[str, Any]) -> None:
-    """`model`, `data` (.bin/.idx prefix), `work` (a folder), `calibration`, `layout`.
-
-    Leaves `work/statistics.safetensors` (Scores of the rows, without depth) and `work/depth.safetensors` (Scores
+def estimate(order: EstimateOrder) -> None:
+    """Leaves `work/statistics.safetensors` (Scores of the rows, without depth) and `work/depth.safetensors` (Scores
     with depth alone), and goes on from what it finds of them.
     """
     backend.setup()
     from nemo_minitron.hosts.nemo.depth import DepthCriteria
     from nemo_minitron.hosts.nemo.models import load_model
 
-    stage = Stage(settings)
+    stage = Stage(order)
     depth = DepthCriteria(stage.source, stage.calibration, stage.depth_batches, stage.work / SCANNED)
     if stage.rows_left and stage.calibration.method != TAYLOR:
         stage.validate(depth)
         return
-    chunks = load_model(settings["model"], precision=stage.calibration.precision, layout=stage.layout)
+    chunks = load_model(stage.model, precision=stage.calibration.precision, layout=stage.layout)
     if stage.rows_left:
         stage.differentiate(chunks)
     depth.run(chunks)
@@ -35,12 +32,12 @@ def estimate(settings: dict[str, Any]) -> None:
 class Stage:
     """A calibration's rows, and what was done of them."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, order: EstimateOrder) -> None:
         from nemo_minitron.data import Tokens
         from nemo_minitron.sources.open import open_source
 
-        self.calibration, self.layout = Calibration(**settings["calibration"]), Layout(**settings["layout"])
-        self.model, self.tokens, self.work = settings["model"], Tokens(settings["data"]), Path(settings["work"])
+        self.calibration, self.layout = order.calibration, order.layout
+        self.model, self.tokens, self.work = str(order.model), Tokens(order.data), order.work
         self.source = open_source(self.model)
         self.statistics = self.work / STATISTICS
         self.before = Scores.load(self.statistics) if self.statistics.exists() else None

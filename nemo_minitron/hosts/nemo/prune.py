@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
@@ -11,15 +10,16 @@ from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import nemo_sizes
 from nemo_minitron.pruning.cut import save_record
+from nemo_minitron.settings.orders import PruneOrder
 
 PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # by the dtype that the teacher's weights are stored in
 KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")  # as the teacher has them
 
 
-def prune(settings: dict[str, Any]) -> None:
-    """`model` (a NeMo checkpoint), `plan`, `out`: writes the plan's student to `out` (weights/ and context/).
+def prune(order: PruneOrder) -> None:
+    """Writes the plan's student to `order.out` (weights/ and context/).
 
-    Filled by reading the teacher, chunk by chunk, and `compensation`, where one is given; its context is the
+    It is filled by reading the teacher, chunk by chunk, and the compensation, where one is given; its context is the
     teacher's with other sizes, as data.
     """
     backend.setup()
@@ -30,12 +30,12 @@ def prune(settings: dict[str, Any]) -> None:
     from nemo_minitron.sources.checkpoint import CheckpointSource
     from nemo_minitron.sources.context import resize_context
 
-    teacher, plan = Path(settings["model"]), PrunePlan.load(settings["plan"])
+    teacher, plan = order.model, PrunePlan.load(order.plan)
     source = CheckpointSource(teacher)
-    solved = Compensation.load(settings["compensation"]) if settings["compensation"] else None
+    solved = Compensation.load(order.compensation) if order.compensation else None
     student = load_model(teacher, plan, compensation=solved, precision=precision_of(source))
     sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
-    with atomic_folder(settings["out"]) as folder:
+    with atomic_folder(order.out) as folder:
         (folder / "weights").mkdir()
         state = {"state_dict": {}, "sharded_state_dict": sharded_state(student)}
         dist_checkpointing.save(state, str(folder / "weights"))

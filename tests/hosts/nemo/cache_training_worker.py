@@ -21,7 +21,7 @@ def make_caches(folder, caches, samples):
     from nemo_minitron.hosts.nemo import cache as stage
     from nemo_minitron.settings.layout import Layout
 
-    command.launch = lambda name, settings, *_: stage.cache_logits(settings)
+    command.launch = lambda order, *_: stage.cache_logits(order)
     for name, settings in caches.items():
         command.run_cache(
             str(folder / "teacher"), str(folder / "corpus"), folder / name, CacheSettings(**settings), Layout(),
