@@ -27,6 +27,7 @@ from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
+from nemo_minitron.sources.tensors import ModelSource
 
 LAST, WHOLE = "last.json", "whole.json"  # where a training's last checkpoint lies; sizes and digests of its files
 
@@ -164,7 +165,7 @@ def run_distill(
     check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
-    opened = [HFSource(source), *([open_source(teacher_folder)] if teacher_folder else [])]
+    opened: list[ModelSource] = [HFSource(source), *([open_source(teacher_folder)] if teacher_folder else [])]
     for model in opened:
         check_host(model.config)
     models = [model.architecture for model in opened]

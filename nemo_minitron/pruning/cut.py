@@ -13,7 +13,7 @@ from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_s
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 from nemo_minitron.sources.folder import HFSource
-from nemo_minitron.sources.tensors import source_digest
+from nemo_minitron.sources.tensors import ModelSource, source_digest
 
 PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
 
@@ -72,7 +72,7 @@ def save_record(folder: Path, plan: PrunePlan, compensation: Compensation | None
         write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
 
 
-def check_plan(plan: PrunePlan, source: HFSource) -> None:
+def check_plan(plan: PrunePlan, source: ModelSource) -> None:
     """Raises InputError where `plan` was made for a model other than `source`."""
     for field in dataclasses.fields(plan.source):
         planned, found = (getattr(a, field.name) for a in (plan.source, source.architecture))

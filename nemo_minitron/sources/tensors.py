@@ -6,7 +6,8 @@ them and never computes, so the same plan gives the same bytes from every source
 
 from __future__ import annotations
 
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +30,13 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices, one array per dimension, as a new array."""
         ...
+
+
+class ModelSource(TensorSource, Protocol):
+    """A source that is a whole model: with its Hugging Face config, and the folder that has its tokenizer."""
+
+    config: dict[str, Any]
+    folder: Path
 
 
 def whole(shape: tuple[int, ...]) -> Index:

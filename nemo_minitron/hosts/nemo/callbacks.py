@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.importance.reduction import reduce
+from nemo_minitron.megatron.live import live_digest
 
 
 class Importance(Callback):
@@ -55,7 +55,7 @@ class Importance(Callback):
             return
         chunks = chunks_of(trainer)
         self.scores, self._batches = self.previous, 0
-        self._digest = model_digest(chunks, architecture_of(chunks[0]))
+        self._digest = live_digest(chunks, architecture_of(chunks[0]))
         self._seen = DataStep(trainer, self._open(chunks))
 
     def on_validation_batch_start(self, *_: Any) -> None:
@@ -182,14 +182,6 @@ def _lightning_module(chunk: Any) -> LightningModule:
     while not isinstance(chunk, LightningModule):
         chunk = chunk.module
     return chunk
-
-
-def model_digest(chunks: list[Any], architecture: Architecture) -> str:
-    """The digest of a live model. Collective."""
-    from nemo_minitron.megatron.live import LiveSource
-    from nemo_minitron.sources.tensors import source_digest
-
-    return source_digest(LiveSource(chunks, architecture))
 
 
 class Pruning(Importance):

@@ -17,9 +17,10 @@ from nemo_minitron.distillation.routers import ROUTERS, routers_loss, set_router
 from nemo_minitron.distillation.step import Objective, distillation_step
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.hosts.nemo.models import current_layout, load_model
+from nemo_minitron.hosts.nemo.models import load_model
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_config
 from nemo_minitron.importance.forward import architecture_of
+from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import fill
 from nemo_minitron.megatron.random_start import RandomStart
 from nemo_minitron.settings.validated import check_number, check_whole

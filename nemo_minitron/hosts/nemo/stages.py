@@ -49,7 +49,7 @@ def distill(order: DistillOrder) -> None:
 def _rows_of(cache: str) -> Any:
     """The dataset whose rows a cache has."""
     from nemo_minitron.artifacts.logit_cache import CacheHeader
-    from nemo_minitron.hosts.nemo.rows import stream_rows
+    from nemo_minitron.megatron.rows import stream_rows
 
     return stream_rows(CacheHeader.load(cache).rows)
 

@@ -65,15 +65,21 @@ def _stages() -> dict[str, Callable[[Any], None]]:
     import nemo_minitron.backend as backend
 
     backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
-    from nemo_minitron.hosts.nemo import beat, cache, compensate, estimate, finetune, prune, stages
+    from nemo_minitron.hosts.nemo import beat, finetune, stages, validate  # noqa: F401 (loaded before `gc.freeze`)
+    from nemo_minitron.hosts.nemo.host import NEMO
+    from nemo_minitron.megatron import cache, compensate, estimate, prune
 
     beat.count_layers()
     gc.freeze()
     gc.enable()
     return {
-        "estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune,
-        "compensate": compensate.compensate, "cache": cache.cache_logits, "finetune": finetune.finetune,
-    }  # fmt: skip
+        "estimate": lambda order: estimate.estimate(order, NEMO),
+        "prune": lambda order: prune.prune(order, NEMO),
+        "compensate": lambda order: compensate.compensate(order, NEMO),
+        "cache": lambda order: cache.cache_logits(order, NEMO),
+        "distill": NEMO.train,
+        "finetune": NEMO.finetune,
+    }
 
 
 def _hold_the_lifeline() -> None:

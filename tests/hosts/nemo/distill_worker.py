@@ -21,7 +21,7 @@ def mask_some():
     """Samples whose first tokens, up to all but one, do not count: data-parallel ranks have unequal numbers."""
     import torch
 
-    from nemo_minitron.hosts.nemo.dataset import PackedDataset
+    from nemo_minitron.megatron.dataset import PackedDataset
 
     whole = PackedDataset.__getitem__
 

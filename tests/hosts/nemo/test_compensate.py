@@ -20,7 +20,7 @@ from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.typed import plain
 from nemo_minitron.data import Tokens, build, load_tokenizer
 from nemo_minitron.families import from_hf
-from nemo_minitron.hosts.nemo.compensate import bytes_of_layer
+from nemo_minitron.megatron.compensate import bytes_of_layer
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.search import random_plan

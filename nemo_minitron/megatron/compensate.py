@@ -11,33 +11,30 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-import nemo_minitron.backend as backend
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.axes import AXES
 from nemo_minitron.importance.gram import gram, whole
+from nemo_minitron.megatron.load import Builder, load
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
+from nemo_minitron.sources.open import open_source
 
 
-def compensate(order: CompensateOrder) -> None:
+def compensate(order: CompensateOrder, host: Builder) -> None:
     """Leaves the Compensation of each plan of the order.
 
     The rows go through the model once for as many layers as `order.memory` holds the Gram matrices of, on a rank,
     however many plans there are. What a rank solves waits in files beside the Compensation, which rank 0 puts together:
     it alone holds all matrices of a plan, and of one plan at a time.
     """
-    backend.setup()
-    from nemo_minitron.hosts.nemo.models import load_model
-    from nemo_minitron.sources.open import open_source
-
     source, calibration = open_source(order.model), order.calibration
     cuts = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
     for cut in cuts:
         check_plan(cut.plan, source)
-    chunks = load_model(order.model, precision=calibration.precision, layout=order.layout)
+    chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
     if torch.distributed.get_rank() == 0:
         for cut in cuts:
             cut.begin()
