@@ -11,8 +11,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
 from nemo_minitron.artifacts.parse import anything, mapped
-from nemo_minitron.artifacts.records import LAST as LAST_KIND
-from nemo_minitron.artifacts.records import read_mark
+from nemo_minitron.artifacts.records import LAST, read_mark
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.whole import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import cache_of, corpus_identity, tokenise
@@ -29,8 +29,6 @@ from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
 from nemo_minitron.sources.tensors import ModelSource
 
-LAST, WHOLE = "last.json", "whole.json"  # where a training's last checkpoint lies; sizes and digests of its files
-
 
 def run_training(
     student: Path, teacher: str | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
@@ -46,25 +44,25 @@ def run_training(
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
-    mark = out / "settings.json"
-    if out.exists() and not made_with(mark, identity):
+    files = TrainingFolder(out)
+    if out.exists() and not made_with(files.settings, identity):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(mark, identity)
+    write_json(files.settings, identity)
     if finished(out, stop or recipe.steps):
         return
     if recipe.correction_tokens and teacher:
-        teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
+        teacher = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
     order = DistillOrder(
-        student, Path(teacher) if teacher else None, *prefixes, out, out / "index", recipe, layout, stop, plan
+        student, Path(teacher) if teacher else None, *prefixes, out, files.index, recipe, layout, stop, plan
     )
-    (out / WHOLE).unlink(missing_ok=True)
+    files.whole.unlink(missing_ok=True)
     try:
         launch(order, host_of().worker, log)
     except RuntimeError:
         _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
         raise
-    write_json(out / WHOLE, sealed(out, left_by_training(out)))
+    write_json(files.whole, sealed(out, left_by_training(out)))
 
 
 def made_with(mark: Path, identity: str) -> bool:
@@ -103,7 +101,7 @@ def _corrected(
 def finished(out: Path, steps: int) -> bool:
     """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
     half-saved or half-removed is cleared for the next try, which goes on from the one before."""
-    mark = out / LAST
+    mark = TrainingFolder(out).last
     noted = _noted(mark)
     saved = {step: str(path.relative_to(out)) for step, path in _saved(out).items()}
     if "stopped" in noted and noted.get("checkpoint") in saved.values():
@@ -120,7 +118,7 @@ def finished(out: Path, steps: int) -> bool:
 def _noted(mark: Path) -> dict[str, Any]:
     """What was written down of the last checkpoint; nothing where that is damaged."""
     try:
-        kind = LAST_KIND if mark.name == LAST else mapped(anything())
+        kind = LAST if mark.name == TrainingFolder.last else mapped(anything())
         return read_json(mark, "the record of the last checkpoint", kind) if mark.is_file() else {}
     except InputError:
         return {}
@@ -128,10 +126,11 @@ def _noted(mark: Path) -> dict[str, Any]:
 
 def _saved(out: Path) -> dict[int, Path]:
     """The whole checkpoint of a training, by its step; the damaged ones are told of and go."""
-    folder = out / "nemo" / "checkpoints"
+    folder = TrainingFolder(out).checkpoints
     if not folder.is_dir():
         return {}
-    wrong = damaged(out, {name: seal for name, seal in _noted(out / WHOLE).items() if _of_checkpoint(out, name)})
+    seals = _noted(TrainingFolder(out).whole).items()
+    wrong = damaged(out, {name: seal for name, seal in seals if _of_checkpoint(out, name)})
     take_away(out, wrong)
     kept, lines = host_of().keep_whole(folder)
     for line in [*(f"{out / name} {why}" for name, why in wrong.items()), *lines]:
@@ -142,13 +141,13 @@ def _saved(out: Path) -> dict[int, Path]:
 def _of_checkpoint(out: Path, name: str) -> bool:
     """Whether a file belongs to a checkpoint that is there: earlier ones went as the training went on."""
     parts = Path(name).parts
-    return parts[:2] == ("nemo", "checkpoints") and out.joinpath(*parts[:3]).is_dir()
+    return parts[:2] == Path(TrainingFolder.checkpoints).parts and out.joinpath(*parts[:3]).is_dir()
 
 
 def left_by_training(out: Path) -> list[str]:
     """Of a finished training's folder: its last checkpoint and its records."""
-    checkpoint = _noted(out / LAST).get("checkpoint")
-    return [LAST, "loss.csv", "validation.csv", *([checkpoint] if checkpoint else [])]
+    checkpoint, names = _noted(TrainingFolder(out).last).get("checkpoint"), TrainingFolder
+    return [names.last, names.losses, names.validation, *([checkpoint] if checkpoint else [])]
 
 
 def run_distill(
@@ -210,7 +209,7 @@ def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
     """A folder that somebody else made is never replaced. Raises InputError."""
     if any(out.resolve() == path.resolve() for path in inputs):
         raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "loss.csv").is_file():
+    if out.is_dir() and any(out.iterdir()) and not TrainingFolder(out).losses.is_file():
         raise InputError(f"'{out}' is not empty and holds no distilled student; give a new folder with --out")
     if out.is_file():
         raise InputError(f"'{out}' is a file; give a new folder with --out")
@@ -234,8 +233,9 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
         write_json(folder / "config.json", written_config(stored.config))
         write_weights(source, identity(stored.architecture), folder, stored.config)
         finish_folder(folder, base_folder=base)
-        if (training / "loss.csv").exists():
-            shutil.copy2(training / "loss.csv", folder / "loss.csv")
+        losses = TrainingFolder(training).losses
+        if losses.exists():
+            shutil.copy2(losses, TrainingFolder(folder).losses)
     return out
 
 

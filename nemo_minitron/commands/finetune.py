@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.whole import sealed
 from nemo_minitron.commands.corpus import cache_of
 from nemo_minitron.commands.distill import (
-    WHOLE,
     check_out,
     export_student,
     finished,
@@ -56,17 +56,17 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
         _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
         if not finished(training, recipe.steps):
             _clear_index(training / "data")
-            (training / WHOLE).unlink(missing_ok=True)
+            TrainingFolder(training).whole.unlink(missing_ok=True)
             order = FinetuneOrder(source, training / "data", training, recipe, layout)
             launch(order, host_of().worker, work / "log.txt")
-            write_json(training / WHOLE, sealed(training, left_by_training(training)))
+            write_json(TrainingFolder(training).whole, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
         return export_student(training, source, out)
 
 
 def _begin(training: Path, made_of: list[Any], data: Path) -> None:
     """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
-    identity, mark = digest_of(made_of), training / "settings.json"
+    identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
     rows = training / "data" / "training.jsonl"

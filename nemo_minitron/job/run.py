@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.whole import take_away
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.launch.lock import LOCK
@@ -21,24 +22,22 @@ from nemo_minitron.settings.recipe import Job
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
 
 
-PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"  # in a run folder
-
-
 @dataclasses.dataclass
 class Run:
     """A run folder and its job. `say` prints a line and writes it to `log.txt`."""
 
     job: Job
-    folder: Path
+    folder: RunFolder
     manifest: Manifest
 
     def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
+        """What lies in the folder under a name that a stage gives."""
+        return self.folder.path.joinpath(*parts)
 
     def say(self, line: str) -> None:
         line = visible(line)
         print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.path("log.txt"), "a") as log:  # a full disk: what it tells is lost
+        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:  # a full disk: what it tells is lost
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
@@ -67,7 +66,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the run folder '{folder}' is a file")
     held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-    if held and "recipe.json" not in held:
+    if held and RunFolder.recipe not in held:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")
 
 
@@ -87,13 +86,13 @@ def check_recipe(job: Job, folder: Path) -> None:
 
 def used(folder: Path) -> bool:
     """Whether a run folder, or one of a chain's steps in it, has finished stages."""
-    found = [folder / "manifest.json", *folder.glob("*/manifest.json")]
+    found = [folder / RunFolder.manifest, *folder.glob(f"*/{RunFolder.manifest}")]
     return any(file.is_file() and Manifest.open(file).stages for file in found)
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
     """As it is written there; settings that an earlier version did not have are at their defaults."""
-    written = read_json(folder / "recipe.json", "the recipe")
+    written = read_json(folder / RunFolder.recipe, "the recipe")
     try:
         return Job.from_dict(written).as_dict()
     except InputError:  # of another version
@@ -127,11 +126,11 @@ def _short(value: Any) -> str:
 
 def open_run(job: Job, folder: str | Path) -> Run:
     """Creates or reopens a run folder, which the caller holds (`locked`). Raises InputError as `check_folder`."""
-    folder = Path(folder)
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recipe.json", job.as_dict())
-    run = Run(job, folder, Manifest.open(folder / "manifest.json"))
+    files = RunFolder(folder)
+    check_folder(files.path)
+    files.path.mkdir(parents=True, exist_ok=True)
+    write_json(files.recipe, job.as_dict())
+    run = Run(job, files, Manifest.open(files.manifest))
     run.manifest.versions = versions()
     return run
 
@@ -162,7 +161,7 @@ def _done(run: Run, stage: Stage, digest: str, title: str) -> bool:
     wrong = run.manifest.damaged(stage.name, stage.outputs)
     for name, why in wrong.items():
         run.say(f"{title}: done before, but {run.path(name)} {why}")
-    take_away(run.folder, wrong)
+    take_away(run.folder.path, wrong)
     if not wrong and not run.manifest.knows(stage.name, stage.outputs):  # of a version that sealed no files
         run.manifest.seal(stage.name, stage.left(run))
         run.manifest.save()

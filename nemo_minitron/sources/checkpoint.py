@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.records import read_last
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.sources.bits import DTYPES, as_raw
@@ -154,4 +155,4 @@ def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tu
 
 def last_checkpoint(folder: Path) -> Path:
     """Where `distill` left its last checkpoint. Raises InputError where there is none."""
-    return folder / read_last(folder / "last.json")["checkpoint"]
+    return folder / read_last(TrainingFolder(folder).last)["checkpoint"]

@@ -107,14 +107,14 @@ def test_a_corrected_teacher_is_trained_first_and_then_taught_from(train, folder
     layout = Layout(pp=2, first_stage=1)  # of the student's 3 layers; the teacher's 6 divide evenly
     recipe = dataclasses.replace(RECIPE, correction_tokens=32, intermediate="embedding", start="random")
     correction, distillation = train(recipe, layout)
-    assert correction["student"] == correction["teacher"] == str(folder / "teacher")
-    settings = Distillation(**correction["distillation"])
+    assert correction.student == correction.teacher == folder / "teacher"
+    settings = correction.distillation
     assert (settings.steps, settings.logits_weight, settings.lm_weight) == (2, 0.0, 1.0)
     assert (settings.intermediate, settings.start, settings.correction_tokens) == ("", "pruned", 0)
     assert settings.learning_rate == recipe.correction_learning_rate
-    assert (correction["layout"]["first_stage"], distillation["layout"]["first_stage"]) == (0, 1)
-    assert distillation["teacher"].endswith("out/teacher/nemo/checkpoints/step=1-last")
-    assert distillation["student"] == str(folder / "student")
+    assert (correction.layout.first_stage, distillation.layout.first_stage) == (0, 1)
+    assert str(distillation.teacher).endswith("out/teacher/nemo/checkpoints/step=1-last")
+    assert distillation.student == folder / "student"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.artifacts import PrunePlan, compose
+from nemo_minitron.artifacts.run_folder import CutFolder
 from nemo_minitron.cli.find import find
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
@@ -168,11 +169,12 @@ def plans(tmp_path):
 def test_a_students_layers_are_counted_in_what_it_learns_from(chain, plans):
     first, second = plans
     job = Job("pico", "student", chain.data, {"ffn": 64}, learns_from="teacher", lineage=(str(first),))
-    made = plan_of_learned(job, second)
+    cut = CutFolder(second.parent)
+    made = plan_of_learned(job, cut)
     assert made == second.with_name("lineage.json")
     assert PrunePlan.load(made) == compose(PrunePlan.load(first), PrunePlan.load(second))
-    assert plan_of_learned(dataclasses.replace(job, lineage=()), second) is None
-    assert plan_of_learned(dataclasses.replace(job, learns_from="", lineage=()), second) == second
+    assert plan_of_learned(dataclasses.replace(job, lineage=()), cut) is None
+    assert plan_of_learned(dataclasses.replace(job, learns_from="", lineage=()), cut) == second
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.forward import architecture_of
@@ -212,8 +212,8 @@ class Pruning(Importance):
 
         assert self.scores is not None
         made = plan(self.scores, keep=self.keep)
-        folder = Path(self.folder)
+        files = RunFolder(self.folder)
         if torch.distributed.get_rank() == 0:
-            self.scores.save(folder / "scores.safetensors")
-            made.save(folder / "plan.json")
-        save_student(trainer, pl_module, made, folder / "student", self.teacher)
+            self.scores.save(files.scores)
+            made.save(files.plan)
+        save_student(trainer, pl_module, made, files.student, self.teacher)

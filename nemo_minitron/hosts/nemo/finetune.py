@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import nemo_minitron.backend as backend
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.orders import FinetuneOrder
@@ -27,7 +28,7 @@ def finetune(order: FinetuneOrder) -> None:
 
     recipe, layout, out = order.finetuning, order.layout, order.out
     student, optim = open_source(order.student), optimizer(recipe.training())
-    tokenizer = nemo_tokenizer(str(student.folder), out / "index")
+    tokenizer = nemo_tokenizer(str(student.folder), TrainingFolder(out).index)
     trainer = make_trainer(
         layout, recipe.precision, training=True, max_steps=recipe.steps, check_val_every_n_epoch=None,
         log_every_n_steps=1, limit_val_batches=0, strategy=training_strategy(),
@@ -35,7 +36,7 @@ def finetune(order: FinetuneOrder) -> None:
     model = nemo_model(
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    log = LossLog(str(out / "loss.csv"), recipe.tokens_per_step)
+    log = LossLog(str(TrainingFolder(out).losses), recipe.tokens_per_step)
     fill = FillStudent(str(order.student))
     trainer.callbacks[:0] = [fill, StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()]
     llm.finetune(

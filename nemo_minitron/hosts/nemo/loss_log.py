@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import leave_context
 from nemo_minitron.megatron.progress import say
 
@@ -26,7 +27,7 @@ class LossLog(Callback):
 
     def __init__(self, path: str, tokens_per_step: int, every: int = 10, parts: Any = None) -> None:
         self.path, self.tokens, self.every, self.parts = Path(path), tokens_per_step, every, parts
-        self.validation = self.path.with_name("validation.csv")
+        self.validation = self.path.with_name(TrainingFolder.validation)
         self._before = self._start = 0.0
         self._first = 0
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.orders import DistillOrder
-
-LAST = "last"
 
 
 def distill(order: DistillOrder) -> None:
@@ -75,7 +74,7 @@ def _callbacks(order: DistillOrder) -> list[Any]:
         FillStudent(str(order.student), random=recipe.seed if recipe.start == "random" else None),
         distillation,
         StopWhenNotFinite(),
-        LossLog(str(order.out / "loss.csv"), recipe.tokens_per_step, parts=distillation),
+        LossLog(str(TrainingFolder(order.out).losses), recipe.tokens_per_step, parts=distillation),
     ]
     if recipe.patience:
         callbacks.append(EarlyStopping("val_loss", patience=recipe.patience))
@@ -90,4 +89,4 @@ def mark_last(trainer: Any, out: Path, steps: int) -> None:
 
         path = Path(ckpt_to_dir(trainer.checkpoint_callback.last_model_path))
         early = {"stopped": trainer.global_step} if trainer.global_step < steps else {}
-        write_json(out / f"{LAST}.json", {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})
+        write_json(TrainingFolder(out).last, {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})

@@ -88,12 +88,12 @@ def test_a_search(world):
     assert sorted(done[1] for done in world.done if done[0] == "measured") == [3, 4, 5, 6]
     assert [row["layers"] for row in measured] == [5, 6, 4, 3]
     assert [done[1:] for done in world.done if done[0] == "trained"] == TRAINED
-    made = PrunePlan.load(winner(run))
+    made = PrunePlan.load(winner(run).plan)
     assert made.target.num_layers == 4
     assert made == PrunePlan.load(run.path("search", measured[2]["name"], "plan.json"))
-    assert not list(run.folder.glob("search/*/distilled"))
-    assert not list(run.folder.glob("search/*/student"))
-    assert len(list(run.folder.glob("search/*/curve.json"))) == 3
+    assert not list(run.folder.path.glob("search/*/distilled"))
+    assert not list(run.folder.path.glob("search/*/student"))
+    assert len(list(run.folder.path.glob("search/*/curve.json"))) == 3
 
 
 def test_nothing_is_done_twice(world):
@@ -115,14 +115,14 @@ def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
     world.fail = None
     run = world.search()
     assert before + [done[1:] for done in world.done] == TRAINED
-    assert PrunePlan.load(winner(run)).target.num_layers == 4
+    assert PrunePlan.load(winner(run).plan).target.num_layers == 4
 
 
 def test_a_candidate_that_diverges_has_lost_and_is_not_trained_again(world):
     world.diverges = 4  # the winner otherwise
     run = world.search()
     assert [done[1:] for done in world.done if done[0] == "trained"] == [*TRAINED[:3], (5, 4), (6, 4), (5, 6), (6, 6)]
-    assert PrunePlan.load(winner(run)).target.num_layers == 5
+    assert PrunePlan.load(winner(run).plan).target.num_layers == 5
     world.search()
     assert world.done == []
 
