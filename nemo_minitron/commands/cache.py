@@ -11,7 +11,7 @@ from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import cache_of, tokenise
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, family_of, resolve
+from nemo_minitron.families import check_host, family_of
 from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
@@ -19,6 +19,7 @@ from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
+from nemo_minitron.sources.tensors import ModelSource
 
 
 def run_cache(
@@ -45,7 +46,7 @@ def run_cache(
         tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
         rows = whole_rows(tokens, settings.sequence_length, samples)
         header = CacheHeader(
-            settings, teacher_digest(model), corpus_digest(tokens, rows, settings.sequence_length),
+            settings, teacher_digest(source), corpus_digest(tokens, rows, settings.sequence_length),
             source.architecture.vocab_size, rows, rows_per_shard,
         )  # fmt: skip
         header = _opened(header, out)
@@ -53,7 +54,7 @@ def run_cache(
             print(f"{path} is damaged and is made again", flush=True)
             path.unlink()
         if missing(out, header):
-            order = CacheOrder(resolve(model), tokens.prefix, out, layout, micro_batch_size)
+            order = CacheOrder(source.path, tokens.prefix, out, layout, micro_batch_size)
             launch(order, host_of().worker, log or work / "log.txt")
     return header
 
@@ -71,20 +72,16 @@ def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) ->
     return samples or rows
 
 
-def teacher_digest(model: str) -> str:
+def teacher_digest(source: ModelSource) -> str:
     """Identity of a model's weights and config, the same from a Hugging Face folder and a NeMo checkpoint."""
-    from nemo_minitron.sources.open import open_source
-    from nemo_minitron.sources.tensors import source_digest
-
-    source = open_source(model)
-    return digest_of([source_digest(source), *family_of(source.config).nemo_config(source.config)])
+    return digest_of([source.digest, *family_of(source.config).nemo_config(source.config)])
 
 
 def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
     return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
 
 
-def check_cache(cache: Path, train: Path, teacher: str | None = None) -> CacheHeader:
+def check_cache(cache: Path, train: Path, teacher: ModelSource | None = None) -> CacheHeader:
     """Raises InputError for a cache that is not whole, or not of the text of this prefix, or, where a teacher is
     named too, not its."""
     from nemo_minitron.data import Tokens

@@ -31,8 +31,8 @@ from nemo_minitron.sources.tensors import ModelSource
 
 
 def run_training(
-    student: Path, teacher: str | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
-    log: Path | None = None, stop: int | None = None, plan: Path | None = None,
+    student: ModelSource, teacher: ModelSource | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation,
+    layout: Layout, log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
     """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
 
@@ -40,7 +40,7 @@ def run_training(
     again with a later one, it goes on. `plan`: where the student comes from. `teacher` may be None where the recipe
     has a cache; else the cache must be its. Raises InputError for a cache of something else.
     """
-    models = [teacher_identity(str(student)), _learned(teacher, recipe, prefixes[0], student)]
+    models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
@@ -51,11 +51,10 @@ def run_training(
     write_json(files.settings, identity)
     if finished(out, stop or recipe.steps):
         return
+    taught = teacher.path if teacher else None
     if recipe.correction_tokens and teacher:
-        teacher = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
-    order = DistillOrder(
-        student, Path(teacher) if teacher else None, *prefixes, out, files.index, recipe, layout, stop, plan
-    )
+        taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
+    order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan)
     files.whole.unlink(missing_ok=True)
     try:
         launch(order, host_of().worker, log)
@@ -73,29 +72,26 @@ def made_with(mark: Path, identity: str) -> bool:
         return False
 
 
-def _learned(teacher: str | None, recipe: Distillation, train: Path, student: Path) -> Any:
+def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, student: ModelSource) -> Any:
     """Identity of what is learned from: a teacher's, or a cache's, checked."""
     if recipe.teacher_cache:
-        from nemo_minitron.sources.open import open_source
-
-        recipe.check_cache(open_source(student).architecture.vocab_size)
+        recipe.check_cache(student.architecture.vocab_size)
         return check_cache(Path(recipe.teacher_cache), train, teacher).digest
     if teacher is None:
         raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
-    return teacher_identity(teacher)
+    return teacher.identity
 
 
 def _corrected(
-    teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
-) -> str:
+    teacher: ModelSource, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
+) -> Path:
     """Teacher correction: the teacher, trained on the data with the LM loss, as a NeMo checkpoint."""
     from nemo_minitron.sources.checkpoint import last_checkpoint
-    from nemo_minitron.sources.open import open_source
 
     even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # the layout's ends are the student's
-    own = even.for_depth(open_source(teacher).architecture.num_layers)
-    run_training(Path(teacher), teacher, prefixes, out, recipe, own, log)
-    return str(last_checkpoint(out))
+    own = even.for_depth(teacher.architecture.num_layers)
+    run_training(teacher, teacher, prefixes, out, recipe, own, log)
+    return last_checkpoint(out)
 
 
 def finished(out: Path, steps: int) -> bool:
@@ -164,7 +160,8 @@ def run_distill(
     check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
-    opened: list[ModelSource] = [HFSource(source), *([open_source(teacher_folder)] if teacher_folder else [])]
+    base, taught = HFSource(source), open_source(teacher_folder) if teacher_folder else None
+    opened: list[ModelSource] = [base, *([taught] if taught else [])]
     for model in opened:
         check_host(model.config)
     models = [model.architecture for model in opened]
@@ -190,10 +187,9 @@ def run_distill(
             held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines).prefix
         training = work / "training"
         run_training(
-            source, str(teacher_folder) if teacher_folder else None, (train, held_out), training, recipe,
-            layout.for_depth(depth), work / "log.txt", plan=plan,
+            base, taught, (train, held_out), training, recipe, layout.for_depth(depth), work / "log.txt", plan=plan
         )  # fmt: skip
-        return export_student(training, source, out)
+        return export_student(training, base, out)
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
@@ -215,8 +211,8 @@ def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
         raise InputError(f"'{out}' is a file; give a new folder with --out")
 
 
-def export_student(training: Path, base: Path, out: Path) -> Path:
-    """The last checkpoint of a training -> a Hugging Face folder like `base`, with the new weights.
+def export_student(training: Path, base: ModelSource, out: Path) -> Path:
+    """The last checkpoint of a training -> a Hugging Face folder like that of `base`, with the new weights.
 
     Weights keep the dtype that `base` stores, so that the folder is what its config says.
     """
@@ -224,25 +220,14 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
     from nemo_minitron.pruning.write import write_weights
     from nemo_minitron.sources.checkpoint import CheckpointSource, last_checkpoint
     from nemo_minitron.sources.converted import Converted
-    from nemo_minitron.sources.folder import HFSource
 
-    stored = HFSource(base)
-    source = Converted(CheckpointSource(last_checkpoint(training)), stored)
+    source = Converted(CheckpointSource(last_checkpoint(training)), base)
     with atomic_folder(out, durable=True) as folder:
-        copy_side_files(base, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
-        write_json(folder / "config.json", written_config(stored.config))
-        write_weights(source, identity(stored.architecture), folder, stored.config)
-        finish_folder(folder, base_folder=base)
+        copy_side_files(base.folder, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
+        write_json(folder / "config.json", written_config(base.config))
+        write_weights(source, identity(base.architecture), folder, base.config)
+        finish_folder(folder, base_folder=base.folder)
         losses = TrainingFolder(training).losses
         if losses.exists():
             shutil.copy2(losses, TrainingFolder(folder).losses)
     return out
-
-
-def teacher_identity(teacher: str) -> list[str]:
-    """The model digest of a model on disk, and its config's: an edited rope_theta is another model."""
-    from nemo_minitron.sources.open import open_source
-    from nemo_minitron.sources.tensors import source_digest
-
-    source = open_source(teacher)
-    return [source_digest(source), digest_of(dict(source.config))]

@@ -19,7 +19,6 @@ from nemo_minitron.commands.distill import (
     finished,
     left_by_training,
     made_with,
-    teacher_identity,
 )
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
@@ -53,7 +52,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     work = cache_of(out)
     with locked(work):
         training = work / "training"
-        _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
+        _begin(training, [dataclasses.asdict(recipe), opened.identity, file_digest(data)], data)
         if not finished(training, recipe.steps):
             _clear_index(training / "data")
             TrainingFolder(training).whole.unlink(missing_ok=True)
@@ -61,7 +60,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
             launch(order, host_of().worker, work / "log.txt")
             write_json(TrainingFolder(training).whole, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
-        return export_student(training, source, out)
+        return export_student(training, opened, out)
 
 
 def _begin(training: Path, made_of: list[Any], data: Path) -> None:

@@ -16,8 +16,11 @@ from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.whole import take_away
 from nemo_minitron.errors import InputError, visible
+from nemo_minitron.families import resolve
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
+from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
 
@@ -29,6 +32,14 @@ class Run:
     job: Job
     folder: RunFolder
     manifest: Manifest
+    opened: dict[Path, ModelSource] = dataclasses.field(default_factory=dict, repr=False)
+
+    def open(self, model: str | Path) -> ModelSource:
+        """A model that the job only reads, opened once. Raises InputError as `open_source`."""
+        path = resolve(model)
+        if path not in self.opened:
+            self.opened[path] = open_source(path)
+        return self.opened[path]
 
     def path(self, *parts: str) -> Path:
         """What lies in the folder under a name that a stage gives."""

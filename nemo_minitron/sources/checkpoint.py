@@ -26,13 +26,13 @@ from nemo_minitron.sources.bits import DTYPES, as_raw
 from nemo_minitron.sources.checkpoint_files import load_chunk, place_of, read_metadata
 from nemo_minitron.sources.context import hf_config, tokenizer_folder
 from nemo_minitron.sources.mapping import Piece, pieces
-from nemo_minitron.sources.tensors import RAW
+from nemo_minitron.sources.tensors import RAW, ModelSource
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
 
 
-class CheckpointSource:
+class CheckpointSource(ModelSource):
     """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: its tokenizer's.
 
     Holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.

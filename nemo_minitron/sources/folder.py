@@ -17,7 +17,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, read_config
 from nemo_minitron.sources.headers import SIZES, Entry, read_header, shards
 from nemo_minitron.sources.streams import Run, Sink
-from nemo_minitron.sources.tensors import RAW
+from nemo_minitron.sources.tensors import RAW, ModelSource
 
 MOST = 1024  # buffers of one call, the system's limit
 LEAST = 1 << 20  # bytes of a run of rows, on average, from which on it is read by itself, not several with one call
@@ -28,7 +28,7 @@ UNIT = 8  # neighbouring columns that are picked as one
 _GAP = memoryview(bytearray(64 << 10))
 
 
-class HFSource:
+class HFSource(ModelSource):
     """The safetensors of a Hugging Face folder, under canonical names; reading is safe from several threads.
 
     `architecture`, `config` (the folder's, as a dict), `family` and `folder` are public.
@@ -38,7 +38,7 @@ class HFSource:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.path = Path(folder)
         self.config = read_config(self.folder)
         self.family = family_of(self.config)
         self.architecture = self.family.architecture(self.config)

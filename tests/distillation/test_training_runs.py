@@ -11,6 +11,7 @@ from pico import pico_llama
 from nemo_minitron.commands import distill
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
+from nemo_minitron.pruning import HFSource
 
 RECIPE = Distillation(tokens=64, sequence_length=8, global_batch_size=2)  # 4 steps
 
@@ -47,7 +48,7 @@ def train(folder, tmp_path, monkeypatch):
 
     def run(recipe=RECIPE, layout=None, **options):
         prefixes = (folder / "train", folder / "held-out")
-        models = folder / "student", str(folder / "teacher")
+        models = HFSource(folder / "student"), HFSource(folder / "teacher")
         distill.run_training(*models, prefixes, tmp_path / "out", recipe, layout or Layout(), **options)
         return launched.calls
 

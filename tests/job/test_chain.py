@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from pico import SIZES
+from pico import SIZES, pico_llama
 
 from nemo_minitron.artifacts import PrunePlan, compose
 from nemo_minitron.artifacts.run_folder import CutFolder
@@ -202,13 +202,12 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     asked = {}
 
     def run_training(student, teacher, texts, out, recipe, layout, log, plan):
-        asked.update(teacher=teacher, plan=plan)
+        asked.update(teacher=teacher.path, plan=plan)
 
     monkeypatch.setattr(stages, "run_training", run_training)
     monkeypatch.setattr(stages, "trained_on", lambda run: tmp_path)
     for name in ("teacher", "run/checkpoints/pruned"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **SIZES}))
+        pico_llama(tmp_path / name)
     job = Job(
         "pico", "student", chain.data, {"ffn": 64}, learns_from=str(tmp_path / "teacher"), lineage=(str(plans[0]),)
     )
@@ -216,7 +215,7 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     run = open_run(job, tmp_path / "run")
     PrunePlan.load(plans[1]).save(run.path("plan.json"))
     stages.distill(run)
-    assert asked == {"teacher": str(tmp_path / "teacher"), "plan": run.path("lineage.json")}
+    assert asked == {"teacher": tmp_path / "teacher", "plan": run.path("lineage.json")}
 
 
 def test_the_shipped_chain(tmp_path):

@@ -17,14 +17,16 @@ from nemo_minitron.distillation.routers import ROUTERS, routers_loss, set_router
 from nemo_minitron.distillation.step import Objective, distillation_step
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.hosts.nemo.models import load_model
+from nemo_minitron.hosts.nemo.models import build_model
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_config
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import fill
+from nemo_minitron.megatron.load import load
 from nemo_minitron.megatron.random_start import RandomStart
 from nemo_minitron.settings.validated import check_number, check_whole
 from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 STATE = "minitron_distillation"  # in a checkpoint's common state, beside what NeMo puts there
 
@@ -35,7 +37,7 @@ class FillStudent(Callback):
     `random`: a seed; the model starts with random weights instead, the same in every layout.
     """
 
-    def __init__(self, source: str, random: int | None = None) -> None:
+    def __init__(self, source: ModelSource, random: int | None = None) -> None:
         self.source, self.random = source, random
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -44,14 +46,14 @@ class FillStudent(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.ckpt_path is None:
-            source = open_source(self.source)
-            fill(chunks_of(trainer), source if self.random is None else RandomStart(source.architecture, self.random))
+            random = None if self.random is None else RandomStart(self.source.architecture, self.random)
+            fill(chunks_of(trainer), random or self.source)
             for optimizer in trainer.optimizers:
                 optimizer.mcore_optimizer.reload_model_params()  # the fp32 master copies
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            fill(chunks_of(trainer), open_source(self.source))
+            fill(chunks_of(trainer), self.source)
 
 
 class Distillation(Callback):
@@ -150,7 +152,7 @@ class Distillation(Callback):
             raise InputError(f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree")
         layout = current_layout(sp=sp).for_depth(source.architecture.num_layers)
         return Teacher(
-            load_model(self.source, precision=self.precision, layout=layout), model_inputs, offload=self.offload
+            load(source, build=build_model, precision=self.precision, layout=layout), model_inputs, offload=self.offload
         )
 
     def _watch(self, student: list[Any]) -> None:

@@ -37,7 +37,7 @@ def finetune(order: FinetuneOrder) -> None:
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
     log = LossLog(str(TrainingFolder(out).losses), recipe.tokens_per_step)
-    fill = FillStudent(str(order.student))
+    fill = FillStudent(student)
     trainer.callbacks[:0] = [fill, StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()]
     llm.finetune(
         model, _data(str(order.data), tokenizer, recipe), trainer, log=logger(str(out), recipe.training()),

@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.orders import DistillOrder
+from nemo_minitron.sources.tensors import ModelSource
 
 
 def distill(order: DistillOrder) -> None:
@@ -40,7 +41,7 @@ def distill(order: DistillOrder) -> None:
     model = nemo_model(
         student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    trainer.callbacks[:0] = _callbacks(order)  # before NeMo's of checkpoints: a saved step is a logged step
+    trainer.callbacks[:0] = _callbacks(order, student)  # before NeMo's of checkpoints: a saved step is a logged step
     llm.train(model, data, trainer, log=logger(str(out), recipe), resume=resume(str(out)), optim=optim)
     mark_last(trainer, out, order.stop or recipe.steps)
 
@@ -53,7 +54,7 @@ def _rows_of(cache: str) -> Any:
     return stream_rows(CacheHeader.load(cache).rows)
 
 
-def _callbacks(order: DistillOrder) -> list[Any]:
+def _callbacks(order: DistillOrder, student: ModelSource) -> list[Any]:
     from lightning.pytorch.callbacks import EarlyStopping
 
     from nemo_minitron.hosts.nemo.distill import Distillation as DistillationCallback
@@ -71,7 +72,7 @@ def _callbacks(order: DistillOrder) -> list[Any]:
         seed=recipe.seed, cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
     )  # fmt: skip
     callbacks = [
-        FillStudent(str(order.student), random=recipe.seed if recipe.start == "random" else None),
+        FillStudent(student, random=recipe.seed if recipe.start == "random" else None),
         distillation,
         StopWhenNotFinite(),
         LossLog(str(TrainingFolder(order.out).losses), recipe.tokens_per_step, parts=distillation),

@@ -44,7 +44,7 @@ def validate(estimation: Estimation, depth: DepthCriteria) -> None:
         str(estimation.statistics), estimation.before,
     )  # fmt: skip
     progress = Progress(settings.samples, settings.sequence_length, estimation.done, whole)
-    fill = FillStudent(str(estimation.order.model))
+    fill = FillStudent(estimation.source)
     trainer.callbacks.extend([fill, importance, progress, DepthAfterwards(depth)])
     model = nemo_model(estimation.source.config, tokenizer=data.tokenizer, precision=settings.precision, layout=layout)
     trainer.validate(model, data, verbose=False)

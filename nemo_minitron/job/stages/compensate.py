@@ -18,7 +18,6 @@ from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
 
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve
@@ -53,9 +52,10 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
         else:
             Compensation(plan.digest, {}).save(cut.compensation)
     if wanted:
-        calibration = calibration_of(job, open_source(job.teacher).architecture)
+        teacher = run.open(job.teacher)
+        calibration = calibration_of(job, teacher.architecture)
         solve_for(
-            job.teacher, wanted, corpora.prefix(run, "calibration"), calibration, job.layout,
+            teacher, wanted, corpora.prefix(run, "calibration"), calibration, job.layout,
             ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), log=run.folder.log,
         )  # fmt: skip
     solved = sum(len(Compensation.load(out).tensors) for out in wanted.values())

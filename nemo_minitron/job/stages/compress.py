@@ -12,10 +12,10 @@ from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
-from nemo_minitron.commands.distill import export_student, left_by_training, run_training, teacher_identity
+from nemo_minitron.commands.distill import export_student, left_by_training, run_training
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.commands.evaluate import measure
-from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
@@ -29,7 +29,7 @@ from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.sources.open import config_of, is_nemo_checkpoint, open_source
+from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
 
 LAST = f"{RunFolder.distilled}/{TrainingFolder.last}"
 
@@ -89,19 +89,20 @@ def _trained(run: Run) -> list[str]:
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
 def _convert_inputs(run: Run) -> Any:
-    return teacher_identity(run.job.teacher)
+    return run.open(run.job.teacher).identity
 
 
 def _data_inputs(run: Run) -> Any:
     held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
-    tokenizer = [file_digest(file) for file in tokenizer_files(open_source(run.job.teacher).folder)]
+    tokenizer = [file_digest(file) for file in tokenizer_files(run.open(run.job.teacher).folder)]
     return [dataclasses.asdict(run.job.data), held, tokenizer]
 
 
 def _estimate_inputs(run: Run) -> Any:
-    calibration = calibration_of(run.job, open_source(run.job.teacher).architecture)
+    teacher = run.open(run.job.teacher)
+    calibration = calibration_of(run.job, teacher.architecture)
     items = [file_digest(calibration.items)] if calibration.items else []
-    return [dataclasses.asdict(calibration), teacher_identity(run.job.teacher), *items]
+    return [dataclasses.asdict(calibration), teacher.identity, *items]
 
 
 def _plan_inputs(run: Run) -> Any:
@@ -120,7 +121,7 @@ def _distill_inputs(run: Run) -> Any:
     cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
     held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
-        held["learned"] = [teacher_identity(run.job.learns_from), *map(file_digest, run.job.lineage)]
+        held["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | held
 
 
@@ -134,15 +135,15 @@ def convert_teacher(run: Run) -> None:
 
 
 def tokenise(run: Run) -> None:
-    corpora.tokenise(run, teacher_folder(run), from_hf(config_of(run.job.teacher)).vocab_size)
+    corpora.tokenise(run, teacher_folder(run), run.open(run.job.teacher).architecture.vocab_size)
 
 
 def estimate(run: Run) -> None:
     from nemo_minitron.data import Tokens
 
-    job, tokens = run.job, Tokens(corpora.prefix(run, "calibration"))
-    calibration = calibration_of(job, open_source(job.teacher).architecture)
-    scores = calibrate(job.teacher, tokens, run.folder.calibration, calibration, job.layout, run.folder.log)
+    job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
+    calibration = calibration_of(job, teacher.architecture)
+    scores = calibrate(teacher, tokens, run.folder.calibration, calibration, job.layout, run.folder.log)
     scores.save(run.folder.scores)
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
     for line in describe_scores(scores):
@@ -166,13 +167,12 @@ def plan(run: Run) -> None:
 
 
 def prune(run: Run) -> None:
-    from nemo_minitron.pruning import HFSource
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, made = teacher_folder(run), PrunePlan.load(run.folder.plan)
+    teacher, made = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
     own = winner(run) if run.job.search.wanted else run.folder
-    compensation = compensation_of_run(run, HFSource(teacher), own)
+    compensation = compensation_of_run(run, teacher, own)
     for torn in (run.folder.pruned, run.folder.random):
         clear_torn(torn)
     cut(teacher, made, run.folder.pruned, compensation=compensation, overwrite=True)
@@ -193,19 +193,19 @@ def evaluate(run: Run) -> None:
 
 def distill(run: Run) -> None:
     job, train = run.job, trained_on(run)
-    learned = learned_from(job)
-    layout, why = job.layout.for_student(from_hf(run.folder.pruned), from_hf(config_of(learned)))
+    student, learned = open_source(run.folder.pruned), run.open(learned_from(job))
+    layout, why = job.layout.for_student(student.architecture, learned.architecture)
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
     run_training(
-        run.folder.pruned, str(resolve(learned)), (train, held_out), run.folder.distilled, job.distillation, layout,
+        student, learned, (train, held_out), run.folder.distilled, job.distillation, layout,
         run.folder.log, plan=plan_of_learned(job, run.folder),
     )  # fmt: skip
 
 
 def export(run: Run) -> None:
-    export_student(run.folder.distilled, run.folder.pruned, run.folder.student)
+    export_student(run.folder.distilled, open_source(run.folder.pruned), run.folder.student)
 
 
 def evaluate_student(run: Run) -> None:

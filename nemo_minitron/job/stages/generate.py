@@ -11,7 +11,6 @@ from typing import Any
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
-from nemo_minitron.commands.distill import teacher_identity
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import from_hf
 from nemo_minitron.job.lineage import learned_from
@@ -28,7 +27,7 @@ def inputs(run: Run) -> list[Any]:
     settings = run.job.generation
     prompts = file_digest(settings.prompts) if settings.prompts else ""
     values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
-    return [values, teacher_identity(learned_from(run.job))]
+    return [values, run.open(learned_from(run.job)).identity]
 
 
 def generate(run: Run) -> None:

@@ -16,7 +16,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
 from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
-from nemo_minitron.families import from_hf, to_hf
+from nemo_minitron.families import to_hf
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
@@ -25,6 +25,7 @@ from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.search.rounds import round_sizes
 from nemo_minitron.search.sizes import student_architecture
 from nemo_minitron.settings.recipe import Job
+from nemo_minitron.sources.open import open_source
 
 
 def round_stages(job: Job) -> list[Stage]:
@@ -93,16 +94,16 @@ def score_again(run: Run, number: int) -> None:
     from nemo_minitron.data import Tokens
     from nemo_minitron.pruning import prune
 
-    files, teacher = run.folder.round(number), teacher_folder(run)
+    files, teacher = run.folder.round(number), run.open(teacher_folder(run))
     plan = cut_of(run, number - 1)[0]
     plan.save(files.plan)
     run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored anew")
     clear_torn(files.model)
     model = prune(teacher, plan, files.model, overwrite=True)
-    job, _ = job_of(run.job, from_hf(teacher), number)
+    job, _ = job_of(run.job, teacher.architecture, number)
     tokens, log = Tokens(corpora.prefix(run, "calibration")), run.folder.log
     calibration = calibration_of(job, plan.target)
-    scores = calibrate(str(model), tokens, files.calibration, calibration, job.layout, log)
+    scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
     scores.save(files.scores)
     shutil.rmtree(model)
     for line in describe_scores(scores):

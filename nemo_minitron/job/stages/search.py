@@ -22,17 +22,17 @@ from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder, Train
 from nemo_minitron.artifacts.whole import damaged, sealed
 from nemo_minitron.axes import AXES
 from nemo_minitron.commands.corpus import corpus_identity
-from nemo_minitron.commands.distill import run_training, teacher_identity
+from nemo_minitron.commands.distill import run_training
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import DivergedError, InputError
-from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
+from nemo_minitron.families import multiples_of, to_hf
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.settings.recipe import Distillation, Job
-from nemo_minitron.sources.open import config_of
+from nemo_minitron.sources.open import config_of, open_source
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
@@ -172,13 +172,13 @@ def _cut(run: Run, name: str) -> list[Any]:
 
 def _student(run: Run, name: str) -> Path:
     """The candidate as a Hugging Face folder, cut where it is not there in full, or is of another plan."""
-    from nemo_minitron.pruning import HFSource, prune
+    from nemo_minitron.pruning import prune
 
-    files, identity, teacher = run.folder.candidate(name), digest_of(_cut(run, name)), teacher_folder(run)
+    files, identity, teacher = run.folder.candidate(name), digest_of(_cut(run, name)), run.open(teacher_folder(run))
     known = _known(files.cut, identity, files=mapped(anything()))
     if known is None or not files.student.is_dir() or damaged(files.student, known["files"]):
         clear_torn(files.student)
-        compensation = compensation_of_run(run, HFSource(teacher), files)
+        compensation = compensation_of_run(run, teacher, files)
         prune(teacher, _plan(run, name), files.student, compensation=compensation, overwrite=True)
         write_json(files.cut, {"identity": identity, "files": sealed(files.student, ["."])})
     return files.student
@@ -210,13 +210,12 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
     known = _known(files.curve, identity, losses=listed(anything()))
     if known is None or (len(known["losses"]) < steps and not known.get("diverged")):
         run.say(f"    {name}: to step {steps}")
-        student = _student(run, name)
-        learned = learned_from(run.job)
-        layout, _ = run.job.layout.for_student(from_hf(student), from_hf(config_of(learned)))
+        student, learned = open_source(_student(run, name)), run.open(learned_from(run.job))
+        layout, _ = run.job.layout.for_student(student.architecture, learned.architecture)
         known, diverged = {"identity": identity}, False
         try:
             run_training(
-                student, str(resolve(learned)), (train, train), files.training, brief, layout,
+                student, learned, (train, train), files.training, brief, layout,
                 run.folder.log, stop=steps, plan=plan_of_learned(run.job, files),
             )  # fmt: skip
         except DivergedError as error:  # this candidate has lost; the others go on
@@ -231,7 +230,7 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
 def _texts(run: Run, train: Path) -> Any:
     """Identity of the text; and of the model that is learned from, where it is not the teacher."""
     text = corpus_identity(train)
-    return [text, teacher_identity(run.job.learns_from)] if run.job.learns_from else text
+    return [text, run.open(run.job.learns_from).identity] if run.job.learns_from else text
 
 
 def _losses(path: Path) -> list[float]:
