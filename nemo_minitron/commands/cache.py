@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
@@ -20,6 +20,9 @@ from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
 from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
 def run_cache(
@@ -59,7 +62,7 @@ def run_cache(
     return header
 
 
-def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) -> int:
+def whole_rows(tokens: Tokens, sequence_length: int, samples: int | None = None) -> int:
     """Rows of a text with a label behind each token. Raises InputError where it has none, or fewer than asked."""
     rows = max(0, (tokens.tokens - 1) // sequence_length)
     if not rows:
@@ -77,7 +80,7 @@ def teacher_digest(source: ModelSource) -> str:
     return digest_of([source.digest, *family_of(source.config).nemo_config(source.config)])
 
 
-def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
+def corpus_digest(tokens: Tokens, rows: int, sequence_length: int) -> str:
     return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
 
 

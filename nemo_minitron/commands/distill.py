@@ -72,7 +72,7 @@ def made_with(mark: Path, identity: str) -> bool:
         return False
 
 
-def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, student: ModelSource) -> Any:
+def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, student: ModelSource) -> object:
     """Identity of what is learned from: a teacher's, or a cache's, checked."""
     if recipe.teacher_cache:
         recipe.check_cache(student.architecture.vocab_size)

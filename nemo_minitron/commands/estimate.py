@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
 def run_estimate(
@@ -56,7 +59,7 @@ def run_estimate(
 
 
 def calibrate(
-    model: ModelSource, tokens: Any, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
+    model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
 
@@ -135,7 +138,7 @@ def _whole(work: Path, calibration: Calibration) -> bool:
     )
 
 
-def data_digest(tokens: Any) -> str:
+def data_digest(tokens: Tokens) -> str:
     """Of the documents, where the tokens have a sidecar; else of their number and of 64 pieces of the stream."""
     if tokens.corpus:
         return tokens.corpus.content

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
         return export_student(training, opened, out)
 
 
-def _begin(training: Path, made_of: list[Any], data: Path) -> None:
+def _begin(training: Path, made_of: list[object], data: Path) -> None:
     """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
     identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):

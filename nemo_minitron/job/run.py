@@ -62,7 +62,7 @@ class Stage:
 
     name: str
     run: Callable[[Run], None]
-    inputs: Callable[[Run], Any]
+    inputs: Callable[[Run], object]
     after: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     also: Callable[[Run], Iterable[str]] = lambda run: ()
@@ -110,7 +110,7 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
         return written if isinstance(written, dict) else {}
 
 
-def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
+def _differing(wanted: object, there: object, name: str = "") -> list[str]:
     """Settings that are not the same, in words."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         names = [key for key in wanted | there if f"{name}{key}" != "layout"]
@@ -123,14 +123,14 @@ def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
     return [] if same else [f"{name.rstrip('.')} is {_short(there)} there and {_short(wanted)} here"]
 
 
-def _one_place(one: Any, other: Any) -> bool:
+def _one_place(one: object, other: object) -> bool:
     """Whether two texts are paths of the same file or folder, one from here, the other absolute."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return False
     return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

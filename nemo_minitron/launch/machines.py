@@ -88,7 +88,7 @@ class Leader:
         for rank, ending in endings.items():
             ending.check(order.stage, f" on node {rank}")
 
-    def _to(self, rank: int, line: Connection, **message: Any) -> None:
+    def _to(self, rank: int, line: Connection, **message: object) -> None:
         try:
             line.send(**message)
         except ConnectionLost:

@@ -88,7 +88,7 @@ class Output:
         return (errors[:1] or words[-1:] or ["it printed nothing"])[0].strip()
 
 
-def tell(**message: Any) -> None:
+def tell(**message: object) -> None:
     """A worker's line to its launcher. One write, newline and all: other ranks print too."""
     with contextlib.suppress(OSError):
         os.write(1, f"{MARK}{json.dumps(message)}\n".encode())

@@ -21,6 +21,7 @@ from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
 from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 
 def compensate(order: CompensateOrder, host: Builder) -> None:
@@ -66,7 +67,7 @@ class Cut:
         shutil.rmtree(self.parts, ignore_errors=True)  # of a run that was killed
         self.parts.mkdir(parents=True)
 
-    def solve(self, source: Any, origin: str, gram: np.ndarray, ridge: float) -> None:
+    def solve(self, source: ModelSource, origin: str, gram: np.ndarray, ridge: float) -> None:
         if origin in self.wanted:
             name = self.wanted[origin]
             np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))

@@ -24,7 +24,7 @@ def measure(run: Run) -> None:
             run.say(f"    {task:24} {metric:24} {found['teacher'].get(task, {}).get(metric, '')!s:>8} {value:>8}")
 
 
-def _inputs(run: Run) -> Any:
+def _inputs(run: Run) -> object:
     settings = run.job.evaluation
     return [list(settings.benchmarks), settings.precision]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
@@ -62,7 +61,7 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
     run.say(f"    {solved} matrices solved anew")
 
 
-def cut_identity(job: Job, cut: CutFolder) -> list[Any]:
+def cut_identity(job: Job, cut: CutFolder) -> list[object]:
     """What decides the weights of a model as cut, as plain values."""
     solved = solved_of(job, cut)
     return [PrunePlan.load(cut.plan).as_dict(), job.cutting.fold_norms, file_digest(solved) if solved else None]

@@ -88,36 +88,36 @@ def _trained(run: Run) -> list[str]:
 
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
-def _convert_inputs(run: Run) -> Any:
+def _convert_inputs(run: Run) -> object:
     return run.open(run.job.teacher).identity
 
 
-def _data_inputs(run: Run) -> Any:
+def _data_inputs(run: Run) -> object:
     held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
     tokenizer = [file_digest(file) for file in tokenizer_files(run.open(run.job.teacher).folder)]
     return [dataclasses.asdict(run.job.data), held, tokenizer]
 
 
-def _estimate_inputs(run: Run) -> Any:
+def _estimate_inputs(run: Run) -> object:
     teacher = run.open(run.job.teacher)
     calibration = calibration_of(run.job, teacher.architecture)
     items = [file_digest(calibration.items)] if calibration.items else []
     return [dataclasses.asdict(calibration), teacher.identity, *items]
 
 
-def _plan_inputs(run: Run) -> Any:
+def _plan_inputs(run: Run) -> object:
     return [dict(run.job.keep), run.job.depth]
 
 
-def _prune_inputs(run: Run) -> Any:
+def _prune_inputs(run: Run) -> object:
     return [run.job.seed, run.job.evaluation.random_baseline, run.job.cutting.deciding()]
 
 
-def _evaluation_inputs(run: Run) -> Any:
+def _evaluation_inputs(run: Run) -> object:
     return dataclasses.asdict(run.job.evaluation)
 
 
-def _distill_inputs(run: Run) -> Any:
+def _distill_inputs(run: Run) -> object:
     cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
     held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
@@ -125,7 +125,7 @@ def _distill_inputs(run: Run) -> Any:
     return dataclasses.asdict(run.job.distillation) | held
 
 
-def _report_inputs(run: Run) -> Any:
+def _report_inputs(run: Run) -> object:
     return run.job.as_dict()
 
 

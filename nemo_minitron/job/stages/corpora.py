@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.artifacts.records import CORPORA
@@ -72,7 +71,7 @@ def sidecars(run: Run) -> list[str]:
     return [f"{RunFolder.data}/{split}.json" for split in sources(run.job.data)]
 
 
-def identity(source: str) -> Any:
+def identity(source: str) -> object:
     """What a source holds: a file's digest, sizes and times of indexed files or a folder's; a name as it is."""
     from nemo_minitron.data import prefix_of
     from nemo_minitron.data.text import parted

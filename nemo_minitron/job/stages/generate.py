@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
@@ -20,10 +20,13 @@ from nemo_minitron.job.teacher import teacher_folder
 from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.generation import Generation
 
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
+
 WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
 
 
-def inputs(run: Run) -> list[Any]:
+def inputs(run: Run) -> list[object]:
     settings = run.job.generation
     prompts = file_digest(settings.prompts) if settings.prompts else ""
     values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
@@ -62,7 +65,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
         raise InputError(f"'{part}' is damaged ({first_line(error)}); delete it and run the same again") from None
 
 
-def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[int]]:
+def prompts_of(settings: Generation, corpus: Tokens, tokenizer: Any) -> list[list[int]]:
     """Tokens of each document's prompt. Raises InputError for a file without one, and a corpus with too few."""
     from nemo_minitron.data import documents
 
@@ -73,9 +76,9 @@ def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[i
 
     length, found = settings.prompt_tokens, []
     for window in np.random.default_rng(settings.seed).permutation(corpus.samples(length)):
-        ids = corpus.stream(int(window) * length, length)
-        if tokenizer.eos_token_id not in ids:
-            found.append(ids.tolist())
+        row = corpus.stream(int(window) * length, length)
+        if tokenizer.eos_token_id not in row:
+            found.append(row.tolist())
         if len(found) == settings.documents:
             return found
     if not found:

@@ -44,7 +44,7 @@ def round_name(number: int) -> str:
     return f"round {number}"
 
 
-def _inputs(run: Run) -> Any:
+def _inputs(run: Run) -> object:
     return [dict(run.job.keep), run.job.depth, run.job.rounds]
 
 

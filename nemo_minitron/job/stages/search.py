@@ -31,7 +31,7 @@ from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
-from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.settings.recipe import Distillation, Evaluation, Job
 from nemo_minitron.sources.open import config_of, open_source
 
 if TYPE_CHECKING:
@@ -61,21 +61,21 @@ def _each(name: str) -> Callable[[Run], list[str]]:
     ]  # fmt: skip
 
 
-def _candidates_inputs(run: Run) -> Any:
+def _candidates_inputs(run: Run) -> object:
     later = {"distil", "steps", "rounds", "tokens"}  # what the later stages read
     budget = {name: value for name, value in dataclasses.asdict(run.job.search).items() if name not in later}
     return [budget, dict(run.job.keep), run.job.depth]
 
 
-def _measure_inputs(run: Run) -> Any:
+def _measure_inputs(run: Run) -> object:
     return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, run.job.cutting.deciding()]
 
 
-def _rank_inputs(run: Run) -> Any:
+def _rank_inputs(run: Run) -> object:
     return [dataclasses.asdict(_brief(run)), run.job.search.rounds, run.job.search.distil]
 
 
-def _evaluation(run: Run) -> Any:
+def _evaluation(run: Run) -> Evaluation:
     return dataclasses.replace(run.job.evaluation, tokens=run.job.search.tokens, prompts=())
 
 
@@ -166,7 +166,7 @@ def _plan(run: Run, name: str) -> PrunePlan:
     return PrunePlan.load(run.folder.candidate(name).plan)
 
 
-def _cut(run: Run, name: str) -> list[Any]:
+def _cut(run: Run, name: str) -> list[object]:
     return cut_identity(run.job, run.folder.candidate(name))
 
 
@@ -227,7 +227,7 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
     return list(enumerate(losses[:steps], 1))
 
 
-def _texts(run: Run, train: Path) -> Any:
+def _texts(run: Run, train: Path) -> object:
     """Identity of the text; and of the model that is learned from, where it is not the teacher."""
     text = corpus_identity(train)
     return [text, run.open(run.job.learns_from).identity] if run.job.learns_from else text
