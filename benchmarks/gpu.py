@@ -139,7 +139,7 @@ def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
     import nemo_minitron.backend as backend
 
     engine = not backend.setup().reference  # before Megatron is imported
-    from nemo_minitron.hosts.nemo.models import start
+    from nemo_minitron.megatron.groups import start
 
     start()
     print(f"layers: {'Transformer Engine' if engine else 'reference (Transformer Engine is missing: no FP8 is timed)'}")

@@ -191,6 +191,7 @@ def test_no_module_takes_the_place_of_a_name(package):
         "import nemo_minitron.nemo, nemo_minitron.backend, nemo_minitron.importance, nemo_minitron.job",
         "from nemo_minitron.cli.find import find, names\nfor n in names(): find(n)",
         "from nemo_minitron.pruning import prune; from nemo_minitron.search import plan",
+        "from nemo_minitron.hosts import host_of; host_of().worker",
     ],
 )
 def test_light_start(code):

@@ -116,7 +116,7 @@ def listed(kind: Kind, most: int = LARGEST, least: int = 0) -> Kind:
     def check(value: Any) -> list[Any]:
         if not isinstance(value, list) or not least <= len(value) <= most:
             raise Wrong(value, f"a list of at least {least}" if least else "a list")
-        return [_inside(kind, item, number) for number, item in enumerate(value)]
+        return [inside(kind, item, number) for number, item in enumerate(value)]
 
     return check
 
@@ -127,7 +127,7 @@ def mapped(kind: Kind, most: int = LARGEST) -> Kind:
     def check(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > most:
             raise Wrong(value, "an object")
-        return {_name(name): _inside(kind, item, name) for name, item in value.items()}
+        return {_name(name): inside(kind, item, name) for name, item in value.items()}
 
     return check
 
@@ -142,7 +142,7 @@ def grouped(needed: Mapping[str, Kind], optional: Mapping[str, Kind] | None = No
         for name in needed:
             if name not in value:
                 raise Wrong(value, f"an object with '{name}'")
-        return {_name(name): _inside(known.get(name, anything()), item, name) for name, item in value.items()}
+        return {_name(name): inside(known.get(name, anything()), item, name) for name, item in value.items()}
 
     return check
 
@@ -153,7 +153,8 @@ def _name(name: str) -> str:
     return name
 
 
-def _inside(kind: Kind, value: Any, place: str | int) -> Any:
+def inside(kind: Kind, value: Any, place: str | int) -> Any:
+    """A value within another; a refusal says at which place."""
     try:
         return kind(value)
     except Wrong as wrong:

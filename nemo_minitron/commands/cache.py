@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
@@ -12,12 +11,18 @@ from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import cache_of, tokenise
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, family_of, resolve
+from nemo_minitron.families import check_host, family_of
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
+from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
 def run_cache(
@@ -44,7 +49,7 @@ def run_cache(
         tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
         rows = whole_rows(tokens, settings.sequence_length, samples)
         header = CacheHeader(
-            settings, teacher_digest(model), corpus_digest(tokens, rows, settings.sequence_length),
+            settings, teacher_digest(source), corpus_digest(tokens, rows, settings.sequence_length),
             source.architecture.vocab_size, rows, rows_per_shard,
         )  # fmt: skip
         header = _opened(header, out)
@@ -52,15 +57,12 @@ def run_cache(
             print(f"{path} is damaged and is made again", flush=True)
             path.unlink()
         if missing(out, header):
-            values = {
-                "model": str(resolve(model)), "data": str(tokens.prefix), "out": str(out),
-                "layout": dataclasses.asdict(layout), "micro_batch_size": micro_batch_size,
-            }  # fmt: skip
-            launch("cache", values, layout.processes, log or work / "log.txt")
+            order = CacheOrder(source.path, tokens.prefix, out, layout, micro_batch_size)
+            launch(order, host_of().worker, log or work / "log.txt")
     return header
 
 
-def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) -> int:
+def whole_rows(tokens: Tokens, sequence_length: int, samples: int | None = None) -> int:
     """Rows of a text with a label behind each token. Raises InputError where it has none, or fewer than asked."""
     rows = max(0, (tokens.tokens - 1) // sequence_length)
     if not rows:
@@ -73,20 +75,16 @@ def whole_rows(tokens: Any, sequence_length: int, samples: int | None = None) ->
     return samples or rows
 
 
-def teacher_digest(model: str) -> str:
+def teacher_digest(source: ModelSource) -> str:
     """Identity of a model's weights and config, the same from a Hugging Face folder and a NeMo checkpoint."""
-    from nemo_minitron.sources.open import open_source
-    from nemo_minitron.sources.tensors import source_digest
-
-    source = open_source(model)
-    return digest_of([source_digest(source), *family_of(source.config).nemo_config(source.config)])
+    return digest_of([source.digest, *family_of(source.config).nemo_config(source.config)])
 
 
-def corpus_digest(tokens: Any, rows: int, sequence_length: int) -> str:
+def corpus_digest(tokens: Tokens, rows: int, sequence_length: int) -> str:
     return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
 
 
-def check_cache(cache: Path, train: Path, teacher: str | None = None) -> CacheHeader:
+def check_cache(cache: Path, train: Path, teacher: ModelSource | None = None) -> CacheHeader:
     """Raises InputError for a cache that is not whole, or not of the text of this prefix, or, where a teacher is
     named too, not its."""
     from nemo_minitron.data import Tokens

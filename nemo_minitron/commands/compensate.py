@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.commands.corpus import cache_of, tokenise
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, resolve
+from nemo_minitron.families import check_host
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import RIDGE, solvable
@@ -18,9 +18,10 @@ from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CompensateOrder
+from nemo_minitron.sources.tensors import ModelSource
 
 BYTES = int(MEMORY * 1e9)
-ROWS = ("samples", "sequence_length", "batch_size", "precision", "seed")
 
 
 def run_compensate(
@@ -44,22 +45,18 @@ def run_compensate(
         tokens = tokenise(
             data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
         )
-        solve_for(model, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
+        solve_for(source, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 
 
 def solve_for(
-    model: str, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
+    model: ModelSource, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
     ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
 ) -> None:  # fmt: skip
     """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
     what is solved for it goes."""
-    settings = {
-        "model": str(resolve(model)), "plans": {str(plan): str(out) for plan, out in plans.items()}, "data": str(data),
-        "ridge": ridge, "memory": memory, "layout": dataclasses.asdict(layout),
-    }  # fmt: skip
-    settings |= {name: getattr(calibration, name) for name in ROWS}
-    launch("compensate", settings, layout.processes, log)
+    order = CompensateOrder(model.path, plans, data, ridge, memory, calibration, layout)
+    launch(order, host_of().worker, log)
 
 
 def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:

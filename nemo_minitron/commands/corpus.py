@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
-def tokenise(data: str, model: str | Path, prefix: Path, vocab_size: int, skip_bad_lines: bool = False) -> Any:
+def tokenise(data: str, model: str | Path, prefix: Path, vocab_size: int, skip_bad_lines: bool = False) -> Tokens:
     """Text -> `.bin/.idx` with the tokenizer in the folder `model`, once; gives the Tokens, all of them below
     `vocab_size`. Says on stderr how many bad lines were left out. Raises InputError as `nemo.data.build`."""
     from nemo_minitron.data import build, load_tokenizer
@@ -18,7 +21,7 @@ def tokenise(data: str, model: str | Path, prefix: Path, vocab_size: int, skip_b
     return tokens
 
 
-def left_out(tokens: Any, data: str) -> str:
+def left_out(tokens: Tokens, data: str) -> str:
     """What is said of bad lines that were skipped; "" where there were none."""
     if tokens.corpus is None or not tokens.corpus.skipped:
         return ""

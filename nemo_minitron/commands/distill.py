@@ -11,8 +11,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
 from nemo_minitron.artifacts.parse import anything, mapped
-from nemo_minitron.artifacts.records import LAST as LAST_KIND
-from nemo_minitron.artifacts.records import read_mark
+from nemo_minitron.artifacts.records import LAST, read_mark
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import cache_of, corpus_identity, tokenise
@@ -20,18 +20,19 @@ from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
-
-LAST, WHOLE = "last.json", "whole.json"  # where a training's last checkpoint lies; sizes and digests of its files
+from nemo_minitron.sources.tensors import ModelSource
 
 
 def run_training(
-    student: Path, teacher: str | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout,
-    log: Path | None = None, stop: int | None = None, plan: Path | None = None,
+    student: ModelSource, teacher: ModelSource | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation,
+    layout: Layout, log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
     """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
 
@@ -39,31 +40,28 @@ def run_training(
     again with a later one, it goes on. `plan`: where the student comes from. `teacher` may be None where the recipe
     has a cache; else the cache must be its. Raises InputError for a cache of something else.
     """
-    models = [teacher_identity(str(student)), _learned(teacher, recipe, prefixes[0], student)]
+    models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
-    mark = out / "settings.json"
-    if out.exists() and not made_with(mark, identity):
+    files = TrainingFolder(out)
+    if out.exists() and not made_with(files.settings, identity):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(mark, identity)
+    write_json(files.settings, identity)
     if finished(out, stop or recipe.steps):
         return
+    taught = teacher.path if teacher else None
     if recipe.correction_tokens and teacher:
-        teacher = _corrected(teacher, prefixes, out / "teacher", recipe.correction(), layout, log)
-    settings = {
-        "student": str(student), "teacher": teacher or "", "train": str(prefixes[0]), "validation": str(prefixes[1]),
-        "out": str(out), "index": str(out / "index"), "distillation": dataclasses.asdict(recipe),
-        "layout": dataclasses.asdict(layout), "stop": stop, "plan": str(plan) if plan else None,
-    }  # fmt: skip
-    (out / WHOLE).unlink(missing_ok=True)
+        taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
+    order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan)
+    files.whole.unlink(missing_ok=True)
     try:
-        launch("distill", settings, layout.processes, log)
+        launch(order, host_of().worker, log)
     except RuntimeError:
         _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
         raise
-    write_json(out / WHOLE, sealed(out, left_by_training(out)))
+    write_json(files.whole, sealed(out, left_by_training(out)))
 
 
 def made_with(mark: Path, identity: str) -> bool:
@@ -74,35 +72,32 @@ def made_with(mark: Path, identity: str) -> bool:
         return False
 
 
-def _learned(teacher: str | None, recipe: Distillation, train: Path, student: Path) -> Any:
+def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, student: ModelSource) -> object:
     """Identity of what is learned from: a teacher's, or a cache's, checked."""
     if recipe.teacher_cache:
-        from nemo_minitron.sources.open import open_source
-
-        recipe.check_cache(open_source(student).architecture.vocab_size)
+        recipe.check_cache(student.architecture.vocab_size)
         return check_cache(Path(recipe.teacher_cache), train, teacher).digest
     if teacher is None:
         raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
-    return teacher_identity(teacher)
+    return teacher.identity
 
 
 def _corrected(
-    teacher: str, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
-) -> str:
+    teacher: ModelSource, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
+) -> Path:
     """Teacher correction: the teacher, trained on the data with the LM loss, as a NeMo checkpoint."""
     from nemo_minitron.sources.checkpoint import last_checkpoint
-    from nemo_minitron.sources.open import open_source
 
     even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # the layout's ends are the student's
-    own = even.for_depth(open_source(teacher).architecture.num_layers)
-    run_training(Path(teacher), teacher, prefixes, out, recipe, own, log)
-    return str(last_checkpoint(out))
+    own = even.for_depth(teacher.architecture.num_layers)
+    run_training(teacher, teacher, prefixes, out, recipe, own, log)
+    return last_checkpoint(out)
 
 
 def finished(out: Path, steps: int) -> bool:
     """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
     half-saved or half-removed is cleared for the next try, which goes on from the one before."""
-    mark = out / LAST
+    mark = TrainingFolder(out).last
     noted = _noted(mark)
     saved = {step: str(path.relative_to(out)) for step, path in _saved(out).items()}
     if "stopped" in noted and noted.get("checkpoint") in saved.values():
@@ -119,7 +114,7 @@ def finished(out: Path, steps: int) -> bool:
 def _noted(mark: Path) -> dict[str, Any]:
     """What was written down of the last checkpoint; nothing where that is damaged."""
     try:
-        kind = LAST_KIND if mark.name == LAST else mapped(anything())
+        kind = LAST if mark.name == TrainingFolder.last else mapped(anything())
         return read_json(mark, "the record of the last checkpoint", kind) if mark.is_file() else {}
     except InputError:
         return {}
@@ -127,14 +122,13 @@ def _noted(mark: Path) -> dict[str, Any]:
 
 def _saved(out: Path) -> dict[int, Path]:
     """The whole checkpoint of a training, by its step; the damaged ones are told of and go."""
-    folder = out / "nemo" / "checkpoints"
+    folder = TrainingFolder(out).checkpoints
     if not folder.is_dir():
         return {}
-    from nemo_minitron.hosts.nemo.saved import keep_whole
-
-    wrong = damaged(out, {name: seal for name, seal in _noted(out / WHOLE).items() if _of_checkpoint(out, name)})
+    seals = _noted(TrainingFolder(out).whole).items()
+    wrong = damaged(out, {name: seal for name, seal in seals if _of_checkpoint(out, name)})
     take_away(out, wrong)
-    kept, lines = keep_whole(folder)
+    kept, lines = host_of().keep_whole(folder)
     for line in [*(f"{out / name} {why}" for name, why in wrong.items()), *lines]:
         print(f"    {line}", flush=True)
     return kept
@@ -143,13 +137,13 @@ def _saved(out: Path) -> dict[int, Path]:
 def _of_checkpoint(out: Path, name: str) -> bool:
     """Whether a file belongs to a checkpoint that is there: earlier ones went as the training went on."""
     parts = Path(name).parts
-    return parts[:2] == ("nemo", "checkpoints") and out.joinpath(*parts[:3]).is_dir()
+    return parts[:2] == Path(TrainingFolder.checkpoints).parts and out.joinpath(*parts[:3]).is_dir()
 
 
 def left_by_training(out: Path) -> list[str]:
     """Of a finished training's folder: its last checkpoint and its records."""
-    checkpoint = _noted(out / LAST).get("checkpoint")
-    return [LAST, "loss.csv", "validation.csv", *([checkpoint] if checkpoint else [])]
+    checkpoint, names = _noted(TrainingFolder(out).last).get("checkpoint"), TrainingFolder
+    return [names.last, names.losses, names.validation, *([checkpoint] if checkpoint else [])]
 
 
 def run_distill(
@@ -166,7 +160,8 @@ def run_distill(
     check_out(out, (source, teacher_folder) if teacher_folder else (source,))
     if recipe.validate_every and not validation:
         raise InputError(f"validate_every={recipe.validate_every} needs held-out text; give it with --validation")
-    opened = [HFSource(source), *([open_source(teacher_folder)] if teacher_folder else [])]
+    base, taught = HFSource(source), open_source(teacher_folder) if teacher_folder else None
+    opened: list[ModelSource] = [base, *([taught] if taught else [])]
     for model in opened:
         check_host(model.config)
     models = [model.architecture for model in opened]
@@ -192,10 +187,9 @@ def run_distill(
             held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines).prefix
         training = work / "training"
         run_training(
-            source, str(teacher_folder) if teacher_folder else None, (train, held_out), training, recipe,
-            layout.for_depth(depth), work / "log.txt", plan=plan,
+            base, taught, (train, held_out), training, recipe, layout.for_depth(depth), work / "log.txt", plan=plan
         )  # fmt: skip
-        return export_student(training, source, out)
+        return export_student(training, base, out)
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
@@ -211,14 +205,14 @@ def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
     """A folder that somebody else made is never replaced. Raises InputError."""
     if any(out.resolve() == path.resolve() for path in inputs):
         raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "loss.csv").is_file():
+    if out.is_dir() and any(out.iterdir()) and not TrainingFolder(out).losses.is_file():
         raise InputError(f"'{out}' is not empty and holds no distilled student; give a new folder with --out")
     if out.is_file():
         raise InputError(f"'{out}' is a file; give a new folder with --out")
 
 
-def export_student(training: Path, base: Path, out: Path) -> Path:
-    """The last checkpoint of a training -> a Hugging Face folder like `base`, with the new weights.
+def export_student(training: Path, base: ModelSource, out: Path) -> Path:
+    """The last checkpoint of a training -> a Hugging Face folder like that of `base`, with the new weights.
 
     Weights keep the dtype that `base` stores, so that the folder is what its config says.
     """
@@ -226,24 +220,14 @@ def export_student(training: Path, base: Path, out: Path) -> Path:
     from nemo_minitron.pruning.write import write_weights
     from nemo_minitron.sources.checkpoint import CheckpointSource, last_checkpoint
     from nemo_minitron.sources.converted import Converted
-    from nemo_minitron.sources.folder import HFSource
 
-    stored = HFSource(base)
-    source = Converted(CheckpointSource(last_checkpoint(training)), stored)
+    source = Converted(CheckpointSource(last_checkpoint(training)), base)
     with atomic_folder(out, durable=True) as folder:
-        copy_side_files(base, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
-        write_json(folder / "config.json", written_config(stored.config))
-        write_weights(source, identity(stored.architecture), folder, stored.config)
-        finish_folder(folder, base_folder=base)
-        if (training / "loss.csv").exists():
-            shutil.copy2(training / "loss.csv", folder / "loss.csv")
+        copy_side_files(base.folder, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
+        write_json(folder / "config.json", written_config(base.config))
+        write_weights(source, identity(base.architecture), folder, base.config)
+        finish_folder(folder, base_folder=base.folder)
+        losses = TrainingFolder(training).losses
+        if losses.exists():
+            shutil.copy2(losses, TrainingFolder(folder).losses)
     return out
-
-
-def teacher_identity(teacher: str) -> list[str]:
-    """The model digest of a model on disk, and its config's: an edited rope_theta is another model."""
-    from nemo_minitron.sources.open import open_source
-    from nemo_minitron.sources.tensors import source_digest
-
-    source = open_source(teacher)
-    return [source_digest(source), digest_of(dict(source.config))]

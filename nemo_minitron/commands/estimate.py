@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,16 +13,20 @@ from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.commands.corpus import cache_of, tokenise
-from nemo_minitron.commands.distill import teacher_identity
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, resolve
+from nemo_minitron.families import check_host
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.sources.tensors import source_digest
+from nemo_minitron.settings.orders import EstimateOrder
+from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
 def run_estimate(
@@ -48,51 +52,43 @@ def run_estimate(
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         if other is not None:
             check_overlap(other, calibration, data_digest(tokens))
-        scores = calibrate(model, tokens, work, calibration, layout, work / "log.txt")
+        scores = calibrate(source, tokens, work, calibration, layout, work / "log.txt")
         scores = merged(other, scores) if other is not None else scores
         scores.save(out)
     return scores
 
 
 def calibrate(
-    model: str, tokens: Any, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
+    model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
 
     The model's Hugging Face config is a note in them: plans are checked against it.
     """
-    from nemo_minitron.sources.open import open_source
-
     digest = data_digest(tokens)
-    _forget_others(work, calibration.marks(*teacher_identity(model), digest, digest_of(dataclasses.asdict(layout))))
+    _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)
     if not _whole(work, calibration):
-        settings = {
-            "model": str(resolve(model)), "data": str(tokens.prefix), "work": str(work),
-            "calibration": dataclasses.asdict(calibration), "layout": dataclasses.asdict(layout),
-        }  # fmt: skip
-        launch("estimate", settings, layout.processes, log)
+        launch(EstimateOrder(model.path, tokens.prefix, work, calibration, layout), host_of().worker, log)
     scores, scanned = Scores.load(work / STATISTICS), _scanned(work)
     scores.data_digest = digest
     scores.depth = {name: scanned.depth[name] for name in calibration.depth if scanned}
     names = ("samples", "sequence_length", "seed", "precision")
     run = {"data": digest} | {name: getattr(calibration, name) for name in names}
-    scores.notes = {"runs": [run], "config": dict(open_source(model).config)} | (scanned.notes if scanned else {})
+    scores.notes = {"runs": [run], "config": dict(model.config)} | (scanned.notes if scanned else {})
     return _examined(scores)
 
 
-def _without_running(model: str, calibration: Calibration) -> Scores:
+def _without_running(model: ModelSource, calibration: Calibration) -> Scores:
     """Scores by the magnitude of the weights, or by chance."""
     from nemo_minitron.importance.alternatives import magnitude, random_scores
-    from nemo_minitron.sources.open import open_source
 
-    source = open_source(model)
     if calibration.method == "magnitude":
-        scores = magnitude(source)
+        scores = magnitude(model)
     else:
-        scores = random_scores(source.architecture, calibration.seed)
-    scores.model_digest = source_digest(source)
+        scores = random_scores(model.architecture, calibration.seed)
+    scores.model_digest = model.digest
     return scores
 
 
@@ -142,7 +138,7 @@ def _whole(work: Path, calibration: Calibration) -> bool:
     )
 
 
-def data_digest(tokens: Any) -> str:
+def data_digest(tokens: Tokens) -> str:
     """Of the documents, where the tokens have a sidecar; else of their number and of 64 pieces of the stream."""
     if tokens.corpus:
         return tokens.corpus.content

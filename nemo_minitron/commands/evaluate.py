@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import tokenise
@@ -14,6 +14,9 @@ from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.recipe import Evaluation
 from nemo_minitron.settings.validated import check_whole
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 
 def run_evaluate(
@@ -71,7 +74,7 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
             raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
 
 
-def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
     """Numbers of a Hugging Face folder on the first windows of a corpus of its tokenizer's tokens."""
     from nemo_minitron.data import load_tokenizer, token_bytes
     from nemo_minitron.evaluation import evaluate
@@ -84,7 +87,7 @@ def measure(folder: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
     ).as_dict()
 
 
-def accepted(target: str, draft: Path, tokens: Any, settings: Evaluation) -> dict[str, Any]:
+def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
     """What speculative decoding of `target` accepts of `draft`'s tokens, on the same windows as `measure`."""
     from nemo_minitron.evaluation import draft_acceptance
 
@@ -94,7 +97,7 @@ def accepted(target: str, draft: Path, tokens: Any, settings: Evaluation) -> dic
         ).as_dict()
 
 
-def _windows(tokens: Any, settings: Evaluation) -> Any:
+def _windows(tokens: Tokens, settings: Evaluation) -> Any:
     """The first windows of a corpus: at most so many tokens, at least one window."""
     count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
     return tokens.windows(settings.sequence_length, count)

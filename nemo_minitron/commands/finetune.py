@@ -5,28 +5,28 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import sealed
 from nemo_minitron.commands.corpus import cache_of
 from nemo_minitron.commands.distill import (
-    WHOLE,
     check_out,
     export_student,
     finished,
     left_by_training,
     made_with,
-    teacher_identity,
 )
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import FinetuneOrder
 
 FIELDS = ("input", "output")
 
@@ -51,23 +51,20 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     work = cache_of(out)
     with locked(work):
         training = work / "training"
-        _begin(training, [dataclasses.asdict(recipe), teacher_identity(str(source)), file_digest(data)], data)
+        _begin(training, [dataclasses.asdict(recipe), opened.identity, file_digest(data)], data)
         if not finished(training, recipe.steps):
             _clear_index(training / "data")
-            settings = {
-                "student": str(source), "data": str(training / "data"), "out": str(training),
-                "finetuning": dataclasses.asdict(recipe), "layout": dataclasses.asdict(layout),
-            }  # fmt: skip
-            (training / WHOLE).unlink(missing_ok=True)
-            launch("finetune", settings, layout.processes, work / "log.txt")
-            write_json(training / WHOLE, sealed(training, left_by_training(training)))
+            TrainingFolder(training).whole.unlink(missing_ok=True)
+            order = FinetuneOrder(source, training / "data", training, recipe, layout)
+            launch(order, host_of().worker, work / "log.txt")
+            write_json(TrainingFolder(training).whole, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
-        return export_student(training, source, out)
+        return export_student(training, opened, out)
 
 
-def _begin(training: Path, made_of: list[Any], data: Path) -> None:
+def _begin(training: Path, made_of: list[object], data: Path) -> None:
     """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
-    identity, mark = digest_of(made_of), training / "settings.json"
+    identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
     rows = training / "data" / "training.jsonl"

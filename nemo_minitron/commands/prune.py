@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
@@ -12,9 +11,12 @@ from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.hosts import host_of
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import is_nemo_checkpoint
+from nemo_minitron.sources.tensors import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +43,27 @@ def run_prune(
     path, made = resolve(model), PrunePlan.load(plan)
     if extras == Extras() and not is_nemo_checkpoint(path):
         return from_hf(prune(path, made, out, overwrite=overwrite))
-    if is_nemo_checkpoint(path):
-        _check_checkpoint(path, made, out, overwrite)
-    compensation = compensation_of(open_source(path), made, extras)
-    if not is_nemo_checkpoint(path):
-        return from_hf(prune(path, made, out, compensation=compensation, overwrite=overwrite))
+    nemo = is_nemo_checkpoint(path)
+    if nemo:
+        _check_place(path, made, out, overwrite)
+    source = open_source(path)
+    if nemo:
+        check_plan(made, source)
+        need_space(out, 4 * made.target.parameters())
+    compensation = compensation_of(source, made, extras)
+    if not nemo:
+        return from_hf(prune(source, made, out, compensation=compensation, overwrite=overwrite))
     from nemo_minitron.launch.torchrun import launch
 
     with apart() as scratch:
         file = scratch / "compensation.safetensors"
         if compensation is not None:
             compensation.save(file)
-        settings = {"model": str(path), "plan": str(plan), "out": str(out)}
-        launch("prune", settings | {"compensation": str(file) if compensation else None}, 1)
+        launch(PruneOrder(path, plan, out, file if compensation else None), host_of().worker)
     return made.target
 
 
-def compensation_of(source: Any, plan: PrunePlan, extras: Extras) -> Compensation | None:
+def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Compensation | None:
     """All that `extras` ask for, together. Raises InputError."""
     if extras == Extras():
         return None
@@ -78,10 +84,8 @@ def compensation_of(source: Any, plan: PrunePlan, extras: Extras) -> Compensatio
     return found
 
 
-def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
-    """Everything that a cut of a NeMo checkpoint may be refused for, before NeMo is loaded."""
-    from nemo_minitron.sources.open import open_source
-
+def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
+    """What a cut of a NeMo checkpoint may be refused for before that is opened."""
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
         raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")
@@ -89,5 +93,3 @@ def _check_checkpoint(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -
         raise InputError(f"'{out}' is there already; give a new folder, or --overwrite for a NeMo checkpoint")
     if "vocab" in plan.keep:
         raise InputError("a vocabulary is cut in Hugging Face folders alone; leave 'vocab' out for a NeMo checkpoint")
-    check_plan(plan, open_source(path))
-    need_space(out, 4 * plan.target.parameters())

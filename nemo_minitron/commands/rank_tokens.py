@@ -10,7 +10,6 @@ from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
-from nemo_minitron.sources.tensors import source_digest
 
 
 def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) -> Scores:
@@ -22,7 +21,7 @@ def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) 
 
     source = open_source(model)
     rows = source.architecture.vocab_size
-    digest, vocabulary = source_digest(source), Vocabulary(source.folder, rows)
+    digest, vocabulary = source.digest, Vocabulary(source.folder, rows)
     scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
     if scores.model_digest not in (None, digest):
         raise InputError(f"the scores '{out}' are of another model; give another --out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import formatting, importance_figures, result_figures, search_figures
 from nemo_minitron.export.plot import Plot, write_plot
 from nemo_minitron.export.run import RunFiles, read_run
@@ -47,9 +48,9 @@ def write_report(run_folder: str | Path) -> Path:
         "facts": _facts(run),
         "recipe": None if run.recipe is None else json.dumps(run.recipe, indent=2, ensure_ascii=False),
     }
-    with atomic_file(run.folder / "report.html") as temporary:
+    with atomic_file(RunFolder(run.folder).report) as temporary:
         temporary.write_text(_render(context), encoding="utf-8")
-    return run.folder / "report.html"
+    return RunFolder(run.folder).report
 
 
 def _render(context: dict[str, Any]) -> str:
@@ -70,14 +71,14 @@ def _figure(run: RunFiles, name: str) -> dict[str, Any]:
     from markupsafe import Markup
 
     title, make = FIGURES[name]
-    plot, folder = make(run), run.folder / "figures"
+    plot, folder = make(run), RunFolder(run.folder).figures
     if isinstance(plot, str):
         for kind in ("svg", "csv"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
         return {"title": title, "missing": plot}
     # matplotlib escapes what it draws, so its SVG may go into the page as it is.
     drawing = Markup(write_plot(folder, plot))
-    return {"title": title, "svg": drawing, "caption": plot.caption, "csv": f"figures/{name}.csv"}
+    return {"title": title, "svg": drawing, "caption": plot.caption, "csv": f"{RunFolder.figures}/{name}.csv"}
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:

@@ -11,10 +11,10 @@ from nemo_minitron.artifacts import Manifest, PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import grouped, listed, text
 from nemo_minitron.artifacts.records import read_curve, read_numbers, read_samples
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 
-CURVES = ("checkpoints/distilled/loss.csv", "student/loss.csv", "loss.csv")
 CURVE_KEYS = ("step", "tokens", "loss")
 RECIPE = grouped({}, {"chain": listed(grouped({"name": text()}))})
 
@@ -45,32 +45,37 @@ def read_run(folder: str | Path) -> RunFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"the run folder '{folder}' does not exist")
-    if not any((folder / name).is_file() for name in ("recipe.json", "manifest.json")):
+    files = RunFolder(folder)
+    if not files.recipe.is_file() and not files.manifest.is_file():
         raise InputError(
             f"'{folder}' is no run folder: it has neither recipe.json nor manifest.json; "
             "give the folder that `minitron compress` wrote"
         )
-    file = folder / "recipe.json"
-    recipe = read_json(file, "the recipe", RECIPE) if file.exists() else None
-    _check_chain(folder, recipe)
+    recipe = read_json(files.recipe, "the recipe", RECIPE) if files.recipe.exists() else None
+    _check_chain(files, recipe)
     run = RunFiles(
         folder,
         recipe=recipe,
-        manifest=Manifest.open(folder / "manifest.json") if (folder / "manifest.json").exists() else None,
-        scores=Scores.load(folder / "scores.safetensors") if (folder / "scores.safetensors").exists() else None,
-        plan=PrunePlan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
-        numbers=read_numbers(folder / "numbers.json") if (folder / "numbers.json").exists() else (),
-        curve=next((read_curve(folder / name, CURVE_KEYS) for name in CURVES if (folder / name).is_file()), ()),
-        samples=read_samples(folder / "samples.json") if (folder / "samples.json").exists() else (),
+        manifest=Manifest.open(files.manifest) if files.manifest.exists() else None,
+        scores=Scores.load(files.scores) if files.scores.exists() else None,
+        plan=PrunePlan.load(files.plan) if files.plan.exists() else None,
+        numbers=read_numbers(files.numbers) if files.numbers.exists() else (),
+        curve=next((read_curve(file, CURVE_KEYS) for file in _curves(files) if file.is_file()), ()),
+        samples=read_samples(files.samples) if files.samples.exists() else (),
     )
     if run.plan and run.scores and run.plan.source != run.scores.architecture:
         raise InputError(f"'{folder}': plan.json and scores.safetensors are of different models")
     return run
 
 
-def _check_chain(folder: Path, recipe: Any) -> None:
+def _curves(files: RunFolder) -> list[Path]:
+    """Where the losses of the training may lie, the first one first."""
+    return [TrainingFolder(place).losses for place in (files.distilled, files.student, files.path)]
+
+
+def _check_chain(folder: RunFolder, recipe: Any) -> None:
     """Raises InputError for the folder of a chain: its steps have the reports."""
     steps = (recipe or {}).get("chain")
-    if steps and not (folder / "manifest.json").exists():
+    if steps and not folder.manifest.exists():
         names = ", ".join(f"{folder}/{step['name']}" for step in steps)
         raise InputError(f"'{folder}' is the folder of a chain, whose steps have a report each; give one of {names}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import records
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import formatting
 from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
 from nemo_minitron.export.run import RunFiles
@@ -14,8 +15,6 @@ from nemo_minitron.export.run import RunFiles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MEASURED, RANKS = "search/measured.json", "search/ranks.json"
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
@@ -98,6 +97,8 @@ def _shades(count: int) -> list[Any]:
 
 def of_run(run: RunFiles, name: str) -> Plot | str:
     """The figure `pareto` or `ranks` of a run that searched."""
-    file, kind, make = {"pareto": (MEASURED, records.MEASURED, pareto), "ranks": (RANKS, records.RANKS, ranks)}[name]
-    path = run.folder / file
+    files = RunFolder(run.folder)
+    path, kind, make = {
+        "pareto": (files.measured, records.MEASURED, pareto), "ranks": (files.ranks, records.RANKS, ranks)
+    }[name]  # fmt: skip
     return make(read_json(path, "the search", kind)) if path.is_file() else "The run made no search."

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.artifacts.records import read_numbers
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
@@ -23,8 +24,6 @@ from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.step import FIRST, OPEN, Step
-
-STUDENT, PLAN, NUMBERS = "student", "plan.json", "numbers.json"  # of a step
 
 
 def jobs_of(job: Job, folder: Path) -> list[Job]:
@@ -37,15 +36,15 @@ def jobs_of(job: Job, folder: Path) -> list[Job]:
 
 
 def _job_of(job: Job, folder: Path, number: int) -> Job:
-    step, before = job.chain[number], job.chain[:number]
+    step, before, run = job.chain[number], job.chain[:number], RunFolder(folder)
     values = job.as_dict() | {"name": f"{job.name}-{step.name}", "chain": []}
     values |= {"keep": step.keep, "rounds": step.rounds, "search": dataclasses.asdict(step.search)}
     for group in OPEN:
         values[group] |= getattr(step, group)
     if before:
-        values |= {"teacher": str(folder / before[-1].name / STUDENT), "teacher_config": {}}
+        values |= {"teacher": str(run.step(before[-1].name).student), "teacher_config": {}}
         if step.teacher == FIRST:
-            plans = [str(folder / other.name / PLAN) for other in before]
+            plans = [str(run.step(other.name).plan) for other in before]
             values |= {"learns_from": job.teacher, "lineage": plans}
         else:
             values["base_model"] = f"{job.name}-{before[-1].name}"
@@ -83,7 +82,7 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
             config = known.get(made.teacher) or teacher_config(made, offline=offline)
             known = known | {made.teacher: config}
             found.append(Checked(made, source, target, known))
-            known = known | {str(folder / step.name / STUDENT): to_hf(target, config)}
+            known = known | {str(RunFolder(folder).step(step.name).student): to_hf(target, config)}
     return found
 
 
@@ -114,7 +113,7 @@ def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
     """A row for the teacher and for each student: the numbers of the held-out text, before and after training."""
     rows: list[dict[str, Any]] = []
     for step in job.chain:
-        file = folder / step.name / NUMBERS
+        file = RunFolder(folder).step(step.name).numbers
         found = {row["stage"]: row for row in read_numbers(file)}
         if lacking := {"teacher", "pruned", "distilled"} - found.keys():
             raise InputError(f"the numbers '{file}' lack those of '{min(lacking)}'; delete it and run the same again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
@@ -14,7 +15,6 @@ from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.settings.step import SUMMARY
 
 
 def run_compress(job: Job, out: str | Path | None = None, until: str = "", overwrite: bool = False) -> Path:
@@ -38,7 +38,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
         run = open_run(job, folder)
         execute(run, stages(job), until)
     if not until:
-        run.say(f"done: {run.folder}/student is the student, {run.folder}/report.html shows it")
+        run.say(f"done: {run.folder.student} is the student, {run.folder.report} shows it")
     return folder
 
 
@@ -52,11 +52,11 @@ def _run_chain(job: Job, folder: Path, until: str, overwrite: bool) -> Path:
     sweep(folder)
     check_chain_space(job, folder)
     with locked(folder):
-        write_json(folder / "recipe.json", job.as_dict())
+        write_json(folder / RunFolder.recipe, job.as_dict())
         for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
             print(f"== step {step.name}", flush=True)
             run_compress(made, folder / step.name, overwrite=overwrite)
         rows = summary(job, folder)
-        write_json(folder / SUMMARY, rows)
+        write_json(folder / RunFolder.chain, rows)
     print(table(rows), flush=True)
     return folder

@@ -11,6 +11,7 @@ from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -109,7 +110,7 @@ def space(job: Job, config: Mapping[str, Any]) -> int:
 
 def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
     """Bytes that a run still needs: nothing for stages that are done, else less what lies where they write."""
-    manifest = Manifest.open(folder / "manifest.json")
+    manifest = Manifest.open(folder / RunFolder.manifest)
     done = {stage["name"] for stage in manifest.stages}
     parts = {place: size for (stage, place), size in parts_of(job, config).items() if stage not in done}
     return sum(max(0, size - bytes_in(folder / place)) for place, size in parts.items())
@@ -123,11 +124,11 @@ def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
     solved = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # and the parts of one
     student = 2 * target.parameters()
     return {
-        ("prune", "checkpoints/pruned"): student,
-        ("prune", "checkpoints/random"): student,
-        ("rank" if distilled else "compensate", "search"): trained * distilled * target.parameters() + solved,
-        ("distill", "checkpoints/distilled"): 2 * 14 * target.parameters(),
-        ("export", "student"): student,
+        ("prune", RunFolder.pruned): student,
+        ("prune", RunFolder.random): student,
+        ("rank" if distilled else "compensate", RunFolder.search): trained * distilled * target.parameters() + solved,
+        ("distill", RunFolder.distilled): 2 * 14 * target.parameters(),
+        ("export", RunFolder.student): student,
     }
 
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, compose
+from nemo_minitron.artifacts.run_folder import CutFolder
 from nemo_minitron.distillation.layer_map import AUTO
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
     from nemo_minitron.settings.recipe import Job
-
-COMPOSED = "lineage.json"  # beside a plan of the model that is cut: the same student's plan of what it learns from
 
 
 def learned_from(job: Job) -> str:
@@ -21,18 +20,18 @@ def learned_from(job: Job) -> str:
     return job.learns_from or job.teacher
 
 
-def plan_of_learned(job: Job, plan: Path) -> Path | None:
-    """The file of the plan that makes the student of `plan` from what it learns from; None where nothing says it.
+def plan_of_learned(job: Job, cut: CutFolder) -> Path | None:
+    """The file of the plan that makes the student of a cut from what it learns from; None where nothing says it.
 
     Raises InputError for a lineage whose plans do not follow each other.
     """
     if not job.learns_from:
-        return plan
+        return cut.plan
     if not job.lineage:
         return None
-    made = compose(*map(PrunePlan.load, job.lineage), PrunePlan.load(plan))
-    made.save(plan.with_name(COMPOSED))
-    return plan.with_name(COMPOSED)
+    made = compose(*map(PrunePlan.load, job.lineage), PrunePlan.load(cut.plan))
+    made.save(cut.composed)
+    return cut.composed
 
 
 def check_lineage(job: Job, student: Architecture, source: Architecture, learned: Architecture) -> None:

@@ -13,15 +13,16 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
+from nemo_minitron.families import resolve
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
+from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
-
-
-PRUNED, RANDOM, DISTILLED = "checkpoints/pruned", "checkpoints/random", "checkpoints/distilled"  # in a run folder
 
 
 @dataclasses.dataclass
@@ -29,16 +30,25 @@ class Run:
     """A run folder and its job. `say` prints a line and writes it to `log.txt`."""
 
     job: Job
-    folder: Path
+    folder: RunFolder
     manifest: Manifest
+    opened: dict[Path, ModelSource] = dataclasses.field(default_factory=dict, repr=False)
+
+    def open(self, model: str | Path) -> ModelSource:
+        """A model that the job only reads, opened once. Raises InputError as `open_source`."""
+        path = resolve(model)
+        if path not in self.opened:
+            self.opened[path] = open_source(path)
+        return self.opened[path]
 
     def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
+        """What lies in the folder under a name that a stage gives."""
+        return self.folder.path.joinpath(*parts)
 
     def say(self, line: str) -> None:
         line = visible(line)
         print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.path("log.txt"), "a") as log:  # a full disk: what it tells is lost
+        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:  # a full disk: what it tells is lost
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
@@ -52,7 +62,7 @@ class Stage:
 
     name: str
     run: Callable[[Run], None]
-    inputs: Callable[[Run], Any]
+    inputs: Callable[[Run], object]
     after: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     also: Callable[[Run], Iterable[str]] = lambda run: ()
@@ -67,7 +77,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the run folder '{folder}' is a file")
     held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-    if held and "recipe.json" not in held:
+    if held and RunFolder.recipe not in held:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")
 
 
@@ -87,20 +97,20 @@ def check_recipe(job: Job, folder: Path) -> None:
 
 def used(folder: Path) -> bool:
     """Whether a run folder, or one of a chain's steps in it, has finished stages."""
-    found = [folder / "manifest.json", *folder.glob("*/manifest.json")]
+    found = [folder / RunFolder.manifest, *folder.glob(f"*/{RunFolder.manifest}")]
     return any(file.is_file() and Manifest.open(file).stages for file in found)
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
     """As it is written there; settings that an earlier version did not have are at their defaults."""
-    written = read_json(folder / "recipe.json", "the recipe")
+    written = read_json(folder / RunFolder.recipe, "the recipe")
     try:
         return Job.from_dict(written).as_dict()
     except InputError:  # of another version
         return written if isinstance(written, dict) else {}
 
 
-def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
+def _differing(wanted: object, there: object, name: str = "") -> list[str]:
     """Settings that are not the same, in words."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         names = [key for key in wanted | there if f"{name}{key}" != "layout"]
@@ -113,25 +123,25 @@ def _differing(wanted: Any, there: Any, name: str = "") -> list[str]:
     return [] if same else [f"{name.rstrip('.')} is {_short(there)} there and {_short(wanted)} here"]
 
 
-def _one_place(one: Any, other: Any) -> bool:
+def _one_place(one: object, other: object) -> bool:
     """Whether two texts are paths of the same file or folder, one from here, the other absolute."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return False
     return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def open_run(job: Job, folder: str | Path) -> Run:
     """Creates or reopens a run folder, which the caller holds (`locked`). Raises InputError as `check_folder`."""
-    folder = Path(folder)
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recipe.json", job.as_dict())
-    run = Run(job, folder, Manifest.open(folder / "manifest.json"))
+    files = RunFolder(folder)
+    check_folder(files.path)
+    files.path.mkdir(parents=True, exist_ok=True)
+    write_json(files.recipe, job.as_dict())
+    run = Run(job, files, Manifest.open(files.manifest))
     run.manifest.versions = versions()
     return run
 
@@ -162,7 +172,7 @@ def _done(run: Run, stage: Stage, digest: str, title: str) -> bool:
     wrong = run.manifest.damaged(stage.name, stage.outputs)
     for name, why in wrong.items():
         run.say(f"{title}: done before, but {run.path(name)} {why}")
-    take_away(run.folder, wrong)
+    take_away(run.folder.path, wrong)
     if not wrong and not run.manifest.knows(stage.name, stage.outputs):  # of a version that sealed no files
         run.manifest.seal(stage.name, stage.left(run))
         run.manifest.save()

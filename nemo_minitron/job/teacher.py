@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from nemo_minitron.job.run import Run
     from nemo_minitron.settings.recipe import Job
 
-TEACHER = "checkpoints/teacher"  # of a run: what its first stage made of a NeMo checkpoint
-
 
 def teacher_config(job: Job, *, offline: bool = False) -> dict[str, Any]:
     """The config of a job's teacher; `offline`: of one that is not on this machine, what the recipe states.
@@ -39,7 +37,7 @@ def teacher_config(job: Job, *, offline: bool = False) -> dict[str, Any]:
 def teacher_folder(run: Run) -> Path:
     """A run's teacher as a Hugging Face folder: itself, or what the first stage made of a NeMo checkpoint."""
     path = resolve(run.job.teacher)
-    return run.path(TEACHER) if is_nemo_checkpoint(path) else path
+    return run.folder.teacher if is_nemo_checkpoint(path) else path
 
 
 def clear_torn(folder: Path) -> None:

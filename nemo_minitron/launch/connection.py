@@ -101,7 +101,7 @@ class Connection:
         if self._over.is_set():
             stop()
 
-    def send(self, **message: Any) -> None:
+    def send(self, **message: object) -> None:
         """Raises ConnectionLost."""
         try:
             text = json.dumps(message).encode() + b"\n"

@@ -25,10 +25,13 @@ AGAIN = "run the same command on all nodes again and it goes on from what was sa
 
 @dataclasses.dataclass(frozen=True)
 class StageOrder:
-    """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`."""
+    """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`. `order`: what
+    they are told (`settings.orders`), as the plain values that travel between hosts; `worker`: the module that reads
+    them."""
 
     stage: str
-    settings: dict[str, Any]
+    worker: str
+    order: dict[str, Any]
     each: int
     nodes: int = 1
     host: str = ""
@@ -85,7 +88,7 @@ class Leader:
         for rank, ending in endings.items():
             ending.check(order.stage, f" on node {rank}")
 
-    def _to(self, rank: int, line: Connection, **message: Any) -> None:
+    def _to(self, rank: int, line: Connection, **message: object) -> None:
         try:
             line.send(**message)
         except ConnectionLost:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import visible
+from nemo_minitron.settings.orders import PROGRESS
 
 TAIL = 200  # lines of output that a message may come from
 MARK = "  ~minitron "  # a line of a worker to its launcher: JSON behind it
-PROGRESS = "  > "
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
 _REMARK = re.compile(r"\s|.*Warning:|\[W")  # a warning, the line behind it that it points to, one of torch's
 
@@ -88,7 +88,7 @@ class Output:
         return (errors[:1] or words[-1:] or ["it printed nothing"])[0].strip()
 
 
-def tell(**message: Any) -> None:
+def tell(**message: object) -> None:
     """A worker's line to its launcher. One write, newline and all: other ranks print too."""
     with contextlib.suppress(OSError):
         os.write(1, f"{MARK}{json.dumps(message)}\n".encode())

@@ -18,16 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import naming
 from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.artifacts.typed import plain
 from nemo_minitron.launch.death import killed, oom_kills
 from nemo_minitron.launch.machines import StageOrder, StageResult, leading
 from nemo_minitron.launch.output import Output
 from nemo_minitron.launch.stall import ask_for_stacks, kill, stall_timeout, stalled, unheard, words_of
+from nemo_minitron.settings.orders import Order
 
-WORKER = "nemo_minitron.hosts.nemo.worker"
 ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
 LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
@@ -39,18 +39,18 @@ FORWARD_SIGNALS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launch(stage: str, settings: dict[str, Any], processes: int, log: Path | None = None) -> None:
-    """Runs a stage of `hosts.nemo.worker` with these settings in so many processes: on this machine, or on
-    all the hosts that this process leads (`machines.lead`).
+def launch(order: Order, worker: str, log: Path | None = None) -> None:
+    """Runs the module `worker` on an order, in the processes of its layout: on this machine, or on all machines that
+    this process leads (`machines.lead`).
 
     Everything the processes print goes to `log`, but for their lines of progress. One rank's failure ends
     them all. Raises InputError with the sentence of the rank that refused, RuntimeError for any other end.
     """
-    order, leader = StageOrder(stage, settings, processes, log=str(log or "")), leading()
+    stage, leader = StageOrder(order.stage, worker, plain(order), order.processes, log=str(log or "")), leading()
     if leader:
-        leader.run(order, run)
+        leader.run(stage, run)
     else:
-        run(order, 0, lambda stop: None).check(stage)
+        run(stage, 0, lambda stop: None).check(order.stage)
 
 
 def run(order: StageOrder, node: int, watch: Callable[[Callable[[], None]], None]) -> StageResult:
@@ -58,10 +58,10 @@ def run(order: StageOrder, node: int, watch: Callable[[Callable[[], None]], None
     the first has its number."""
     output, killed_before = Output(_log(order.log, node)), oom_kills()
     with apart() as scratch:
-        file = scratch / "settings.json"
+        file = scratch / "order.json"
         with naming(file):
-            file.write_text(json.dumps(order.settings))
-        command = [*_python(order, node), "-m", WORKER, order.stage, str(file)]
+            file.write_text(json.dumps(order.order))
+        command = [*_python(order, node), "-m", order.worker, order.stage, str(file)]
         environment = _environment(order) | {ERRORS: str(scratch)}
         code, stall = _follow(command, environment, output, watch, order.each if order.stage in SAVING else 0)
         refusals = [path.read_text() for path in sorted(scratch.glob("refused-*"))]

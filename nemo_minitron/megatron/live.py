@@ -21,7 +21,7 @@ from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.sources.bits import DTYPES, as_raw, as_tensor
 from nemo_minitron.sources.finite import check_finite
 from nemo_minitron.sources.mapping import Piece, Shard, is_expert, pieces
-from nemo_minitron.sources.tensors import RAW, TensorSource, whole
+from nemo_minitron.sources.tensors import RAW, TensorSource, source_digest, whole
 
 
 def this_shard() -> Shard:
@@ -138,6 +138,11 @@ class LiveSource:
         bits = torch.from_numpy(block.reshape(-1).view(np.uint8)).to(torch.cuda.current_device())
         torch.distributed.all_reduce(bits)  # bytes of one owner and zeros: exact, whatever they mean
         return bits.cpu().numpy().view(block.dtype).reshape(block.shape)
+
+
+def live_digest(chunks: Iterable[Any], architecture: Architecture) -> str:
+    """The model digest of a live model. Collective."""
+    return source_digest(LiveSource(chunks, architecture))
 
 
 def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:

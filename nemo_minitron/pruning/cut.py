@@ -13,13 +13,13 @@ from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_s
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 from nemo_minitron.sources.folder import HFSource
-from nemo_minitron.sources.tensors import source_digest
+from nemo_minitron.sources.tensors import ModelSource, source_digest
 
 PLAN, COMPENSATION = "minitron_plan.json", "minitron_compensation.json"
 
 
 def prune(
-    teacher: str | Path,
+    teacher: str | Path | ModelSource,
     plan: PrunePlan | str | Path,
     student: str | Path,
     *,
@@ -27,7 +27,7 @@ def prune(
     overwrite: bool = False,
     shard_size: int = SHARD,
 ) -> Path:
-    """Cuts a Hugging Face folder (or hub id) as `plan` says; returns the student's folder.
+    """Cuts a Hugging Face folder (or hub id, or an opened one) as `plan` says; returns the student's folder.
 
     Weights keep their dtype; the tokenizer, the generation config and the licence come along (`families/side_files.py`
     says what, and why), and no code; the plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are
@@ -39,10 +39,10 @@ def prune(
     folder that is not empty (without `overwrite`) or overlaps the teacher's, a link out of the teacher's folder, and a
     disk that is too small or fails.
     """
-    source_folder, student = resolve(teacher), Path(student)
+    source_folder, student = teacher.folder if isinstance(teacher, ModelSource) else resolve(teacher), Path(student)
     _check_place(source_folder, student, overwrite)
     plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
-    source = HFSource(source_folder)
+    source = teacher if isinstance(teacher, ModelSource) else HFSource(source_folder)
     check_plan(plan, source)
     tokenizer = (
         Vocabulary(source_folder, plan.source.vocab_size).cut(plan.keep["vocab"]) if "vocab" in plan.keep else None
@@ -72,7 +72,7 @@ def save_record(folder: Path, plan: PrunePlan, compensation: Compensation | None
         write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
 
 
-def check_plan(plan: PrunePlan, source: HFSource) -> None:
+def check_plan(plan: PrunePlan, source: ModelSource) -> None:
     """Raises InputError where `plan` was made for a model other than `source`."""
     for field in dataclasses.fields(plan.source):
         planned, found = (getattr(a, field.name) for a in (plan.source, source.architecture))

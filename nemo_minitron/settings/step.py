@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.artifacts.parse import WORDS, shown
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.settings.search import Search
 from nemo_minitron.settings.validated import ValidatedSettings
 
 FIRST, PREVIOUS = "first", "previous"
 TEACHERS = (FIRST, PREVIOUS)
-SUMMARY = "chain.json"  # in the chain's folder, beside a folder for each step
-TAKEN = ("recipe.json", SUMMARY)
+TAKEN = (RunFolder.recipe, RunFolder.chain)  # in the chain's folder, beside a folder for each step
 OPEN = ("calibration", "distillation")  # of a step: any setting of these groups
 
 

@@ -19,19 +19,20 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index
 from nemo_minitron.artifacts.records import read_last
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.sources.bits import DTYPES, as_raw
 from nemo_minitron.sources.checkpoint_files import load_chunk, place_of, read_metadata
 from nemo_minitron.sources.context import hf_config, tokenizer_folder
 from nemo_minitron.sources.mapping import Piece, pieces
-from nemo_minitron.sources.tensors import RAW
+from nemo_minitron.sources.tensors import RAW, ModelSource
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
 
 
-class CheckpointSource:
+class CheckpointSource(ModelSource):
     """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: the folder of its tokenizer.
 
     It holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
@@ -155,4 +156,4 @@ def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tu
 
 def last_checkpoint(folder: Path) -> Path:
     """The last checkpoint that `distill` wrote into a folder. Raises InputError if there is none."""
-    return folder / read_last(folder / "last.json")["checkpoint"]
+    return folder / read_last(TrainingFolder(folder).last)["checkpoint"]

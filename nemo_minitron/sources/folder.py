@@ -17,7 +17,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, read_config
 from nemo_minitron.sources.headers import SIZES, Entry, read_header, shards
 from nemo_minitron.sources.streams import ByteRange, Sink
-from nemo_minitron.sources.tensors import RAW
+from nemo_minitron.sources.tensors import RAW, ModelSource
 
 MOST = 1024  # the system's limit of buffers in one call
 LEAST = 1 << 20  # bytes; if runs of rows are longer on average, each is copied by itself
@@ -28,7 +28,7 @@ UNIT = 8  # neighbouring columns that are picked as one
 _GAP = memoryview(bytearray(64 << 10))
 
 
-class HFSource:
+class HFSource(ModelSource):
     """The safetensors of a Hugging Face folder, under canonical names; reading is safe from several threads.
 
     `architecture`, `config` (the folder's, as a dict), `family` and `folder` are public.
@@ -38,7 +38,7 @@ class HFSource:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.path = Path(folder)
         self.config = read_config(self.folder)
         self.family = family_of(self.config)
         self.architecture = self.family.architecture(self.config)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import read_config, resolve
+from nemo_minitron.sources.tensors import ModelSource
 
 
 def is_nemo_checkpoint(path: str | Path) -> bool:
@@ -14,11 +15,8 @@ def is_nemo_checkpoint(path: str | Path) -> bool:
     return (Path(path) / "weights").is_dir() or (Path(path) / "context").is_dir()
 
 
-def open_source(source: str | Path) -> Any:
-    """A TensorSource with `config` (the Hugging Face config) and `folder`.
-
-    Raises InputError if `source` is neither kind of model, or is damaged.
-    """
+def open_source(source: str | Path) -> ModelSource:
+    """The model as a ModelSource. Raises InputError if `source` is neither kind of model, or is damaged."""
     path = resolve(source)
     if path.is_dir() and is_nemo_checkpoint(path):
         from nemo_minitron.sources.checkpoint import CheckpointSource

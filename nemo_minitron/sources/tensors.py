@@ -6,13 +6,16 @@ computes, so the same plan gives the same bytes from every source that stores th
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index, model_digest
 from nemo_minitron.artifacts.dtypes import bf16_bits
+from nemo_minitron.artifacts.files import digest_of
 
 # safetensors dtype -> raw bits
 RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
@@ -30,6 +33,32 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Raw bits of the outer product of sorted indices, one array per dimension, as a new array."""
         ...
+
+
+class ModelSource:
+    """A TensorSource that is a whole model on disk, at `path`: with its Hugging Face config, and the `folder` that has
+    its tokenizer. Stages hand an opened one on: its headers are read once, and so is its identity."""
+
+    architecture: Architecture
+    config: dict[str, Any]
+    folder: Path
+    path: Path
+
+    def dtype(self, name: str) -> str:
+        raise NotImplementedError
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The model digest, as it was when it was first asked for."""
+        return source_digest(self)
+
+    @functools.cached_property
+    def identity(self) -> list[str]:
+        """The model digest, and the config's: an edited rope_theta is another model."""
+        return [self.digest, digest_of(dict(self.config))]
 
 
 def whole(shape: tuple[int, ...]) -> Index:

@@ -18,13 +18,13 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, Manifest, PrunePlan, Scores, compose, records
 from nemo_minitron.artifacts.files import digest_of, read_json
 from nemo_minitron.artifacts.logit_cache import HEADER, LogitCache, shard_path
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.cli.find import find
 from nemo_minitron.commands.finetune import check_rows
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.card import CardFacts, card_text
 from nemo_minitron.families import from_hf
 from nemo_minitron.importance.depth.items import read_items
-from nemo_minitron.job.stages.corpora import RECORD
 from nemo_minitron.settings.recipe import Data, Job
 from nemo_minitron.sources.headers import read_header
 
@@ -136,7 +136,7 @@ READERS = {
     "ranks": of_json([STANDING], lambda file: read_json(file, "the ranks", records.RANKS)),
     "corpora": of_json(
         {"train": "data/train", "test": "/x/test", "calibration": "data/train"},
-        lambda file: read_json(file, RECORD, records.CORPORA),
+        lambda file: read_json(file, RunFolder.corpora, records.CORPORA),
     ),
     "known": of_json({"identity": "a", "loss": 2.5}, lambda file: records.read_known(file, "a")),
     "loss.csv": a_curve,

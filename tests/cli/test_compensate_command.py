@@ -70,7 +70,7 @@ def test_plans_stages_and_layers_one_by_one(world, plan, solved):
     (world / "c3.safetensors.parts").mkdir()
     (world / "c3.safetensors.parts" / "layers.9.down.weight.npy").write_text("no matrix")
     rows, calibration = world / ".c.safetensors.work" / "calibration", Calibration(6, 36, 2, seed=1234)
-    solve_for(str(world / "teacher"), outs, rows, calibration, Layout(pp=2), memory=1000)
+    solve_for(HFSource(world / "teacher"), outs, rows, calibration, Layout(pp=2), memory=1000)
     both = [Compensation.load(out) for out in outs.values()]
     assert list(both[0].tensors) == list(solved.tensors)
     by_the_book, source = grams(world), HFSource(world / "teacher")

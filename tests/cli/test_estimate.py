@@ -142,7 +142,7 @@ def test_a_recipe_drops_layers_by_loss_and_the_report_draws_it(run):
     assert plan.keep["layers"] == [layer for layer in range(6) if layer not in gone]
     assert plan.notes["depth"] == "loss"
     assert "without layers" in run.path("log.txt").read_text()
-    report = write_report(run.folder).read_text()
+    report = write_report(run.folder.path).read_text()
     assert "Dropped layers" in report
     rows = run.path("figures", "depth.csv").read_text().splitlines()
     assert len(rows) == 1 + len(scores.depth["loss"])

@@ -41,7 +41,7 @@ def models(folder):
 
     import nemo_minitron.backend as backend
     from nemo_minitron.distillation.teacher import Teacher
-    from nemo_minitron.hosts.nemo.models import start
+    from nemo_minitron.megatron.groups import start
     from nemo_minitron.megatron.live import fill
     from nemo_minitron.sources.folder import HFSource
 

@@ -11,6 +11,7 @@ from pico import pico_llama
 from nemo_minitron.commands import distill
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
+from nemo_minitron.pruning import HFSource
 
 RECIPE = Distillation(tokens=64, sequence_length=8, global_batch_size=2)  # 4 steps
 
@@ -21,12 +22,10 @@ class Launched:
     def __init__(self, ends_at=None):
         self.calls, self.ends_at = [], ends_at
 
-    def __call__(self, stage, settings, processes, log):
-        assert stage == "distill"
-        self.calls.append(settings)
-        recipe = Distillation(**settings["distillation"])
-        step = self.ends_at or settings["stop"] or recipe.steps
-        out = distill.Path(settings["out"])
+    def __call__(self, order, worker, log):
+        assert order.stage == "distill"
+        self.calls.append(order)
+        step, out = self.ends_at or order.stop or order.distillation.steps, order.out
         last = f"nemo/checkpoints/step={step - 1}-last"
         save_small(out / last)
         early = {"stopped": step} if self.ends_at else {}
@@ -49,7 +48,7 @@ def train(folder, tmp_path, monkeypatch):
 
     def run(recipe=RECIPE, layout=None, **options):
         prefixes = (folder / "train", folder / "held-out")
-        models = folder / "student", str(folder / "teacher")
+        models = HFSource(folder / "student"), HFSource(folder / "teacher")
         distill.run_training(*models, prefixes, tmp_path / "out", recipe, layout or Layout(), **options)
         return launched.calls
 
@@ -65,8 +64,8 @@ def test_a_finished_training_is_not_begun_again_and_one_of_other_settings_is(tra
 
 def test_a_stop_is_gone_on_from(train):
     train(stop=2)
-    assert [call["stop"] for call in train(stop=2)] == [2]
-    assert [call["stop"] for call in train()] == [2, None]
+    assert [call.stop for call in train(stop=2)] == [2]
+    assert [call.stop for call in train()] == [2, None]
 
 
 def test_one_that_ended_early_is_finished(train):
@@ -109,14 +108,14 @@ def test_a_corrected_teacher_is_trained_first_and_then_taught_from(train, folder
     layout = Layout(pp=2, first_stage=1)  # of the student's 3 layers; the teacher's 6 divide evenly
     recipe = dataclasses.replace(RECIPE, correction_tokens=32, intermediate="embedding", start="random")
     correction, distillation = train(recipe, layout)
-    assert correction["student"] == correction["teacher"] == str(folder / "teacher")
-    settings = Distillation(**correction["distillation"])
+    assert correction.student == correction.teacher == folder / "teacher"
+    settings = correction.distillation
     assert (settings.steps, settings.logits_weight, settings.lm_weight) == (2, 0.0, 1.0)
     assert (settings.intermediate, settings.start, settings.correction_tokens) == ("", "pruned", 0)
     assert settings.learning_rate == recipe.correction_learning_rate
-    assert (correction["layout"]["first_stage"], distillation["layout"]["first_stage"]) == (0, 1)
-    assert distillation["teacher"].endswith("out/teacher/nemo/checkpoints/step=1-last")
-    assert distillation["student"] == str(folder / "student")
+    assert (correction.layout.first_stage, distillation.layout.first_stage) == (0, 1)
+    assert str(distillation.teacher).endswith("out/teacher/nemo/checkpoints/step=1-last")
+    assert distillation.student == folder / "student"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def run_importer(family, folder, out):
     from transformers import AutoModelForCausalLM
 
     from nemo_minitron.families import family_of
-    from nemo_minitron.hosts.nemo.models import build, nemo_config, start
+    from nemo_minitron.hosts.nemo.models import build, nemo_config
+    from nemo_minitron.megatron.groups import start
     from nemo_minitron.megatron.live import LiveSource
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.sources.folder import HFSource

@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from pico import SIZES
+from pico import SIZES, pico_llama
 
 from nemo_minitron.artifacts import PrunePlan, compose
+from nemo_minitron.artifacts.run_folder import CutFolder
 from nemo_minitron.cli.find import find
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
@@ -168,11 +169,12 @@ def plans(tmp_path):
 def test_a_students_layers_are_counted_in_what_it_learns_from(chain, plans):
     first, second = plans
     job = Job("pico", "student", chain.data, {"ffn": 64}, learns_from="teacher", lineage=(str(first),))
-    made = plan_of_learned(job, second)
+    cut = CutFolder(second.parent)
+    made = plan_of_learned(job, cut)
     assert made == second.with_name("lineage.json")
     assert PrunePlan.load(made) == compose(PrunePlan.load(first), PrunePlan.load(second))
-    assert plan_of_learned(dataclasses.replace(job, lineage=()), second) is None
-    assert plan_of_learned(dataclasses.replace(job, learns_from="", lineage=()), second) == second
+    assert plan_of_learned(dataclasses.replace(job, lineage=()), cut) is None
+    assert plan_of_learned(dataclasses.replace(job, learns_from="", lineage=()), cut) == second
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,12 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     asked = {}
 
     def run_training(student, teacher, texts, out, recipe, layout, log, plan):
-        asked.update(teacher=teacher, plan=plan)
+        asked.update(teacher=teacher.path, plan=plan)
 
     monkeypatch.setattr(stages, "run_training", run_training)
     monkeypatch.setattr(stages, "trained_on", lambda run: tmp_path)
     for name in ("teacher", "run/checkpoints/pruned"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **SIZES}))
+        pico_llama(tmp_path / name)
     job = Job(
         "pico", "student", chain.data, {"ffn": 64}, learns_from=str(tmp_path / "teacher"), lineage=(str(plans[0]),)
     )
@@ -214,7 +215,7 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     run = open_run(job, tmp_path / "run")
     PrunePlan.load(plans[1]).save(run.path("plan.json"))
     stages.distill(run)
-    assert asked == {"teacher": str(tmp_path / "teacher"), "plan": run.path("lineage.json")}
+    assert asked == {"teacher": tmp_path / "teacher", "plan": run.path("lineage.json")}
 
 
 def test_the_shipped_chain(tmp_path):

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import os
-import sys
 
 import pytest
+from pico_order import pico_order
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job
@@ -217,18 +217,16 @@ def test_one_ranks_failure_ends_all_with_its_message(stage, error, words, tmp_pa
     """The other rank sleeps for ten minutes: the test's own timeout would end it."""
     (tmp_path / "pico_worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
     with pytest.raises(error, match=f"(?s){words}"):
-        launch(stage, {}, 2, tmp_path / "log.txt")
+        launch(pico_order(stage, 2), "pico_worker", tmp_path / "log.txt")
 
 
 @pytest.mark.slow
 def test_ranks_that_all_refuse_give_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "pico_worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
     with pytest.raises(InputError) as caught:
-        launch("all refuse", {}, 2, tmp_path / "log.txt")
+        launch(pico_order("all refuse", 2), "pico_worker", tmp_path / "log.txt")
     assert str(caught.value) in ("rank 0 has no data", "rank 1 has no data")
 
 
@@ -236,8 +234,7 @@ def test_ranks_that_all_refuse_give_one_sentence(tmp_path, monkeypatch):
 def test_progress_reaches_the_screen_and_everything_the_log(tmp_path, monkeypatch, capfd):
     (tmp_path / "pico_worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(sys.modules[launch.__module__], "WORKER", "pico_worker")
-    launch("work", {}, 2, tmp_path / "log.txt")
+    launch(pico_order("work", 2), "pico_worker", tmp_path / "log.txt")
     assert sorted(capfd.readouterr().out.split("> step ")[1:]) == ["0\n", "1\n"]
     assert "step 0" in (tmp_path / "log.txt").read_text()
 

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from pico_order import pico_order
 
 from nemo_minitron.launch import death
 from nemo_minitron.launch import torchrun as launching
@@ -49,7 +50,6 @@ def worker(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "PYTHONPATH", f"{tmp_path}{os.pathsep}{os.path.dirname(os.path.dirname(launching.__file__))}/../.."
     )
-    monkeypatch.setattr(launching, "WORKER", "pico_worker")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
     if stage.startswith(("stopped", "waiting", "unheard")):
         monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
     with pytest.raises(RuntimeError, match=words):
-        launch(stage, {}, 2, tmp_path / "log.txt")
+        launch(pico_order(stage, 2), "pico_worker", tmp_path / "log.txt")
     assert time.monotonic() - start < 120
     assert not processes(str(tmp_path))
 
@@ -77,7 +77,7 @@ def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
 def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path, monkeypatch):
     monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
     with pytest.raises(RuntimeError, match=r"stopped 0 ended with exit code 1: rank 0 .* a signal has stopped it"):
-        launch("stopped 0", {}, 1, tmp_path / "log.txt")
+        launch(pico_order("stopped 0", 1), "pico_worker", tmp_path / "log.txt")
     assert not processes(str(tmp_path))
 
 

@@ -56,7 +56,7 @@ def test_each_node_does_its_part(hosts, tmp_path):
     end = other(hosts[1], tmp_path / "run", noted(there))
     with lead(hosts[0], "job", tmp_path / "run"):
         for stage, processes in (("estimate", 4), ("prune", 1), ("distill", 2)):
-            leading().run(StageOrder(stage, {}, processes), noted(here))
+            leading().run(StageOrder(stage, "worker", {}, processes), noted(here))
     assert end() is None
     assert here == [("estimate", 2, 2, 0), ("prune", 1, 1, 0), ("distill", 1, 2, 0)]
     assert there == [("estimate", 2, 2, 1), ("distill", 1, 2, 1)]
@@ -82,7 +82,7 @@ def test_a_failure_there_ends_the_stage_here(hosts, tmp_path, ending, error, wor
     """Without the alarm `until_stopped` waits for a minute and fails."""
     end = other(hosts[1], tmp_path / "run", lambda *_: ending)
     with pytest.raises(error, match=words), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(StageOrder("distill", {}, 2), until_stopped)
+        leading().run(StageOrder("distill", "worker", {}, 2), until_stopped)
     assert "node 0 ended" in str(end())
 
 
@@ -97,14 +97,14 @@ def test_a_node_that_dies_ends_the_job(hosts, tmp_path):
 
     end = other(hosts[1], tmp_path / "run", dies)
     with pytest.raises(RuntimeError, match=r"node 1 .* is gone"), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(StageOrder("distill", {}, 2), until_stopped)
+        leading().run(StageOrder("distill", "worker", {}, 2), until_stopped)
     assert isinstance(end(), KeyError)
 
 
 def test_a_leader_that_fails_ends_the_others(hosts, tmp_path):
     end = other(hosts[1], tmp_path / "run", until_stopped)
     with pytest.raises(RuntimeError, match="exit code 1"), lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(StageOrder("distill", {}, 2), lambda *_: StageResult(1, cause="ValueError: broken"))
+        leading().run(StageOrder("distill", "worker", {}, 2), lambda *_: StageResult(1, cause="ValueError: broken"))
     assert "node 0 ended: distill ended with exit code 1: ValueError: broken" in str(end())
 
 
@@ -163,7 +163,7 @@ def test_a_stranger_ends_nothing(hosts, tmp_path, said):
     node = threading.Thread(target=late)
     node.start()
     with lead(hosts[0], "job", tmp_path / "run"):
-        leading().run(StageOrder("distill", {}, 2), noted(here))
+        leading().run(StageOrder("distill", "worker", {}, 2), noted(here))
     node.join(60)
     assert (here, there) == ([("distill", 1, 2, 0)], [("distill", 1, 2, 1)])
     for connection in open_ones:

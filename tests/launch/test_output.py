@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+from pico_order import pico_order
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.launch import torchrun as launching
@@ -72,27 +73,26 @@ def test_a_screen_that_is_gone_stops_nothing(monkeypatch):
 def talker(tmp_path, monkeypatch):
     (tmp_path / "pico_talker.py").write_text(TALKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(launching, "WORKER", "pico_talker")
 
 
 def test_workers_do_not_hang_where_the_log_cannot_be_written(talker, capfd):
     """Half a megabyte of output, a pipe holds 64 kB. Mutation: a reader that ends with the first failed write leaves
     the worker in its pipe for ever."""
-    launch("work", {}, 1, "/dev/full")
+    launch(pico_order("work", 1), "pico_talker", "/dev/full")
     assert capfd.readouterr().err == "its log '/dev/full' could not be written: No space left on device\n"
     with pytest.raises(RuntimeError, match="exit code 1: ValueError: broken; its log '/dev/full' could not be written"):
-        launch("fail", {}, 1, "/dev/full")
+        launch(pico_order("fail", 1), "pico_talker", "/dev/full")
 
 
-def test_settings_that_cannot_be_written_are_named(monkeypatch, tmp_path):
+def test_an_order_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     """A folder of temporary files on a full disk."""
 
     def full(self, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(launching.Path, "write_text", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*settings.json'"):
-        launch("work", {}, 1)
+    with pytest.raises(OSError, match=r"No space left on device: '.*order.json'"):
+        launch(pico_order("work", 1), "pico_talker")
 
 
 def test_a_timeout_that_is_no_number_is_refused(monkeypatch):

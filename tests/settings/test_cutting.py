@@ -5,6 +5,7 @@ import pytest
 from pico import pico_llama, pico_mixtral
 
 from nemo_minitron.artifacts import Compensation
+from nemo_minitron.artifacts.run_folder import CutFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, read_config
 from nemo_minitron.job import Data, Job
@@ -77,14 +78,14 @@ def test_a_cut_models_identity(teacher, tmp_path):
     plan, solving = random_plan(from_hf(teacher), keep={"ffn": 48}), job(teacher, {"ffn": 48})
     plan.save(tmp_path / "plan.json")
     with pytest.raises(InputError, match="does not exist"):
-        cut_identity(solving, tmp_path / "plan.json")
+        cut_identity(solving, CutFolder(tmp_path))
     found = []
     for value in (0, 0, 1):
         tensors = {name: np.full(plan.target.shapes()[name], value, np.float32) for name, _ in solvable(plan)}
         Compensation(plan.digest, tensors).save(tmp_path / "compensation.safetensors")
-        found.append(cut_identity(solving, tmp_path / "plan.json"))
+        found.append(cut_identity(solving, CutFolder(tmp_path)))
     assert found[0] == found[1] != found[2]
-    assert cut_identity(job(teacher, {"ffn": 48}, "cutting.compensate=false"), tmp_path / "plan.json")[2] is None
+    assert cut_identity(job(teacher, {"ffn": 48}, "cutting.compensate=false"), CutFolder(tmp_path))[2] is None
 
 
 @pytest.mark.parametrize("settings", [(), ("search.params=120K",), ("rounds=3",), ("cutting.compensate=false",)])

@@ -8,13 +8,14 @@ from pico import pico_llama
 from words import save_tokenizer
 
 from nemo_minitron.artifacts.files import file_digest
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Evaluation, Generation, Job
 from nemo_minitron.job.dry_run import describe
 from nemo_minitron.job.run import execute, open_run
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compress import stages
-from nemo_minitron.job.stages.generate import GENERATED, RECORD, WRITE, gather, prompts_of, trained_on
+from nemo_minitron.job.stages.generate import WRITE, gather, prompts_of, trained_on
 
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(60)]
 SETTINGS = Generation(documents=6, prompt_tokens=5, new_tokens=7, batch_size=2, seed=3)
@@ -75,18 +76,18 @@ def test_a_run_that_is_broken_off_ends_with_the_same_text(job, tmp_path, monkeyp
         patch.setattr(broken, "say", stop)
         with pytest.raises(KeyboardInterrupt):
             execute(broken, wanted)
-    (parts,) = broken.folder.glob(f"{RECORD}.*")
+    (parts,) = broken.folder.path.glob(f"{RunFolder.generation}.*")
     (first,) = parts.iterdir()
     first.write_text(first.read_text().replace('"continuation": "', '"continuation": "MARK'))
     execute(broken, wanted)
-    texts = [run.path(f"{GENERATED}.jsonl").read_text() for run in (whole, broken)]
+    texts = [run.path(f"{RunFolder.generated}.jsonl").read_text() for run in (whole, broken)]
     assert texts[0].count("\n") == 6
     assert texts[1].count("MARK") == 2
     assert texts[1].replace("MARK", "") == texts[0]
     assert not parts.exists()
-    record = json.loads(broken.path(f"{RECORD}.json").read_text())
+    record = json.loads(broken.path(f"{RunFolder.generation}.json").read_text())
     assert (record["documents"], record["empty"]) == (6, 0)
-    assert record["text"] == file_digest(broken.path(f"{GENERATED}.jsonl"))
+    assert record["text"] == file_digest(broken.path(f"{RunFolder.generated}.jsonl"))
 
 
 def test_the_student_is_trained_on_what_was_written(job, tmp_path):
@@ -95,7 +96,7 @@ def test_the_student_is_trained_on_what_was_written(job, tmp_path):
     run, wanted = run_of(job, tmp_path / "run")
     execute(run, wanted)
     tokenizer, tokens = load_tokenizer(job.teacher), Tokens(trained_on(run))
-    written = [json.loads(line)["text"] for line in run.path(f"{GENERATED}.jsonl").read_text().splitlines()]
+    written = [json.loads(line)["text"] for line in run.path(f"{RunFolder.generated}.jsonl").read_text().splitlines()]
     assert [tokenizer.decode(tokens[i][:-1], clean_up_tokenization_spaces=False) for i in range(6)] == written
     corpus = Tokens(corpora.prefix(run, "train"))
     prompts = prompts_of(SETTINGS, corpus, tokenizer)

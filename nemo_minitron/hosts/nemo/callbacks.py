@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.importance.reduction import reduce
+from nemo_minitron.megatron.live import live_digest
 
 
 class Importance(Callback):
@@ -55,7 +55,7 @@ class Importance(Callback):
             return
         chunks = chunks_of(trainer)
         self.scores, self._batches = self.previous, 0
-        self._digest = model_digest(chunks, architecture_of(chunks[0]))
+        self._digest = live_digest(chunks, architecture_of(chunks[0]))
         self._seen = DataStep(trainer, self._open(chunks))
 
     def on_validation_batch_start(self, *_: Any) -> None:
@@ -184,14 +184,6 @@ def _lightning_module(chunk: Any) -> LightningModule:
     return chunk
 
 
-def model_digest(chunks: list[Any], architecture: Architecture) -> str:
-    """The digest of a live model. Collective."""
-    from nemo_minitron.megatron.live import LiveSource
-    from nemo_minitron.sources.tensors import source_digest
-
-    return source_digest(LiveSource(chunks, architecture))
-
-
 class Pruning(Importance):
     """At the end of `trainer.validate`: `out/scores.safetensors`, `out/plan.json` and `out/student`.
 
@@ -220,8 +212,8 @@ class Pruning(Importance):
 
         assert self.scores is not None
         made = plan(self.scores, keep=self.keep)
-        folder = Path(self.folder)
+        files = RunFolder(self.folder)
         if torch.distributed.get_rank() == 0:
-            self.scores.save(folder / "scores.safetensors")
-            made.save(folder / "plan.json")
-        save_student(trainer, pl_module, made, folder / "student", self.teacher)
+            self.scores.save(files.scores)
+            made.save(files.plan)
+        save_student(trainer, pl_module, made, files.student, self.teacher)

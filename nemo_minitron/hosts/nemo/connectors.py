@@ -15,8 +15,8 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.families import FAMILIES, family_of
 from nemo_minitron.hosts.nemo.data_module import nemo_tokenizer
 from nemo_minitron.hosts.nemo.models import nemo_model
-from nemo_minitron.hosts.nemo.prune import precision_of
 from nemo_minitron.megatron.live import fill
+from nemo_minitron.megatron.prune import precision_of
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.sources.open import open_source

@@ -73,7 +73,7 @@ def _over(train: Tokens, validation: Tokens, **options: Any) -> PreTrainingDataM
     """NeMo's module over whole corpora, with the dataset that knows no padding."""
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
-    from nemo_minitron.hosts.nemo.dataset import PackedDataset
+    from nemo_minitron.megatron.dataset import PackedDataset
 
     places = {"train": train, "validation": validation, "test": validation}
     paths = {name: [str(source.prefix)] for name, source in places.items()}

@@ -9,21 +9,16 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.distillation import losses
-from nemo_minitron.distillation.intermediate import MEASURES, Intermediate
-from nemo_minitron.distillation.layer_map import layer_map
-from nemo_minitron.distillation.meter import Meter
-from nemo_minitron.distillation.projection import Projection
-from nemo_minitron.distillation.routers import ROUTERS, routers_loss, set_routers_loss
-from nemo_minitron.distillation.step import Objective, distillation_step
-from nemo_minitron.distillation.teacher import Teacher
+from nemo_minitron.distillation.intermediate import MEASURES
+from nemo_minitron.distillation.step import Objective
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.hosts.nemo.models import current_layout, load_model
+from nemo_minitron.hosts.nemo.models import build_model
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_config
-from nemo_minitron.importance.forward import architecture_of
+from nemo_minitron.megatron.distiller import Distiller
 from nemo_minitron.megatron.live import fill
 from nemo_minitron.megatron.random_start import RandomStart
 from nemo_minitron.settings.validated import check_number, check_whole
-from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 STATE = "minitron_distillation"  # in a checkpoint's common state, beside what NeMo puts there
 
@@ -34,7 +29,7 @@ class FillStudent(Callback):
     `random`: a seed; the model starts with random weights instead, the same in every layout.
     """
 
-    def __init__(self, source: str, random: int | None = None) -> None:
+    def __init__(self, source: ModelSource, random: int | None = None) -> None:
         self.source, self.random = source, random
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -43,14 +38,14 @@ class FillStudent(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.ckpt_path is None:
-            source = open_source(self.source)
-            fill(chunks_of(trainer), source if self.random is None else RandomStart(source.architecture, self.random))
+            random = None if self.random is None else RandomStart(self.source.architecture, self.random)
+            fill(chunks_of(trainer), random or self.source)
             for optimizer in trainer.optimizers:
                 optimizer.mcore_optimizer.reload_model_params()  # the fp32 master copies
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            fill(chunks_of(trainer), open_source(self.source))
+            fill(chunks_of(trainer), self.source)
 
 
 class Distillation(Callback):
@@ -97,110 +92,45 @@ class Distillation(Callback):
             check_whole(name, count)
         if not (logits_weight or lm_weight):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
-        self.source, self.precision, self.offload, self.seed = teacher, precision, offload, seed
-        # The vocabulary is the student's own, and known once it is there.
-        self.objective = Objective(0, loss, temperature, top_k, logits_weight, lm_weight)
-        self.cache, self.aux = cache, moe_aux_loss_coeff
-        self.pairs, self.measure, self.weight = intermediate, intermediate_loss, intermediate_weight
-        self.plan = PrunePlan.load(plan) if plan else None
-        self.parts: dict[str, float] = {}
-        self.teacher: Teacher | None = None
-        self._intermediate: Intermediate | None = None
-        self._meter: Meter | None = None
-        self._state: dict[str, Any] | None = None
+        self.distiller = Distiller(
+            teacher, Objective(0, loss, temperature, top_k, logits_weight, lm_weight), build_model, model_inputs,
+            precision=precision, offload=offload, cache=cache, aux=moe_aux_loss_coeff, pairs=intermediate,
+            measure=intermediate_loss, weight=intermediate_weight, plan=PrunePlan.load(plan) if plan else None,
+            seed=seed,
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return self.distiller.parts
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that `parts` has."""
+        return self.distiller.names
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)
         share_config(pl_module)
         if getattr(trainer.strategy.ddp_config, "average_in_collective", False):
             raise InputError("average_in_collective is on; masked tokens need a sum over ranks, set it to False")
-        # Before Megatron's DDP reads it. Else a rank with few tokens would weigh as much as one with many.
-        pl_module.config.calculate_per_token_loss = True
-        set_routers_loss(pl_module.config, self.aux)
+        self.distiller.prepare(pl_module.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        student = chunks_of(trainer)
-        self.objective = dataclasses.replace(self.objective, vocab_size=architecture_of(student[0]).vocab_size)
-        if self.cache:
-            self._learn_from_cache(pl_module.config)
-        elif self.objective.logits_weight or self.pairs:
-            self.teacher = self._load(student[0].config.sequence_parallel)
-        if self.pairs or self.cache or self.aux or len(self.objective.parts) > 1:
-            self._watch(student)
+        self.distiller.begin(chunks_of(trainer))
         # Set on the live config, after NeMo recorded its arguments: a checkpoint's context has NeMo's own.
-        pl_module.config.forward_step_fn = distillation_step(self.objective, model_inputs, self.teacher, self._meter)
-        if self._intermediate is not None:
-            pl_module.config.data_step_fn = shown(pl_module.config.data_step_fn, self._intermediate.expect)
-
-    def _learn_from_cache(self, config: Any) -> None:
-        from nemo_minitron.distillation.cache import CachedTeacher
-        from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
-
-        cached, given = CachedTeacher(self.cache), self.objective
-        cached.cache.header.check(self.cache, vocab_size=given.vocab_size)
-        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-        self.objective = CachedObjective(**fields, cached=cached)
-        config.data_step_fn = with_targets(config.data_step_fn, cached)
-
-    def _load(self, sp: bool) -> Teacher:
-        source = open_source(self.source)
-        ours, theirs = self.objective.vocab_size, source.architecture.vocab_size
-        if ours != theirs:
-            raise InputError(f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree")
-        layout = current_layout(sp=sp).for_depth(source.architecture.num_layers)
-        return Teacher(
-            load_model(self.source, precision=self.precision, layout=layout), model_inputs, offload=self.offload
-        )
-
-    def _watch(self, student: list[Any]) -> None:
-        """The parts of the loss apart, and those of intermediate states."""
-        ours, kept = architecture_of(student[0]), self.plan.keep if self.plan else {}
-        pairs: tuple[Any, ...] = ()
-        if self.pairs and self.teacher:
-            theirs = self.teacher.chunks[0].config
-            pairs = layer_map(self.pairs, ours.num_layers, theirs.num_layers, kept.get("layers"))
-        self._meter = Meter([*self.objective.parts, *map(str, pairs)])
-        if pairs and self.teacher:
-            widths = ours.hidden_size, theirs.hidden_size
-            projection = None if len(set(widths)) == 1 else Projection(*widths, self.seed, kept.get("hidden"))
-            self._intermediate = Intermediate(
-                pairs, student, self.teacher, measure=self.measure, weight=self.weight, projection=projection,
-                meter=self._meter,
-            )  # fmt: skip
-            if self._state is not None:
-                self._intermediate.load(self._state)
-
-    @property
-    def names(self) -> list[str]:
-        """The columns that `parts` has."""
-        extra = ["alpha"] * (self._intermediate is not None) + [ROUTERS] * bool(self.aux)
-        return [*self._meter.parts, *extra] if self._meter else []
+        config = pl_module.config
+        config.forward_step_fn = self.distiller.forward
+        config.data_step_fn = self.distiller.data_step(config.data_step_fn)
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
-        """Before the student's schedule: the teacher's, over the same micro-batches."""
-        if step.forward_only or self.teacher is None:
-            return
-        self.teacher.come()
-        if self.teacher.staged:
-            batches, length = replay(step)
+        if not step.forward_only:
             data_step = step.pl_module.data_step
-            self.teacher.ahead(batches, data_step, step.num_microbatches, length, step.micro_batch_size)
-            if self._intermediate is not None:
-                self._intermediate.send(step.num_microbatches, length, step.micro_batch_size)
+            self.distiller.before_step(step.num_microbatches, step.micro_batch_size, lambda: replay(step), data_step)
 
     def on_megatron_microbatches_end(self, step: Any) -> None:
-        if step.forward_only:
-            return
-        if self.teacher is not None:
-            self.teacher.leave()
-        if self._meter is not None:
-            self.parts = self._meter.reduce()
-        if self.aux:
-            self.parts[ROUTERS] = routers_loss(step.num_microbatches)
-        if self._intermediate is not None:
-            self.parts["alpha"] = self._intermediate.alpha  # of this step
+        if not step.forward_only:
             rate = step.trainer.optimizers[0].param_groups[0]["lr"]
-            self._intermediate.finish(self.parts, rate)
+            self.distiller.after_step(step.num_microbatches, rate)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         pl_module.log_dict({f"distillation/{name}": self.parts[name] for name in self.names}, batch_size=1)
@@ -210,24 +140,12 @@ class Distillation(Callback):
             self._intermediate.remove()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self._intermediate is not None:
-            checkpoint[STATE] = self._intermediate.state()
+        state = self.distiller.state
+        if state is not None:
+            checkpoint[STATE] = state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._state = checkpoint.get(STATE)
-        if self._state is not None and self._intermediate is not None:
-            self._intermediate.load(self._state)
-
-
-def shown(data_step: Any, see: Any) -> Any:
-    """NeMo's data step, which shows each micro-batch as a whole before it is cut for this stage."""
-
-    def step(batches: Any) -> Any:
-        item = next(batches)
-        see(item[0] if isinstance(item, tuple) else item)
-        return data_step(iter([item]))
-
-    return step
+        self.distiller.load(checkpoint.get(STATE))
 
 
 def replay(step: Any) -> tuple[Any, int]:

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.errors import DISK, first_line
 
@@ -17,10 +16,9 @@ _MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memor
 _WRITES = re.compile(r"No space left|PytorchStreamWriter|os error 28|Disk quota|File too large")
 
 
-def words(error: BaseException, settings: dict[str, Any]) -> str:
-    """Of an error and all that led to it."""
+def words(error: BaseException, place: str | Path) -> str:
+    """Of an error and all that led to it; `place`: where the stage writes."""
     chain = list(_chain(error))
-    place = next((settings[name] for name in ("out", "work") if name in settings), "")
     for one in chain:
         if isinstance(one, OSError) and one.errno in DISK:
             return f"{os.strerror(one.errno)}: '{one.filename or place}' could not be written"
@@ -41,7 +39,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _why(place: str) -> str:
+def _why(place: str | Path) -> str:
     """That the disk is full, where it is."""
     there = Path(place).absolute()
     while not there.exists():

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import nemo_minitron.backend as backend
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.finetuning import Finetuning
-from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import FinetuneOrder
 
 
-def finetune(settings: dict[str, Any]) -> None:
-    """`student` (a Hugging Face folder), `data` (a folder with `training.jsonl`: input, output), `out`, `finetuning`,
-    `layout`: trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
+def finetune(order: FinetuneOrder) -> None:
+    """Trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
     backend.setup()
     from nemo.collections import llm
 
@@ -27,9 +26,9 @@ def finetune(settings: dict[str, Any]) -> None:
     from nemo_minitron.hosts.nemo.stop import SaveWhenAsked
     from nemo_minitron.sources.open import open_source
 
-    recipe, layout = Finetuning(**settings["finetuning"]), Layout(**settings["layout"])
-    out, student, optim = settings["out"], open_source(settings["student"]), optimizer(recipe.training())
-    tokenizer = nemo_tokenizer(str(student.folder), Path(out) / "index")
+    recipe, layout, out = order.finetuning, order.layout, order.out
+    student, optim = open_source(order.student), optimizer(recipe.training())
+    tokenizer = nemo_tokenizer(str(student.folder), TrainingFolder(out).index)
     trainer = make_trainer(
         layout, recipe.precision, training=True, max_steps=recipe.steps, check_val_every_n_epoch=None,
         log_every_n_steps=1, limit_val_batches=0, strategy=training_strategy(),
@@ -37,15 +36,14 @@ def finetune(settings: dict[str, Any]) -> None:
     model = nemo_model(
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    log = LossLog(str(Path(out) / "loss.csv"), recipe.tokens_per_step)
-    trainer.callbacks[:0] = [
-        FillStudent(settings["student"]), StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()
-    ]  # fmt: skip
+    log = LossLog(str(TrainingFolder(out).losses), recipe.tokens_per_step)
+    fill = FillStudent(student)
+    trainer.callbacks[:0] = [fill, StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()]
     llm.finetune(
-        model, _data(settings["data"], tokenizer, recipe), trainer, log=logger(out, recipe.training()),
-        resume=resume(out), optim=optim,
+        model, _data(str(order.data), tokenizer, recipe), trainer, log=logger(str(out), recipe.training()),
+        resume=resume(str(out)), optim=optim,
     )  # fmt: skip
-    mark_last(trainer, Path(out), recipe.steps)
+    mark_last(trainer, out, recipe.steps)
 
 
 def _data(folder: str, tokenizer: Any, recipe: Finetuning) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from math import isfinite
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import leave_context
+from nemo_minitron.megatron.progress import say
 
 
 class LossLog(Callback):
@@ -26,7 +27,7 @@ class LossLog(Callback):
 
     def __init__(self, path: str, tokens_per_step: int, every: int = 10, parts: Any = None) -> None:
         self.path, self.tokens, self.every, self.parts = Path(path), tokens_per_step, every, parts
-        self.validation = self.path.with_name("validation.csv")
+        self.validation = self.path.with_name(TrainingFolder.validation)
         self._before = self._start = 0.0
         self._first = 0
 
@@ -60,9 +61,7 @@ class LossLog(Callback):
         if step % self.every == 0 or step == trainer.max_steps:
             rate = (step - self._first) * self.tokens / spent
             left = (trainer.max_steps - step) * self.tokens / rate
-            line = f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  {left:.0f} s left"
-            sys.stdout.write(f"  > {line}\n")  # one write, newline and all: other ranks print too
-            sys.stdout.flush()
+            say(f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} tokens/s  {left:.0f} s left")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
@@ -72,8 +71,7 @@ class LossLog(Callback):
             _write(self.validation, ["step,tokens,loss"])
         with open(self.validation, "a") as file:
             file.write(f"{step},{step * self.tokens},{loss:.6f}\n")
-        sys.stdout.write(f"  > step {step}/{trainer.max_steps}  held-out loss {loss:.4f}\n")
-        sys.stdout.flush()
+        say(f"step {step}/{trainer.max_steps}  held-out loss {loss:.4f}")
 
 
 def _kept(path: Path, header: str, step: int) -> list[str]:

@@ -1,8 +1,7 @@
-"""Building NeMo's own model of a family, in this process's layout, and filling it by reading."""
+"""Building NeMo's own model of a family, in this process's layout."""
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import sys
 from collections.abc import Mapping
@@ -10,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.backend.precision import apply
-from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
-from nemo_minitron.megatron.live import fill
+from nemo_minitron.megatron.groups import start
+from nemo_minitron.megatron.load import load
 from nemo_minitron.precisions import weights_in
-from nemo_minitron.pruning.cut import check_plan
-from nemo_minitron.pruning.student import Student
 from nemo_minitron.settings.fp8 import check_fp8
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.sources.mapping import padded_vocab
@@ -66,59 +63,6 @@ def nemo_model(config: Mapping[str, Any], *, tokenizer: Any = None, **options: A
     return getattr(llm, family_of(config).nemo_model)(built, tokenizer=tokenizer, optim=optim)
 
 
-def start(layout: Layout | None = None, seed: int = 1234) -> None:
-    """Process group and Megatron's parallel groups, where there are none yet.
-
-    Raises InputError where the layout does not fit the number of processes.
-    """
-    backend.setup()
-    layout = layout or Layout()
-    if not torch.distributed.is_initialized():
-        _process_group()
-    if not parallel_state.model_parallel_is_initialized():
-        world = torch.distributed.get_world_size()
-        if world != layout.processes:
-            raise InputError(f"the layout {layout} needs {layout.processes} processes; there are {world}")
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.expert_tp,
-        )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def _process_group() -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    else:  # one process, not under torchrun: no port is opened
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1)
-
-
-def current_layout(sp: bool = False) -> Layout:
-    """The layout that Megatron's parallel groups of this process have."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    etp = parallel_state.get_expert_tensor_parallel_world_size()
-    return Layout(
-        tp=tp,
-        pp=parallel_state.get_pipeline_model_parallel_world_size(),
-        vp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        cp=parallel_state.get_context_parallel_world_size(),
-        ep=parallel_state.get_expert_model_parallel_world_size(),
-        etp=0 if etp == tp else etp,
-        dp=parallel_state.get_data_parallel_world_size(),
-        sp=sp,
-    )
-
-
 def build(config: Any, layout: Layout) -> list[Any]:
     """Megatron's GPTModel chunks of this rank for a NeMo config; frozen nothing, initialised at random.
 
@@ -145,6 +89,19 @@ def build(config: Any, layout: Layout) -> list[Any]:
     return chunks
 
 
+def build_model(
+    config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None, training: bool = False
+) -> list[Any]:
+    """The chunks of this rank for a Hugging Face config, not filled yet; options and refusals as `nemo_config`.
+
+    Without parallel groups it starts those of the layout (one process by default).
+    """
+    layout = layout or Layout()
+    made = nemo_config(config, precision=precision, layout=layout, training=training)
+    start(layout)
+    return build(made, layout)
+
+
 def load_model(
     source: str | Path,
     plan: PrunePlan | str | Path | None = None,
@@ -161,17 +118,6 @@ def load_model(
     `layout` (one process by default). Raises InputError for a source, plan or compensation that is not legal.
     """
     backend.setup()
-    teacher = open_source(source)
     plan = PrunePlan.load(plan) if isinstance(plan, (str, Path)) else plan
-    hf = dict(teacher.config)
-    if plan is not None:
-        check_plan(plan, teacher)
-        hf = family_of(hf).config(plan.target, hf, plan.keep.get("layers"))
-    if parallel_state.model_parallel_is_initialized():
-        layout = layout or current_layout(sp)
-    layout = layout or Layout()
-    config = nemo_config(hf, precision=precision, layout=layout)
-    start(layout)
-    chunks = build(config, layout)
-    fill(chunks, Student(teacher, plan, compensation) if plan else teacher)
-    return chunks
+    options: dict[str, Any] = {"compensation": compensation, "precision": precision, "layout": layout, "sp": sp}
+    return load(open_source(source), plan, build=build_model, **options)

@@ -7,17 +7,14 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
-from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.recipe import Distillation
-
-LAST = "last"
+from nemo_minitron.settings.orders import DistillOrder
+from nemo_minitron.sources.tensors import ModelSource
 
 
-def distill(settings: dict[str, Any]) -> None:
-    """`student`, `teacher`, `train`, `validation` (prefixes), `out`, `distillation`, `layout`: trains to
-    `out/checkpoints/last` (a NeMo checkpoint) with `out/loss.csv`; goes on where it stopped. `stop`, where it is
-    given, is the step after which it ends for now; `plan` the PrunePlan's file that the student comes from."""
+def distill(order: DistillOrder) -> None:
+    """Trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
     backend.setup()
     from nemo.collections import llm
 
@@ -25,12 +22,12 @@ def distill(settings: dict[str, Any]) -> None:
     from nemo_minitron.hosts.nemo.models import nemo_model
     from nemo_minitron.sources.open import open_source
 
-    recipe, layout = Distillation(**settings["distillation"]), Layout(**settings["layout"])
-    student = open_source(settings["student"])
+    recipe, layout, out = order.distillation, order.layout, order.out
+    student = open_source(order.student)
     data = data_module(
-        settings["train"], settings["validation"], tokenizer=str(student.folder), seed=recipe.seed,
+        order.train, order.validation, tokenizer=str(student.folder), seed=recipe.seed,
         sequence_length=recipe.sequence_length, micro_batch_size=recipe.micro_batch_size,
-        global_batch_size=recipe.global_batch_size, index_folder=settings["index"],
+        global_batch_size=recipe.global_batch_size, index_folder=order.index,
     )  # fmt: skip
     if recipe.teacher_cache:
         data.dataset_cls = _rows_of(recipe.teacher_cache)
@@ -44,20 +41,20 @@ def distill(settings: dict[str, Any]) -> None:
     model = nemo_model(
         student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    trainer.callbacks[:0] = _callbacks(settings, recipe)  # before NeMo's of checkpoints: a saved step is a logged step
-    llm.train(model, data, trainer, log=logger(settings["out"], recipe), resume=resume(settings["out"]), optim=optim)
-    mark_last(trainer, Path(settings["out"]), settings.get("stop") or recipe.steps)
+    trainer.callbacks[:0] = _callbacks(order, student)  # before NeMo's of checkpoints: a saved step is a logged step
+    llm.train(model, data, trainer, log=logger(str(out), recipe), resume=resume(str(out)), optim=optim)
+    mark_last(trainer, out, order.stop or recipe.steps)
 
 
 def _rows_of(cache: str) -> Any:
     """The dataset whose rows a cache has."""
     from nemo_minitron.artifacts.logit_cache import CacheHeader
-    from nemo_minitron.hosts.nemo.rows import stream_rows
+    from nemo_minitron.megatron.rows import stream_rows
 
     return stream_rows(CacheHeader.load(cache).rows)
 
 
-def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
+def _callbacks(order: DistillOrder, student: ModelSource) -> list[Any]:
     from lightning.pytorch.callbacks import EarlyStopping
 
     from nemo_minitron.hosts.nemo.distill import Distillation as DistillationCallback
@@ -66,22 +63,23 @@ def _callbacks(settings: dict[str, Any], recipe: Distillation) -> list[Any]:
     from nemo_minitron.hosts.nemo.loss_log import LossLog
     from nemo_minitron.hosts.nemo.stop import SaveWhenAsked, StopAfter
 
+    recipe = order.distillation
     distillation = DistillationCallback(
-        settings["teacher"], recipe.loss, recipe.temperature, recipe.teacher_precision or recipe.precision,
+        str(order.teacher or ""), recipe.loss, recipe.temperature, recipe.teacher_precision or recipe.precision,
         recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
         intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
-        intermediate_weight=recipe.intermediate_weight or None, plan=settings.get("plan"), seed=recipe.seed,
-        cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
+        intermediate_weight=recipe.intermediate_weight or None, plan=str(order.plan) if order.plan else None,
+        seed=recipe.seed, cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
     )  # fmt: skip
     callbacks = [
-        FillStudent(settings["student"], random=recipe.seed if recipe.start == "random" else None),
+        FillStudent(student, random=recipe.seed if recipe.start == "random" else None),
         distillation,
         StopWhenNotFinite(),
-        LossLog(str(Path(settings["out"]) / "loss.csv"), recipe.tokens_per_step, parts=distillation),
+        LossLog(str(TrainingFolder(order.out).losses), recipe.tokens_per_step, parts=distillation),
     ]
     if recipe.patience:
         callbacks.append(EarlyStopping("val_loss", patience=recipe.patience))
-    callbacks += [StopAfter(settings["stop"])] if settings.get("stop") else []
+    callbacks += [StopAfter(order.stop)] if order.stop else []
     return [*callbacks, SaveWhenAsked()]
 
 
@@ -92,4 +90,4 @@ def mark_last(trainer: Any, out: Path, steps: int) -> None:
 
         path = Path(ckpt_to_dir(trainer.checkpoint_callback.last_model_path))
         early = {"stopped": trainer.global_step} if trainer.global_step < steps else {}
-        write_json(out / f"{LAST}.json", {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})
+        write_json(TrainingFolder(out).last, {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.hosts.nemo.trainer import leave_context
+from nemo_minitron.megatron.progress import say
 from nemo_minitron.megatron.shutdown import ASKED, SAVED
 
 
@@ -46,5 +47,5 @@ class SaveWhenAsked(Callback):
         checkpoints._save_last_checkpoint(trainer, checkpoints._monitor_candidates(trainer))
         torch.distributed.barrier()  # torchrun ends the others once one has left
         if trainer.is_global_zero:
-            print(f"  > step {trainer.global_step}: told to stop, saved", flush=True)
+            say(f"step {trainer.global_step}: told to stop, saved")
         raise SystemExit(SAVED)

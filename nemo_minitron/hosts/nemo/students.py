@@ -12,11 +12,15 @@ from megatron.core import dist_checkpointing
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.families.base import nemo_sizes
-from nemo_minitron.hosts.nemo.models import build, current_layout
+from nemo_minitron.hosts.nemo.models import build
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
+from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import LiveSource, fill
+from nemo_minitron.sources.context import resize_context
 from nemo_minitron.sources.mapping import padded_vocab
 from nemo_minitron.sources.open import open_source
+
+KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")  # as the teacher has them
 
 
 def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:
@@ -44,6 +48,18 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
     torch.distributed.barrier()
 
 
+def save_like(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -> None:
+    """Writes a student into `folder` (weights/ and context/).
+
+    Its context is the teacher's with other sizes, as data.
+    """
+    (folder / "weights").mkdir()
+    state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
+    dist_checkpointing.save(state, str(folder / "weights"))
+    sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
+    resize_context(teacher / "context", folder / "context", sizes)
+
+
 def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
     """NeMo's LightningModule of the teacher's class with the plan's sizes, from what NeMo recorded of it.
 
@@ -55,7 +71,7 @@ def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
 
     recorded = copy.deepcopy(module.__io__)
     for name, value in nemo_sizes(plan.target).items():
-        if name not in ("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"):  # as the teacher's
+        if name == "vocab_size" or name not in KEPT:
             setattr(recorded.config, name, value)
     student = fdl.build(recorded)
     student.config.vocab_size = padded_vocab(plan.target.vocab_size, tp)

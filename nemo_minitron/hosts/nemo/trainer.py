@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.backend.precision import forward_fields, trained_fields
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.precisions import weights_in
@@ -122,7 +122,7 @@ def resume(out: str) -> Any:
 
     from nemo_minitron.sources.checkpoint_files import check_resumable
 
-    check_resumable(Path(out) / "nemo" / "checkpoints")
+    check_resumable(TrainingFolder(out).checkpoints)
     return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a stage: `python -m nemo_minitron.hosts.nemo.worker STAGE SETTINGS.json`, under torchrun or alone.
+"""The processes of a stage: `python -m nemo_minitron.hosts.nemo.worker STAGE ORDER.json`, under torchrun or alone.
 
 Nothing heavy is imported at module level: saving a checkpoint starts a helper that imports this module again.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -25,15 +24,17 @@ def main() -> None:
     if "MINITRON_LIFELINE" in os.environ:
         threading.Thread(target=_hold_the_lifeline, daemon=True).start()
     faulthandler.register(signal.SIGUSR1)  # the launcher of a stage that has stalled asks where all threads are
-    settings = json.loads(Path(file).read_text())
     from nemo_minitron.errors import DivergedError, InputError
     from nemo_minitron.hosts.nemo.beat import begin
+    from nemo_minitron.settings.orders import Order, read_order
 
     if "MINITRON_LIFELINE" in os.environ:
         begin()
 
+    order: Order | None = None
     try:
-        _stages()[stage](settings)
+        order = read_order(stage, file)
+        _stages()[stage](order)
     except InputError as error:
         folder = os.environ.get("MINITRON_ERRORS")
         if folder:
@@ -46,7 +47,7 @@ def main() -> None:
     except Exception as error:
         from nemo_minitron.hosts.nemo.failure import words
 
-        _tell(words(error, settings))
+        _tell(words(error, order.place if order else ""))
         raise
 
 
@@ -57,20 +58,28 @@ def _tell(error: str) -> None:
     tell(rank=int(os.environ.get("RANK", "0")), error=error)
 
 
-def _stages() -> dict[str, Callable[[dict[str, Any]], None]]:
+def _stages() -> dict[str, Callable[[Any], None]]:
     """Loaded without the garbage collector: NeMo brings a million objects that stay, and looking through them again
     and again takes a seventh of the time."""
     gc.disable()
     import nemo_minitron.backend as backend
 
     backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
-    from nemo_minitron.hosts.nemo import beat, cache, compensate, estimate, finetune, prune, stages
+    from nemo_minitron.hosts.nemo import beat, finetune, stages, validate  # noqa: F401 (loaded before `gc.freeze`)
+    from nemo_minitron.hosts.nemo.host import NEMO
+    from nemo_minitron.megatron import cache, compensate, estimate, prune
 
     beat.count_layers()
     gc.freeze()
     gc.enable()
-    run = {"estimate": estimate.estimate, "distill": stages.distill, "prune": prune.prune}
-    return run | {"compensate": compensate.compensate, "cache": cache.cache_logits, "finetune": finetune.finetune}
+    return {
+        "estimate": lambda order: estimate.estimate(order, NEMO),
+        "prune": lambda order: prune.prune(order, NEMO),
+        "compensate": lambda order: compensate.compensate(order, NEMO),
+        "cache": lambda order: cache.cache_logits(order, NEMO),
+        "distill": NEMO.train,
+        "finetune": NEMO.finetune,
+    }
 
 
 def _hold_the_lifeline() -> None:

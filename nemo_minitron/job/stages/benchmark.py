@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.teacher import teacher_folder
-
-RESULTS = "benchmarks.json"
 
 
 def measure(run: Run) -> None:
@@ -17,17 +16,17 @@ def measure(run: Run) -> None:
 
     settings = run.job.evaluation
     options: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
-    models = {"teacher": teacher_folder(run), "distilled": run.path("student")}
+    models = {"teacher": teacher_folder(run), "distilled": run.folder.student}
     found = {stage: run_tasks(folder, settings.benchmarks, **options) for stage, folder in models.items()}
-    write_json(run.path(RESULTS), found)
+    write_json(run.folder.benchmarks, found)
     for task, row in found["distilled"].items():
         for metric, value in row.items():
             run.say(f"    {task:24} {metric:24} {found['teacher'].get(task, {}).get(metric, '')!s:>8} {value:>8}")
 
 
-def _inputs(run: Run) -> Any:
+def _inputs(run: Run) -> object:
     settings = run.job.evaluation
     return [list(settings.benchmarks), settings.precision]
 
 
-MEASURE = Stage("benchmarks", measure, _inputs, ("export",), (RESULTS,))
+MEASURE = Stage("benchmarks", measure, _inputs, ("export",), (RunFolder.benchmarks,))

@@ -11,34 +11,36 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
-from nemo_minitron.commands.distill import export_student, left_by_training, run_training, teacher_identity
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
+from nemo_minitron.commands.distill import export_student, left_by_training, run_training
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.commands.evaluate import measure
-from nemo_minitron.families import from_hf, resolve
+from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
-from nemo_minitron.job.lineage import COMPOSED, learned_from, plan_of_learned
-from nemo_minitron.job.run import DISTILLED, PRUNED, RANDOM, Run, Stage
+from nemo_minitron.job.lineage import learned_from, plan_of_learned
+from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.benchmark import MEASURE
-from nemo_minitron.job.stages.compensate import PLAN, SOLVE, compensation_of_run, solves
+from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run, solves
 from nemo_minitron.job.stages.generate import WRITE, trained_on
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
-from nemo_minitron.job.teacher import TEACHER, clear_torn, teacher_folder
+from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.sources.open import config_of, is_nemo_checkpoint, open_source
+from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
 
-CARD = "student/README.md"
+LAST = f"{RunFolder.distilled}/{TrainingFolder.last}"
 
 
 def stages(job: Job) -> list[Stage]:
     """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
-    measured, cuts = ("numbers.json", "samples.json"), _made(PRUNED, *[RANDOM] * job.evaluation.random_baseline)
-    random = [f"{RANDOM}/config.json"] if job.evaluation.random_baseline else []
+    names = RunFolder
+    measured = (names.numbers, names.samples)
+    cuts = [names.pruned, *[names.random] * job.evaluation.random_baseline]
     nemo = is_nemo_checkpoint(resolve(job.teacher))
-    converting = Stage("convert", convert_teacher, _convert_inputs, (), (f"{TEACHER}/config.json",), _made(TEACHER))
+    converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
     first = [converting] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) * nemo, corpora.outputs(job.data), corpora.sidecars)
     searching = search_stages(job) if job.search.wanted else []
@@ -51,89 +53,98 @@ def stages(job: Job) -> list[Stage]:
     return [
         *first,
         data,
-        Stage("estimate", estimate, _estimate_inputs, ("data",), ("scores.safetensors",)),
+        Stage("estimate", estimate, _estimate_inputs, ("data",), (names.scores,)),
         *searching,
         *rounds,
-        Stage("plan", plan, _plan_inputs, (scored,), (PLAN,)),
+        Stage("plan", plan, _plan_inputs, (scored,), (names.plan,)),
         *solving,
-        Stage("prune", prune, _prune_inputs, (planned,), (f"{PRUNED}/config.json", *random), cuts),
+        Stage("prune", prune, _prune_inputs, (planned,), tuple(map(_config, cuts)), _made(*cuts)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), measured),
         *writing,
-        Stage("distill", distill, _distill_inputs, (learned, "prune"), (f"{DISTILLED}/last.json",), _trained),
-        Stage("export", export, lambda run: None, ("distill",), ("student/config.json",), _made("student")),
+        Stage("distill", distill, _distill_inputs, (learned, "prune"), (LAST,), _trained),
+        Stage("export", export, lambda run: None, ("distill",), (_config(names.student),), _made(names.student)),
         Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), measured),
         *([MEASURE] if job.evaluation.benchmarks else []),
-        Stage("report", report, _report_inputs, ("evaluate student",), ("report.html", CARD), _made("figures")),
+        Stage(
+            "report", report, _report_inputs, ("evaluate student",), (names.report, names.card), _made(names.figures)
+        ),
     ]
 
 
 # -- what a stage leaves besides the files that must be there -----------------------------------------
+def _config(folder: str) -> str:
+    """Without it a folder is no model."""
+    return f"{folder}/config.json"
+
+
 def _made(*folders: str) -> Callable[[Run], tuple[str, ...]]:
     return lambda run: folders
 
 
 def _trained(run: Run) -> list[str]:
     """Of a training's folder the last checkpoint and the records; not the index of its samples, nor the logs."""
-    return [f"{DISTILLED}/{name}" for name in left_by_training(run.path(DISTILLED))] + [COMPOSED]
+    left = left_by_training(run.folder.distilled)
+    return [f"{RunFolder.distilled}/{name}" for name in left] + [RunFolder.composed]
 
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
-def _convert_inputs(run: Run) -> Any:
-    return teacher_identity(run.job.teacher)
+def _convert_inputs(run: Run) -> object:
+    return run.open(run.job.teacher).identity
 
 
-def _data_inputs(run: Run) -> Any:
+def _data_inputs(run: Run) -> object:
     held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
-    tokenizer = [file_digest(file) for file in tokenizer_files(open_source(run.job.teacher).folder)]
+    tokenizer = [file_digest(file) for file in tokenizer_files(run.open(run.job.teacher).folder)]
     return [dataclasses.asdict(run.job.data), held, tokenizer]
 
 
-def _estimate_inputs(run: Run) -> Any:
-    calibration = calibration_of(run.job, open_source(run.job.teacher).architecture)
+def _estimate_inputs(run: Run) -> object:
+    teacher = run.open(run.job.teacher)
+    calibration = calibration_of(run.job, teacher.architecture)
     items = [file_digest(calibration.items)] if calibration.items else []
-    return [dataclasses.asdict(calibration), teacher_identity(run.job.teacher), *items]
+    return [dataclasses.asdict(calibration), teacher.identity, *items]
 
 
-def _plan_inputs(run: Run) -> Any:
+def _plan_inputs(run: Run) -> object:
     return [dict(run.job.keep), run.job.depth]
 
 
-def _prune_inputs(run: Run) -> Any:
+def _prune_inputs(run: Run) -> object:
     return [run.job.seed, run.job.evaluation.random_baseline, run.job.cutting.deciding()]
 
 
-def _evaluation_inputs(run: Run) -> Any:
+def _evaluation_inputs(run: Run) -> object:
     return dataclasses.asdict(run.job.evaluation)
 
 
-def _distill_inputs(run: Run) -> Any:
+def _distill_inputs(run: Run) -> object:
     cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
     held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
-        held["learned"] = [teacher_identity(run.job.learns_from), *map(file_digest, run.job.lineage)]
+        held["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | held
 
 
-def _report_inputs(run: Run) -> Any:
+def _report_inputs(run: Run) -> object:
     return run.job.as_dict()
 
 
 # -- the stages ----------------------------------------------------------------------------------------
 def convert_teacher(run: Run) -> None:
-    convert(resolve(run.job.teacher), run.path(TEACHER))
+    convert(resolve(run.job.teacher), run.folder.teacher)
 
 
 def tokenise(run: Run) -> None:
-    corpora.tokenise(run, teacher_folder(run), from_hf(config_of(run.job.teacher)).vocab_size)
+    corpora.tokenise(run, teacher_folder(run), run.open(run.job.teacher).architecture.vocab_size)
 
 
 def estimate(run: Run) -> None:
     from nemo_minitron.data import Tokens
 
-    job, tokens = run.job, Tokens(corpora.prefix(run, "calibration"))
-    calibration = calibration_of(job, open_source(job.teacher).architecture)
-    scores = calibrate(job.teacher, tokens, run.path("calibration"), calibration, job.layout, run.path("log.txt"))
-    scores.save(run.path("scores.safetensors"))
+    job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
+    calibration = calibration_of(job, teacher.architecture)
+    scores = calibrate(teacher, tokens, run.folder.calibration, calibration, job.layout, run.folder.log)
+    scores.save(run.folder.scores)
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
     for line in describe_scores(scores):
         run.say(f"    {line}")
@@ -142,13 +153,13 @@ def estimate(run: Run) -> None:
 def plan(run: Run) -> None:
     from nemo_minitron.search import threshold_band
 
-    first = Scores.load(run.path("scores.safetensors"))
+    first = Scores.load(run.folder.scores)
     if run.job.search.wanted:
-        made = last = PrunePlan.load(winner(run))
+        made = last = PrunePlan.load(winner(run).plan)
         scores = first
     else:
         made, last, scores = cut_of(run, run.job.rounds)
-    made.save(run.path(PLAN))
+    made.save(run.folder.plan)
     run.manifest.digests |= {"scores": first.digest, "plan": made.digest, "model": first.model_digest or ""}
     run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
     close = threshold_band(scores, last, 1e-5)
@@ -156,62 +167,61 @@ def plan(run: Run) -> None:
 
 
 def prune(run: Run) -> None:
-    from nemo_minitron.pruning import HFSource
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, made = teacher_folder(run), PrunePlan.load(run.path(PLAN))
-    plan = winner(run) if run.job.search.wanted else run.path(PLAN)
-    compensation = compensation_of_run(run, HFSource(teacher), plan)
-    for torn in (PRUNED, RANDOM):
-        clear_torn(run.path(torn))
-    cut(teacher, made, run.path(PRUNED), compensation=compensation, overwrite=True)
+    teacher, made = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
+    own = winner(run) if run.job.search.wanted else run.folder
+    compensation = compensation_of_run(run, teacher, own)
+    for torn in (run.folder.pruned, run.folder.random):
+        clear_torn(torn)
+    cut(teacher, made, run.folder.pruned, compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
         chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
-        cut(teacher, chance, run.path(RANDOM), overwrite=True)
+        cut(teacher, chance, run.folder.random, overwrite=True)
 
 
 def evaluate(run: Run) -> None:
-    models = {"teacher": teacher_folder(run), "random": run.path(RANDOM), "pruned": run.path(PRUNED)}
+    models = {"teacher": teacher_folder(run), "random": run.folder.random, "pruned": run.folder.pruned}
     if not run.job.evaluation.random_baseline:
         del models["random"]
     numbers = [_measure(run, stage, folder) for stage, folder in models.items()]
-    write_json(run.path("numbers.json"), numbers)
+    write_json(run.folder.numbers, numbers)
     samples = [text for stage in ("teacher", "pruned") for text in _continue(run, stage, models[stage])]
-    write_json(run.path("samples.json"), samples)
+    write_json(run.folder.samples, samples)
 
 
 def distill(run: Run) -> None:
     job, train = run.job, trained_on(run)
-    learned = learned_from(job)
-    layout, why = job.layout.for_student(from_hf(run.path(PRUNED)), from_hf(config_of(learned)))
+    student, learned = open_source(run.folder.pruned), run.open(learned_from(job))
+    layout, why = job.layout.for_student(student.architecture, learned.architecture)
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
     run_training(
-        run.path(PRUNED), str(resolve(learned)), (train, held_out), run.path(DISTILLED), job.distillation, layout,
-        run.path("log.txt"), plan=plan_of_learned(job, run.path(PLAN)),
+        student, learned, (train, held_out), run.folder.distilled, job.distillation, layout,
+        run.folder.log, plan=plan_of_learned(job, run.folder),
     )  # fmt: skip
 
 
 def export(run: Run) -> None:
-    export_student(run.path(DISTILLED), run.path(PRUNED), run.path("student"))
+    export_student(run.folder.distilled, open_source(run.folder.pruned), run.folder.student)
 
 
 def evaluate_student(run: Run) -> None:
-    student = run.path("student")
-    numbers = [row for row in read_numbers(run.path("numbers.json")) if row["stage"] != "distilled"]
-    write_json(run.path("numbers.json"), [*numbers, _measure(run, "distilled", student)])
-    samples = [row for row in read_samples(run.path("samples.json")) if row["stage"] != "distilled"]
-    write_json(run.path("samples.json"), [*samples, *_continue(run, "distilled", student)])
+    student = run.folder.student
+    numbers = [row for row in read_numbers(run.folder.numbers) if row["stage"] != "distilled"]
+    write_json(run.folder.numbers, [*numbers, _measure(run, "distilled", student)])
+    samples = [row for row in read_samples(run.folder.samples) if row["stage"] != "distilled"]
+    write_json(run.folder.samples, [*samples, *_continue(run, "distilled", student)])
 
 
 def report(run: Run) -> None:
     from nemo_minitron.export import write_card, write_report
     from nemo_minitron.job.stages.facts import card_facts
 
-    write_card(run.path("student"), card_facts(run))
-    run.say(f"    {write_report(run.folder)}")
+    write_card(run.folder.student, card_facts(run))
+    run.say(f"    {write_report(run.folder.path)}")
 
 
 def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import file_digest, read_json, write_json
 from nemo_minitron.artifacts.records import CORPORA
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.commands.corpus import left_out
 from nemo_minitron.job.run import Run
 from nemo_minitron.settings.recipe import Data
-
-RECORD = "data/corpora.json"
 
 
 def sources(data: Data) -> dict[str, str]:
@@ -25,7 +23,7 @@ def tokenise(run: Run, tokenizer: Path, vocab_size: int | None = None) -> None:
     """Tokens of every split: each source is tokenised once, indexed files are used where they lie.
 
     `vocab_size`: of the teacher; tokens beyond it are refused, with InputError.
-    `data/corpora.json` keeps split -> prefix, relative to the run folder for what lies in it.
+    The record keeps split -> prefix, relative to the run folder for what lies in it.
     """
     from nemo_minitron.data import Tokens, build, load_tokenizer
 
@@ -35,15 +33,15 @@ def tokenise(run: Run, tokenizer: Path, vocab_size: int | None = None) -> None:
     for split, source in sources(run.job.data).items():
         if source not in made:
             made[source] = build(
-                source, loaded, run.path("data", split), vocab_size=vocab_size,
+                source, loaded, run.folder.data / split, vocab_size=vocab_size,
                 skip_bad_lines=run.job.data.skip_bad_lines,
             )  # fmt: skip
             if words := left_out(made[source], source):
                 run.say(f"    {words}")
         tokens = made[source]
-        record[split] = _written(tokens.prefix, run.folder)
+        record[split] = _written(tokens.prefix, run.folder.path)
         run.say(f"    {split}: {len(tokens):,} documents, {tokens.tokens:,} tokens")
-    write_json(run.path(RECORD), record)
+    write_json(run.folder.corpora, record)
 
 
 def _written(prefix: Path, folder: Path) -> str:
@@ -53,7 +51,8 @@ def _written(prefix: Path, folder: Path) -> str:
 
 def prefix(run: Run, split: str) -> Path:
     """Where the tokens of a split lie."""
-    return run.path(read_json(run.path(RECORD), "the record of the corpora", CORPORA)[split])  # an absolute path stays
+    record = read_json(run.folder.corpora, "the record of the corpora", CORPORA)
+    return run.path(record[split])  # an absolute path stays
 
 
 def outputs(data: Data) -> tuple[str, ...]:
@@ -63,15 +62,16 @@ def outputs(data: Data) -> tuple[str, ...]:
     given = sources(data)
     first = {source: split for split, source in reversed(given.items())}
     made = [split for source, split in first.items() if prefix_of(source) is None]
-    return (RECORD, *(f"data/{split}{end}" for split in sorted(made) for end in (".bin", ".idx")))
+    tokens = (f"{RunFolder.data}/{split}{end}" for split in sorted(made) for end in (".bin", ".idx"))
+    return (RunFolder.corpora, *tokens)
 
 
 def sidecars(run: Run) -> list[str]:
     """What says of the tokens in the run folder what they were made of."""
-    return [f"data/{split}.json" for split in sources(run.job.data)]
+    return [f"{RunFolder.data}/{split}.json" for split in sources(run.job.data)]
 
 
-def identity(source: str) -> Any:
+def identity(source: str) -> object:
     """What a source holds: a file's digest, sizes and times of indexed files or a folder's; a name as it is."""
     from nemo_minitron.data import prefix_of
     from nemo_minitron.data.text import parted

@@ -6,10 +6,11 @@ from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import grouped, listed, text, whole
 from nemo_minitron.artifacts.records import NAME, read_numbers
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import CardFacts
 from nemo_minitron.families import read_config, remark_on, resolve
-from nemo_minitron.job.lineage import COMPOSED, learned_from
-from nemo_minitron.job.run import PRUNED, Run
+from nemo_minitron.job.lineage import learned_from
+from nemo_minitron.job.run import Run
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
 
@@ -20,13 +21,13 @@ CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
 def card_facts(run: Run) -> CardFacts:
     """Everything is read from the run folder. The base of a chain's student is the model that it learns from."""
     job, settings = run.job, run.job.distillation
-    own, scores = PrunePlan.load(run.path("plan.json")), Scores.load(run.path("scores.safetensors"))
-    plan = PrunePlan.load(run.path(COMPOSED)) if job.lineage else own
+    own, scores = PrunePlan.load(run.folder.plan), Scores.load(run.folder.scores)
+    plan = PrunePlan.load(run.folder.composed) if job.lineage else own
     base = resolve(learned_from(job))
     between = f"It was cut from a student of {own.source.parameters():,} parameters, the teacher in the numbers above."
     data = {"name": job.data.name, "license": job.data.licence}
     use = f"calibration and {'prompts, which the teacher continued' if job.generation.wanted else 'distillation'}"
-    sentence = remark_on(plan.target, read_config(run.path(PRUNED)))
+    sentence = remark_on(plan.target, read_config(run.folder.pruned))
     return CardFacts(
         name=job.name,
         base_model=job.base_model or base.name,
@@ -47,7 +48,7 @@ def card_facts(run: Run) -> CardFacts:
             "precision": settings.precision,
             "learning_rate": settings.learning_rate,
         },
-        numbers=read_numbers(run.path("numbers.json")),
+        numbers=read_numbers(run.folder.numbers),
         versions=run.manifest.versions,
         limits=[*([between] if job.learns_from else []), *([sentence] if sentence else [])],
         in_place=_in_place(run),
@@ -56,7 +57,7 @@ def card_facts(run: Run) -> CardFacts:
 
 def _in_place(run: Run) -> str:
     """What the pruned student has in place of the plan's slices, in words; empty where it has nothing."""
-    record = run.path(PRUNED, COMPENSATION)
+    record = run.folder.pruned / COMPENSATION
     if not record.is_file():
         return ""
     notes = read_json(record, "the record of the cut", CUT)
@@ -75,7 +76,7 @@ def _in_place(run: Run) -> str:
 
 def _recipe(run: Run) -> str:
     """The name of what was run: of a chain's step the chain, in whose folder it lies."""
-    above = run.folder.parent / "recipe.json"
+    above = run.folder.path.parent / RunFolder.recipe
     chain = read_json(above, "the recipe", CHAIN) if above.is_file() else {}
     steps = [step["name"] for step in chain.get("chain", [])]
-    return chain["name"] if run.folder.name in steps else run.job.name
+    return chain["name"] if run.folder.path.name in steps else run.job.name

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
-from nemo_minitron.commands.distill import teacher_identity
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import from_hf
 from nemo_minitron.job.lineage import learned_from
@@ -20,16 +20,17 @@ from nemo_minitron.job.teacher import teacher_folder
 from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.generation import Generation
 
-GENERATED = "data/generated"  # of a run: .jsonl the text, .bin and .idx its tokens
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
+
 WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
-RECORD = "data/generation"  # .json: what made the text; a folder of batches until there is all of it
 
 
-def inputs(run: Run) -> list[Any]:
+def inputs(run: Run) -> list[object]:
     settings = run.job.generation
     prompts = file_digest(settings.prompts) if settings.prompts else ""
     values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
-    return [values, teacher_identity(learned_from(run.job))]
+    return [values, run.open(learned_from(run.job)).identity]
 
 
 def generate(run: Run) -> None:
@@ -40,17 +41,17 @@ def generate(run: Run) -> None:
     tokenizer = load_tokenizer(teacher_folder(run))
     prompts = prompts_of(run.job.generation, Tokens(corpora.prefix(run, "train")), tokenizer)
     identity = digest_of([inputs(run), prompts])
-    parts = run.path(f"{RECORD}.{identity[:16]}")
+    parts = run.path(f"{RunFolder.generation}.{identity[:16]}")
     with as_folder(run.job.learns_from or teacher_folder(run)) as folder:
         write_parts(run, folder, prompts, parts)
     rows = [row for part in sorted(parts.glob("*.jsonl")) for row in _rows(part)]
-    text = run.path(f"{GENERATED}.jsonl")
+    text = run.path(f"{RunFolder.generated}.jsonl")
     written = gather(rows, text)
-    tokens = build(text, tokenizer, run.path(GENERATED), vocab_size=from_hf(teacher_folder(run)).vocab_size)
+    tokens = build(text, tokenizer, run.folder.generated, vocab_size=from_hf(teacher_folder(run)).vocab_size)
     settings, model = inputs(run)
     made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text)}
-    write_json(run.path(f"{RECORD}.json"), {**made, **written, "tokens": tokens.tokens})
-    for left in filter(Path.is_dir, text.parent.glob(f"{Path(RECORD).name}.*")):  # of this and of other settings
+    write_json(run.path(f"{RunFolder.generation}.json"), {**made, **written, "tokens": tokens.tokens})
+    for left in filter(Path.is_dir, run.folder.data.glob(f"{run.folder.generation.name}.*")):  # also of other settings
         shutil.rmtree(left)
     run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} without a word left out")
 
@@ -64,7 +65,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
         raise InputError(f"'{part}' is damaged ({first_line(error)}); delete it and run the same again") from None
 
 
-def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[int]]:
+def prompts_of(settings: Generation, corpus: Tokens, tokenizer: Any) -> list[list[int]]:
     """Tokens of each document's prompt. Raises InputError for a file without one, and a corpus with too few."""
     from nemo_minitron.data import documents
 
@@ -75,9 +76,9 @@ def prompts_of(settings: Generation, corpus: Any, tokenizer: Any) -> list[list[i
 
     length, found = settings.prompt_tokens, []
     for window in np.random.default_rng(settings.seed).permutation(corpus.samples(length)):
-        ids = corpus.stream(int(window) * length, length)
-        if tokenizer.eos_token_id not in ids:
-            found.append(ids.tolist())
+        row = corpus.stream(int(window) * length, length)
+        if tokenizer.eos_token_id not in row:
+            found.append(row.tolist())
         if len(found) == settings.documents:
             return found
     if not found:
@@ -120,8 +121,8 @@ def gather(rows: list[dict[str, str]], out: Path) -> dict[str, int]:
 
 def trained_on(run: Run) -> Path:
     """Where the tokens lie that the student is trained on."""
-    return run.path(GENERATED) if run.job.generation.wanted else corpora.prefix(run, "train")
+    return run.folder.generated if run.job.generation.wanted else corpora.prefix(run, "train")
 
 
-OUTPUTS = (f"{RECORD}.json", *(f"{GENERATED}{end}" for end in (".jsonl", ".bin", ".idx")))
-WRITE = Stage("generate", generate, inputs, ("data",), OUTPUTS, lambda run: [f"{GENERATED}.json"])
+OUTPUTS = (f"{RunFolder.generation}.json", *(f"{RunFolder.generated}{end}" for end in (".jsonl", ".bin", ".idx")))
+WRITE = Stage("generate", generate, inputs, ("data",), OUTPUTS, lambda run: [f"{RunFolder.generated}.json"])

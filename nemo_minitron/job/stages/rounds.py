@@ -14,8 +14,9 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
+from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
-from nemo_minitron.families import from_hf, to_hf
+from nemo_minitron.families import to_hf
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
@@ -24,8 +25,7 @@ from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.search.rounds import round_sizes
 from nemo_minitron.search.sizes import student_architecture
 from nemo_minitron.settings.recipe import Job
-
-FOLDER, PLAN, SCORES = "rounds", "plan.json", "scores.safetensors"
+from nemo_minitron.sources.open import open_source
 
 
 def round_stages(job: Job) -> list[Stage]:
@@ -34,7 +34,7 @@ def round_stages(job: Job) -> list[Stage]:
         Stage(
             round_name(number), functools.partial(score_again, number=number), _inputs,
             ("estimate" if number == 2 else round_name(number - 1),),
-            tuple(f"{FOLDER}/{number}/{name}" for name in (PLAN, SCORES)),
+            tuple(f"{RunFolder.rounds}/{number}/{name}" for name in (RoundFolder.plan, RoundFolder.scores)),
         )
         for number in range(2, job.rounds + 1)
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def round_name(number: int) -> str:
     return f"round {number}"
 
 
-def _inputs(run: Run) -> Any:
+def _inputs(run: Run) -> object:
     return [dict(run.job.keep), run.job.depth, run.job.rounds]
 
 
@@ -94,17 +94,17 @@ def score_again(run: Run, number: int) -> None:
     from nemo_minitron.data import Tokens
     from nemo_minitron.pruning import prune
 
-    folder, teacher = run.path(FOLDER, str(number)), teacher_folder(run)
+    files, teacher = run.folder.round(number), run.open(teacher_folder(run))
     plan = cut_of(run, number - 1)[0]
-    plan.save(folder / PLAN)
+    plan.save(files.plan)
     run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored anew")
-    clear_torn(folder / "model")
-    model = prune(teacher, plan, folder / "model", overwrite=True)
-    job, _ = job_of(run.job, from_hf(teacher), number)
-    tokens, log = Tokens(corpora.prefix(run, "calibration")), run.path("log.txt")
+    clear_torn(files.model)
+    model = prune(teacher, plan, files.model, overwrite=True)
+    job, _ = job_of(run.job, teacher.architecture, number)
+    tokens, log = Tokens(corpora.prefix(run, "calibration")), run.folder.log
     calibration = calibration_of(job, plan.target)
-    scores = calibrate(str(model), tokens, folder / "calibration", calibration, job.layout, log)
-    scores.save(folder / SCORES)
+    scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
+    scores.save(files.scores)
     shutil.rmtree(model)
     for line in describe_scores(scores):
         run.say(f"    {line}")
@@ -114,8 +114,8 @@ def cut_of(run: Run, number: int) -> tuple[PrunePlan, PrunePlan, Scores]:
     """(the teacher's plan after round `number`, the plan of that round alone, the scores that it goes by)."""
     from nemo_minitron.search import plan
 
-    folder = run.path(FOLDER, str(number)) if number > 1 else run.folder
-    scores, before = Scores.load(folder / SCORES), [PrunePlan.load(folder / PLAN)] if number > 1 else []
+    files = run.folder.round(number) if number > 1 else run.folder
+    scores, before = Scores.load(files.scores), [PrunePlan.load(files.plan)] if number > 1 else []
     source = before[0].source if before else scores.architecture
     job, _ = job_of(run.job, source, number)
     own = plan(scores, dict(job.keep), depth=job.depth)

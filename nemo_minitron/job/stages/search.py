@@ -18,63 +18,64 @@ from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
+from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder, TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed
 from nemo_minitron.axes import AXES
 from nemo_minitron.commands.corpus import corpus_identity
-from nemo_minitron.commands.distill import run_training, teacher_identity
+from nemo_minitron.commands.distill import run_training
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import DivergedError, InputError
-from nemo_minitron.families import from_hf, multiples_of, resolve, to_hf
+from nemo_minitron.families import multiples_of, to_hf
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.stages.compensate import PLAN, SOLVED, compensation_of_run, cut_identity, solve_plans, solves
+from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
-from nemo_minitron.settings.recipe import Distillation, Job
-from nemo_minitron.sources.open import config_of
+from nemo_minitron.settings.recipe import Distillation, Evaluation, Job
+from nemo_minitron.sources.open import config_of, open_source
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
 
-CANDIDATES, MEASURED, RANKS = "search/candidates.json", "search/measured.json", "search/ranks.json"
-NUMBERS, CURVE, STUDENT, TRAINING = "numbers.json", "curve.json", "student", "distilled"
-
 
 def search_stages(job: Job) -> list[Stage]:
     """Between `estimate` and `plan`; the plan comes after `rank`."""
-    solve = Stage("compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(SOLVED))
+    names, each = RunFolder, CandidateFolder
+    solve = Stage(
+        "compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(each.compensation)
+    )
     solving = [solve] if solves(job) else []
     before = solving[0].name if solving else "candidates"
     return [
-        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (CANDIDATES,), _each(PLAN)),
+        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (names.candidates,), _each(each.plan)),
         *solving,
-        Stage("measure", measure_all, _measure_inputs, ("data", before), (MEASURED,), _each(NUMBERS)),
-        Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (RANKS,), _each(CURVE)),
+        Stage("measure", measure_all, _measure_inputs, ("data", before), (names.measured,), _each(each.numbers)),
+        Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (names.ranks,), _each(each.curve)),
     ]
 
 
 def _each(name: str) -> Callable[[Run], list[str]]:
     """A stage leaves a file of that name for each candidate, or for those that it chose."""
     return lambda run: [
-        f"search/{row['name']}/{name}" for row in read_json(run.path(CANDIDATES), "the candidates")
+        f"{RunFolder.search}/{row['name']}/{name}" for row in read_json(run.folder.candidates, "the candidates")
     ]  # fmt: skip
 
 
-def _candidates_inputs(run: Run) -> Any:
+def _candidates_inputs(run: Run) -> object:
     later = {"distil", "steps", "rounds", "tokens"}  # what the later stages read
     budget = {name: value for name, value in dataclasses.asdict(run.job.search).items() if name not in later}
     return [budget, dict(run.job.keep), run.job.depth]
 
 
-def _measure_inputs(run: Run) -> Any:
+def _measure_inputs(run: Run) -> object:
     return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, run.job.cutting.deciding()]
 
 
-def _rank_inputs(run: Run) -> Any:
+def _rank_inputs(run: Run) -> object:
     return [dataclasses.asdict(_brief(run)), run.job.search.rounds, run.job.search.distil]
 
 
-def _evaluation(run: Run) -> Any:
+def _evaluation(run: Run) -> Evaluation:
     return dataclasses.replace(run.job.evaluation, tokens=run.job.search.tokens, prompts=())
 
 
@@ -94,7 +95,7 @@ def candidates(run: Run) -> None:
     from nemo_minitron.search.candidates import cut_of
     from nemo_minitron.search.table import rows_of
 
-    job, scores = run.job, Scores.load(run.path("scores.safetensors"))
+    job, scores = run.job, Scores.load(run.folder.scores)
     config = config_of(job.teacher)
     found = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
@@ -104,15 +105,15 @@ def candidates(run: Run) -> None:
     for candidate in found.candidates:
         to_hf(candidate.architecture, config)
         keep = {**cut_of(candidate, scores.architecture), **job.keep}
-        plan(scores, keep, depth=job.depth).save(run.path("search", candidate.name, PLAN))
+        plan(scores, keep, depth=job.depth).save(run.folder.candidate(candidate.name).plan)
     rows = rows_of(found, scores.architecture, **job.search.serving)
-    write_json(run.path(CANDIDATES), [row for row in rows if row["rank"] is not None])
+    write_json(run.folder.candidates, [row for row in rows if row["rank"] is not None])
 
 
 def solve_all(run: Run) -> None:
     """What follows each candidate's cut, all from one pass."""
-    rows = read_json(run.path(CANDIDATES), "the candidates", records.CANDIDATES)
-    solve_plans(run, [run.path("search", row["name"], PLAN) for row in rows])
+    rows = read_json(run.folder.candidates, "the candidates", records.CANDIDATES)
+    solve_cuts(run, [run.folder.candidate(row["name"]) for row in rows])
 
 
 def _latency(run: Run, config: Mapping[str, Any]) -> float:
@@ -127,12 +128,12 @@ def _latency(run: Run, config: Mapping[str, Any]) -> float:
 def measure_all(run: Run) -> None:
     """Cuts and measures each candidate; students that are among the best so far stay."""
     rows: list[dict[str, Any]] = []
-    for row in read_json(run.path(CANDIDATES), "the candidates", records.CANDIDATES):
+    for row in read_json(run.folder.candidates, "the candidates", records.CANDIDATES):
         rows.append(row | {"loss": _loss(run, row["name"])})
         run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
         for other in _ordered(rows)[run.job.search.distil :]:
-            shutil.rmtree(run.path("search", other["name"], STUDENT), ignore_errors=True)
-    write_json(run.path(MEASURED), _ordered(rows))
+            shutil.rmtree(run.folder.candidate(other["name"]).student, ignore_errors=True)
+    write_json(run.folder.measured, _ordered(rows))
 
 
 def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,13 +144,13 @@ def _loss(run: Run, name: str) -> float:
     """Of the cut model on held-out text, from its file where it was measured before."""
     from nemo_minitron.data import Tokens
 
-    folder, test = run.path("search", name), corpora.prefix(run, "test")
+    files, test = run.folder.candidate(name), corpora.prefix(run, "test")
     settings = _evaluation(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(settings), corpus_identity(test)])
-    known = _known(folder / NUMBERS, identity, loss=number())
+    known = _known(files.numbers, identity, loss=number())
     if known is None:
         known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
-        write_json(folder / NUMBERS, known)
+        write_json(files.numbers, known)
     return known["loss"]
 
 
@@ -162,26 +163,25 @@ def _known(path: Path, identity: str, **fields: Kind) -> Any:
 
 
 def _plan(run: Run, name: str) -> PrunePlan:
-    return PrunePlan.load(run.path("search", name, PLAN))
+    return PrunePlan.load(run.folder.candidate(name).plan)
 
 
-def _cut(run: Run, name: str) -> list[Any]:
-    return cut_identity(run.job, run.path("search", name, PLAN))
+def _cut(run: Run, name: str) -> list[object]:
+    return cut_identity(run.job, run.folder.candidate(name))
 
 
 def _student(run: Run, name: str) -> Path:
     """The candidate as a Hugging Face folder, cut where it is not there in full, or is of another plan."""
-    from nemo_minitron.pruning import HFSource, prune
+    from nemo_minitron.pruning import prune
 
-    folder, mark = run.path("search", name, STUDENT), run.path("search", name, "cut.json")
-    identity, teacher = digest_of(_cut(run, name)), teacher_folder(run)
-    known = _known(mark, identity, files=mapped(anything()))
-    if known is None or not folder.is_dir() or damaged(folder, known["files"]):
-        clear_torn(folder)
-        compensation = compensation_of_run(run, HFSource(teacher), folder.with_name(PLAN))
-        prune(teacher, _plan(run, name), folder, compensation=compensation, overwrite=True)
-        write_json(mark, {"identity": identity, "files": sealed(folder, ["."])})
-    return folder
+    files, identity, teacher = run.folder.candidate(name), digest_of(_cut(run, name)), run.open(teacher_folder(run))
+    known = _known(files.cut, identity, files=mapped(anything()))
+    if known is None or not files.student.is_dir() or damaged(files.student, known["files"]):
+        clear_torn(files.student)
+        compensation = compensation_of_run(run, teacher, files)
+        prune(teacher, _plan(run, name), files.student, compensation=compensation, overwrite=True)
+        write_json(files.cut, {"identity": identity, "files": sealed(files.student, ["."])})
+    return files.student
 
 
 def rank_all(run: Run) -> None:
@@ -189,7 +189,7 @@ def rank_all(run: Run) -> None:
     from nemo_minitron.search import rank
 
     search = run.job.search
-    measured = read_json(run.path(MEASURED), "the measured candidates", records.MEASURED)
+    measured = read_json(run.folder.measured, "the measured candidates", records.MEASURED)
     chosen = [row["name"] for row in measured[: search.distil]]
     ranking = rank(
         chosen, lambda name, steps: _curve(run, name, steps), steps=search.steps, rounds=search.rounds,
@@ -200,38 +200,37 @@ def rank_all(run: Run) -> None:
     for name, step in ranking.stopped.items():
         run.say(f"    {name}: stopped after step {step}")
     run.say(f"    {ranking.winner} wins; ranks settled at step {ranking.settled} of {search.steps}")
-    write_json(run.path(RANKS), [dataclasses.asdict(row) for row in ranking.standings])
+    write_json(run.folder.ranks, [dataclasses.asdict(row) for row in ranking.standings])
 
 
 def _curve(run: Run, name: str, steps: int) -> Curve:
     """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
-    folder, train, brief = run.path("search", name), corpora.prefix(run, "train"), _brief(run)
+    files, train, brief = run.folder.candidate(name), corpora.prefix(run, "train"), _brief(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
-    known = _known(folder / CURVE, identity, losses=listed(anything()))
+    known = _known(files.curve, identity, losses=listed(anything()))
     if known is None or (len(known["losses"]) < steps and not known.get("diverged")):
         run.say(f"    {name}: to step {steps}")
-        student = _student(run, name)
-        learned = learned_from(run.job)
-        layout, _ = run.job.layout.for_student(from_hf(student), from_hf(config_of(learned)))
+        student, learned = open_source(_student(run, name)), run.open(learned_from(run.job))
+        layout, _ = run.job.layout.for_student(student.architecture, learned.architecture)
         known, diverged = {"identity": identity}, False
         try:
             run_training(
-                student, str(resolve(learned)), (train, train), folder / TRAINING, brief, layout,
-                run.path("log.txt"), stop=steps, plan=plan_of_learned(run.job, folder / PLAN),
+                student, learned, (train, train), files.training, brief, layout,
+                run.folder.log, stop=steps, plan=plan_of_learned(run.job, files),
             )  # fmt: skip
         except DivergedError as error:  # this candidate has lost; the others go on
             run.say(f"    {name}: {error}")
             diverged = True
-        known |= {"losses": _losses(folder / TRAINING / "loss.csv"), "diverged": diverged}
-        write_json(folder / CURVE, known)
+        known |= {"losses": _losses(TrainingFolder(files.training).losses), "diverged": diverged}
+        write_json(files.curve, known)
     losses = [*known["losses"], *[math.inf] * (steps - len(known["losses"]))]  # of one that diverged
     return list(enumerate(losses[:steps], 1))
 
 
-def _texts(run: Run, train: Path) -> Any:
+def _texts(run: Run, train: Path) -> object:
     """Identity of the text; and of the model that is learned from, where it is not the teacher."""
     text = corpus_identity(train)
-    return [text, teacher_identity(run.job.learns_from)] if run.job.learns_from else text
+    return [text, run.open(run.job.learns_from).identity] if run.job.learns_from else text
 
 
 def _losses(path: Path) -> list[float]:
@@ -240,14 +239,15 @@ def _losses(path: Path) -> list[float]:
 
 def _clear(run: Run, name: str) -> None:
     """What nothing goes on from any more; plan, numbers and losses stay."""
-    for part in (TRAINING, STUDENT):
-        shutil.rmtree(run.path("search", name, part), ignore_errors=True)
+    files = run.folder.candidate(name)
+    for part in (files.training, files.student):
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def winner(run: Run) -> Path:
-    """The plan's file of the candidate that is first at the last step."""
-    last = max(read_json(run.path(RANKS), "the ranks", records.RANKS), key=lambda row: (row["step"], -row["rank"]))
-    return run.path("search", last["candidate"], PLAN)
+def winner(run: Run) -> CandidateFolder:
+    """The candidate that is first at the last step."""
+    last = max(read_json(run.folder.ranks, "the ranks", records.RANKS), key=lambda row: (row["step"], -row["rank"]))
+    return run.folder.candidate(last["candidate"])
 
 
 def sizes_of(plan: PrunePlan) -> Mapping[str, int]:

@@ -18,10 +18,11 @@ def make_caches(folder, caches, samples):
     """As `minitron cache-logits` does, but in this process."""
     from nemo_minitron.artifacts.logit_records import CacheSettings
     from nemo_minitron.commands import cache as command
-    from nemo_minitron.hosts.nemo import cache as stage
+    from nemo_minitron.hosts import host_of
+    from nemo_minitron.megatron import cache as stage
     from nemo_minitron.settings.layout import Layout
 
-    command.launch = lambda name, settings, *_: stage.cache_logits(settings)
+    command.launch = lambda order, *_: stage.cache_logits(order, host_of())
     for name, settings in caches.items():
         command.run_cache(
             str(folder / "teacher"), str(folder / "corpus"), folder / name, CacheSettings(**settings), Layout(),

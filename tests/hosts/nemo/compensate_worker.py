@@ -1,6 +1,5 @@
-"""Run under torchrun: the compensate stage in one layout. Arguments: the stage's settings as JSON."""
+"""Run under torchrun: the compensate stage in one layout. Argument: the file of its order."""
 
-import json
 import sys
 from datetime import timedelta
 
@@ -13,9 +12,11 @@ def main():
     backend.setup()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    from nemo_minitron.hosts.nemo.compensate import compensate
+    from nemo_minitron.hosts import host_of
+    from nemo_minitron.megatron.compensate import compensate
+    from nemo_minitron.settings.orders import read_order
 
-    compensate(json.loads(sys.argv[1]))
+    compensate(read_order("compensate", sys.argv[1]), host_of())
     torch.distributed.destroy_process_group()
 
 

@@ -21,7 +21,7 @@ def mask_some():
     """Samples whose first tokens, up to all but one, do not count: data-parallel ranks have unequal numbers."""
     import torch
 
-    from nemo_minitron.hosts.nemo.dataset import PackedDataset
+    from nemo_minitron.megatron.dataset import PackedDataset
 
     whole = PackedDataset.__getitem__
 
@@ -38,33 +38,33 @@ def run_case(case, folder, out):
     """`stops`: steps after which the training ends, to go on in a trainer of its own; else it ends after the last."""
     from nemo_minitron.hosts.nemo import stages
     from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.settings.orders import DistillOrder
     from nemo_minitron.settings.recipe import Distillation
     from nemo_minitron.sources.folder import HFSource
 
-    student, corpus = folder / case["student"], str(folder / "corpus")
+    student, corpus = folder / case["student"], folder / "corpus"
     layout = Layout(**case["layout"]).for_depth(HFSource(student).architecture.num_layers)
     recipe = Distillation(**case["recipe"])
     made = out / case["name"]
     made.mkdir(exist_ok=True)
-    settings = {
-        "student": str(student), "teacher": str(folder / case["teacher"]), "train": corpus, "validation": corpus,
-        "out": str(made), "index": str(folder / "index"), "distillation": dataclasses.asdict(recipe),
-        "layout": dataclasses.asdict(layout), "plan": str(folder / case["plan"]),
-    }  # fmt: skip
+    order = DistillOrder(
+        student, folder / case["teacher"], corpus, corpus, made, folder / "index", recipe, layout,
+        plan=folder / case["plan"],
+    )  # fmt: skip
     asked = ways_of_the_head(several=case.get("world") != 1)
     if case.get("gradients"):
         keep_the_first_step(made, HFSource(student).architecture)
     if case.get("diverges"):
-        diverge(case, settings, made)
+        diverge(case, order, made)
         return
     for stop in case.get("stops") or [None]:
-        stages.distill(settings | {"stop": stop})
+        stages.distill(dataclasses.replace(order, stop=stop))
         forget()
     if asked:  # on the ranks with a fused head
         (made / "main_grad.json").write_text(json.dumps(sorted(asked)))
 
 
-def diverge(case, settings, made):
+def diverge(case, order, made):
     """The last rank's numbers of step 3 become NaN: its loss, its gradients, or a weight after the step. Leaves what
     each rank says. Lightning takes the process group down with it, so this is a worker's last case."""
     import torch
@@ -107,7 +107,7 @@ def diverge(case, settings, made):
     }
     spoil(*places[case["diverges"]])
     try:
-        stages.distill(settings)
+        stages.distill(order)
         said = "nothing"
     except DivergedError as error:
         said = str(error)

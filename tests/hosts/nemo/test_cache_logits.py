@@ -21,6 +21,7 @@ from nemo_minitron.commands.distill import run_distill
 from nemo_minitron.data import Tokens
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
+from nemo_minitron.pruning import HFSource
 
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(120)]
 LENGTH = 16
@@ -85,7 +86,7 @@ def test_the_cache_holds_every_row_of_the_text(world):
         assert np.array_equal(tokens.stream(found * LENGTH, LENGTH), tokens.stream(row * LENGTH, LENGTH))
         kept = cache.read(row)
         assert (np.add.reduceat(kept.counts, np.cumsum(kept.lengths) - kept.lengths) == 30).all()
-    check_cache(world / "whole", tokens.prefix, str(world / "teacher"))
+    check_cache(world / "whole", tokens.prefix, HFSource(world / "teacher"))
 
 
 @pytest.mark.slow
@@ -164,4 +165,4 @@ def test_a_student_learns_from_it_by_the_command(world):
 def test_a_teachers_digest_sees_its_config(tmp_path):
     for name, base in (("a", 5000.0), ("b", 10_000.0)):
         pico_llama(tmp_path / name, rope_theta=base)
-    assert teacher_digest(str(tmp_path / "a")) != teacher_digest(str(tmp_path / "b"))
+    assert teacher_digest(HFSource(tmp_path / "a")) != teacher_digest(HFSource(tmp_path / "b"))

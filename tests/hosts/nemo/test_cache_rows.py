@@ -20,7 +20,7 @@ def dataset(tmp_path_factory):
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
-    from nemo_minitron.hosts.nemo.rows import stream_rows
+    from nemo_minitron.megatron.rows import stream_rows
 
     prefix = tmp_path_factory.mktemp("rows") / "text"
     stream = np.arange(sum(LENGTHS))  # every token another: a row is where it comes from

@@ -4,8 +4,6 @@ stages: tests/cli/test_compensate_command.py.
 Mutations tried, each of which fails here: the dense layers' first rank alone solving; a pass that forgets a layer.
 """
 
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +16,17 @@ from tolerances import GRAM_FP32
 from words import save_tokenizer
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.typed import plain
 from nemo_minitron.data import Tokens, build, load_tokenizer
 from nemo_minitron.families import from_hf
-from nemo_minitron.hosts.nemo.compensate import bytes_of_layer
+from nemo_minitron.megatron.compensate import bytes_of_layer
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.search import random_plan
+from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CompensateOrder
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "compensate_worker.py"
@@ -48,12 +50,10 @@ def folder(tmp_path_factory):
 def test_experts_over_ranks(folder, layout):
     """In passes of two layers; the numbers are those of float64."""
     out, plan, source = folder / "solved", PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
-    settings = {
-        "model": str(folder / "teacher"), "plans": {str(folder / "plan.json"): str(out)}, "ridge": 0.01,
-        "data": str(folder / "corpus"), "memory": 2 * bytes_of_layer(plan.source, layout),
-        "layout": dataclasses.asdict(layout),
-    }  # fmt: skip
-    run_ranks(2, WORKER, json.dumps(settings | ROWS))
+    memory, plans = 2 * bytes_of_layer(plan.source, layout), {folder / "plan.json": out}
+    order = CompensateOrder(folder / "teacher", plans, folder / "corpus", 0.01, memory, Calibration(**ROWS), layout)
+    write_json(folder / "order.json", plain(order))
+    run_ranks(2, WORKER, folder / "order.json")
     rows = Tokens(folder / "corpus").windows(ROWS["sequence_length"], ROWS["samples"], ROWS["seed"])
     grams, found = grams64(folder / "teacher", rows), Compensation.load(out).tensors
     assert found.keys() == dict(solvable(plan)).keys()

@@ -32,19 +32,16 @@ def full(name=None):
     ],
 )
 def test_the_cause_in_words(error, said):
-    assert words(error, {"out": "/run/training"}) == said
+    assert words(error, "/run/training") == said
 
 
 def test_what_led_to_an_error_tells_more_than_it():
     later = RuntimeError("a writer failed")
     later.__cause__ = full("/run/chunk")
-    assert words(later, {}) == "No space left on device: '/run/chunk' could not be written"
+    assert words(later, "") == "No space left on device: '/run/chunk' could not be written"
 
 
 def test_a_full_disk_is_said_where_a_writer_does_not(monkeypatch, tmp_path):
     monkeypatch.setattr(failure.shutil, "disk_usage", lambda place: failure.shutil._ntuple_diskusage(10, 10, 0))
     error = RuntimeError("PytorchStreamWriter failed writing file")
-    assert (
-        words(error, {"out": str(tmp_path / "a")})
-        == f"'{tmp_path / 'a'}' could not be written: No space left on device"
-    )
+    assert words(error, tmp_path / "a") == f"'{tmp_path / 'a'}' could not be written: No space left on device"

@@ -8,6 +8,7 @@ import pytest
 from pico import pico_llama
 
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Evaluation, Job
 from nemo_minitron.job.dry_run import check, describe
@@ -30,7 +31,7 @@ def test_a_job_with_benchmarks_measures_both_models(job, tmp_path, monkeypatch, 
         return {"ifeval": {"acc,none": len(asked) / 10}}
 
     monkeypatch.setattr("nemo_minitron.evaluation.run_tasks", run_tasks)
-    measure(Run(job, tmp_path, Manifest(tmp_path / "manifest.json")))
+    measure(Run(job, RunFolder(tmp_path), Manifest(tmp_path / "manifest.json")))
     assert json.loads((tmp_path / "benchmarks.json").read_text()) == {
         "teacher": {"ifeval": {"acc,none": 0.1}}, "distilled": {"ifeval": {"acc,none": 0.2}},
     }  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import pytest
 from words import save_tokenizer
 
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Data, Job
 from nemo_minitron.job.run import open_run
@@ -62,8 +63,8 @@ def test_a_source_is_tokenised_once_and_the_folder_may_move(tmp_path, jsonl, tok
     run = tokenised(tmp_path / "run", data, tokenizer)
     assert sorted(path.name for path in run.path("data").glob("*.bin")) == ["train.bin"]
     assert corpora.outputs(data) == ("data/corpora.json", "data/train.bin", "data/train.idx")
-    moved = run.folder.rename(tmp_path / "moved")
-    run.folder = moved
+    moved = run.folder.path.rename(tmp_path / "moved")
+    run.folder = RunFolder(moved)
     assert corpora.prefix(run, "calibration") == moved / "data" / "train"
 
 

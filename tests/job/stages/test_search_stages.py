@@ -15,6 +15,7 @@ from nemo_minitron.job import Data, Distillation, Job, Search
 from nemo_minitron.job.run import Stage, execute, open_run
 from nemo_minitron.job.stages import search as search_stages
 from nemo_minitron.job.stages.search import winner
+from nemo_minitron.pruning import HFSource
 
 LOSS = {5: 1.0, 6: 2.0, 4: 3.0, 3: 4.0}  # of the cut model, by its layers
 
@@ -52,13 +53,13 @@ class World:
 
     def train(self, student, teacher, prefixes, out, recipe, layout, log, stop, plan):
         """Losses fall with layers: what was worst before training is best after it."""
-        layers = from_hf(student).num_layers
+        layers = student.architecture.num_layers
         if self.fail == (layers, stop):
             raise RuntimeError("killed")
         self.done.append(("trained", layers, stop))
         assert recipe.save_every == recipe.steps // 3  # where a round ends
         assert (recipe.correction_tokens, recipe.patience) == (0, 0)  # else each would train a teacher of its own
-        assert PrunePlan.load(plan).target == from_hf(student)
+        assert PrunePlan.load(plan).target == student.architecture
         out.mkdir(exist_ok=True)
         last = 1 if self.diverges == layers else stop
         rows = [f"{step},0,{layers / step},0" for step in range(1, last + 1)]
@@ -82,18 +83,31 @@ def world(tmp_path, monkeypatch):
 TRAINED = [(layers, 2) for layers in (5, 6, 4)] + [(4, 4), (5, 4), (4, 6), (5, 6)]
 
 
+def test_the_teacher_is_opened_once(world, monkeypatch):
+    """Four candidates are cut from it and three of them learn from it. Mutation: `Run.open` without its memory."""
+    opened, begin = [], HFSource.__init__
+
+    def noted(self, folder):
+        opened.append(folder)
+        begin(self, folder)
+
+    monkeypatch.setattr(HFSource, "__init__", noted)
+    world.search()
+    assert opened.count(world.folder / "teacher") == 1
+
+
 def test_a_search(world):
     run = world.search()
     measured = json.loads((run.path("search", "measured.json")).read_text())
     assert sorted(done[1] for done in world.done if done[0] == "measured") == [3, 4, 5, 6]
     assert [row["layers"] for row in measured] == [5, 6, 4, 3]
     assert [done[1:] for done in world.done if done[0] == "trained"] == TRAINED
-    made = PrunePlan.load(winner(run))
+    made = PrunePlan.load(winner(run).plan)
     assert made.target.num_layers == 4
     assert made == PrunePlan.load(run.path("search", measured[2]["name"], "plan.json"))
-    assert not list(run.folder.glob("search/*/distilled"))
-    assert not list(run.folder.glob("search/*/student"))
-    assert len(list(run.folder.glob("search/*/curve.json"))) == 3
+    assert not list(run.folder.path.glob("search/*/distilled"))
+    assert not list(run.folder.path.glob("search/*/student"))
+    assert len(list(run.folder.path.glob("search/*/curve.json"))) == 3
 
 
 def test_nothing_is_done_twice(world):
@@ -115,14 +129,14 @@ def test_a_killed_ranking_goes_on_and_ends_the_same(world, at):
     world.fail = None
     run = world.search()
     assert before + [done[1:] for done in world.done] == TRAINED
-    assert PrunePlan.load(winner(run)).target.num_layers == 4
+    assert PrunePlan.load(winner(run).plan).target.num_layers == 4
 
 
 def test_a_candidate_that_diverges_has_lost_and_is_not_trained_again(world):
     world.diverges = 4  # the winner otherwise
     run = world.search()
     assert [done[1:] for done in world.done if done[0] == "trained"] == [*TRAINED[:3], (5, 4), (6, 4), (5, 6), (6, 6)]
-    assert PrunePlan.load(winner(run)).target.num_layers == 5
+    assert PrunePlan.load(winner(run).plan).target.num_layers == 5
     world.search()
     assert world.done == []
 

@@ -1,4 +1,4 @@
-"""The criteria of depth under NeMo: on the model that `trainer.validate` ran, or on one that was loaded for them."""
+"""The criteria of depth of a calibration, on a live model; what is there already is not done again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.errors import InputError
-from nemo_minitron.hosts.nemo.progress import say
-from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
+from nemo_minitron.megatron.progress import say
 from nemo_minitron.settings.calibration import Calibration
+from nemo_minitron.sources.tensors import ModelSource
 
 LARGEST = 700.0  # a loss whose perplexity float64 can hold
 
 
-class DepthCriteria(Callback):
+class DepthCriteria:
     """The criteria of `calibration.depth` that `out` does not hold yet.
 
     `source`: the model on disk; `batches()`: this data-parallel rank's rows, with labels. `out` is saved after each
@@ -30,17 +29,11 @@ class DepthCriteria(Callback):
     """
 
     def __init__(
-        self, source: Any, calibration: Calibration, batches: Callable[[], list[dict[str, Any]]], out: Path
+        self, source: ModelSource, calibration: Calibration, batches: Callable[[], list[dict[str, Any]]], out: Path
     ) -> None:
         self.source, self.calibration, self.batches, self.out = source, calibration, batches, out
         self.vocab_size = source.architecture.vocab_size
         self.scores = Scores.load(out) if out.exists() else Scores(source.architecture, {})
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        leave_context(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self.run(chunks_of(trainer))
 
     def run(self, chunks: list[Any]) -> None:
         """Collective over the whole job."""

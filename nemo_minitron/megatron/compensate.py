@@ -11,50 +11,48 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-import nemo_minitron.backend as backend
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.axes import AXES
 from nemo_minitron.importance.gram import gram, whole
+from nemo_minitron.megatron.load import Builder, load
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import CompensateOrder
+from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import ModelSource
 
 
-def compensate(settings: dict[str, Any]) -> None:
-    """`model`, `plans` (the file of a plan -> that of its Compensation), `data` (.bin/.idx prefix), `ridge`, `memory`
-    (bytes), `layout`, and of the rows `samples`, `sequence_length`, `batch_size`, `precision`, `seed`.
+def compensate(order: CompensateOrder, host: Builder) -> None:
+    """Leaves the Compensation of each plan of the order.
 
-    The rows go through the model once for as many layers as `memory` holds the Gram matrices of, on a rank, however
-    many plans there are. What a rank solves waits in files beside the Compensation, which rank 0 puts together: it
-    alone holds all matrices of a plan, and of one plan at a time.
+    The rows go through the model once for as many layers as `order.memory` holds the Gram matrices of, on a rank,
+    however many plans there are. What a rank solves waits in files beside the Compensation, which rank 0 puts together:
+    it alone holds all matrices of a plan, and of one plan at a time.
     """
-    backend.setup()
-    from nemo_minitron.hosts.nemo.models import load_model
-    from nemo_minitron.sources.open import open_source
-
-    source, layout = open_source(settings["model"]), Layout(**settings["layout"])
-    cuts = [Cut(PrunePlan.load(plan), Path(out)) for plan, out in settings["plans"].items()]
+    source, calibration = open_source(order.model), order.calibration
+    cuts = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
     for cut in cuts:
         check_plan(cut.plan, source)
-    chunks = load_model(settings["model"], precision=settings["precision"], layout=layout)
+    chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
     if torch.distributed.get_rank() == 0:
         for cut in cuts:
             cut.begin()
     torch.distributed.barrier()
-    batches, origins = own_batches(settings), sorted({origin for cut in cuts for origin in cut.wanted})
-    for layers in passes(source.architecture, origins, settings["memory"], layout):
+    batches, origins = own_batches(order), sorted({origin for cut in cuts for origin in cut.wanted})
+    for layers in passes(source.architecture, origins, order.memory, order.layout):
         grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
         for origin in origins:
             found = whole(grams, origin)
             if found is not None:
                 for cut in cuts:
-                    cut.solve(source, origin, found, settings["ridge"])
+                    cut.solve(source, origin, found, order.ridge)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        rows = {name: settings[name] for name in ("samples", "sequence_length", "seed", "precision")}
+        rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
         for cut in cuts:
-            cut.finish({"method": "least squares", "ridge": settings["ridge"], **rows})
+            cut.finish({"method": "least squares", "ridge": order.ridge, **rows})
 
 
 class Cut:
@@ -69,7 +67,7 @@ class Cut:
         shutil.rmtree(self.parts, ignore_errors=True)  # of a run that was killed
         self.parts.mkdir(parents=True)
 
-    def solve(self, source: Any, origin: str, gram: np.ndarray, ridge: float) -> None:
+    def solve(self, source: ModelSource, origin: str, gram: np.ndarray, ridge: float) -> None:
         if origin in self.wanted:
             name = self.wanted[origin]
             np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
@@ -80,13 +78,14 @@ class Cut:
         shutil.rmtree(self.parts)
 
 
-def own_batches(settings: dict[str, Any]) -> list[torch.Tensor]:
-    """This data-parallel rank's batches of the rows that `seed` draws from the corpus."""
+def own_batches(order: CompensateOrder) -> list[torch.Tensor]:
+    """This data-parallel rank's batches of the rows that the calibration's seed draws from the corpus."""
     from nemo_minitron.data import Tokens
 
-    rows = Tokens(settings["data"]).windows(settings["sequence_length"], settings["samples"], settings["seed"])
+    calibration = order.calibration
+    rows = Tokens(order.data).windows(calibration.sequence_length, calibration.samples, calibration.seed)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(rows.split(settings["batch_size"]))[rank::ranks]
+    return list(rows.split(calibration.batch_size))[rank::ranks]
 
 
 def passes(source: Architecture, origins: Iterable[str], memory: int, layout: Layout) -> Iterator[list[int]]:

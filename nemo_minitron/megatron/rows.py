@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.utils import Split
 
-from nemo_minitron.hosts.nemo.dataset import PackedDataset
+from nemo_minitron.megatron.dataset import PackedDataset
 
 
 def stream_rows(rows: int) -> type[PackedDataset]:

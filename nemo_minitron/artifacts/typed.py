@@ -1,0 +1,82 @@
+"""Frozen dataclasses <-> JSON: what goes in comes out, and every name and type is checked on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from nemo_minitron.artifacts.parse import Kind, Wrong, checked, flag, inside, listed, mapped, maybe, number, text
+from nemo_minitron.errors import nearest
+
+T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as the plain values that JSON has; a path becomes a text, a tuple a list."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def typed(cls: type[T], values: Any, what: str) -> T:
+    """The dataclass of `plain`'s values. Raises InputError, in whose sentence `what` names the file, for a key that
+    the class does not have, for one that is missing, and for a value of another type."""
+    return checked(values, _record(cls), what)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise Wrong(value, "a whole number")
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(text(legal="a path")(value))
+
+
+_PLAIN: dict[Any, Kind] = {int: _whole, float: number(), str: text(), bool: flag, Path: _path}
+
+
+def _record(cls: Any) -> Kind:
+    """The kind of a dataclass; a field with a default may be missing."""
+    fields, hints = dataclasses.fields(cls), get_type_hints(cls)
+    kinds = {field.name: _kind(hints[field.name]) for field in fields}
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+
+    def kind(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Wrong(value, "an object")
+        for name in value:
+            if name not in kinds:
+                raise Wrong(name, f"a key that is known here; {nearest(str(name), kinds)}")
+        for name in needed:
+            if name not in value:
+                raise Wrong(value, f"an object with '{name}'")
+        return cls(**{name: inside(kinds[name], item, name) for name, item in value.items()})
+
+    return kind
+
+
+def _kind(hint: Any) -> Kind:
+    """What a field's type takes."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if dataclasses.is_dataclass(hint):
+        return _record(hint)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType and len(inner) == 2 and inner[1] is NoneType:
+        return maybe(_kind(inner[0]))
+    if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
+        items = listed(_kind(inner[0]))
+        return lambda value: tuple(items(value))
+    if origin is Mapping:
+        name, item = _kind(inner[0]), mapped(_kind(inner[1]))
+        return lambda value: {name(key): held for key, held in item(value).items()}
+    raise TypeError(f"no kind for a field of type {hint}")

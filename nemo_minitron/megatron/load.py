@@ -1,0 +1,49 @@
+"""A live, sharded model of what lies on disk: a host builds it, and each rank fills its shards by reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from megatron.core import parallel_state
+
+from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.families import family_of
+from nemo_minitron.megatron.groups import current_layout
+from nemo_minitron.megatron.live import fill
+from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.student import Student
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.sources.tensors import ModelSource
+
+
+class Builder(Protocol):
+    """What every host does for a stage."""
+
+    def build(self, config: Mapping[str, Any], *, precision: str, layout: Layout) -> list[Any]:
+        """This rank's chunks of the model of a Hugging Face config, not filled yet; starts the layout's process groups
+        where there are none."""
+        ...
+
+
+Build = Callable[..., list[Any]]  # a host's `build`
+
+
+def load(
+    teacher: ModelSource, plan: PrunePlan | None = None, *, build: Build, compensation: Compensation | None = None,
+    precision: str = "fp32", layout: Layout | None = None, sp: bool = False,
+) -> list[Any]:  # fmt: skip
+    """This rank's chunks (one without virtual stages) of a model, or with a `plan` of its student.
+
+    A student is read from its teacher but for the tensors of `compensation`. The layout is that of the parallel groups
+    where there are some. Raises InputError for a plan or compensation that is not legal.
+    """
+    config = dict(teacher.config)
+    if plan is not None:
+        check_plan(plan, teacher)
+        config = family_of(config).config(plan.target, config, plan.keep.get("layers"))
+    if parallel_state.model_parallel_is_initialized():
+        layout = layout or current_layout(sp)
+    chunks = build(config, precision=precision, layout=layout or Layout())
+    fill(chunks, Student(teacher, plan, compensation) if plan else teacher)
+    return chunks

@@ -1,0 +1,141 @@
+"""What the processes of a stage are told: one order a stage, written by a command and read by a worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.typed import typed
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.settings.calibration import Calibration
+from nemo_minitron.settings.finetuning import Finetuning
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.recipe import Distillation
+
+PROGRESS = "  > "  # what a worker's line of progress begins with; the launcher passes such lines on to the screen
+
+
+class Order:
+    """What the launcher asks of an order."""
+
+    stage: ClassVar[str]
+    out: Path
+    layout: Layout
+
+    @property
+    def processes(self) -> int:
+        return self.layout.processes
+
+    @property
+    def place(self) -> Path:
+        """Where the stage writes; a failure names it."""
+        return self.out
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateOrder(Order):
+    """Score the model's rows. `data`: a .bin/.idx prefix; `work`: a folder that keeps what is done."""
+
+    stage: ClassVar[str] = "estimate"
+    model: Path
+    data: Path
+    work: Path
+    calibration: Calibration
+    layout: Layout
+
+    @property
+    def place(self) -> Path:
+        return self.work
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneOrder(Order):
+    """Cut a NeMo checkpoint, in one process. `compensation`: the file of what takes the place of the plan's slices."""
+
+    stage: ClassVar[str] = "prune"
+    model: Path
+    plan: Path
+    out: Path
+    compensation: Path | None = None
+
+    @property
+    def processes(self) -> int:
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CompensateOrder(Order):
+    """Fit the matrices that lose inputs to a cut. `plans`: the file of each plan -> that of its Compensation; `memory`:
+    bytes of Gram matrices on a rank. The rows are those of `calibration`."""
+
+    stage: ClassVar[str] = "compensate"
+    model: Path
+    plans: Mapping[Path, Path]
+    data: Path
+    ridge: float
+    memory: int
+    calibration: Calibration
+    layout: Layout
+
+    @property
+    def place(self) -> Path:
+        return next(iter(self.plans.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOrder(Order):
+    """Make the shards that the logit cache `out` lacks; its `cache.json` is there."""
+
+    stage: ClassVar[str] = "cache"
+    model: Path
+    data: Path
+    out: Path
+    layout: Layout
+    micro_batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOrder(Order):
+    """Train a student in `out`. `teacher` is None where a cache takes its place; `train`, `validation`: prefixes;
+    `index`: a folder for the order of the samples; `stop`: the step after which it ends for now, where it is not the
+    last; `plan`: the file of the plan that made the student."""
+
+    stage: ClassVar[str] = "distill"
+    student: Path
+    teacher: Path | None
+    train: Path
+    validation: Path
+    out: Path
+    index: Path
+    distillation: Distillation
+    layout: Layout
+    stop: int | None = None
+    plan: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOrder(Order):
+    """Align a student on prompts and answers; `data`: a folder with `training.jsonl`."""
+
+    stage: ClassVar[str] = "finetune"
+    student: Path
+    data: Path
+    out: Path
+    finetuning: Finetuning
+    layout: Layout
+
+
+ORDERS: dict[str, type[Order]] = {
+    order.stage: order
+    for order in (EstimateOrder, PruneOrder, CompensateOrder, CacheOrder, DistillOrder, FinetuneOrder)
+}
+
+
+def read_order(stage: str, file: str | Path) -> Order:
+    """The order of a stage from its JSON file. Raises InputError for a stage that there is not, and as `typed`."""
+    if stage not in ORDERS:
+        raise InputError(f"there is no stage '{stage}'; {nearest(stage, ORDERS)}")
+    return typed(ORDERS[stage], read_json(file, "the order"), f"the order '{file}'")
