@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MODULES = ("nemo_minitron.", "torch.distributed.run")  # what is run by `python -m`, and is forked
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "LD_", "NVTE_", "USE_")  # begin names that libraries read early
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "LD_")  # begin names that libraries read early
 BORN_WITH = dict(os.environ)  # before any test has changed it; the server's too
 SUBREAPER = 36  # prctl: an orphan becomes the child of this process
 NEW_NETWORK = 0x40000000  # setns: the file is a network namespace
@@ -76,8 +76,8 @@ def order_of(values: dict[str, Any]) -> dict[str, Any] | None:
     command, environment = [os.fspath(word) for word in values["args"]], dict(values["env"] or os.environ)
     prefix, words = parted(command)
     module, arguments = (words[1], words[2:]) if words[:1] == ["-m"] else ("".join(words[:1]), words[1:])
-    forkable = module.startswith((*MODULES, "tests:")) or module.endswith(".py")
-    if not forkable or values["shell"] or values["pass_fds"] or early(environment) != early(BORN_WITH):
+    same = early(environment) == early(BORN_WITH) and not values["shell"] and not values["pass_fds"]
+    if not module.startswith("tests:") and not (same and (module.startswith(MODULES) or module.endswith(".py"))):
         return None
     return {
         "module": module, "arguments": arguments, "unbuffered": "-u" in command, "deaf": prefix[:1] == ["sh"],
