@@ -12,9 +12,7 @@ nothing. Prints a table, and writes `--out`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import math
@@ -29,8 +27,7 @@ import common
 from retraining_state import Lines, spread
 from short_training import Schedule, Training, held_out_loss
 
-HOME = Path(__file__).parents[1]
-TRAIN, TEST = HOME / "demo/wikipedia/train.jsonl", HOME / "demo/wikipedia/test.jsonl"
+TRAIN, TEST = common.ROOT / "demo/wikipedia/train.jsonl", common.ROOT / "demo/wikipedia/test.jsonl"
 ROWS = {"samples": 48, "sequence-length": 512, "batch-size": 4}  # 24,576 tokens
 HELD_OUT = 512  # the length of a held-out row
 SEEDS = (1, 2, 3)
@@ -232,9 +229,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HOME / "demo/smollm2-135m-instruct"))
-    parser.add_argument("--work", type=Path, default=HOME / "runs/compensation")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default=str(common.ROOT / "demo/smollm2-135m-instruct"))
+    parser.add_argument("--work", type=Path, default=common.ROOT / "runs/compensation")
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out corpus")
     parser.add_argument("--distill", type=int, default=8192, help="tokens that a student is trained on")
     parser.add_argument("--sequence-length", type=int, default=256, help="of the distillation")
@@ -248,18 +245,16 @@ def main() -> None:
         "distillation tokens": given.distill, "sequence length": given.sequence_length,
         "schedule": dataclasses.asdict(Schedule()), "held-out tokens": given.tokens, "precision": "bf16", "threads": 1,
     }  # fmt: skip
-    state, facts = State(given.work, settings, given.seeds), common.machine(("torch", "numpy", "megatron-core"))
+    state, head = State(given.work, settings, given.seeds), common.heading(("torch", "numpy", "megatron-core"))
     if not given.report:
         run(given.model, given.work, settings, state)
     rows = list(summary(state.rows))
     show(rows)
     result = {
-        "command": " ".join(["python benchmarks/compensation.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings, "summary": rows,
+        **head, "settings": settings, "summary": rows,
         "not run": [f"{arm.cut}, {arm.how}, seed {seed}" for arm, seed in state.left()], "rows": state.rows,
     }  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, given.out)
 
 
 def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:

@@ -10,36 +10,15 @@ time (all its threads), which other jobs on the machine disturb least; wall time
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 import nemo_minitron.backend as backend
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def read_rows(model: str, data: str, rows: int, sequence: int) -> torch.Tensor:
-    """int64 [rows, sequence] of the text, joined."""
-    from transformers import AutoTokenizer
-
-    tokenizer, tokens = AutoTokenizer.from_pretrained(model), []
-    with open(data, encoding="utf-8") as file:
-        for line in file:
-            tokens += tokenizer(json.loads(line)["text"])["input_ids"]
-            if len(tokens) >= rows * sequence:
-                break
-    return torch.tensor(tokens[: rows * sequence]).view(rows, sequence)
 
 
 class Parts:
@@ -67,16 +46,16 @@ class Parts:
 
     def naive(self) -> dict[tuple[int, int], float]:
         """One whole forward pass a number, by layers taken out of the model."""
-        found = {}
+        losses = {}
         try:
             for dropped in range(-1, len(self.layers)):
                 kept = [layer for i, layer in enumerate(self.layers) if i != dropped]
                 self.model.decoder.layers = torch.nn.ModuleList(kept)
                 block = (dropped, dropped) if dropped >= 0 else (0, -1)
-                found[block] = self.loss(self.model(self.tokens, self.positions, None))
+                losses[block] = self.loss(self.model(self.tokens, self.positions, None))
         finally:
             self.model.decoder.layers = self.layers
-        return found
+        return losses
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -130,41 +109,27 @@ def _counted(head: float, layers: int) -> float:
     return (layers * (layers + 1) / 2 + (layers + 1) * head) / (layers * layers + (layers + 1) * head)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.machine(),
-        "torch": torch.__version__,
-        "load when it began (1, 5, 15 minutes)": os.getloadavg(),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("data")
     for name, default in {"rows": 2, "sequence": 512, "repeat": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    facts = machine()
+    result = common.heading(("torch", "megatron-core"))
+    result["machine"]["threads"] = torch.get_num_threads()
     backend.setup()
     from nemo_minitron.nemo import load_model
 
     (model,) = load_model(given.model)
-    tokens, began = read_rows(given.model, given.data, given.rows, given.sequence), time.perf_counter()
+    tokens, began = common.token_rows(given.model, given.data, given.rows, given.sequence), time.perf_counter()
     seconds, difference = measure(model, tokens, given.repeat)
     wall = time.perf_counter() - began
     layers = len(model.decoder.layers)
-    print(f"{given.model}, {layers} layers, {given.rows} x {given.sequence} tokens, {facts}")
+    print(f"{given.model}, {layers} layers, {given.rows} x {given.sequence} tokens, {result['machine']}")
     middle = table(seconds, layers)
     print(f"{'ours against naive':24}{difference:10.1e} of the loss, at most")
-    facts["load when it ended"] = os.getloadavg()
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "machine": facts,
+    result |= {
         "layers": layers,
         "tokens": tokens.numel(),
         "medians": middle,
@@ -172,8 +137,7 @@ def main() -> None:
         "wall seconds of all repetitions": wall,
         "largest relative difference to naive": difference,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{result['date']}_depth_scan.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, common.dated("depth_scan"))
 
 
 if __name__ == "__main__":

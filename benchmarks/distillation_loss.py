@@ -16,7 +16,6 @@ a run goes on where one ended; `--tables`: after so many new ones it ends.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -28,7 +27,6 @@ from typing import Any
 
 import common
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, TEACHER_HIDDEN, STUDENT_HIDDEN = 1024, 576, 448
 IN_PLACE = "ours, in place"  # the gradient takes the place of the logits: each run has its own
 FROM_LOGITS = ("modelopt", "NeMo", "F.kl_div", "ours", IN_PLACE)
@@ -245,12 +243,12 @@ def table(rows: dict[str, Any], title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="an eighth of tokens and vocabulary: does it run?")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--tables", type=int, default=8, help="at most so many new ones")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}_distillation_loss.json")
+    parser.add_argument("--out", type=Path, default=common.dated("distillation_loss"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -260,9 +258,8 @@ def main() -> None:
             print("RESULT " + json.dumps(found))
         return
     packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo_toolkit", *(["liger-kernel"] * _has_liger()))
-    result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today())}
     before = json.loads(given.out.read_text())["rows"] if given.out.exists() and not given.quick else {}
-    result |= {"machine": common.machine(packages), "tokens": TOKENS, "rows": (rows := before)}
+    result = common.heading(packages) | {"tokens": TOKENS, "rows": (rows := before)}
     missing = [
         (title, (dtype, vocab, tp))
         for dtype, vocab, tp in itertools.product(given.dtypes.split(","), (49_152, 128_256), (1, 2))
@@ -272,7 +269,7 @@ def main() -> None:
         rows[title] = measure(*of, given.repetitions, 8 if given.quick else 1)
         table(rows[title], title)
         if not given.quick:
-            given.out.write_text(json.dumps(result, indent=1) + "\n")
+            common.write(result, given.out)
 
 
 if __name__ == "__main__":

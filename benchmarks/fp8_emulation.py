@@ -13,34 +13,17 @@ scores to ffn 1024, distilled from the bf16 teacher in each precision: same batc
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import common
-from distillation_step import MODEL, trained
+from common import MODEL, TEXT
+from short_training import batch_of, in_ddp, train_step
 
-ROOT = Path(__file__).parents[1]
-TEXT = ROOT / "demo" / "wikipedia"
 PRECISIONS = ("bf16", "fp32", "fp8-delayed", "fp8-current", "fp8-blockwise")
 KEEP = {"ffn": 1024, "heads": 6, "hidden": 448}
-
-
-def rows(split: str, count: int, length: int) -> Any:
-    """int64 [count, length + 1]: the split's text from its start."""
-    import torch
-
-    from nemo_minitron.data import load_tokenizer
-
-    tokenizer, ids = load_tokenizer(MODEL), []
-    for line in (TEXT / f"{split}.jsonl").open():
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
-        if len(ids) >= count * (length + 1):
-            break
-    return torch.tensor(ids[: count * (length + 1)]).view(count, length + 1)
 
 
 def compared(ours: Any, theirs: Any) -> dict[str, dict[str, float]]:
@@ -88,32 +71,14 @@ def divergence(reference: Any, model: Any, text: Any) -> dict[str, float]:
 
 def losses(plan: Any, precision: str, teacher: Any, text: Any, steps: int) -> list[float]:
     """The distillation loss at each of `steps` steps of one row."""
-    import torch
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from nemo_minitron.distillation.step import Objective, distillation_step
     from nemo_minitron.hosts.nemo.distill import model_inputs
     from nemo_minitron.hosts.nemo.models import load_model
 
-    student, optimizer = trained(load_model(MODEL, plan, precision=precision)[0], "bf16", 1e-4)
-    forward, found = distillation_step(Objective(plan.target.vocab_size), model_inputs, teacher), []
-
-    def one(iterator: Any, model: Any) -> Any:
-        return forward(model, next(iterator)), lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
-
-    for row in itertools.islice(itertools.cycle(text), steps):
-        places = torch.arange(len(row) - 1)[None]
-        batch = {"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous(), "position_ids": places,
-                 "loss_mask": torch.ones(places.shape)}  # fmt: skip
-        student.zero_grad_buffer()
-        optimizer.zero_grad()
-        done = get_forward_backward_func()(
-            forward_step_func=one, data_iterator=iter([batch]), model=student, num_microbatches=1,
-            seq_length=places.numel(), micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
-        optimizer.step()
-        found.append(round(float(done[0]["loss"]), 4))
-    return found
+    student, optimizer = in_ddp(load_model(MODEL, plan, precision=precision)[0], "bf16", 1e-4)
+    forward = distillation_step(Objective(plan.target.vocab_size), model_inputs, teacher)
+    rows = itertools.islice(itertools.cycle(text), steps)
+    return [round(float(train_step(forward, student, optimizer, batch_of(row))), 4) for row in rows]
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,8 +94,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     backend.setup()
     torch.set_num_threads(arguments.threads)
     length, found = arguments.sequence_length, {name: {} for name in PRECISIONS}  # type: Any, dict[str, Any]
-    train = rows("train", arguments.samples + arguments.steps, length)
-    test, batches = rows("test", arguments.rows, length), train[: arguments.samples, :-1].split(2)
+    train = common.token_rows(MODEL, TEXT / "train.jsonl", arguments.samples + arguments.steps, length + 1)
+    test = common.token_rows(MODEL, TEXT / "test.jsonl", arguments.rows, length + 1)
+    batches = train[: arguments.samples, :-1].split(2)
     reference, base = load_model(MODEL, precision="bf16")[0].eval(), None
     for name in PRECISIONS:
         model = reference if name == "bf16" else load_model(MODEL, precision=name)[0].eval()
@@ -157,7 +123,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--samples", type=int, default=16, help="calibration rows")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=8, help="of held-out text, for the KL")
@@ -165,15 +131,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
-    result = {
-        "command": " ".join(["python benchmarks/fp8_emulation.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("torch", "megatron-core")),
-        "found": measured(arguments),
-    }
+    result = common.heading(("torch", "megatron-core"))
+    result["found"] = measured(arguments)
     show(result["found"])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
-"""Everything that wants a GPU, measured on one Hopper in one call of under ten minutes:
+"""Measures all parts that need a GPU, on one Hopper, in one call of under ten minutes:
 
     python benchmarks/gpu.py                            # writes benchmarks/results/DATE_gpu.json
-    python benchmarks/gpu.py --device cpu --quick       # every line of it, at pico sizes; its numbers mean nothing
+    python benchmarks/gpu.py --device cpu --quick       # runs every line at pico sizes; its numbers mean nothing
 
 Losses: 8,192 x 128,256 logits in bf16, forward and backward: ours, in place, modelopt's, and the fused head beside
 Liger's; `bandwidth` is what the KL must move at least (both logits twice, one gradient) over the time and over a copy's
 bandwidth. Importance: a forward pass that scores, over a plain one. Steps: a teacher of Llama's shape and its width
 cut, random weights, in bf16, with an FP8 teacher, and in FP8 both: tokens a second, MFU (against the bf16 peak, in all
-of them), memory. What a device cannot hold has fewer layers, as many as fit; the row says how many. Without Transformer
-Engine FP8 is emulated, which says nothing about time: those rows are left out. Each part fails alone, and the file is
-written anew after each.
+of them), memory. A model that does not fit gets fewer layers; the row says how many. Without Transformer
+Engine FP8 is emulated, which says nothing about time: those rows are left out. If a part
+fails, the others still run; the file is written after each part.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
-import json
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +26,6 @@ import common
 from gpu_steps import PICO, SHAPES, config_of, model, steps
 
 STARTED = time.perf_counter()
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["torch", "megatron-core", "nemo_toolkit", "transformer-engine", "triton", "nvidia-modelopt", "liger-kernel"]
 LIMIT = 510  # seconds from the start; a part that would begin later is left out (the longest takes under a minute)
 LOSSES = ("ours", "ours, in place", "modelopt", "fused head", "Liger")
@@ -165,7 +160,7 @@ def _short(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="pico sizes")
     parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/DATE_gpu.json where nothing is given")
@@ -175,12 +170,11 @@ def main() -> None:
     gpu = arguments.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu --quick runs every part at pico sizes")
-    facts = common.machine(PACKAGES) | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
-    today, command = datetime.date.today().isoformat(), " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
-    result = {"command": command, "machine": facts, "date": today}
-    out = arguments.out or RESULTS / f"{today}_gpu.json"
+    result = common.heading(PACKAGES)
+    result["machine"]["device"] = torch.cuda.get_device_name() if gpu else "CPU"
+    out = arguments.out or common.dated("gpu")
     bench = Bench(arguments.device, arguments.quick)
-    measured(bench, lambda found: out.write_text(json.dumps(result | {"found": found}, indent=1) + "\n"))
+    measured(bench, lambda found: common.write(result | {"found": found}, out))
     print(out)
 
 

@@ -68,7 +68,7 @@ def steps(bench: Any, engine: bool) -> Iterator[tuple[str, Callable[[], dict[str
 def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) -> dict[str, Any]:
     """Tokens a second and memory of the distillation step; in bf16 also over its floor, both parts measured apart."""
     import torch
-    from distillation_step import trained
+    from short_training import batch_of, in_ddp, train_step
 
     from nemo_minitron.distillation.step import Objective, distillation_step
     from nemo_minitron.distillation.teacher import Teacher
@@ -79,14 +79,12 @@ def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) 
     layers = layers_that_fit(bench, name)
     configs = [config_of(shape, extra, bench.vocab, layers) for shape in pair]
     teacher = Teacher([model(configs[0], teacher_in, False)], model_inputs)
-    built = model(configs[1], student_in, True)
-    built.config.calculate_per_token_loss = True  # as in any distillation here
-    student, optimizer = trained(built, "bf16")
-    batch = batch_of(bench)
+    student, optimizer = in_ddp(model(configs[1], student_in, True), "bf16")
+    batch = batch_of(torch.randint(bench.vocab, (bench.length + 1,), device=bench.device))
     online = distillation_step(Objective(bench.vocab), model_inputs, teacher)
 
     def distil() -> None:
-        taken(online, student, optimizer, batch)
+        train_step(online, student, optimizer, batch)
 
     memory, count = bench.memory(distil), 2 if bench.quick else 5
     took = bench.seconds(distil, count)
@@ -98,38 +96,9 @@ def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) 
         alone = torch.no_grad()(lambda: teacher.logits(teacher.hidden(batch)))
         lm = lambda m, b: m(**model_inputs(b), labels=b["labels"])  # noqa: E731
         found["teacher s"] = bench.seconds(alone, count)
-        found["LM step s"] = bench.seconds(lambda: taken(lm, student, optimizer, batch), count)
+        found["LM step s"] = bench.seconds(lambda: train_step(lm, student, optimizer, batch), count)
         found["over both"] = took / (found["teacher s"] + found["LM step s"])
     return found | ({"FP8 kernels": fp8_kernels(distil)} if engine and "fp8" in student_in + teacher_in else {})
-
-
-def batch_of(bench: Any) -> dict[str, Any]:
-    import torch
-
-    rows = torch.randint(bench.vocab, (1, bench.length + 1), device=bench.device)
-    places = torch.arange(bench.length, device=bench.device)[None]
-    return {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": places,
-            "loss_mask": torch.ones(places.shape, device=bench.device)}  # fmt: skip
-
-
-def taken(forward: Callable[[Any, Any], Any], student: Any, optimizer: Any, batch: dict[str, Any]) -> None:
-    """One step of one micro-batch, the optimizer's included."""
-    import torch
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    length = batch["tokens"].shape[1]
-    count = torch.tensor(length, dtype=torch.int, device=batch["tokens"].device)
-
-    def one(iterator: Any, chunk: Any) -> Any:
-        return forward(chunk, next(iterator)), lambda x: (x.sum(), count, {"loss": x.detach().mean()})
-
-    student.zero_grad_buffer()
-    optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=one, data_iterator=iter([batch]), model=student, num_microbatches=1,
-        seq_length=length, micro_batch_size=1, forward_only=False,
-    )  # fmt: skip
-    optimizer.step()
 
 
 def fp8_kernels(run: Callable[[], object]) -> list[str]:

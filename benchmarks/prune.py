@@ -18,8 +18,6 @@ as pip does it at an installation). The peak is the resident memory of the comma
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
 import resource
@@ -41,7 +39,6 @@ from nemo_minitron.families.llama import Llama
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.search import random_plan
 
-RESULTS = Path(__file__).parent / "results"
 LLAMA = {  # Llama-3.1-8B's layers under a smaller vocabulary, so that the largest tensor is an ordinary one
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
@@ -232,7 +229,7 @@ def kept_sizes(shares: dict[str, float], architecture: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the teacher, at least")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test; writes no result")
@@ -245,29 +242,25 @@ def main() -> None:
         result = everything(teacher, Path(folder), arguments.repeat)
     print(json.dumps(result, indent=1))
     if not arguments.quick:
-        out = RESULTS / f"{datetime.date.today().isoformat()}_prune.json"
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        common.write(result, common.dated("prune"))
 
 
 def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
     architecture = from_hf(teacher)
     largest = max(map(_bytes, architecture.shapes().values()))
-    result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/prune.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("numpy",)) | {"real-time": os.sched_getscheduler(0) != os.SCHED_OTHER},
+    result: dict[str, Any] = common.heading(("numpy",)) | {
         "teacher": {"gigabytes": 2 * architecture.parameters() / 1e9, "layers": architecture.num_layers},
         "allowed": {"ratio": 1.3, "peak megabytes": (3 * largest + ALLOWED) / 1e6},
         "start": start(work, repeat),
         "plans": {},
     }
+    result["machine"]["real-time"] = os.sched_getscheduler(0) != os.SCHED_OTHER
     for name, shares in PLANS.items():
         keep = kept_sizes(shares, architecture)
         found = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
         result["plans"][name] = {"keep": keep} | found
         for state in STATES:
             print(name, state, {k: v for k, v in found[state]["wall"].items() if k != "seconds"}, file=sys.stderr)
-    result["machine"]["load after"] = round(os.getloadavg()[0], 1)
     return result
 
 

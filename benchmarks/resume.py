@@ -11,8 +11,6 @@ command is timed on the same folder in turn.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import json
 import os
@@ -30,8 +28,6 @@ import common
 
 from nemo_minitron.artifacts import Manifest
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = 1 << 20
 
 
@@ -96,7 +92,7 @@ def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[
         cold.append(timed(check))
     warm = [timed(check) for _ in range(repeat)]
     sealing = timed(lambda: manifest.seal("export", ["student"]))
-    versions = {"after": ROOT} | ({"before": before} if before else {})
+    versions = {"after": common.ROOT} | ({"before": before} if before else {})
     commands: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for _ in range(repeat):
         for name, checkout in versions.items():
@@ -111,7 +107,7 @@ def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--student", type=float, default=0.5, help="gigabytes")
@@ -123,13 +119,9 @@ def main() -> None:
         shutil.copytree(arguments.run, run)
         enlarged(run, int(arguments.student * 1e9))
         found = measured(run.resolve(), arguments.recipe.resolve(), arguments.before, arguments.repeat)
-    result = {
-        "command": " ".join(["python benchmarks/resume.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(), "machine": common.machine(("numpy",)),
-        "student gigabytes": arguments.student, "seconds": found,
-    }  # fmt: skip
+    result = common.heading(("numpy",)) | {"student gigabytes": arguments.student, "seconds": found}
     print(json.dumps(result, indent=1))
-    (RESULTS / f"{datetime.date.today().isoformat()}_resume.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, common.dated("resume"))
 
 
 if __name__ == "__main__":

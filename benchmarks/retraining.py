@@ -11,13 +11,10 @@ begins a state with an older result's rows. `--report` runs nothing. Prints a ta
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +25,6 @@ from retraining_arms import CUTS, HALFWAY, MANUAL, WIKIPEDIA, Arm
 from retraining_state import State, show, summary
 from short_training import Schedule, Training, held_out_loss
 
-HOME = Path(__file__).parents[1]
 KNOWN, PACE = "known.json", "pace.json"
 TURNS = 8  # of each loss, the first not counted
 CALIBRATION, HELD_OUT = 32, 512  # rows that are scored; the length of a held-out row
@@ -233,7 +229,7 @@ def held_in(file: Path) -> dict[str, Any]:
 
 
 def demo() -> dict[str, Path]:
-    return {split: HOME / f"demo/wikipedia/{split}.jsonl" for split in ("train", "test")}
+    return {split: common.ROOT / f"demo/wikipedia/{split}.jsonl" for split in ("train", "test")}
 
 
 def manual(work: Path) -> dict[str, Path]:
@@ -248,9 +244,9 @@ def manual(work: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HOME / "demo/smollm2-135m-instruct"))
-    parser.add_argument("--work", type=Path, default=HOME / "runs/retraining")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default=str(common.ROOT / "demo/smollm2-135m-instruct"))
+    parser.add_argument("--work", type=Path, default=common.ROOT / "runs/retraining")
     parser.add_argument("--tokens", type=int, default=4096, help="that an arm trains on, at equal tokens")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=4096, help="tokens that are measured on")
@@ -263,20 +259,18 @@ def main() -> None:
         "held-out tokens": arguments.held_out, "schedule": dataclasses.asdict(Schedule()), "precision": "bf16",
         "threads": 1,
     }  # fmt: skip
-    state, facts = State(arguments.work, settings, arguments.resume), common.machine(("torch", "megatron-core"))
+    state, head = State(arguments.work, settings, arguments.resume), common.heading(("torch", "megatron-core"))
     if not arguments.report and state.left():
         run(arguments.model, arguments.work, settings, state)
     show(summary(state.rows), state.left())
     result = {
-        "command": " ".join(["python benchmarks/retraining.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings,
+        **head, "settings": settings,
         "losses untrained": held_in(arguments.work / KNOWN),
         "CPU s a step, in turn": held_in(arguments.work / PACE),
         "summary": summary(state.rows), "not run": [f"{arm.name}, seed {seed}" for arm, seed in state.left()],
         "rows": state.rows,
     }  # fmt: skip
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:

@@ -7,8 +7,6 @@ well the proxy orders the losses (Spearman's rank correlation); the ranks over s
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -16,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import dated, heading, parser, write
 
-RESULTS = Path(__file__).parent / "results"
 RECIPE = "smollm2_135m_to_84m_search"
 
 
@@ -60,23 +57,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/search"))
-    parser.add_argument("overrides", nargs="*", help="as of minitron compress")
-    given = parser.parse_args()
-    facts = machine(["torch", "megatron-core", "nemo_toolkit"])
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, default=Path("runs/search"))
+    options.add_argument("overrides", nargs="*", help="as of minitron compress")
+    given = options.parse_args()
+    result = heading(["torch", "megatron-core", "nemo_toolkit"])
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", RECIPE, *given.overrides, "--out", str(given.out)]
     subprocess.run(command, check=True)
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "machine": facts,
-        **collect(given.out),
-    }
+    result |= collect(given.out)
     show(result)
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"{result['date']}_search.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, out := dated("search"))
     print(out)
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import machine
+import common
 
 from nemo_minitron.export.serving import QUANTISED
 from nemo_minitron.families import from_hf
@@ -116,7 +115,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("teacher")
     parser.add_argument("student")
     for name, default in (("input", 512), ("output", 128), ("requests", 32), ("repeat", 3)):
@@ -139,11 +138,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows = [row(model, p, engine, options) for p in precisions for model in (options.teacher, options.student)]
     print(f"{engine}: {options.requests} requests at once, {options.input} tokens in, {options.output} out")
     print(table(rows))
-    if options.out:
-        ran = machine(("torch", "transformers", *([engine] if engine != "transformers" else [])))
-        settings = {name: getattr(options, name) for name in ("input", "output", "requests", "repeat")}
-        found = {"engine": engine, **settings, "machine": ran, "rows": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    settings = {name: getattr(options, name) for name in ("input", "output", "requests", "repeat")}
+    packages = ("torch", "transformers", *([engine] if engine != "transformers" else []))
+    common.write({**common.heading(packages), "engine": engine, **settings, "rows": rows}, options.out)
     return rows
 
 
