@@ -1,10 +1,10 @@
-"""The loss without each layer of a real model: ours, a naive scan, and the computed floor, in one run:
+"""Measures the loss without each layer of a real model in one run: our scan, a naive scan, and the computed floor:
 `python benchmarks/depth_scan.py MODEL DATA [--rows 2] [--sequence 512] [--repeat 3]`.
 
-The floor is what (L + 1) L / 2 layer forwards and L + 1 output heads cost, each measured by itself in the same
-run; the naive scan is one whole forward pass of the same Megatron model without the layer, for every layer.
-The three are measured in turn, `--repeat` times, and the medians compared. Times are this process's processor
-time (all its threads), which other jobs on the machine disturb least; wall time is recorded beside it. Writes
+The floor is the time of (L + 1) L / 2 layer forwards and L + 1 output heads, each measured by itself in the same run.
+The naive scan is one full forward pass of the same Megatron model without the layer, for every layer. The three are
+measured in turn, `--repeat` times, and the medians compared. Times are this process's processor time (all its threads),
+which other jobs on the machine disturb least; wall time is recorded beside it. Writes
 `benchmarks/results/DATE_depth_scan.json`.
 """
 
@@ -45,7 +45,7 @@ class Parts:
         return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(labels), -1), labels).item()
 
     def naive(self) -> dict[tuple[int, int], float]:
-        """One whole forward pass a number, by layers taken out of the model."""
+        """One full forward pass for each number, with layers taken out of the model."""
         losses = {}
         try:
             for dropped in range(-1, len(self.layers)):
@@ -75,7 +75,7 @@ def measure(model: Any, tokens: torch.Tensor, repeat: int) -> tuple[dict[str, li
         parts.layer()
         parts.head()  # warm
         for _ in range(repeat):
-            # Before and behind each scan, so that a machine that slows down slows down the floor as well.
+            # Before and after each scan, so that a machine that slows down also slows down the floor.
             before = timed(parts.layer)[0], timed(parts.head)[0]
             took, ours = timed(lambda: depth_scan(model, [tokens]))
             seconds["ours"].append(took)
@@ -105,7 +105,7 @@ def table(seconds: dict[str, list[float]], layers: int) -> dict[str, float]:
 
 
 def _counted(head: float, layers: int) -> float:
-    """`head`: how many layers the output head costs."""
+    """The counted ratio; `head`: the cost of the output head in layers."""
     return (layers * (layers + 1) / 2 + (layers + 1) * head) / (layers * layers + (layers + 1) * head)
 
 
@@ -115,18 +115,18 @@ def main() -> None:
     parser.add_argument("data")
     for name, default in {"rows": 2, "sequence": 512, "repeat": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    options = parser.parse_args()
     result = common.heading(("torch", "megatron-core"))
     result["machine"]["threads"] = torch.get_num_threads()
     backend.setup()
     from nemo_minitron.nemo import load_model
 
-    (model,) = load_model(given.model)
-    tokens, began = common.token_rows(given.model, given.data, given.rows, given.sequence), time.perf_counter()
-    seconds, difference = measure(model, tokens, given.repeat)
+    (model,) = load_model(options.model)
+    tokens, began = common.token_rows(options.model, options.data, options.rows, options.sequence), time.perf_counter()
+    seconds, difference = measure(model, tokens, options.repeat)
     wall = time.perf_counter() - began
     layers = len(model.decoder.layers)
-    print(f"{given.model}, {layers} layers, {given.rows} x {given.sequence} tokens, {result['machine']}")
+    print(f"{options.model}, {layers} layers, {options.rows} x {options.sequence} tokens, {result['machine']}")
     middle = table(seconds, layers)
     print(f"{'ours against naive':24}{difference:10.1e} of the loss, at most")
     result |= {

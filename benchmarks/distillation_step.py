@@ -1,4 +1,4 @@
-"""What a step costs: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
+"""Measures steps: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
 
     python benchmarks/distillation_step.py [--precision auto] [--repetitions 5] [--out FILE.json]
 
@@ -6,8 +6,8 @@ The teacher is demo/smollm2-135m-instruct, the student a random cut of it to 108
 layers, the student in Megatron's DDP with its distributed Adam; one micro-batch of 1 x 512 tokens of demo/wikipedia,
 two threads, one process, the steps in turn. A step is forward, backward, gradient's norm and optimizer; a cached one
 reads its targets from the files first. Losses are summed, and divided by the tokens at the end, as in any distillation
-here (Megatron's `calculate_per_token_loss`). Ratios: of CPU seconds, which other jobs disturb least. The two that the
-design limits: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
+here (Megatron's `calculate_per_token_loss`). The ratios are of CPU seconds, which other jobs disturb least. Two have
+a limit: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
 """
 
 from __future__ import annotations
@@ -101,17 +101,18 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         keep = sizes(arguments.keep)
         steps = Steps(arguments.model, keep, arguments.precision, arguments.sequence_length, Path(work))
-        found = common.interleaved(steps.functions, arguments.repetitions)
+        seconds = common.interleaved(steps.functions, arguments.repetitions)
         disk = {
             name: round(sum(f.stat().st_size for f in Path(work, name).glob("*.logits")) / steps.rows[:, 1:].numel(), 1)
             for name in CACHES
         }
-    return {"seconds": common.summary(found, "LM step"), "limits": limits(found), "bytes a token": disk,
+    return {"seconds": common.summary(seconds, "LM step"), "limits": limits(seconds), "bytes a token": disk,
             "parameters": steps.parameters}  # fmt: skip
 
 
 def limits(found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
-    """[median, least, most] over the rounds of the ratios that the design limits; last, of the least seconds."""
+    """[median, least, most] over the rounds of the two limited ratios; the last number is the ratio of the least
+    seconds."""
     import statistics
 
     seconds = {name: [run["cpu"] for run in runs] for name, runs in found.items()}
@@ -128,8 +129,8 @@ def limits(found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--model", type=Path, default=common.MODEL, help="the teacher's Hugging Face folder")
-    parser.add_argument("--keep", default="ffn=1024", help="what of it the student keeps")
-    parser.add_argument("--precision", default="auto", help="auto: bf16 where the processor multiplies in it")
+    parser.add_argument("--keep", default="ffn=1024", help="sizes that the student keeps")
+    parser.add_argument("--precision", default="auto", help="auto: bf16 if the processor multiplies in it")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)

@@ -1,11 +1,11 @@
-"""What FP8 does to numbers: scores, kept sets, a teacher's logits, a student's loss, in the emulation.
+"""Measures the effect of emulated FP8 on scores, kept sets, a teacher's logits and a student's loss.
 
     python benchmarks/fp8_emulation.py [--samples 16] [--rows 8] [--steps 12] [--threads 1] [--out FILE.json]
 
 The model is demo/smollm2-135m-instruct on the reference layers, the text demo/wikipedia: calibration and training from
-its train split, the KL on its test split. Each FP8 precision (`backend/fp8.py`) against bf16, and fp32 against bf16
-beside them, which says how far bf16 itself is off. Scores: the mean over layers of Spearman's rank correlation, and the
-share of the kept set that both calibrations keep (ffn 1536 -> 1024, one head of each group of three dropped, hidden
+its train split, the KL on its test split. Each FP8 precision (`backend/fp8.py`) is compared with bf16. fp32 is compared
+with bf16 too, which shows the error of bf16 itself. Scores: the mean over layers of Spearman's rank correlation, and
+the share of the kept set that both calibrations keep (ffn 1536 -> 1024, one head of each group of three dropped, hidden
 576 -> 448). Teacher: mean forward KL(bf16 || precision) a token, nats, and top-1 agreement. Student: cut by the bf16
 scores to ffn 1024, distilled from the bf16 teacher in each precision: same batches, same seed, its loss at each step.
 """
@@ -27,22 +27,22 @@ KEEP = {"ffn": 1024, "heads": 6, "hidden": 448}
 
 
 def compared(ours: Any, theirs: Any) -> dict[str, dict[str, float]]:
-    """Scores of two calibrations: rank correlation and overlap of the kept sets, of each axis."""
+    """Rank correlation and overlap of the kept sets of two calibrations, for each axis."""
     import numpy as np
     from scipy.stats import spearmanr
 
     from nemo_minitron.search import plan
 
-    found = {}
+    by_axis = {}
     for axis, size in KEEP.items():
         a, b = (np.atleast_2d(scores[axis]) for scores in (ours, theirs))
         kept = [plan(scores, keep={axis: size}).keep[axis] for scores in (ours, theirs)]
         sets = [[set(k)] if axis == "hidden" else [set(k[layer]) for layer in sorted(k)] for k in kept]
-        found[axis] = {
+        by_axis[axis] = {
             "rank correlation": float(np.mean([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])),
             "overlap": float(np.mean([len(x & y) / len(x) for x, y in zip(*sets, strict=True)])),
         }
-    return found
+    return by_axis
 
 
 def logits_of(model: Any, batch: Any) -> Any:
@@ -55,7 +55,7 @@ def logits_of(model: Any, batch: Any) -> Any:
 
 
 def divergence(reference: Any, model: Any, text: Any) -> dict[str, float]:
-    """Mean over tokens of KL(reference || model), and how often their likeliest tokens agree."""
+    """Mean over tokens of KL(reference || model), and the share of tokens where both prefer the same next token."""
     import torch
 
     total, same, tokens = 0.0, 0, 0
@@ -93,7 +93,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
     backend.setup()
     torch.set_num_threads(arguments.threads)
-    length, found = arguments.sequence_length, {name: {} for name in PRECISIONS}  # type: Any, dict[str, Any]
+    length, results = arguments.sequence_length, {name: {} for name in PRECISIONS}  # type: Any, dict[str, Any]
     train = common.token_rows(MODEL, TEXT / "train.jsonl", arguments.samples + arguments.steps, length + 1)
     test = common.token_rows(MODEL, TEXT / "test.jsonl", arguments.rows, length + 1)
     batches = train[: arguments.samples, :-1].split(2)
@@ -102,21 +102,21 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         model = reference if name == "bf16" else load_model(MODEL, precision=name)[0].eval()
         scores = estimate(model, list(batches))
         base = base or scores
-        found[name] |= {"scores": compared(base, scores), "teacher": divergence(reference, model, test)}
-        print(name, json.dumps(found[name]), flush=True)
+        results[name] |= {"scores": compared(base, scores), "teacher": divergence(reference, model, test)}
+        print(name, json.dumps(results[name]), flush=True)
     teacher, cut = Teacher([reference], model_inputs), plan(base, keep={"ffn": KEEP["ffn"]})
     for name in PRECISIONS if arguments.steps else ():
-        if name != "fp32":  # its optimizer keeps no master copies, another comparison
-            found[name]["student"] = losses(cut, name, teacher, train[arguments.samples :], arguments.steps)
-            print(name, found[name]["student"], flush=True)
-    return found
+        if name != "fp32":  # its optimizer keeps no master copies, so it is not comparable
+            results[name]["student"] = losses(cut, name, teacher, train[arguments.samples :], arguments.steps)
+            print(name, results[name]["student"], flush=True)
+    return results
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     heads = [f"{axis} {what}" for axis in KEEP for what in ("rank", "kept")]
     columns = "".join(f"{head:>13}" for head in heads) + f"{'KL':>10}{'top-1':>8}{'last loss':>11}"
     print(f"\n{'against bf16':16}{columns}")
-    for name, row in found.items():
+    for name, row in results.items():
         numbers = "".join(f"{value:13.4f}" for axis in row["scores"].values() for value in axis.values())
         loss = row.get("student", [float("nan")])[-1]
         print(f"{name:16}{numbers}{row['teacher']['KL']:10.5f}{row['teacher']['top-1 agreement']:8.3f}{loss:11.4f}")

@@ -1,11 +1,12 @@
-"""What importance costs: a plain forward, ours, and NVIDIA's Model Optimizer, on the same Megatron models and batches.
+"""Measures importance: a plain forward pass, ours, and NVIDIA's Model Optimizer, on the same Megatron models and
+batches.
 
     python benchmarks/importance.py [--quick] [--models local] [--repetitions 9] [--out FILE.json]
 
-`smollm2`: demo/smollm2-135m-instruct on the reference layers, which Model Optimizer does not know. `local`: the same
-sizes, random, on Megatron's local layers with LayerNorm, which it does. fp32, one thread, batches of 1 x 512 tokens of
-demo/wikipedia. Seconds: one process a model, the loops in turn. Memory: a fresh process a loop, the
-resident peak above what the process held with the model loaded.
+`smollm2`: demo/smollm2-135m-instruct on the reference layers, which Model Optimizer does not support. `local`: the same
+sizes, random, on Megatron's local layers with LayerNorm, which it supports. fp32, one thread, batches of 1 x 512 tokens
+of demo/wikipedia. Seconds: one process a model, with the loops in turn. Memory: a new process for each loop, and the
+resident peak above the memory of the process with the model loaded.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _models: dict[str, Any] = {}
 
 
 def model_of(name: str) -> Any:
-    """The model, once a process."""
+    """The model, built once in a process."""
     if name not in _models:
         _models[name] = _smollm2() if name == "smollm2" else _local(name)
     return _models[name]
@@ -83,7 +84,7 @@ def _local(name: str) -> Any:
 
 
 def loop(name: str, kind: str) -> Callable[[Any], object]:
-    """A function of batches. Model Optimizer turns a model into its own: it gets a second, equal one."""
+    """A function of batches. Model Optimizer converts a model in place, so it gets a second, equal one."""
     import peer
 
     from nemo_minitron.importance import estimate
@@ -99,7 +100,7 @@ def loop(name: str, kind: str) -> Callable[[Any], object]:
 
 
 def tokens(name: str, count: int) -> list[Any]:
-    """`count` batches of one row, int64 [1, sequence]: the corpus from its start, one after the other."""
+    """`count` batches of one row, int64 [1, sequence], from the start of the corpus."""
     import torch
 
     sizes = PICO if name == "pico" else SMOLLM2
@@ -122,19 +123,19 @@ def measured(task: dict[str, Any]) -> Any:
 
 
 def benchmark(model: str, repetitions: int) -> dict[str, Any]:
-    found: dict[str, Any] = measured({"kind": "time", "model": model, "repetitions": repetitions})
-    found["memory"] = {kind: measured({"kind": "memory", "model": model, "loop": kind}) for kind in LOOPS[model]}
-    return found
+    numbers: dict[str, Any] = measured({"kind": "time", "model": model, "repetitions": repetitions})
+    numbers["memory"] = {kind: measured({"kind": "memory", "model": model, "loop": kind}) for kind in LOOPS[model]}
+    return numbers
 
 
-def show(model: str, found: dict[str, Any]) -> None:
+def show(model: str, numbers: dict[str, Any]) -> None:
     counts = "".join(f"{f'MiB, {n} batches':>17}" for n in COUNTS)
     print(f"\n{model:20}{'wall s':>22}{'CPU s':>22}{'of the plain forward':>24}{'by least':>10}{counts}")
-    for kind, row in found["seconds"].items():
+    for kind, row in numbers["seconds"].items():
         spread = [common.with_range(row[key]) for key in ("wall", "cpu", "ratio")]
-        memory = "".join(f"{found['memory'][kind][str(n)]:>17.1f}" for n in COUNTS)
+        memory = "".join(f"{numbers['memory'][kind][str(n)]:>17.1f}" for n in COUNTS)
         print(f"{kind:20}{spread[0]:>22}{spread[1]:>22}{spread[2]:>24}{row['least'][0]:>10.3f}{memory}")
-    for kind, operations in found["extra_ms"].items():
+    for kind, operations in numbers["extra_ms"].items():
         print(f"  {kind}, ms more than plain: " + ", ".join(f"{name} {ms}" for name, ms in operations.items()))
 
 

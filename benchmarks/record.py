@@ -1,4 +1,4 @@
-"""A finished run of `minitron compress` -> a dated result: `python benchmarks/record.py runs/demo`.
+"""Records a finished run of `minitron compress` as a dated result: `python benchmarks/record.py runs/demo`.
 
 Prints the table and writes `benchmarks/results/DATE_RECIPE.json`: numbers, seconds of each stage, versions,
 the machine, and the command that makes the run again.

@@ -1,6 +1,7 @@
-"""SmolLM2 from a budget to the report, and what the search is worth: `python benchmarks/search.py [key=value ...]`.
+"""Runs SmolLM2 from a budget to the report, and measures the worth of the search:
+`python benchmarks/search.py [key=value ...]`.
 
-Runs `minitron compress smollm2_135m_to_84m_search` (into `--out`, a new folder unless a run is to go on) and
+Runs `minitron compress smollm2_135m_to_84m_search` (into `--out`; a new folder, or one of a run to resume) and
 writes `benchmarks/results/DATE_search.json`: each candidate's sizes, proxy, loss before retraining and fate; how
 well the proxy orders the losses (Spearman's rank correlation); the ranks over steps; seconds of each stage.
 """
@@ -20,13 +21,13 @@ RECIPE = "smollm2_135m_to_84m_search"
 
 
 def spearman(a: list[float], b: list[float]) -> float:
-    """Correlation of ranks; ties in the order in which they come."""
+    """Correlation of ranks; of ties the earlier comes first."""
     ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What a finished run says about its search."""
+    """The results of a finished run's search."""
     names = ("search/measured", "search/ranks", "numbers", "manifest", "recipe")
     measured, ranks, numbers, manifest, recipe = (json.loads((run / f"{name}.json").read_text()) for name in names)
     last = {row["candidate"]: row["step"] for row in ranks}
@@ -59,7 +60,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--out", type=Path, default=Path("runs/search"))
-    options.add_argument("overrides", nargs="*", help="as of minitron compress")
+    options.add_argument("overrides", nargs="*", help="overrides, as for minitron compress")
     given = options.parse_args()
     result = heading(["torch", "megatron-core", "nemo_toolkit"])
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", RECIPE, *given.overrides, "--out", str(given.out)]

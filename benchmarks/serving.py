@@ -2,9 +2,9 @@
 `python benchmarks/serving.py TEACHER STUDENT [--input 512] [--output 128] [--requests 32] [--precision bf16,fp8]
 [--engine auto|vllm|tensorrt_llm|transformers] [--repeat 3] [--out FILE.json]`.
 
-All requests are there at once, of random tokens (seed 0), and every one ends at the output length. `auto` is the first
-engine that is installed. transformers is the fallback that runs anywhere: one padded batch, bf16 alone; it compares
-shapes, not servers. TensorRT-LLM takes FP8 from MODEL-fp8 (`minitron serving MODEL --precision fp8` says how).
+All requests arrive at once, with random tokens (seed 0), and each ends at the output length. `auto` is the first engine
+that is installed. transformers is the fallback that runs anywhere: one padded batch, in bf16 only; it compares shapes,
+not servers. TensorRT-LLM reads FP8 from MODEL-fp8 (`minitron serving MODEL --precision fp8` says how).
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ ENGINES = {"tensorrt_llm": with_tensorrt_llm, "vllm": with_vllm, "transformers":
 
 
 def measured(generate: Generate, prompts: Prompts, output: int, repeat: int) -> list[float]:
-    """Seconds of each repetition, after one that warms up."""
+    """Seconds of each repetition, after one run to warm up."""
     generate(prompts, output)
-    took = []
+    seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
         generate(prompts, output)
-        took.append(time.perf_counter() - start)
-    return took
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def row(model: str, precision: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model in one precision; the engine goes with its memory before the next one is loaded."""
+    """One model in one precision; the engine and its memory are freed before the next one is loaded."""
     import numpy as np
 
     architecture = from_hf(model)
@@ -102,7 +102,7 @@ def row(model: str, precision: str, engine: str, options: argparse.Namespace) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rates, and each one over the teacher's in the same precision."""
+    """The rates, each also relative to the teacher's in the same precision."""
     base = {r["precision"]: r["requests_a_second"] for r in rows[::-1] if r["model"] == rows[0]["model"]}
     lines = [f"{'model':40}{'precision':>10}{'parameters':>16}{'requests/s':>12}{'tokens/s':>12}{'speed':>8}"]
     for r in rows:
