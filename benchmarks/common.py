@@ -1,60 +1,119 @@
-"""Measuring on a machine that others use too: interleaved repetitions, CPU beside wall seconds, resident peaks."""
+"""The parts that all benchmarks share: options, the result file, texts, and measurements on a shared machine.
+
+Other jobs may run on the machine. So repetitions are interleaved, and CPU seconds stand beside wall seconds.
+"""
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import gc
 import importlib.metadata
+import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MODEL, TEXT = ROOT / "demo" / "smollm2-135m-instruct", ROOT / "demo" / "wikipedia"  # of the demo
 Functions = dict[str, Callable[[], object]]
-# Blocks from 64 KiB on go back to the system when they are freed, so that a resident size says what is in use.
+# Freed blocks of 64 KiB and more go back to the system, so that the resident size shows the memory in use.
 EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of options that shows a script's docstring, with its lines as they are."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def heading(packages: Sequence[str]) -> dict[str, Any]:
+    """The first entries of a result: the command, the date, the machine."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {"command": command, "date": datetime.date.today().isoformat(), "machine": machine(packages)}
+
+
+def dated(name: str) -> Path:
+    """The file of today's result: `benchmarks/results/DATE_NAME.json`."""
+    return RESULTS / f"{datetime.date.today().isoformat()}_{name}.json"
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Writes a result as JSON, with the load at the end; None writes nothing."""
+    if isinstance(result.get("machine"), dict):
+        result["machine"]["load when it ended"] = round(os.getloadavg()[0], 1)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def with_range(values: Sequence[float]) -> str:
+    """[median, least, most, ...] as a cell of a table."""
+    return "{:.3f} ({:.3f}-{:.3f})".format(*values[:3])
+
+
+def token_rows(model: Path | str, text: Path | str, count: int, length: int) -> Any:
+    """The first `count` rows of a text, int64 [count, length]: its documents one after the other, without marks."""
+    import torch
+
+    from nemo_minitron.data import documents, load_tokenizer
+
+    tokenizer, ids = load_tokenizer(str(model)), []
+    for document in documents(text):
+        ids += tokenizer(document, add_special_tokens=False).input_ids
+        if len(ids) >= count * length:
+            break
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """What ran: processor, cores, load before the run, versions of the packages that are there."""
+    """Processor, cores, load before the run, and the versions of those packages that are installed."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    there = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    versions = {name: there[plain] for name in packages if (plain := name.lower().replace("_", "-")) in there}
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    versions = {n: installed[plain] for n in packages if (plain := n.lower().replace("_", "-")) in installed}
     load = round(os.getloadavg()[0], 1)
     return {"processor": names[0] if names else "?", "cores": os.cpu_count(), "load": load, "versions": versions}
 
 
 def interleaved(functions: Functions, repetitions: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each function, `repetitions` times, in turn and each round in the other order; one round before."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
+    """Seconds of each function in each of `repetitions` rounds, after one round to warm up.
+
+    Every other round runs the functions in reverse order."""
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for repetition in range(repetitions):
         for name in list(functions)[:: 1 if repetition % 2 else -1]:
             wall, cpu = time.perf_counter(), time.process_time()
             functions[name]()
-            found[name].append({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu})
-    return found
+            seconds[name].append({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu})
+    return seconds
 
 
-def summary(found: dict[str, list[dict[str, float]]], base: str) -> dict[str, dict[str, list[float]]]:
-    """Of each function [median, least, most]: wall and CPU seconds, and its CPU seconds over `base`'s of the round.
+def summary(seconds: dict[str, list[dict[str, float]]], base: str) -> dict[str, dict[str, list[float]]]:
+    """[median, least, most] for each function: wall and CPU seconds, and its CPU seconds over those of `base` in a
+    round.
 
-    `least`: its least CPU seconds over `base`'s. Other jobs only ever add, so on a busy machine that says most.
+    `least`: its least CPU seconds over the least of `base`. Other jobs can only add time, so on a busy machine this is
+    the best estimate.
     """
     rows = {}
-    for name, runs in found.items():
+    for name, runs in seconds.items():
         row = {clock: [run[clock] for run in runs] for clock in ("wall", "cpu")}
-        row["ratio"] = [run["cpu"] / other["cpu"] for run, other in zip(runs, found[base], strict=True)]
+        row["ratio"] = [run["cpu"] / other["cpu"] for run, other in zip(runs, seconds[base], strict=True)]
         rows[name] = {key: [round(x, 4) for x in (statistics.median(v), min(v), max(v))] for key, v in row.items()}
-        rows[name]["least"] = [round(min(row["cpu"]) / min(run["cpu"] for run in found[base]), 4)]
+        rows[name]["least"] = [round(min(row["cpu"]) / min(run["cpu"] for run in seconds[base]), 4)]
     return rows
 
 
 def resident_peaks(functions: Functions) -> dict[str, float]:
-    """MiB above the resident set before them all that each function reaches, one after the other (Linux's VmHWM)."""
+    """MiB that each function, run one after the other, reaches above the resident set before all of them (Linux's
+    VmHWM)."""
     gc.collect()
     before, peaks = _resident("VmRSS"), {}
     for name, function in functions.items():
@@ -70,18 +129,19 @@ def _resident(field: str) -> float:
 
 
 def by_operation(functions: Functions, base: str, top: int = 8) -> dict[str, dict[str, float]]:
-    """Of each function but `base`: the operations that take more time in it, in ms (torch's profiler, self time)."""
+    """For each function but `base`: the operations that take more time than in `base`, in ms (torch's profiler, self
+    time)."""
     from torch.profiler import ProfilerActivity, profile
 
     times: dict[str, dict[str, float]] = {name: {} for name in functions}
-    for name, function in [*functions.items()] * 3:  # the least of three: other jobs only ever add
-        with profile(activities=[ProfilerActivity.CPU]) as found:
+    for name, function in [*functions.items()] * 3:  # the least of three, because other jobs can only add time
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
             function()
-        for event in found.key_averages():
+        for event in profiled.key_averages():
             times[name][event.key] = min(event.self_cpu_time_total / 1e3, times[name].get(event.key, float("inf")))
     extra = {}
     for name in times.keys() - {base}:
         more = {key: round(ms - times[base].get(key, 0.0), 2) for key, ms in times[name].items()}
-        more = {key: ms for key, ms in more.items() if key not in ("aten::mm", "aten::bmm")}  # noise, not ours
+        more = {key: ms for key, ms in more.items() if key not in ("aten::mm", "aten::bmm")}  # their time is noise
         extra[name] = dict(sorted(more.items(), key=lambda item: -item[1])[:top])
     return extra

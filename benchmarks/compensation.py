@@ -1,20 +1,18 @@
-"""Plain cuts of SmolLM2-135M against compensated ones, as cut and after equal short distillation, three seeds:
+"""Compares plain cuts of SmolLM2-135M with compensated ones, as cut and after equal short distillation, three seeds:
 `nice -n 19 python benchmarks/compensation.py [--work runs/compensation] [--distill 8192] [--report]`.
 
-One calibration, on Wikipedia, scores the model and gives the Gram matrices; its rows are none of those measured. Losses
+One calibration, on Wikipedia, scores the model and gives the Gram matrices; it uses none of the measured rows. Losses
 on held-out Wikipedia, which is also what the students learn, and on another kind of text, the Python reference manual
 (Python's own `pydoc_data.topics`). Scores, plans and compensations are made by `minitron` commands and lie in `--work`;
 students are trained with the package's step and Megatron's optimizer, but in one process and without a trainer, as in
-`retraining.py`. A seed draws the rows, the same for every arm; arms that are not part of the question are measured as
-cut alone. Each finished measurement is a line of `--work`/state.jsonl: run again, the script goes on; `--report` runs
-nothing. Prints a table, and writes `--out`.
+`retraining.py`. A seed draws the rows, which are the same for every arm. Arms that are not part of the question are
+measured only as cut. Each finished measurement is a line of `--work`/state.jsonl, so the script resumes when it runs
+again; `--report` runs nothing. Prints a table, and writes `--out`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import math
@@ -29,8 +27,7 @@ import common
 from retraining_state import Lines, spread
 from short_training import Schedule, Training, held_out_loss
 
-HOME = Path(__file__).parents[1]
-TRAIN, TEST = HOME / "demo/wikipedia/train.jsonl", HOME / "demo/wikipedia/test.jsonl"
+TRAIN, TEST = common.ROOT / "demo/wikipedia/train.jsonl", common.ROOT / "demo/wikipedia/test.jsonl"
 ROWS = {"samples": 48, "sequence-length": 512, "batch-size": 4}  # 24,576 tokens
 HELD_OUT = 512  # the length of a held-out row
 SEEDS = (1, 2, 3)
@@ -46,7 +43,7 @@ KEEP = {
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A cut and what stands in the place of its slices. `distilled`: it is also trained, with each seed."""
+    """A cut, and what replaces its slices. `distilled`: the student is also trained, with each seed."""
 
     cut: str
     how: str = "plain"
@@ -88,7 +85,8 @@ class State(Lines):
         self.seeds = SEEDS[:seeds]
 
     def left(self) -> list[tuple[Arm, int]]:
-        """What is to be measured: the arms of the question, as cut and then seed by seed, and the others as cut."""
+        """The measurements that are left: the arms of the question as cut and then seed by seed, and the others as
+        cut."""
         question = [arm for arm in ARMS if arm.distilled]
         others = [(arm, 0) for arm in ARMS if not arm.distilled]
         wanted = [*((arm, seed) for seed in (0, *self.seeds) for arm in question), *others]
@@ -103,7 +101,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 class Bench:
-    """The files, the texts and the teacher that arms share; each is made once."""
+    """The files, texts and teacher that all arms share; each is made once."""
 
     def __init__(self, model: str, work: Path, settings: dict[str, Any]) -> None:
         import nemo_minitron.backend as backend
@@ -137,8 +135,8 @@ class Bench:
         teacher = self.teacher(state)
         for arm, seed in state.left():
             student = self.student(arm)
-            found = {"CPU s a step": self.train(student, teacher, seed)} if seed else {}
-            state.add({"cut": arm.cut, "how": arm.how, "seed": seed, **self.losses(student), **found})
+            timing = {"CPU s a step": self.train(student, teacher, seed)} if seed else {}
+            state.add({"cut": arm.cut, "how": arm.how, "seed": seed, **self.losses(student), **timing})
             print(json.dumps(state.rows[-1]), flush=True)
             del student
             gc.collect()  # Megatron's DDP and its optimizer hold each other: 0.7 GB an arm
@@ -166,7 +164,7 @@ class Bench:
         return out
 
     def train(self, student: Any, teacher: Any, seed: int) -> float:
-        """Trains it in place; gives the median CPU seconds of a step."""
+        """Trains the student in place; returns the median CPU seconds of a step."""
         from nemo_minitron.distillation.step import Objective, distillation_step
         from nemo_minitron.hosts.nemo.distill import model_inputs
 
@@ -176,7 +174,7 @@ class Bench:
         return Training(student, len(rows), Schedule()).run(step, rows)["CPU s a step"]
 
     def losses(self, chunk: Any) -> dict[str, Any]:
-        """{"parameters", and of each corpus its nats a token}."""
+        """{"parameters": number, corpus: nats a token, ...}."""
         count = self.settings["held-out tokens"] // HELD_OUT
         numbers = {
             corpus: round(held_out_loss(chunk, self.tokens[corpus].windows(HELD_OUT + 1, count), self.vocab_size), 4)
@@ -196,17 +194,17 @@ def write_manual(file: Path) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each arm, as cut and distilled: perplexities, and by how much its loss differs from the plain cut's.
+    """For each arm, as cut and distilled: perplexities, and the difference of its loss from that of the plain cut.
 
     A difference is [mean, standard deviation over the seeds] of pairs with the same seed, nats a token.
     """
-    found = {key_of(row): row for row in rows}
+    by_key = {key_of(row): row for row in rows}
     for arm in (Arm("none"), *ARMS):
         for stage, seeds in (("as cut", (0,)), ("distilled", SEEDS)):
-            own = [found[arm.cut, arm.how, seed] for seed in seeds if (arm.cut, arm.how, seed) in found]
-            if own:
-                facts = {"cut": arm.cut, "how": arm.how, "stage": stage, "seeds": len(own)}
-                yield facts | {"parameters": own[0]["parameters"], **of_corpora(own, found)}
+            of_arm = [by_key[arm.cut, arm.how, seed] for seed in seeds if (arm.cut, arm.how, seed) in by_key]
+            if of_arm:
+                facts = {"cut": arm.cut, "how": arm.how, "stage": stage, "seeds": len(of_arm)}
+                yield facts | {"parameters": of_arm[0]["parameters"], **of_corpora(of_arm, by_key)}
 
 
 def of_corpora(own: list[dict[str, Any]], found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
@@ -232,9 +230,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HOME / "demo/smollm2-135m-instruct"))
-    parser.add_argument("--work", type=Path, default=HOME / "runs/compensation")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default=str(common.ROOT / "demo/smollm2-135m-instruct"))
+    parser.add_argument("--work", type=Path, default=common.ROOT / "runs/compensation")
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out corpus")
     parser.add_argument("--distill", type=int, default=8192, help="tokens that a student is trained on")
     parser.add_argument("--sequence-length", type=int, default=256, help="of the distillation")
@@ -242,24 +240,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(len(SEEDS) + 1), help="0: as cut alone")
     parser.add_argument("--report", action="store_true", help="run nothing more")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    given = parser.parse_args()
+    options = parser.parse_args()
     settings = {
-        "model": Path(given.model).name, "calibration": {"text": "wikipedia, train", **ROWS}, "ridge": given.ridge,
-        "distillation tokens": given.distill, "sequence length": given.sequence_length,
-        "schedule": dataclasses.asdict(Schedule()), "held-out tokens": given.tokens, "precision": "bf16", "threads": 1,
+        "model": Path(options.model).name, "calibration": {"text": "wikipedia, train", **ROWS},
+        "ridge": options.ridge, "distillation tokens": options.distill, "sequence length": options.sequence_length,
+        "schedule": dataclasses.asdict(Schedule()), "held-out tokens": options.tokens, "precision": "bf16",
+        "threads": 1,
     }  # fmt: skip
-    state, facts = State(given.work, settings, given.seeds), common.machine(("torch", "numpy", "megatron-core"))
-    if not given.report:
-        run(given.model, given.work, settings, state)
+    state, head = State(options.work, settings, options.seeds), common.heading(("torch", "numpy", "megatron-core"))
+    if not options.report:
+        run(options.model, options.work, settings, state)
     rows = list(summary(state.rows))
     show(rows)
     result = {
-        "command": " ".join(["python benchmarks/compensation.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings, "summary": rows,
+        **head, "settings": settings, "summary": rows,
         "not run": [f"{arm.cut}, {arm.how}, seed {seed}" for arm, seed in state.left()], "rows": state.rows,
     }  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, options.out)
 
 
 def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:

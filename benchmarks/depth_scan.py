@@ -1,45 +1,24 @@
-"""The loss without each layer of a real model: ours, a naive scan, and the computed floor, in one run:
+"""Measures the loss without each layer of a real model in one run: our scan, a naive scan, and the computed floor:
 `python benchmarks/depth_scan.py MODEL DATA [--rows 2] [--sequence 512] [--repeat 3]`.
 
-The floor is what (L + 1) L / 2 layer forwards and L + 1 output heads cost, each measured by itself in the same
-run; the naive scan is one whole forward pass of the same Megatron model without the layer, for every layer.
-The three are measured in turn, `--repeat` times, and the medians compared. Times are this process's processor
-time (all its threads), which other jobs on the machine disturb least; wall time is recorded beside it. Writes
+The floor is the time of (L + 1) L / 2 layer forwards and L + 1 output heads, each measured by itself in the same run.
+The naive scan is one full forward pass of the same Megatron model without the layer, for every layer. The three are
+measured in turn, `--repeat` times, and the medians compared. Times are this process's processor time (all its threads),
+which other jobs on the machine disturb least; wall time is recorded beside it. Writes
 `benchmarks/results/DATE_depth_scan.json`.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 import nemo_minitron.backend as backend
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def read_rows(model: str, data: str, rows: int, sequence: int) -> torch.Tensor:
-    """int64 [rows, sequence] of the text, joined."""
-    from transformers import AutoTokenizer
-
-    tokenizer, tokens = AutoTokenizer.from_pretrained(model), []
-    with open(data, encoding="utf-8") as file:
-        for line in file:
-            tokens += tokenizer(json.loads(line)["text"])["input_ids"]
-            if len(tokens) >= rows * sequence:
-                break
-    return torch.tensor(tokens[: rows * sequence]).view(rows, sequence)
 
 
 class Parts:
@@ -66,17 +45,17 @@ class Parts:
         return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(len(labels), -1), labels).item()
 
     def naive(self) -> dict[tuple[int, int], float]:
-        """One whole forward pass a number, by layers taken out of the model."""
-        found = {}
+        """One full forward pass for each number, with layers taken out of the model."""
+        losses = {}
         try:
             for dropped in range(-1, len(self.layers)):
                 kept = [layer for i, layer in enumerate(self.layers) if i != dropped]
                 self.model.decoder.layers = torch.nn.ModuleList(kept)
                 block = (dropped, dropped) if dropped >= 0 else (0, -1)
-                found[block] = self.loss(self.model(self.tokens, self.positions, None))
+                losses[block] = self.loss(self.model(self.tokens, self.positions, None))
         finally:
             self.model.decoder.layers = self.layers
-        return found
+        return losses
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -96,7 +75,7 @@ def measure(model: Any, tokens: torch.Tensor, repeat: int) -> tuple[dict[str, li
         parts.layer()
         parts.head()  # warm
         for _ in range(repeat):
-            # Before and behind each scan, so that a machine that slows down slows down the floor as well.
+            # Before and after each scan, so that a machine that slows down also slows down the floor.
             before = timed(parts.layer)[0], timed(parts.head)[0]
             took, ours = timed(lambda: depth_scan(model, [tokens]))
             seconds["ours"].append(took)
@@ -126,45 +105,31 @@ def table(seconds: dict[str, list[float]], layers: int) -> dict[str, float]:
 
 
 def _counted(head: float, layers: int) -> float:
-    """`head`: how many layers the output head costs."""
+    """The counted ratio; `head`: the cost of the output head in layers."""
     return (layers * (layers + 1) / 2 + (layers + 1) * head) / (layers * layers + (layers + 1) * head)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.machine(),
-        "torch": torch.__version__,
-        "load when it began (1, 5, 15 minutes)": os.getloadavg(),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("data")
     for name, default in {"rows": 2, "sequence": 512, "repeat": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
-    facts = machine()
+    options = parser.parse_args()
+    result = common.heading(("torch", "megatron-core"))
+    result["machine"]["threads"] = torch.get_num_threads()
     backend.setup()
     from nemo_minitron.nemo import load_model
 
-    (model,) = load_model(given.model)
-    tokens, began = read_rows(given.model, given.data, given.rows, given.sequence), time.perf_counter()
-    seconds, difference = measure(model, tokens, given.repeat)
+    (model,) = load_model(options.model)
+    tokens, began = common.token_rows(options.model, options.data, options.rows, options.sequence), time.perf_counter()
+    seconds, difference = measure(model, tokens, options.repeat)
     wall = time.perf_counter() - began
     layers = len(model.decoder.layers)
-    print(f"{given.model}, {layers} layers, {given.rows} x {given.sequence} tokens, {facts}")
+    print(f"{options.model}, {layers} layers, {options.rows} x {options.sequence} tokens, {result['machine']}")
     middle = table(seconds, layers)
     print(f"{'ours against naive':24}{difference:10.1e} of the loss, at most")
-    facts["load when it ended"] = os.getloadavg()
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "machine": facts,
+    result |= {
         "layers": layers,
         "tokens": tokens.numel(),
         "medians": middle,
@@ -172,8 +137,7 @@ def main() -> None:
         "wall seconds of all repetitions": wall,
         "largest relative difference to naive": difference,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{result['date']}_depth_scan.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, common.dated("depth_scan"))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""What a distillation loss costs, forward and backward: ours, the incumbents' and Liger's, in one run.
+"""Measures distillation losses, forward and backward, in one run: ours, those of other libraries, and Liger's.
 
     python benchmarks/distillation_loss.py [--quick] [--repetitions 3] [--dtypes float32,bfloat16] [--tables 1]
         [--out FILE.json]
 
 1,024 tokens x 49,152 and x 128,256, at TP 1 and 2 (real processes over gloo), one thread a process, random logits.
-"from logits": the input is both models' logits. "from hidden states": the input is both models' last hidden states
-(576 and 448) and heads. Seconds: one process with all losses in turn, processor time, which other jobs disturb least;
-wall time beside it. Memory: a fresh process a loss, the resident peak above what it held with the inputs, less the
+"from logits": the input is both models' logits. "from hidden states": the input is both models' last hidden states (576
+and 448) and heads. Seconds: one process runs all losses in turn. It records processor time, which other jobs disturb
+least, and wall time. Memory: a fresh process a loss, the resident peak above what it held with the inputs, less the
 head's gradient where there is one; the gradient of the logits counts. Collectives: calls in one rank, with backward.
-Liger's is left out where it does not import, heads in bf16 where the processor does not multiply in it (there one
-takes minutes). Every loss's mean over tokens is kept beside: all say the same. Tables that FILE has stay, so that
-a run goes on where one ended; `--tables`: after so many new ones it ends.
+Liger's loss is left out if it cannot be imported. Heads in bf16 are left out if the processor does not multiply in bf16
+(there one takes minutes). The mean of each loss over tokens is recorded, because all must agree. Tables that are in
+FILE are kept, so that a run resumes; `--tables`: the run ends after so many new ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -28,12 +27,11 @@ from typing import Any
 
 import common
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, TEACHER_HIDDEN, STUDENT_HIDDEN = 1024, 576, 448
-IN_PLACE = "ours, in place"  # the gradient takes the place of the logits: each run has its own
+IN_PLACE = "ours, in place"  # the gradient overwrites the logits, so each run needs its own copy
 FROM_LOGITS = ("modelopt", "NeMo", "F.kl_div", "ours", IN_PLACE)
 FROM_HIDDEN = ("head, modelopt", "head, ours", "fused head", "Liger")
-ONE_RANK = ("F.kl_div", "Liger")  # know no shards
+ONE_RANK = ("F.kl_div", "Liger")  # they cannot work on shards
 
 
 # -- in a process of its own, or one a rank --------------------------------------------------------------
@@ -45,7 +43,7 @@ def worker(task: dict[str, Any]) -> Any:
     group = _start(task["tp"])
     calls = _count_collectives()
     losses = {name: _loss(name, task["dtype"], group) for name in task["losses"]}
-    for run in losses.values():  # small, so that libraries are loaded and caches made
+    for run in losses.values():  # small inputs, to load libraries and fill caches
         run(inputs(64, 640 // task["tp"], task["dtype"], task["losses"]))
     width = task["vocab"] // task["shrink"] // task["tp"]
     given = inputs(TOKENS // task["shrink"], width, task["dtype"], task["losses"])
@@ -62,12 +60,12 @@ def worker(task: dict[str, Any]) -> Any:
         peaks = common.resident_peaks(runs)
         head = given["weight"].nbytes / 2**20 if "weight" in given else 0
         return {name: round(mib - head, 1) for name, mib in peaks.items()}  # one loss a process
-    found = common.summary(common.interleaved(runs, task["repetitions"]), next(iter(losses)))
-    return {name: row | {"collectives": counts[name], "loss": values[name]} for name, row in found.items()}
+    rows = common.summary(common.interleaved(runs, task["repetitions"]), next(iter(losses)))
+    return {name: row | {"collectives": counts[name], "loss": values[name]} for name, row in rows.items()}
 
 
 def _start(tp: int) -> Any:
-    """Megatron's groups: the incumbents look there for theirs. Returns the tensor-parallel group."""
+    """Initialises Megatron's groups, which the other libraries use. Returns the tensor-parallel group."""
     import torch
 
     import nemo_minitron.backend as backend
@@ -99,34 +97,35 @@ def _count_collectives() -> list[str]:
 
 
 def inputs(tokens: int, width: int, dtype: str, losses: list[str]) -> dict[str, Any]:
-    """What these losses read: logits [tokens, 1, width] of both models; hidden states, heads of about such logits."""
+    """The inputs of these losses: logits [tokens, 1, width] of both models; hidden states and heads that give such
+    logits."""
     import torch
 
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())  # every rank its own columns
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())  # each rank has its own columns
     same = torch.Generator().manual_seed(7)
 
     def random(*shape: int, scale: float = 1.0, of: Any = generator) -> Any:
         return torch.randn(*shape, generator=of).mul_(scale).to(getattr(torch, dtype))
 
-    found = {}
-    if set(losses) & set(FROM_LOGITS):  # 64 tokens again and again: quick to make, and no slower to read
+    tensors = {}
+    if set(losses) & set(FROM_LOGITS):  # 64 tokens, repeated: quick to make, and as slow to read
         for name in ("student", "teacher"):
-            found[name] = random(64, 1, width, scale=3).repeat(tokens // 64, 1, 1)
+            tensors[name] = random(64, 1, width, scale=3).repeat(tokens // 64, 1, 1)
     if set(losses) & set(FROM_HIDDEN):
         for name, size in (("", STUDENT_HIDDEN), ("teacher_", TEACHER_HIDDEN)):
-            found[f"{name}hidden"] = random(tokens, 1, size, of=same)
-            found[f"{name}weight"] = random(width, size, scale=3 * size**-0.5)
-    return found
+            tensors[f"{name}hidden"] = random(tokens, 1, size, of=same)
+            tensors[f"{name}weight"] = random(width, size, scale=3 * size**-0.5)
+    return tensors
 
 
 def _loss(name: str, dtype: str, group: Any) -> Callable[[dict[str, Any]], float]:
-    """inputs -> the mean loss, after forward and backward; gradients go where the function ends."""
+    """inputs -> the mean loss, after forward and backward; gradients are freed when the function ends."""
     if name in FROM_LOGITS:
         of = _of_logits(name, group)
 
         def run(given: dict[str, Any]) -> float:
             leaf = given["student"].detach().requires_grad_()
-            # Only logits that are no leaf can be overwritten: a view of them. They are spent then.
+            # Only logits that are no leaf can be overwritten, so this takes a view. The logits are lost afterwards.
             logits = leaf.view_as(leaf) if name == IN_PLACE else leaf
             loss = of(logits, given["teacher"]).mean()
             loss.backward()
@@ -166,7 +165,7 @@ def _of_logits(name: str, group: Any) -> Callable[..., Any]:
 
 
 def _config() -> Any:
-    """The two fields that the incumbents read."""
+    """The two fields that the other libraries read."""
     from types import SimpleNamespace
 
     from megatron.core import parallel_state
@@ -245,34 +244,33 @@ def table(rows: dict[str, Any], title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="an eighth of tokens and vocabulary: does it run?")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--tables", type=int, default=8, help="at most so many new ones")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}_distillation_loss.json")
+    parser.add_argument("--tables", type=int, default=8, help="most new tables in this run")
+    parser.add_argument("--out", type=Path, default=common.dated("distillation_loss"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        task = json.loads(given.worker)
-        found = worker(task)
+    options = parser.parse_args()
+    if options.worker:
+        task = json.loads(options.worker)
+        rows_of_worker = worker(task)
         if os.environ.get("RANK", "0") == "0":
-            print("RESULT " + json.dumps(found))
+            print("RESULT " + json.dumps(rows_of_worker))
         return
     packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo_toolkit", *(["liger-kernel"] * _has_liger()))
-    result = {"command": "python " + " ".join(sys.argv), "date": str(datetime.date.today())}
-    before = json.loads(given.out.read_text())["rows"] if given.out.exists() and not given.quick else {}
-    result |= {"machine": common.machine(packages), "tokens": TOKENS, "rows": (rows := before)}
+    before = json.loads(options.out.read_text())["rows"] if options.out.exists() and not options.quick else {}
+    result = common.heading(packages) | {"tokens": TOKENS, "rows": (rows := before)}
     missing = [
         (title, (dtype, vocab, tp))
-        for dtype, vocab, tp in itertools.product(given.dtypes.split(","), (49_152, 128_256), (1, 2))
+        for dtype, vocab, tp in itertools.product(options.dtypes.split(","), (49_152, 128_256), (1, 2))
         if (title := f"{dtype}, {TOKENS} x {vocab}, TP {tp}") not in rows
     ]
-    for title, of in missing[: given.tables]:
-        rows[title] = measure(*of, given.repetitions, 8 if given.quick else 1)
+    for title, of in missing[: options.tables]:
+        rows[title] = measure(*of, options.repetitions, 8 if options.quick else 1)
         table(rows[title], title)
-        if not given.quick:
-            given.out.write_text(json.dumps(result, indent=1) + "\n")
+        if not options.quick:
+            common.write(result, options.out)
 
 
 if __name__ == "__main__":

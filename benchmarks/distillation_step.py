@@ -1,4 +1,4 @@
-"""What a step costs: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
+"""Measures steps: LM training of the student, the teacher's forward, distillation, and distillation from a cache.
 
     python benchmarks/distillation_step.py [--precision auto] [--repetitions 5] [--out FILE.json]
 
@@ -6,44 +6,27 @@ The teacher is demo/smollm2-135m-instruct, the student a random cut of it to 108
 layers, the student in Megatron's DDP with its distributed Adam; one micro-batch of 1 x 512 tokens of demo/wikipedia,
 two threads, one process, the steps in turn. A step is forward, backward, gradient's norm and optimizer; a cached one
 reads its targets from the files first. Losses are summed, and divided by the tokens at the end, as in any distillation
-here (Megatron's `calculate_per_token_loss`). Ratios: of CPU seconds, which other jobs disturb least. The two that the
-design limits: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
+here (Megatron's `calculate_per_token_loss`). The ratios are of CPU seconds, which other jobs disturb least. Two have
+a limit: distillation over (teacher's forward + LM step), at most 1.05; cached over LM step, at most 1.15.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
+from short_training import batch_of, in_ddp, train_step
 
-ROOT = Path(__file__).parents[1]
-MODEL, TEXT = ROOT / "demo" / "smollm2-135m-instruct", ROOT / "demo" / "wikipedia" / "train.jsonl"
+TEXT = common.TEXT / "train.jsonl"
 ROWS = 4
 CACHES: dict[str, dict[str, Any]] = {
     "cached, 50 draws": {"draws": 50},
     "cached, 64 largest": {"mode": "top-k", "k": 64},
 }
-
-
-def rows(model: Path, length: int) -> Any:
-    """int64 [ROWS, length + 1]: the text from its start."""
-    import torch
-
-    from nemo_minitron.data import load_tokenizer
-
-    tokenizer, ids = load_tokenizer(model), []
-    for line in TEXT.open():
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
-        if len(ids) >= ROWS * (length + 1):
-            break
-    return torch.tensor(ids[: ROWS * (length + 1)]).view(ROWS, length + 1)
 
 
 class Steps:
@@ -60,13 +43,13 @@ class Steps:
         from nemo_minitron.search import random_plan
 
         architecture = from_hf(model)
-        self.rows, self.turn, vocab = rows(model, length), 0, architecture.vocab_size
+        self.rows, self.turn = common.token_rows(model, TEXT, ROWS, length + 1), 0
+        vocab = architecture.vocab_size
         chunks = load_model(model, precision=precision)
         self.caches = {name: self._cache(chunks, work / name, given, precision) for name, given in CACHES.items()}
         self.teacher = Teacher(chunks, model_inputs)
         cut = load_model(model, random_plan(architecture, keep=keep), precision=precision)
-        cut[0].config.calculate_per_token_loss = True
-        self.student, self.optimizer = trained(cut[0], precision)
+        self.student, self.optimizer = in_ddp(cut[0], precision)
         self.parameters = [sum(p.numel() for p in m.parameters()) for m in (chunks[0], self.student)]
         online = distillation_step(Objective(vocab), model_inputs, self.teacher)
         self.functions: dict[str, Callable[[], object]] = {
@@ -99,50 +82,12 @@ class Steps:
         self.functions[name] = lambda: self.step(forward, data_step)
 
     def batch(self) -> dict[str, Any]:
-        """The next row: `tokens`, `labels`, `position_ids`, `loss_mask`, [1, length] each."""
-        import torch
-
+        """The next row as a batch."""
         self.turn += 1
-        row = self.rows[self.turn % ROWS][None]
-        places = torch.arange(row.shape[1] - 1)[None]
-        return {
-            "tokens": row[:, :-1].contiguous(), "labels": row[:, 1:].contiguous(), "position_ids": places,
-            "loss_mask": torch.ones(places.shape),
-        }  # fmt: skip
+        return batch_of(self.rows[self.turn % ROWS])
 
     def step(self, forward: Callable[[Any, Any], Any], data_step: Callable[[Any], Any] = next) -> None:
-        import torch
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        count = torch.tensor(self.rows[0, 1:].numel(), dtype=torch.int)
-
-        def one(iterator: Any, model: Any) -> Any:
-            output = forward(model, data_step(iterator))
-            return output, lambda losses: (losses.sum(), count, {"loss": losses.detach().mean()})
-
-        self.student.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=one, data_iterator=iter([self.batch()]), model=self.student, num_microbatches=1,
-            seq_length=self.rows.shape[1] - 1, micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
-        self.optimizer.step()
-
-
-def trained(model: Any, precision: str, peak: float = 1e-5, least: float = 0.0) -> tuple[Any, Any]:
-    """A model in Megatron's DDP, and its optimizer, as NeMo's strategy and this project's recipes have them."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(model.config, ddp, model.train())
-    config = OptimizerConfig(
-        optimizer="adam", lr=peak, min_lr=least, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9,
-        adam_beta2=0.95, clip_grad=1.0, use_distributed_optimizer=True,
-    )  # fmt: skip
-    return wrapped, get_megatron_optimizer(config, [wrapped])
+        train_step(forward, self.student, self.optimizer, self.batch(), data_step)
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -156,17 +101,18 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         keep = sizes(arguments.keep)
         steps = Steps(arguments.model, keep, arguments.precision, arguments.sequence_length, Path(work))
-        found = common.interleaved(steps.functions, arguments.repetitions)
+        seconds = common.interleaved(steps.functions, arguments.repetitions)
         disk = {
             name: round(sum(f.stat().st_size for f in Path(work, name).glob("*.logits")) / steps.rows[:, 1:].numel(), 1)
             for name in CACHES
         }
-    return {"seconds": common.summary(found, "LM step"), "limits": limits(found), "bytes a token": disk,
+    return {"seconds": common.summary(seconds, "LM step"), "limits": limits(seconds), "bytes a token": disk,
             "parameters": steps.parameters}  # fmt: skip
 
 
 def limits(found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
-    """[median, least, most] over the rounds of the ratios that the design limits; last, of the least seconds."""
+    """[median, least, most] over the rounds of the two limited ratios; the last number is the ratio of the least
+    seconds."""
     import statistics
 
     seconds = {name: [run["cpu"] for run in runs] for name, runs in found.items()}
@@ -181,10 +127,10 @@ def limits(found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="the teacher's Hugging Face folder")
-    parser.add_argument("--keep", default="ffn=1024", help="what of it the student keeps")
-    parser.add_argument("--precision", default="auto", help="auto: bf16 where the processor multiplies in it")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", type=Path, default=common.MODEL, help="the teacher's Hugging Face folder")
+    parser.add_argument("--keep", default="ffn=1024", help="sizes that the student keeps")
+    parser.add_argument("--precision", default="auto", help="auto: bf16 if the processor multiplies in it")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -193,22 +139,19 @@ def main() -> None:
     from nemo_minitron.settings.precision import resolve_precision
 
     arguments.precision = resolve_precision(arguments.precision)
-    facts = common.machine(("torch", "megatron-core"))
-    result = {"machine": facts, "date": datetime.date.today().isoformat(), "precision": arguments.precision}
+    result = common.heading(("torch", "megatron-core")) | {"precision": arguments.precision}
     result |= {"repetitions": arguments.repetitions, "columns": ["median", "least", "most"]} | measured(arguments)
-    facts["load when it ended"] = round(os.getloadavg()[0], 1)
     show(result)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['machine']}\nparameters: {result['parameters']}, {result['precision']}")
     print(f"{'':22}{'wall s':>24}{'CPU s':>24}{'over what it may cost':>28}{'by least':>10}{'bytes a token':>15}")
     for name, row in result["seconds"].items():
-        spread = ["{:.3f} ({:.3f}-{:.3f})".format(*row[key]) for key in ("wall", "cpu")]
+        spread = [common.with_range(row[key]) for key in ("wall", "cpu")]
         limit = result["limits"].get(name)
-        ratio = "{:.3f} ({:.3f}-{:.3f})".format(*limit[:3]) if limit else ""
+        ratio = common.with_range(limit) if limit else ""
         least, disk = limit[3] if limit else "", result["bytes a token"].get(name, "")
         print(f"{name:22}{spread[0]:>24}{spread[1]:>24}{ratio:>28}{least:>10}{disk:>15}")
 

@@ -1,11 +1,11 @@
-"""What FP8 does to numbers: scores, kept sets, a teacher's logits, a student's loss, in the emulation.
+"""Measures the effect of emulated FP8 on scores, kept sets, a teacher's logits and a student's loss.
 
     python benchmarks/fp8_emulation.py [--samples 16] [--rows 8] [--steps 12] [--threads 1] [--out FILE.json]
 
 The model is demo/smollm2-135m-instruct on the reference layers, the text demo/wikipedia: calibration and training from
-its train split, the KL on its test split. Each FP8 precision (`backend/fp8.py`) against bf16, and fp32 against bf16
-beside them, which says how far bf16 itself is off. Scores: the mean over layers of Spearman's rank correlation, and the
-share of the kept set that both calibrations keep (ffn 1536 -> 1024, one head of each group of three dropped, hidden
+its train split, the KL on its test split. Each FP8 precision (`backend/fp8.py`) is compared with bf16. fp32 is compared
+with bf16 too, which shows the error of bf16 itself. Scores: the mean over layers of Spearman's rank correlation, and
+the share of the kept set that both calibrations keep (ffn 1536 -> 1024, one head of each group of three dropped, hidden
 576 -> 448). Teacher: mean forward KL(bf16 || precision) a token, nats, and top-1 agreement. Student: cut by the bf16
 scores to ffn 1024, distilled from the bf16 teacher in each precision: same batches, same seed, its loss at each step.
 """
@@ -13,53 +13,36 @@ scores to ffn 1024, distilled from the bf16 teacher in each precision: same batc
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import common
-from distillation_step import MODEL, trained
+from common import MODEL, TEXT
+from short_training import batch_of, in_ddp, train_step
 
-ROOT = Path(__file__).parents[1]
-TEXT = ROOT / "demo" / "wikipedia"
 PRECISIONS = ("bf16", "fp32", "fp8-delayed", "fp8-current", "fp8-blockwise")
 KEEP = {"ffn": 1024, "heads": 6, "hidden": 448}
 
 
-def rows(split: str, count: int, length: int) -> Any:
-    """int64 [count, length + 1]: the split's text from its start."""
-    import torch
-
-    from nemo_minitron.data import load_tokenizer
-
-    tokenizer, ids = load_tokenizer(MODEL), []
-    for line in (TEXT / f"{split}.jsonl").open():
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
-        if len(ids) >= count * (length + 1):
-            break
-    return torch.tensor(ids[: count * (length + 1)]).view(count, length + 1)
-
-
 def compared(ours: Any, theirs: Any) -> dict[str, dict[str, float]]:
-    """Scores of two calibrations: rank correlation and overlap of the kept sets, of each axis."""
+    """Rank correlation and overlap of the kept sets of two calibrations, for each axis."""
     import numpy as np
     from scipy.stats import spearmanr
 
     from nemo_minitron.search import plan
 
-    found = {}
+    by_axis = {}
     for axis, size in KEEP.items():
         a, b = (np.atleast_2d(scores[axis]) for scores in (ours, theirs))
         kept = [plan(scores, keep={axis: size}).keep[axis] for scores in (ours, theirs)]
         sets = [[set(k)] if axis == "hidden" else [set(k[layer]) for layer in sorted(k)] for k in kept]
-        found[axis] = {
+        by_axis[axis] = {
             "rank correlation": float(np.mean([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])),
             "overlap": float(np.mean([len(x & y) / len(x) for x, y in zip(*sets, strict=True)])),
         }
-    return found
+    return by_axis
 
 
 def logits_of(model: Any, batch: Any) -> Any:
@@ -72,7 +55,7 @@ def logits_of(model: Any, batch: Any) -> Any:
 
 
 def divergence(reference: Any, model: Any, text: Any) -> dict[str, float]:
-    """Mean over tokens of KL(reference || model), and how often their likeliest tokens agree."""
+    """Mean over tokens of KL(reference || model), and the share of tokens where both prefer the same next token."""
     import torch
 
     total, same, tokens = 0.0, 0, 0
@@ -88,32 +71,14 @@ def divergence(reference: Any, model: Any, text: Any) -> dict[str, float]:
 
 def losses(plan: Any, precision: str, teacher: Any, text: Any, steps: int) -> list[float]:
     """The distillation loss at each of `steps` steps of one row."""
-    import torch
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from nemo_minitron.distillation.step import Objective, distillation_step
     from nemo_minitron.hosts.nemo.distill import model_inputs
     from nemo_minitron.hosts.nemo.models import load_model
 
-    student, optimizer = trained(load_model(MODEL, plan, precision=precision)[0], "bf16", 1e-4)
-    forward, found = distillation_step(Objective(plan.target.vocab_size), model_inputs, teacher), []
-
-    def one(iterator: Any, model: Any) -> Any:
-        return forward(model, next(iterator)), lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
-
-    for row in itertools.islice(itertools.cycle(text), steps):
-        places = torch.arange(len(row) - 1)[None]
-        batch = {"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous(), "position_ids": places,
-                 "loss_mask": torch.ones(places.shape)}  # fmt: skip
-        student.zero_grad_buffer()
-        optimizer.zero_grad()
-        done = get_forward_backward_func()(
-            forward_step_func=one, data_iterator=iter([batch]), model=student, num_microbatches=1,
-            seq_length=places.numel(), micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
-        optimizer.step()
-        found.append(round(float(done[0]["loss"]), 4))
-    return found
+    student, optimizer = in_ddp(load_model(MODEL, plan, precision=precision)[0], "bf16", 1e-4)
+    forward = distillation_step(Objective(plan.target.vocab_size), model_inputs, teacher)
+    rows = itertools.islice(itertools.cycle(text), steps)
+    return [round(float(train_step(forward, student, optimizer, batch_of(row))), 4) for row in rows]
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,36 +93,37 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
     backend.setup()
     torch.set_num_threads(arguments.threads)
-    length, found = arguments.sequence_length, {name: {} for name in PRECISIONS}  # type: Any, dict[str, Any]
-    train = rows("train", arguments.samples + arguments.steps, length)
-    test, batches = rows("test", arguments.rows, length), train[: arguments.samples, :-1].split(2)
+    length, results = arguments.sequence_length, {name: {} for name in PRECISIONS}  # type: Any, dict[str, Any]
+    train = common.token_rows(MODEL, TEXT / "train.jsonl", arguments.samples + arguments.steps, length + 1)
+    test = common.token_rows(MODEL, TEXT / "test.jsonl", arguments.rows, length + 1)
+    batches = train[: arguments.samples, :-1].split(2)
     reference, base = load_model(MODEL, precision="bf16")[0].eval(), None
     for name in PRECISIONS:
         model = reference if name == "bf16" else load_model(MODEL, precision=name)[0].eval()
         scores = estimate(model, list(batches))
         base = base or scores
-        found[name] |= {"scores": compared(base, scores), "teacher": divergence(reference, model, test)}
-        print(name, json.dumps(found[name]), flush=True)
+        results[name] |= {"scores": compared(base, scores), "teacher": divergence(reference, model, test)}
+        print(name, json.dumps(results[name]), flush=True)
     teacher, cut = Teacher([reference], model_inputs), plan(base, keep={"ffn": KEEP["ffn"]})
     for name in PRECISIONS if arguments.steps else ():
-        if name != "fp32":  # its optimizer keeps no master copies, another comparison
-            found[name]["student"] = losses(cut, name, teacher, train[arguments.samples :], arguments.steps)
-            print(name, found[name]["student"], flush=True)
-    return found
+        if name != "fp32":  # its optimizer keeps no master copies, so it is not comparable
+            results[name]["student"] = losses(cut, name, teacher, train[arguments.samples :], arguments.steps)
+            print(name, results[name]["student"], flush=True)
+    return results
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     heads = [f"{axis} {what}" for axis in KEEP for what in ("rank", "kept")]
     columns = "".join(f"{head:>13}" for head in heads) + f"{'KL':>10}{'top-1':>8}{'last loss':>11}"
     print(f"\n{'against bf16':16}{columns}")
-    for name, row in found.items():
+    for name, row in results.items():
         numbers = "".join(f"{value:13.4f}" for axis in row["scores"].values() for value in axis.values())
         loss = row.get("student", [float("nan")])[-1]
         print(f"{name:16}{numbers}{row['teacher']['KL']:10.5f}{row['teacher']['top-1 agreement']:8.3f}{loss:11.4f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--samples", type=int, default=16, help="calibration rows")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=8, help="of held-out text, for the KL")
@@ -165,15 +131,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
-    result = {
-        "command": " ".join(["python benchmarks/fp8_emulation.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("torch", "megatron-core")),
-        "found": measured(arguments),
-    }
+    result = common.heading(("torch", "megatron-core"))
+    result["found"] = measured(arguments)
     show(result["found"])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 if __name__ == "__main__":

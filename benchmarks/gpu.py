@@ -1,25 +1,21 @@
-"""Everything that wants a GPU, measured on one Hopper in one call of under ten minutes:
+"""Measures all parts that need a GPU, on one Hopper, in one call of under ten minutes:
 
     python benchmarks/gpu.py                            # writes benchmarks/results/DATE_gpu.json
-    python benchmarks/gpu.py --device cpu --quick       # every line of it, at pico sizes; its numbers mean nothing
+    python benchmarks/gpu.py --device cpu --quick       # runs every line at pico sizes; its numbers mean nothing
 
 Losses: 8,192 x 128,256 logits in bf16, forward and backward: ours, in place, modelopt's, and the fused head beside
 Liger's; `bandwidth` is what the KL must move at least (both logits twice, one gradient) over the time and over a copy's
 bandwidth. Importance: a forward pass that scores, over a plain one. Steps: a teacher of Llama's shape and its width
 cut, random weights, in bf16, with an FP8 teacher, and in FP8 both: tokens a second, MFU (against the bf16 peak, in all
-of them), memory. What a device cannot hold has fewer layers, as many as fit; the row says how many. Without Transformer
-Engine FP8 is emulated, which says nothing about time: those rows are left out. Each part fails alone, and the file is
-written anew after each.
+of them), memory. A model that does not fit gets fewer layers; the row says how many. Without Transformer Engine FP8 is
+emulated, which says nothing about time, so those rows are left out. If a part fails, the others still run; the file is
+written after each part.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
-import json
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,9 +26,8 @@ import common
 from gpu_steps import PICO, SHAPES, config_of, model, steps
 
 STARTED = time.perf_counter()
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["torch", "megatron-core", "nemo_toolkit", "transformer-engine", "triton", "nvidia-modelopt", "liger-kernel"]
-LIMIT = 510  # seconds from the start; a part that would begin later is left out (the longest takes under a minute)
+LIMIT = 510  # seconds from the start; no part starts later (the longest takes under a minute)
 LOSSES = ("ours", "ours, in place", "modelopt", "fused head", "Liger")
 
 
@@ -45,7 +40,7 @@ class Bench:
         self.tokens, self.vocab = (64, 640) if quick else (8192, 128_256)
 
     def seconds(self, run: Callable[[], object], repetitions: int | None = None) -> float:
-        """The median of a few, after two to warm up."""
+        """The median of a few runs, after two runs to warm up."""
         return statistics.median([self.once(run) for _ in range((repetitions or self.repetitions) + 2)][2:])
 
     def once(self, run: Callable[[], object]) -> float:
@@ -56,7 +51,7 @@ class Bench:
         return time.perf_counter() - start
 
     def memory(self, run: Callable[[], object]) -> int | None:
-        """Bytes above what is held before, at most; None without a GPU."""
+        """The peak of memory above that before the run, in bytes; None without a GPU."""
         import torch
 
         if self.device == "cpu":
@@ -77,7 +72,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def bandwidth(self) -> float:
-        """Bytes a second that a copy reads and writes."""
+        """The bytes a second that a copy reads and writes."""
         import torch
 
         x = torch.empty(2**20 if self.quick else 2**30, dtype=torch.uint8, device=self.device)
@@ -133,7 +128,7 @@ def importance(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
 
 
 def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
-    """Part -> its numbers, or the error that ended it; `save` is given all so far after each."""
+    """Runs all parts; each gives numbers or the error that ended it. `save` gets all results so far after each part."""
     import torch
 
     import nemo_minitron.backend as backend
@@ -143,20 +138,20 @@ def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
 
     start()
     print(f"layers: {'Transformer Engine' if engine else 'reference (Transformer Engine is missing: no FP8 is timed)'}")
-    found: dict[str, Any] = {"Transformer Engine": engine}
+    results: dict[str, Any] = {"Transformer Engine": engine}
     for name, run in [*losses(bench), *importance(bench), *steps(bench, engine)]:
         began = time.perf_counter()
         try:
-            found[name] = run() if began - STARTED < LIMIT else {"error": f"left out: {LIMIT} s were over"}
-        except Exception as error:  # the next part may do
+            results[name] = run() if began - STARTED < LIMIT else {"error": f"left out: {LIMIT} s were over"}
+        except Exception as error:  # the next part may work
             *_, at = traceback.extract_tb(error.__traceback__)
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:500], "where": f"{at.filename}:{at.lineno}"}
-        found[name]["seconds in all"] = round(time.perf_counter() - began, 1)
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:500], "where": f"{at.filename}:{at.lineno}"}
+        results[name]["seconds in all"] = round(time.perf_counter() - began, 1)
         gc.collect()
         if bench.device != "cpu":
             torch.cuda.empty_cache()
-        print(f"{name:34}" + "  ".join(f"{key} {_short(value)}" for key, value in found[name].items()), flush=True)
-        save(found)
+        print(f"{name:34}" + "  ".join(f"{key} {_short(value)}" for key, value in results[name].items()), flush=True)
+        save(results)
 
 
 def _short(value: Any) -> str:
@@ -165,22 +160,21 @@ def _short(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="pico sizes")
-    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/DATE_gpu.json where nothing is given")
+    parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/DATE_gpu.json")
     arguments = parser.parse_args()
     import torch
 
     gpu = arguments.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu --quick runs every part at pico sizes")
-    facts = common.machine(PACKAGES) | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
-    today, command = datetime.date.today().isoformat(), " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
-    result = {"command": command, "machine": facts, "date": today}
-    out = arguments.out or RESULTS / f"{today}_gpu.json"
+    result = common.heading(PACKAGES)
+    result["machine"]["device"] = torch.cuda.get_device_name() if gpu else "CPU"
+    out = arguments.out or common.dated("gpu")
     bench = Bench(arguments.device, arguments.quick)
-    measured(bench, lambda found: out.write_text(json.dumps(result | {"found": found}, indent=1) + "\n"))
+    measured(bench, lambda found: common.write(result | {"found": found}, out))
     print(out)
 
 

@@ -1,8 +1,10 @@
-"""How the KL's kernels and the fused head are best launched on this GPU: `python benchmarks/gpu_kernels.py`.
+"""Finds the best launch settings of the KL's kernels and the fused head on this GPU:
+`python benchmarks/gpu_kernels.py`.
 
 8,192 tokens x 128,256 from hidden states of 2,048, in bf16, random; milliseconds are medians of Triton's `do_bench`.
-The kernels: columns of a program and its warps, against a copy of as many bytes. The head: tokens of a chunk, against
-its four matrix products alone, and its peak of memory with both gradients. The constants in the code follow them.
+For the kernels it varies the columns and warps of a program, and compares with a copy of as many bytes. For the head it
+varies the tokens of a chunk, and compares with its four matrix products alone; it also prints the peak of memory with
+both gradients. The constants in the code are the best settings.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def random(*shape: int, scale: float = 1.0) -> Any:
 
 
 def kernels() -> None:
-    """A pass is one of the two logits read, or the gradient written."""
+    """One pass reads one of the two logits, or writes the gradient."""
     from nemo_minitron.distillation.losses import _triton, _triton_kernels
 
     x = torch.empty(2**30, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""The distillation steps of `gpu.py`: pairs of a shape in each precision, and what the best step could take."""
+"""The distillation steps of `gpu.py`: pairs of shapes in each precision, and the time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STEPS = {"bf16": ("bf16", "bf16"), "FP8 teacher": ("bf16", "fp8-current"), "all 
 
 def config_of(shape: tuple[int, ...], extra: dict[str, Any], vocab: int, layers: int | None = None) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    found = {**LLAMA, **dict(zip(names, shape, strict=True)), "vocab_size": vocab, **extra}
-    return found | ({"num_hidden_layers": layers} if layers else {})
+    config = {**LLAMA, **dict(zip(names, shape, strict=True)), "vocab_size": vocab, **extra}
+    return config | ({"num_hidden_layers": layers} if layers else {})
 
 
 def model(config: dict[str, Any], precision: str, training: bool) -> Any:
@@ -66,9 +66,10 @@ def steps(bench: Any, engine: bool) -> Iterator[tuple[str, Callable[[], dict[str
 
 
 def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) -> dict[str, Any]:
-    """Tokens a second and memory of the distillation step; in bf16 also over its floor, both parts measured apart."""
+    """Tokens a second and memory of the distillation step; if both precisions are equal, also its time over that of its
+    parts."""
     import torch
-    from distillation_step import trained
+    from short_training import batch_of, in_ddp, train_step
 
     from nemo_minitron.distillation.step import Objective, distillation_step
     from nemo_minitron.distillation.teacher import Teacher
@@ -79,61 +80,34 @@ def step(bench: Any, name: str, student_in: str, teacher_in: str, engine: bool) 
     layers = layers_that_fit(bench, name)
     configs = [config_of(shape, extra, bench.vocab, layers) for shape in pair]
     teacher = Teacher([model(configs[0], teacher_in, False)], model_inputs)
-    built = model(configs[1], student_in, True)
-    built.config.calculate_per_token_loss = True  # as in any distillation here
-    student, optimizer = trained(built, "bf16")
-    batch = batch_of(bench)
+    student, optimizer = in_ddp(model(configs[1], student_in, True), "bf16")
+    batch = batch_of(torch.randint(bench.vocab, (bench.length + 1,), device=bench.device))
     online = distillation_step(Objective(bench.vocab), model_inputs, teacher)
 
     def distil() -> None:
-        taken(online, student, optimizer, batch)
+        train_step(online, student, optimizer, batch)
 
     memory, count = bench.memory(distil), 2 if bench.quick else 5
-    took = bench.seconds(distil, count)
+    seconds = bench.seconds(distil, count)
     theirs, ours = (from_hf(config).flops_per_token(bench.length // 2) for config in configs)
-    found = {"layers": layers, "tokens/s": bench.length / took, "MFU": bench.length * (theirs + 3 * ours) / took / PEAK}
-    held = None if bench.device == "cpu" else torch.cuda.memory_allocated()
-    found |= {"bytes of a step": memory, "bytes held": held, "student": student_in, "teacher": teacher_in}
+    row = {
+        "layers": layers,
+        "tokens/s": bench.length / seconds,
+        "MFU": bench.length * (theirs + 3 * ours) / seconds / PEAK,
+    }
+    bytes_held = None if bench.device == "cpu" else torch.cuda.memory_allocated()
+    row |= {"bytes of a step": memory, "bytes held": bytes_held, "student": student_in, "teacher": teacher_in}
     if student_in == teacher_in:
         alone = torch.no_grad()(lambda: teacher.logits(teacher.hidden(batch)))
         lm = lambda m, b: m(**model_inputs(b), labels=b["labels"])  # noqa: E731
-        found["teacher s"] = bench.seconds(alone, count)
-        found["LM step s"] = bench.seconds(lambda: taken(lm, student, optimizer, batch), count)
-        found["over both"] = took / (found["teacher s"] + found["LM step s"])
-    return found | ({"FP8 kernels": fp8_kernels(distil)} if engine and "fp8" in student_in + teacher_in else {})
-
-
-def batch_of(bench: Any) -> dict[str, Any]:
-    import torch
-
-    rows = torch.randint(bench.vocab, (1, bench.length + 1), device=bench.device)
-    places = torch.arange(bench.length, device=bench.device)[None]
-    return {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": places,
-            "loss_mask": torch.ones(places.shape, device=bench.device)}  # fmt: skip
-
-
-def taken(forward: Callable[[Any, Any], Any], student: Any, optimizer: Any, batch: dict[str, Any]) -> None:
-    """One step of one micro-batch, the optimizer's included."""
-    import torch
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    length = batch["tokens"].shape[1]
-    count = torch.tensor(length, dtype=torch.int, device=batch["tokens"].device)
-
-    def one(iterator: Any, chunk: Any) -> Any:
-        return forward(chunk, next(iterator)), lambda x: (x.sum(), count, {"loss": x.detach().mean()})
-
-    student.zero_grad_buffer()
-    optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=one, data_iterator=iter([batch]), model=student, num_microbatches=1,
-        seq_length=length, micro_batch_size=1, forward_only=False,
-    )  # fmt: skip
-    optimizer.step()
+        row["teacher s"] = bench.seconds(alone, count)
+        row["LM step s"] = bench.seconds(lambda: train_step(lm, student, optimizer, batch), count)
+        row["over both"] = seconds / (row["teacher s"] + row["LM step s"])
+    return row | ({"FP8 kernels": fp8_kernels(distil)} if engine and "fp8" in student_in + teacher_in else {})
 
 
 def fp8_kernels(run: Callable[[], object]) -> list[str]:
-    """Names of the kernels of a step that are Transformer Engine's or multiply in FP8; or why the profiler refuses."""
+    """Names of a step's kernels that belong to Transformer Engine or multiply in FP8, or the error of the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     try:

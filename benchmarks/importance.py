@@ -1,17 +1,17 @@
-"""What importance costs: a plain forward, ours, and NVIDIA's Model Optimizer, on the same Megatron models and batches.
+"""Measures importance: a plain forward pass, ours, and NVIDIA's Model Optimizer, on the same Megatron models and
+batches.
 
     python benchmarks/importance.py [--quick] [--models local] [--repetitions 9] [--out FILE.json]
 
-`smollm2`: demo/smollm2-135m-instruct on the reference layers, which Model Optimizer does not know. `local`: the same
-sizes, random, on Megatron's local layers with LayerNorm, which it does. fp32, one thread, batches of 1 x 512 tokens of
-demo/wikipedia. Seconds: one process a model, the loops in turn. Memory: a fresh process a loop, the
-resident peak above what the process held with the model loaded.
+`smollm2`: demo/smollm2-135m-instruct on the reference layers, which Model Optimizer does not support. `local`: the same
+sizes, random, on Megatron's local layers with LayerNorm, which it supports. fp32, one thread, batches of 1 x 512 tokens
+of demo/wikipedia. Seconds: one process a model, with the loops in turn. Memory: a new process for each loop, and the
+resident peak above the memory of the process with the model loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -22,8 +22,6 @@ from typing import Any
 
 import common
 
-ROOT = Path(__file__).parents[1]
-MODEL, TEXT = ROOT / "demo" / "smollm2-135m-instruct", ROOT / "demo" / "wikipedia" / "train.jsonl"
 SMOLLM2 = {
     "num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "num_attention_heads": 9, "num_query_groups": 3,
     "kv_channels": 64, "vocab_size": 49152, "sequence_length": 512,
@@ -62,7 +60,7 @@ _models: dict[str, Any] = {}
 
 
 def model_of(name: str) -> Any:
-    """The model, once a process."""
+    """The model, built once in a process."""
     if name not in _models:
         _models[name] = _smollm2() if name == "smollm2" else _local(name)
     return _models[name]
@@ -72,7 +70,7 @@ def _smollm2() -> Any:
     from nemo_minitron.backend.wrappers import unwrap
     from nemo_minitron.nemo import load_model
 
-    chunks = load_model(MODEL)
+    chunks = load_model(common.MODEL)
     return unwrap(chunks[0] if isinstance(chunks, list) else chunks).eval()
 
 
@@ -86,7 +84,7 @@ def _local(name: str) -> Any:
 
 
 def loop(name: str, kind: str) -> Callable[[Any], object]:
-    """A function of batches. Model Optimizer turns a model into its own: it gets a second, equal one."""
+    """A function of batches. Model Optimizer converts a model in place, so it gets a second, equal one."""
     import peer
 
     from nemo_minitron.importance import estimate
@@ -102,22 +100,15 @@ def loop(name: str, kind: str) -> Callable[[Any], object]:
 
 
 def tokens(name: str, count: int) -> list[Any]:
-    """`count` batches of one row, int64 [1, sequence]: the corpus from its start, one after the other."""
+    """`count` batches of one row, int64 [1, sequence], from the start of the corpus."""
     import torch
 
     sizes = PICO if name == "pico" else SMOLLM2
     length = sizes["sequence_length"]
     if name == "pico":
-        found = torch.randint(sizes["vocab_size"], (count * length,), generator=torch.Generator().manual_seed(0))
-        return list(found.view(count, 1, length))
-    from transformers import AutoTokenizer
-
-    tokenizer, ids = AutoTokenizer.from_pretrained(MODEL), []
-    for line in TEXT.open():
-        ids += tokenizer(json.loads(line)["text"]).input_ids
-        if len(ids) >= count * length:
-            break
-    return list(torch.tensor(ids[: count * length]).view(count, 1, length))
+        ids = torch.randint(sizes["vocab_size"], (count * length,), generator=torch.Generator().manual_seed(0))
+        return list(ids.view(count, 1, length))
+    return list(common.token_rows(common.MODEL, common.TEXT / "train.jsonl", count, length)[:, None])
 
 
 # -- all of it -----------------------------------------------------------------------------------------
@@ -132,24 +123,24 @@ def measured(task: dict[str, Any]) -> Any:
 
 
 def benchmark(model: str, repetitions: int) -> dict[str, Any]:
-    found: dict[str, Any] = measured({"kind": "time", "model": model, "repetitions": repetitions})
-    found["memory"] = {kind: measured({"kind": "memory", "model": model, "loop": kind}) for kind in LOOPS[model]}
-    return found
+    numbers: dict[str, Any] = measured({"kind": "time", "model": model, "repetitions": repetitions})
+    numbers["memory"] = {kind: measured({"kind": "memory", "model": model, "loop": kind}) for kind in LOOPS[model]}
+    return numbers
 
 
-def show(model: str, found: dict[str, Any]) -> None:
+def show(model: str, numbers: dict[str, Any]) -> None:
     counts = "".join(f"{f'MiB, {n} batches':>17}" for n in COUNTS)
     print(f"\n{model:20}{'wall s':>22}{'CPU s':>22}{'of the plain forward':>24}{'by least':>10}{counts}")
-    for kind, row in found["seconds"].items():
-        spread = ["{:.3f} ({:.3f}-{:.3f})".format(*row[key]) for key in ("wall", "cpu", "ratio")]
-        memory = "".join(f"{found['memory'][kind][str(n)]:>17.1f}" for n in COUNTS)
+    for kind, row in numbers["seconds"].items():
+        spread = [common.with_range(row[key]) for key in ("wall", "cpu", "ratio")]
+        memory = "".join(f"{numbers['memory'][kind][str(n)]:>17.1f}" for n in COUNTS)
         print(f"{kind:20}{spread[0]:>22}{spread[1]:>22}{spread[2]:>24}{row['least'][0]:>10.3f}{memory}")
-    for kind, operations in found["extra_ms"].items():
+    for kind, operations in numbers["extra_ms"].items():
         print(f"  {kind}, ms more than plain: " + ", ".join(f"{name} {ms}" for name, ms in operations.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test")
     parser.add_argument("--models", default="smollm2,local", help="smollm2, local or both, with a comma")
     parser.add_argument("--repetitions", type=int, default=9)
@@ -161,22 +152,18 @@ def main() -> None:
         return
     models = ["pico"] if arguments.quick else arguments.models.split(",")
     result = everything(models, arguments.repetitions)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 def everything(models: list[str], repetitions: int) -> dict[str, Any]:
-    facts = common.machine(("torch", "megatron-core", "nvidia-modelopt"))
-    command = f"python benchmarks/importance.py --models {','.join(models)} --repetitions {repetitions}"
-    print(f"{command}\n{facts}\n{repetitions} repetitions of {TIMED} batches: median (least-most); fp32, one thread")
+    result: dict[str, Any] = common.heading(("torch", "megatron-core", "nvidia-modelopt")) | {"models": {}}
+    print(f"{result['command']}\n{result['machine']}")
+    print(f"{repetitions} repetitions of {TIMED} batches: median (least-most); fp32, one thread")
     print("MiB: resident peak beyond the loaded model")
-    today = datetime.date.today().isoformat()
-    result: dict[str, Any] = {"command": command, "date": today, "machine": facts, "models": {}}
     result |= {"batches": TIMED, "repetitions": repetitions, "columns": ["median", "least", "most"]}
     for model in models:
         result["models"][model] = benchmark(model, repetitions)
         show(model, result["models"][model])
-    facts["load when it ended"] = round(os.getloadavg()[0], 1)
     return result
 
 

@@ -1,7 +1,7 @@
-"""The incumbent beside us: NVIDIA Model Optimizer 0.37's `mcore_minitron`, on models that both can run.
+"""NVIDIA Model Optimizer 0.37's `mcore_minitron`, the tool to compare with, on models that both can run.
 
-It knows Transformer Engine's layers or Megatron's local ones; without Transformer Engine that leaves the local spec
-with LayerNorm, and a final norm of torch's own class. After `nemo_minitron.backend.setup()` nothing else has to be
+It supports Transformer Engine's layers and Megatron's local ones. Without Transformer Engine only the local spec with
+LayerNorm remains, and a final norm of torch's own class. After `nemo_minitron.backend.setup()` nothing else has to be
 redirected for its width axes. Importing it patches torch and Megatron: give it a process of its own.
 """
 
@@ -72,17 +72,18 @@ def convert(model: Any) -> Any:
 
 
 def scores(converted: Any, batches: int) -> dict[str, np.ndarray]:
-    """What its hooks have gathered: ffn, heads, query_groups [layers, units], hidden [hidden], layers [layers]."""
+    """The scores that its hooks have gathered: ffn, heads, query_groups [layers, units], hidden [hidden], layers
+    [layers]."""
     layers = converted.decoder.layers
     rows = {
         "ffn": [layer.mlp._estimate_importance() for layer in layers],
         "heads": [layer.self_attention._estimate_all_head_importance() for layer in layers],
         "query_groups": [layer.self_attention._estimate_query_group_importance() for layer in layers],
     }
-    found = {name: torch.stack(row).numpy() for name, row in rows.items()}
-    found["hidden"] = converted._estimate_hidden_size_importance().numpy()
-    found["layers"] = np.array([layer._scores for layer in layers]) / batches  # it adds up the batches' means
-    return found
+    arrays = {name: torch.stack(row).numpy() for name, row in rows.items()}
+    arrays["hidden"] = converted._estimate_hidden_size_importance().numpy()
+    arrays["layers"] = np.array([layer._scores for layer in layers]) / batches  # it adds up the means of the batches
+    return arrays
 
 
 def prune(model: Any, batches: Iterable[Tensor], **sizes: int) -> Any:
@@ -95,7 +96,8 @@ def prune(model: Any, batches: Iterable[Tensor], **sizes: int) -> Any:
 
 
 def kept(teacher: Tensor, student: Tensor) -> list[int]:
-    """Which rows of the teacher's weights [n, m] are the student's [k, m]: sorted, by their values alone."""
+    """The sorted numbers of the teacher's rows [n, m] that are the student's rows [k, m], found by their values
+    alone."""
     same = (student[:, None] == teacher[None]).all(-1)
     assert (same.sum(1) == 1).all(), "a row of the student is not one row of the teacher"
     return sorted(same.int().argmax(1).tolist())

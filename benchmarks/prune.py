@@ -1,25 +1,23 @@
-"""Folder to folder against `cp`, on a synthetic Llama of several GB, in one run:
+"""Compares `minitron prune`, folder to folder, with `cp`, on a synthetic Llama of several GB, in one run:
 `python benchmarks/prune.py [--gigabytes 4] [--repeat 5] [--quick] [--folder /tmp]`.
 
-For each plan the whole command `minitron prune` (its start included) is timed in turn with the floor, a copy of the
-bytes that it reads and writes: `cp` of a file as long as the student, which reads and writes as much, and `dd` to
-/dev/null of what the cut reads beyond that (rows that stay are read whole, columns are picked from them in memory).
-Every other round goes in the other order. Where files are copied by reference (reflinks), `cp` is free and says
-nothing: choose a `--folder` on a file system without them, as ext4.
+For each plan it times the whole command `minitron prune`, with its start, in turn with the floor: a copy of the bytes
+that it reads and writes. That is `cp` of a file as long as the student, and `dd` to /dev/null of the further bytes that
+the cut reads (rows that stay are read completely, and columns are picked from them in memory). Every other round runs
+in reverse order. On a file system that copies by reference (reflinks) `cp` is free and tells nothing: choose a
+`--folder` on a file system without them, such as ext4.
 
-"warm": teacher and student lie in the page cache, what is written may stay there; before each run as many bytes are
-written and deleted, for a virtual machine's host takes free memory back, and its return costs up to three times
-the copy itself. "cold": the files are dropped from the page cache before, and all are timed until everything is on the
-disk (`sync`). Wall and processor seconds; they mean something on a machine that does nothing else.
-"start": the same command on a model of some MB, which is what it takes besides moving bytes (modules are compiled once,
-as pip does it at an installation). The peak is the resident memory of the command's process. Writes
-`benchmarks/results/DATE_prune.json`, deletes the model.
+"warm": teacher and student lie in the page cache, and written bytes may stay there. Before each run as many bytes are
+written and deleted, because the host of a virtual machine takes free memory back, and its return costs up to three
+times the copy itself. "cold": the files are dropped from the page cache before, and all are timed until everything is
+on the disk (`sync`). Wall and processor seconds; they mean something on a machine that does nothing else. "start": the
+same command on a model of some MB, that is, the time beside moving bytes (modules are compiled once, as pip does at an
+installation). The peak is the resident memory of the command's process. Writes `benchmarks/results/DATE_prune.json`,
+deletes the model.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
 import resource
@@ -41,7 +39,6 @@ from nemo_minitron.families.llama import Llama
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.search import random_plan
 
-RESULTS = Path(__file__).parent / "results"
 LLAMA = {  # Llama-3.1-8B's layers under a smaller vocabulary, so that the largest tensor is an ordinary one
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
@@ -49,13 +46,13 @@ LLAMA = {  # Llama-3.1-8B's layers under a smaller vocabulary, so that the large
 }  # fmt: skip
 PICO = LLAMA | {"hidden_size": 256, "intermediate_size": 896, "head_dim": 8, "vocab_size": 2000}
 SHARD, PIECE = 2_000_000_000, 4 << 20
-PLANS = {  # of the 8B: random units, the worst case for runs of neighbours
+PLANS = {  # shares of the 8B model; random units are the worst case for runs of neighbours
     "width": {"hidden": 0.75, "ffn": 9 / 14},
     "width, heads and depth": {"hidden": 0.75, "ffn": 9 / 14, "heads": 0.75, "layers": 0.8},
     "depth": {"layers": 0.6},
 }
 STATES = ("warm", "cold")
-ALLOWED = 300_000_000  # bytes beside three times the largest tensor
+ALLOWED = 300_000_000  # bytes that are allowed beside three times the largest tensor
 
 
 # -- the teacher ---------------------------------------------------------------------------------------
@@ -224,19 +221,19 @@ def start(work: Path, repeat: int) -> dict[str, float]:
 # -- all of it -----------------------------------------------------------------------------------------
 def kept_sizes(shares: dict[str, float], architecture: Any) -> dict[str, int]:
     """Shares of the teacher's sizes -> sizes; heads stay a multiple of the groups."""
-    whole = {
+    sizes = {
         "hidden": architecture.hidden_size, "ffn": architecture.ffn_hidden_size,
         "heads": architecture.num_attention_heads, "layers": architecture.num_layers,
     }  # fmt: skip
-    return {axis: round(share * whole[axis]) for axis, share in shares.items()}
+    return {axis: round(share * sizes[axis]) for axis, share in shares.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the teacher, at least")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a pico model, as a smoke test; writes no result")
-    parser.add_argument("--folder", type=Path, help="where the model lies while it is measured")
+    parser.add_argument("--folder", type=Path, help="folder for the model during the measurement")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         teacher = Path(folder) / "teacher"
@@ -245,29 +242,25 @@ def main() -> None:
         result = everything(teacher, Path(folder), arguments.repeat)
     print(json.dumps(result, indent=1))
     if not arguments.quick:
-        out = RESULTS / f"{datetime.date.today().isoformat()}_prune.json"
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        common.write(result, common.dated("prune"))
 
 
 def everything(teacher: Path, work: Path, repeat: int) -> dict[str, Any]:
     architecture = from_hf(teacher)
     largest = max(map(_bytes, architecture.shapes().values()))
-    result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/prune.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine(("numpy",)) | {"real-time": os.sched_getscheduler(0) != os.SCHED_OTHER},
+    result: dict[str, Any] = common.heading(("numpy",)) | {
         "teacher": {"gigabytes": 2 * architecture.parameters() / 1e9, "layers": architecture.num_layers},
         "allowed": {"ratio": 1.3, "peak megabytes": (3 * largest + ALLOWED) / 1e6},
         "start": start(work, repeat),
         "plans": {},
     }
+    result["machine"]["real-time"] = os.sched_getscheduler(0) != os.SCHED_OTHER
     for name, shares in PLANS.items():
         keep = kept_sizes(shares, architecture)
-        found = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
-        result["plans"][name] = {"keep": keep} | found
+        row = measure(teacher, random_plan(architecture, keep, seed=0), work, repeat)
+        result["plans"][name] = {"keep": keep} | row
         for state in STATES:
-            print(name, state, {k: v for k, v in found[state]["wall"].items() if k != "seconds"}, file=sys.stderr)
-    result["machine"]["load after"] = round(os.getloadavg()[0], 1)
+            print(name, state, {k: v for k, v in row[state]["wall"].items() if k != "seconds"}, file=sys.stderr)
     return result
 
 

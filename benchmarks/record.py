@@ -1,4 +1,4 @@
-"""A finished run of `minitron compress` -> a dated result: `python benchmarks/record.py runs/demo`.
+"""Records a finished run of `minitron compress` as a dated result: `python benchmarks/record.py runs/demo`.
 
 Prints the table and writes `benchmarks/results/DATE_RECIPE.json`: numbers, seconds of each stage, versions,
 the machine, and the command that makes the run again.
@@ -13,7 +13,7 @@ import platform
 import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from common import dated, write
 
 
 def record(run: Path) -> Path:
@@ -33,9 +33,7 @@ def record(run: Path) -> Path:
         print(f"{row['stage']:10}{row['parameters']:>13,}{row['perplexity']:>12,.2f}{row['tokens']:>9,} tokens")
     for stage in manifest["stages"]:
         print(f"{stage['name']:18}{stage['seconds']:>8.1f} s")
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"{result['date']}_{recipe['name']}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, out := dated(recipe["name"]))
     return out
 
 

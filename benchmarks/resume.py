@@ -1,18 +1,16 @@
-"""What the check that all stages are whole costs a run that is done: `minitron compress` again, before and after.
+"""Measures the check of all stages in a finished run: `minitron compress` again, with and without it.
 
     python benchmarks/resume.py RUN RECIPE --student 0.5 [--before CHECKOUT]
 
-RUN is a finished run folder of RECIPE; it is copied, and its weights are made as large as asked: the pruned and the
-random student and the student, each `--student` GB, and seven times that in the training's checkpoint. Of the copy the
-manifest's seals are made anew. Seconds of the whole command, of the check alone with all files in the page cache and
-with none, and of sealing the student (sizes, digest, and the wait for the disk). CHECKOUT: another version, whose
+RUN is a finished run folder of RECIPE. It is copied, and its weights are enlarged: the pruned and the random student
+and the student to `--student` GB each, and the training's checkpoint to seven times that. The manifest's seals of the
+copy are made again. It measures the seconds of the whole command, of the check alone with all files in the page cache
+and with none, and of sealing the student (sizes, digest, and the wait for the disk). CHECKOUT: another version, whose
 command is timed on the same folder in turn.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import json
 import os
@@ -30,13 +28,11 @@ import common
 
 from nemo_minitron.artifacts import Manifest
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = 1 << 20
 
 
 def enlarge(file: Path, size: int) -> None:
-    """The file, as long as asked, with bytes that no file system can leave out."""
+    """Enlarges the file to `size` with random bytes, which a file system cannot compress."""
     block = os.urandom(BLOCK)
     with open(file, "r+b") as stream:
         stream.seek(0, os.SEEK_END)
@@ -56,16 +52,16 @@ def enlarged(run: Path, size: int) -> None:
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
-    """Wall seconds, and processor seconds of this process and of those that it started."""
+    """Wall seconds, and processor seconds of this process and of its children."""
     start, before = time.perf_counter(), os.times()
     work()
     wall, after = time.perf_counter() - start, os.times()
     return {"wall": wall, "processor": sum(after[:4]) - sum(before[:4])}
 
 
-def summed(found: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Of each clock [median, least, most]."""
-    clocks = {clock: [each[clock] for each in found] for clock in found[0]}
+def summed(runs: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Clock -> [median, least, most]."""
+    clocks = {clock: [each[clock] for each in runs] for clock in runs[0]}
     return {clock: [round(f(all_), 3) for f in (statistics.median, min, max)] for clock, all_ in clocks.items()}
 
 
@@ -77,7 +73,7 @@ def out_of_cache(folder: Path) -> None:
 
 
 def again(run: Path, recipe: Path, checkout: Path) -> None:
-    """The command that finds everything done."""
+    """Runs the command, which finds everything done."""
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", recipe.name, "--out", str(run)]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     done = subprocess.run(command, cwd=recipe.parent, env=environment, capture_output=True, text=True, check=True)
@@ -96,7 +92,7 @@ def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[
         cold.append(timed(check))
     warm = [timed(check) for _ in range(repeat)]
     sealing = timed(lambda: manifest.seal("export", ["student"]))
-    versions = {"after": ROOT} | ({"before": before} if before else {})
+    versions = {"after": common.ROOT} | ({"before": before} if before else {})
     commands: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for _ in range(repeat):
         for name, checkout in versions.items():
@@ -111,7 +107,7 @@ def measured(run: Path, recipe: Path, before: Path | None, repeat: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--student", type=float, default=0.5, help="gigabytes")
@@ -122,14 +118,10 @@ def main() -> None:
         run = Path(folder) / "run"
         shutil.copytree(arguments.run, run)
         enlarged(run, int(arguments.student * 1e9))
-        found = measured(run.resolve(), arguments.recipe.resolve(), arguments.before, arguments.repeat)
-    result = {
-        "command": " ".join(["python benchmarks/resume.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(), "machine": common.machine(("numpy",)),
-        "student gigabytes": arguments.student, "seconds": found,
-    }  # fmt: skip
+        seconds = measured(run.resolve(), arguments.recipe.resolve(), arguments.before, arguments.repeat)
+    result = common.heading(("numpy",)) | {"student gigabytes": arguments.student, "seconds": seconds}
     print(json.dumps(result, indent=1))
-    (RESULTS / f"{datetime.date.today().isoformat()}_resume.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, common.dated("resume"))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
-"""Ways to retrain a cut SmolLM2-135M on little text, three seeds each: `nice python benchmarks/retraining.py`.
+"""Compares ways to retrain a cut SmolLM2-135M on little text, with three seeds each:
+`nice python benchmarks/retraining.py`.
 
-What the arms are: `retraining_arms.py`. Each is a cut of the teacher, trained on `--tokens` tokens of demo/wikipedia
-(or of Python's own manual, the shifted domain) and measured on held-out text of the same corpus, with the package's
-step and Megatron's optimizer, but in one process and without a trainer. A seed draws the rows, the same for every arm.
-"Equal time" is of CPU seconds a step, the teacher's forward and the optimizer with them, where the losses take turns in
-one process.
-Each finished arm and seed is a line of `--work`/state.jsonl: run again, the script goes on; `--resume RESULT.json`
-begins a state with an older result's rows. `--report` runs nothing. Prints a table, and writes `--out`.
+`retraining_arms.py` lists the arms. Each is a cut of the teacher, trained on `--tokens` tokens of demo/wikipedia (or of
+Python's own manual, the shifted domain) and measured on held-out text of the same corpus, with the package's step and
+Megatron's optimizer, but in one process and without a trainer. A seed draws the rows, the same for every arm. "Equal
+time" is of CPU seconds a step, the teacher's forward and the optimizer with them, where the losses take turns in one
+process. Each finished arm and seed is a line of `--work`/state.jsonl, so the script resumes when it runs again;
+`--resume RESULT.json` starts the state with the rows of an older result. `--report` runs nothing. Prints a table, and
+writes `--out`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,12 +26,11 @@ from retraining_arms import CUTS, HALFWAY, MANUAL, WIKIPEDIA, Arm
 from retraining_state import State, show, summary
 from short_training import Schedule, Training, held_out_loss
 
-HOME = Path(__file__).parents[1]
 KNOWN, PACE = "known.json", "pace.json"
-TURNS = 8  # of each loss, the first not counted
-CALIBRATION, HELD_OUT = 32, 512  # rows that are scored; the length of a held-out row
+TURNS = 8  # turns of each loss; the first is not counted
+CALIBRATION, HELD_OUT = 32, 512  # number of rows that are scored; length of a held-out row
 WEIGHTS = {"kl": (1.0, 0.0), "lm": (0.0, 1.0), "both": (1.0, 1.0)}  # of logits and labels
-EVERY = 12  # of the manual's topics, each twelfth is held out
+EVERY = 12  # each twelfth topic of the manual is held out
 
 
 class Bench:
@@ -186,12 +183,12 @@ class Bench:
         if not arm.intermediate:
             return training.run(self.step(*weights, teacher), rows)
         meter, states = self.intermediate(student, arm)
-        found = training.run(
+        result = training.run(
             self.step(*weights, teacher, meter), rows, before=states.expect,
             after=lambda rate: states.finish(meter.reduce(), rate),
         )  # fmt: skip
         states.remove()
-        return found
+        return result
 
     def step(self, logits: float, lm: float, teacher: Any = None, meter: Any = None) -> Any:
         from nemo_minitron.distillation.step import Objective, distillation_step
@@ -233,7 +230,7 @@ def held_in(file: Path) -> dict[str, Any]:
 
 
 def demo() -> dict[str, Path]:
-    return {split: HOME / f"demo/wikipedia/{split}.jsonl" for split in ("train", "test")}
+    return {split: common.ROOT / f"demo/wikipedia/{split}.jsonl" for split in ("train", "test")}
 
 
 def manual(work: Path) -> dict[str, Path]:
@@ -248,14 +245,14 @@ def manual(work: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HOME / "demo/smollm2-135m-instruct"))
-    parser.add_argument("--work", type=Path, default=HOME / "runs/retraining")
-    parser.add_argument("--tokens", type=int, default=4096, help="that an arm trains on, at equal tokens")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default=str(common.ROOT / "demo/smollm2-135m-instruct"))
+    parser.add_argument("--work", type=Path, default=common.ROOT / "runs/retraining")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens that an arm trains on")
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--held-out", type=int, default=4096, help="tokens that are measured on")
-    parser.add_argument("--resume", type=Path, help="an older result, whose rows are not run again")
-    parser.add_argument("--report", action="store_true", help="run nothing more")
+    parser.add_argument("--held-out", type=int, default=4096, help="tokens of the held-out text")
+    parser.add_argument("--resume", type=Path, help="an older result; its rows are not run again")
+    parser.add_argument("--report", action="store_true", help="only print the table")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     settings = {
@@ -263,20 +260,18 @@ def main() -> None:
         "held-out tokens": arguments.held_out, "schedule": dataclasses.asdict(Schedule()), "precision": "bf16",
         "threads": 1,
     }  # fmt: skip
-    state, facts = State(arguments.work, settings, arguments.resume), common.machine(("torch", "megatron-core"))
+    state, head = State(arguments.work, settings, arguments.resume), common.heading(("torch", "megatron-core"))
     if not arguments.report and state.left():
         run(arguments.model, arguments.work, settings, state)
     show(summary(state.rows), state.left())
     result = {
-        "command": " ".join(["python benchmarks/retraining.py", *sys.argv[1:]]), "machine": facts,
-        "date": datetime.date.today().isoformat(), "settings": settings,
+        **head, "settings": settings,
         "losses untrained": held_in(arguments.work / KNOWN),
         "CPU s a step, in turn": held_in(arguments.work / PACE),
         "summary": summary(state.rows), "not run": [f"{arm.name}, seed {seed}" for arm, seed in state.left()],
         "rows": state.rows,
     }  # fmt: skip
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.write(result, arguments.out)
 
 
 def run(model: str, work: Path, settings: dict[str, Any], state: State) -> None:

@@ -1,4 +1,4 @@
-"""The arms of `retraining.py`, in the order in which they run, and what each is compared with."""
+"""The arms of `retraining.py`, in the order of their runs, each with the arm that it is compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CUTS: dict[str, dict[str, int]] = {
     "depth": {"layers": 15},
 }
 SEEDS = (1, 2, 3)
-HALFWAY = {"ffn": 1152}  # of the heavy cut, where it is made in two steps
+HALFWAY = {"ffn": 1152}  # the first of two steps of the heavy cut
 WIKIPEDIA, MANUAL = "wikipedia", "python manual"
 
 
@@ -20,10 +20,10 @@ WIKIPEDIA, MANUAL = "wikipedia", "python manual"
 class Arm:
     """One way to retrain a cut. `base`: the arm that it is compared with, at the same seeds.
 
-    `loss`: kl, lm, both (their sum), or cached (KL's gradient from sampled logits on disk). `equal_time`: in the
-    place of equal tokens, as many steps as take the CPU seconds of the base's. `made`: the cut "in one shot", by
-    scores taken in "two rounds" without training between, or in a "chain", where half of the tokens lie between.
-    `corrected`: the teacher first learns the same rows with the LM loss, its learning rate a fifth.
+    `loss`: kl, lm, both (their sum), or cached (KL's gradient from sampled logits on disk). `equal_time`: not
+    as many tokens as the base, but as many steps as take its CPU seconds. `made`: the cut is made "in one shot", by
+    scores from "two rounds" without training between them, or in a "chain" with half of the tokens between the cuts.
+    `corrected`: the teacher first learns the same rows with the LM loss, at a fifth of the learning rate.
     """
 
     name: str

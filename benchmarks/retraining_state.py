@@ -1,4 +1,4 @@
-"""What has been measured so far, line by line in a file, and what it says."""
+"""The finished measurements, one line each in a file, and their summary."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from retraining_arms import ARMS, QUESTIONS, SEEDS, Arm
 
 
 class Lines:
-    """`work`/state.jsonl: the settings, then a line for each finished measurement; `given`: the rows that it begins
-    with, and the settings that they were made with."""
+    """`work`/state.jsonl: the settings, then a line for each finished measurement; `given`: an older result, whose
+    settings and rows it starts with."""
 
     def __init__(self, work: Path, settings: dict[str, Any], given: dict[str, Any] | None = None) -> None:
         work.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ class Lines:
             self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         first, *self.rows = map(json.loads, self.file.read_text().splitlines())
         if first != settings:
-            raise SystemExit(f"{self.file} was begun with {first}, not {settings}; give another --work")
+            raise SystemExit(f"{self.file} was started with {first}, not {settings}; give another --work")
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -32,7 +32,7 @@ class Lines:
 
 
 class State(Lines):
-    """A line for each finished arm and seed; `old`: an older result, whose rows it begins with."""
+    """A line for each finished arm and seed; `old`: the file of an older result, whose rows it starts with."""
 
     def __init__(self, work: Path, settings: dict[str, Any], old: Path | None) -> None:
         super().__init__(work, settings, json.loads(old.read_text()) if old else None)
@@ -43,32 +43,34 @@ class State(Lines):
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each arm that has run: perplexities, mean and spread of the loss, and of its difference from the base's."""
-    found = []
+    """For each arm that has run: perplexities, and mean and spread of the loss and of its difference from the base's
+    loss."""
+    table = []
     after = {(row["arm"], row["seed"]): row["after"] for row in rows}
     for arm in sorted(ARMS, key=lambda arm: QUESTIONS.index(arm.question)):
-        own = [row for row in rows if row["arm"] == arm.name]
-        if own:
-            pairs = [row["after"] - after[arm.base, row["seed"]] for row in own if (arm.base, row["seed"]) in after]
-            found.append({
-                "question": arm.question, "arm": arm.name, "seeds": len(own), "parameters": own[0]["parameters"],
-                "tokens": own[0]["tokens"], "CPU s a step": statistics.median(row["CPU s a step"] for row in own),
-                "perplexity before": round(math.exp(statistics.fmean(row["before"] for row in own)), 2),
-                "perplexity": round(math.exp(statistics.fmean(row["after"] for row in own)), 2),
-                "loss": spread([row["after"] for row in own]), "base": arm.base, "loss - base's": spread(pairs),
+        of_arm = [row for row in rows if row["arm"] == arm.name]
+        if of_arm:
+            pairs = [row["after"] - after[arm.base, row["seed"]] for row in of_arm if (arm.base, row["seed"]) in after]
+            table.append({
+                "question": arm.question, "arm": arm.name, "seeds": len(of_arm), "parameters": of_arm[0]["parameters"],
+                "tokens": of_arm[0]["tokens"], "CPU s a step": statistics.median(row["CPU s a step"] for row in of_arm),
+                "perplexity before": round(math.exp(statistics.fmean(row["before"] for row in of_arm)), 2),
+                "perplexity": round(math.exp(statistics.fmean(row["after"] for row in of_arm)), 2),
+                "loss": spread([row["after"] for row in of_arm]), "base": arm.base, "loss - base's": spread(pairs),
             })  # fmt: skip
-    return found
+    return table
 
 
 def spread(values: list[float]) -> list[float] | None:
-    """[mean, standard deviation over the seeds]; None of none."""
+    """[mean, standard deviation over the seeds]; None without values."""
     if not values:
         return None
     return [round(x, 4) for x in (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)]
 
 
 def show(rows: list[dict[str, Any]], left: list[tuple[Arm, int]]) -> None:
-    """A line an arm; spread: the standard deviation over seeds; the last column is of pairs with the same seed."""
+    """Prints one line an arm. Spread: the standard deviation over seeds; the last column compares pairs with the same
+    seed."""
     print(f"{'arm':27}{'seeds':>6}{'parameters':>13}{'tokens':>8}{'s/step':>8}{'before':>9}{'after':>8}"
           f"{'loss (spread)':>18}{'loss - base (spread)':>23}  base")  # fmt: skip
     question = ""

@@ -1,14 +1,13 @@
-"""SmolLM2 from a budget to the report, and what the search is worth: `python benchmarks/search.py [key=value ...]`.
+"""Runs SmolLM2 from a budget to the report, and measures the worth of the search:
+`python benchmarks/search.py [key=value ...]`.
 
-Runs `minitron compress smollm2_135m_to_84m_search` (into `--out`, a new folder unless a run is to go on) and
+Runs `minitron compress smollm2_135m_to_84m_search` (into `--out`; a new folder, or one of a run to resume) and
 writes `benchmarks/results/DATE_search.json`: each candidate's sizes, proxy, loss before retraining and fate; how
 well the proxy orders the losses (Spearman's rank correlation); the ranks over steps; seconds of each stage.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -16,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import dated, heading, parser, write
 
-RESULTS = Path(__file__).parent / "results"
 RECIPE = "smollm2_135m_to_84m_search"
 
 
 def spearman(a: list[float], b: list[float]) -> float:
-    """Correlation of ranks; ties in the order in which they come."""
+    """Correlation of ranks; of ties the earlier comes first."""
     ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What a finished run says about its search."""
+    """The results of a finished run's search."""
     names = ("search/measured", "search/ranks", "numbers", "manifest", "recipe")
     measured, ranks, numbers, manifest, recipe = (json.loads((run / f"{name}.json").read_text()) for name in names)
     last = {row["candidate"]: row["step"] for row in ranks}
@@ -60,23 +58,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/search"))
-    parser.add_argument("overrides", nargs="*", help="as of minitron compress")
-    given = parser.parse_args()
-    facts = machine(["torch", "megatron-core", "nemo_toolkit"])
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, default=Path("runs/search"))
+    options.add_argument("overrides", nargs="*", help="overrides, as for minitron compress")
+    given = options.parse_args()
+    result = heading(["torch", "megatron-core", "nemo_toolkit"])
     command = [sys.executable, "-m", "nemo_minitron.cli", "compress", RECIPE, *given.overrides, "--out", str(given.out)]
     subprocess.run(command, check=True)
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "machine": facts,
-        **collect(given.out),
-    }
+    result |= collect(given.out)
     show(result)
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"{result['date']}_search.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, out := dated("search"))
     print(out)
 
 

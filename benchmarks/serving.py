@@ -2,23 +2,22 @@
 `python benchmarks/serving.py TEACHER STUDENT [--input 512] [--output 128] [--requests 32] [--precision bf16,fp8]
 [--engine auto|vllm|tensorrt_llm|transformers] [--repeat 3] [--out FILE.json]`.
 
-All requests are there at once, of random tokens (seed 0), and every one ends at the output length. `auto` is the first
-engine that is installed. transformers is the fallback that runs anywhere: one padded batch, bf16 alone; it compares
-shapes, not servers. TensorRT-LLM takes FP8 from MODEL-fp8 (`minitron serving MODEL --precision fp8` says how).
+All requests arrive at once, with random tokens (seed 0), and each ends at the output length. `auto` is the first engine
+that is installed. transformers is the fallback that runs anywhere: one padded batch, in bf16 only; it compares shapes,
+not servers. TensorRT-LLM reads FP8 from MODEL-fp8 (`minitron serving MODEL --precision fp8` says how).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import machine
+import common
 
 from nemo_minitron.export.serving import QUANTISED
 from nemo_minitron.families import from_hf
@@ -77,18 +76,18 @@ ENGINES = {"tensorrt_llm": with_tensorrt_llm, "vllm": with_vllm, "transformers":
 
 
 def measured(generate: Generate, prompts: Prompts, output: int, repeat: int) -> list[float]:
-    """Seconds of each repetition, after one that warms up."""
+    """Seconds of each repetition, after one run to warm up."""
     generate(prompts, output)
-    took = []
+    seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
         generate(prompts, output)
-        took.append(time.perf_counter() - start)
-    return took
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def row(model: str, precision: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model in one precision; the engine goes with its memory before the next one is loaded."""
+    """One model in one precision; the engine and its memory are freed before the next one is loaded."""
     import numpy as np
 
     architecture = from_hf(model)
@@ -103,7 +102,7 @@ def row(model: str, precision: str, engine: str, options: argparse.Namespace) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rates, and each one over the teacher's in the same precision."""
+    """The rates, each also relative to the teacher's in the same precision."""
     base = {r["precision"]: r["requests_a_second"] for r in rows[::-1] if r["model"] == rows[0]["model"]}
     lines = [f"{'model':40}{'precision':>10}{'parameters':>16}{'requests/s':>12}{'tokens/s':>12}{'speed':>8}"]
     for r in rows:
@@ -116,7 +115,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("teacher")
     parser.add_argument("student")
     for name, default in (("input", 512), ("output", 128), ("requests", 32), ("repeat", 3)):
@@ -139,11 +138,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows = [row(model, p, engine, options) for p in precisions for model in (options.teacher, options.student)]
     print(f"{engine}: {options.requests} requests at once, {options.input} tokens in, {options.output} out")
     print(table(rows))
-    if options.out:
-        ran = machine(("torch", "transformers", *([engine] if engine != "transformers" else [])))
-        settings = {name: getattr(options, name) for name in ("input", "output", "requests", "repeat")}
-        found = {"engine": engine, **settings, "machine": ran, "rows": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    settings = {name: getattr(options, name) for name in ("input", "output", "requests", "repeat")}
+    packages = ("torch", "transformers", *([engine] if engine != "transformers" else []))
+    common.write({**common.heading(packages), "engine": engine, **settings, "rows": rows}, options.out)
     return rows
 
 

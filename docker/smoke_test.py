@@ -17,7 +17,7 @@ SIZES = {
 
 
 def main() -> None:
-    """Raises where anything on the way from a Hugging Face folder to its student fails."""
+    """Raises if any step from a Hugging Face folder to its student fails."""
     backend.setup()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The last step of an image's build: the command starts, the versions fit, a small model is scored and cut.
+# The last step of a build: checks that the command starts, the versions fit, and a small model is scored and cut.
 set -eu
 cd "$(dirname "$0")"
 minitron doctor

@@ -73,8 +73,8 @@ class PrunePlan:
     # -- checks --------------------------------------------------------------------------------------
     def _check_axis(self, cut: Axis) -> None:
         if not cut.length(self.source):
-            there = ", ".join(name for name, other in AXES.items() if other.length(self.source))
-            raise InputError(f"the plan cuts '{cut.name}', which the model does not have; it has {there}")
+            axes_of_source = ", ".join(name for name, other in AXES.items() if other.length(self.source))
+            raise InputError(f"the plan cuts '{cut.name}', which the model does not have; it has {axes_of_source}")
         for where, values in self._lists(cut).items():
             _check_indices(where, values, cut.length(self.source), cut.length(self.target))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 from pathlib import Path
 
@@ -77,12 +78,13 @@ def _begin(training: Path, made_of: list[object], data: Path) -> None:
 def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int) -> None:
     """Raises InputError for a token of the rows that the student has no row for. NeMo tokenises them, unchecked."""
     from nemo_minitron.data import load_tokenizer
+    from nemo_minitron.data.lines import json_lines
     from nemo_minitron.families.tokenizer import check_ids, largest_id
 
     tokenizer = load_tokenizer(folder)
     if largest_id(tokenizer) < vocab_size:
         return
-    for line in filter(str.strip, data.read_text(encoding="utf-8").split("\n")):
+    for _, line in json_lines(io.BytesIO(data.read_bytes()), str(data)):
         row = parse_json(line)
         text = recipe.prompt_template.replace("{input}", row["input"]).replace("{output}", row["output"])
         check_ids(np.array(tokenizer(text)["input_ids"], np.int64), tokenizer, vocab_size, str(data))
@@ -98,20 +100,18 @@ def _clear_index(folder: Path) -> None:
 def check_rows(data: Path) -> int:
     """The number of rows. Raises InputError, with the line's number, for one that is no prompt with an answer."""
     try:
-        lines = data.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = data.read_bytes()
+    except OSError as error:
         raise InputError(f"the prompts '{data}' cannot be read ({error})") from None
-    from nemo_minitron.data.lines import read_line, utf8
+    from nemo_minitron.data.lines import json_lines, read_line, utf8
 
     rows = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = read_line(line, f"'{data}', line {number}")
+    for where, line in json_lines(io.BytesIO(content), str(data)):
+        row = read_line(line, where)
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
-            raise InputError(f"'{data}', line {number} lacks a text 'input' or 'output'; each row has both")
+            raise InputError(f"{where} lacks a text 'input' or 'output'; each row has both")
         for field in FIELDS:
-            utf8(row[field], f"'{data}', line {number}")
+            utf8(row[field], where)
         rows += 1
     if not rows:
         raise InputError(f"'{data}' holds no prompt; it needs lines with input and output")

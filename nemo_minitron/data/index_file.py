@@ -48,7 +48,7 @@ def read_index(idx: Path, bin_size: int) -> tuple[np.ndarray, np.dtype]:
         if not np.array_equal(positions[part], (ends[part] - lengths[part]) * dtype.itemsize):
             _refuse(idx, "its documents do not lie end to end")
     if bin_size != (int(ends[-1]) if sequences else 0) * dtype.itemsize:
-        raise InputError(f"'{idx.with_suffix('.bin')}' and '{idx}' do not belong together: build them anew")
+        raise InputError(f"'{idx.with_suffix('.bin')}' and '{idx}' do not belong together: build them again")
     return ends, dtype
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from nemo_minitron.errors import InputError
 
@@ -22,6 +22,20 @@ PART = re.compile(
 class Document(NamedTuple):
     raw: bytes | bytearray  # UTF-8
     where: str  # its origin, file and line, for a sentence
+
+
+def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    """(place for a message, line) of each line of an open JSONL file that is not blank; `name`: the file's.
+
+    The line is not kept here while the caller uses it, because it may be long.
+    """
+    number = 0
+    while line := file.readline():
+        number += 1
+        if not line.isspace():
+            handed = [line]
+            del line
+            yield f"'{name}', line {number}", handed.pop()
 
 
 def read_line(line: bytes | str, where: str) -> Any:

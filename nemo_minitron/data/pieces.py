@@ -186,8 +186,8 @@ def _unmerged(
     model: Mapping[str, Any], stages: list[Mapping[str, Any]], normalizer: Mapping[str, Any] | None
 ) -> tuple[str, Mapping[str, int] | None]:
     """The marks that no token of a BPE vocabulary has after a letter or digit, and the vocabulary."""
-    words = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(model.get(name) for name in words):
+    features = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model.get(name) for name in features):
         return "", None
     changing = (*_stages(normalizer, "normalizers"), *stages)
     blanks = any(stage["type"] in ("Replace", "Metaspace") for stage in changing)

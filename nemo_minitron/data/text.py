@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.data.lines import LONG, Document, checked_utf8, long_line, read_line, utf8
+from nemo_minitron.data.lines import LONG, Document, checked_utf8, json_lines, long_line, read_line, utf8
 from nemo_minitron.errors import InputError, first_line, nearest
 
 TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -98,13 +98,8 @@ def _text_files(paths: list[Path], bad: BadLines) -> Iterator[Document]:
 
 
 def _jsonl(path: Path, field: str, bad: BadLines) -> Iterator[Document]:
-    number = 0
     with _open(path) as file:
-        while line := file.readline():
-            number += 1
-            if line.isspace():
-                continue
-            where = f"'{path}', line {number}"
+        for where, line in json_lines(file, str(path)):
             try:
                 raw = _text_of_line(line, field, where)
             except InputError as error:

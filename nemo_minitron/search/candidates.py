@@ -141,10 +141,10 @@ def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure
     it."""
     fastest: tuple[float, Candidate] | None = None
     for candidate in itertools.islice(candidates, TIMED):
-        took = measure(candidate)
-        if fastest is None or took < fastest[0]:
-            fastest = took, candidate
-        if took <= limit:
+        latency = measure(candidate)
+        if fastest is None or latency < fastest[0]:
+            fastest = latency, candidate
+        if latency <= limit:
             yield candidate
     if fastest and fastest[0] > limit:
         nearest = f"the nearest is {fastest[1]} with {fastest[0]:.3g}"

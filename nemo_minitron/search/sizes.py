@@ -63,8 +63,8 @@ def _size(source: Architecture, name: str, value: Any) -> int:
         return len(listed)
     most = axis(name).length(source)
     if not most:
-        there = ", ".join(other for other, cut in AXES.items() if cut.length(source))
-        raise InputError(f"the model has no '{name}' to cut; it has {there}")
+        axes_of_model = ", ".join(other for other, cut in AXES.items() if cut.length(source))
+        raise InputError(f"the model has no '{name}' to cut; it has {axes_of_model}")
     least = source.moe_router_topk if name == "experts" else 1  # a token goes to so many experts
     if not _whole(value):
         raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from {least} to {most}")

@@ -204,8 +204,8 @@ def _power_of_two(value: int) -> int:
 def _length(source: Architecture, name: str) -> int:
     length = axis(name).length(source)
     if not length:
-        there = ", ".join(other for other, cut in AXES.items() if cut.length(source))
-        raise InputError(f"the model has no '{name}' to cut; it has {there}")
+        axes_of_model = ", ".join(other for other, cut in AXES.items() if cut.length(source))
+        raise InputError(f"the model has no '{name}' to cut; it has {axes_of_model}")
     return length
 
 

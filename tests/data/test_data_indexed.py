@@ -158,7 +158,9 @@ def test_a_token_beyond_the_embedding_is_refused(jsonl, byte_level, built, tmp_p
     """Text that is tokenised, and indexed files of this tokenizer or a stranger's: in every place of the stream."""
     largest = int(built.stream(0, built.tokens).max())
     assert build(jsonl, byte_level, tmp_path / "a", vocab_size=largest + 1).tokens == built.tokens
-    message = rf"makes the token {largest} \('.*'\) from '.*corpus.jsonl', and the model has rows for 0 to {largest - 1}"
+    message = (
+        rf"makes the token {largest} \('.*'\) from '.*corpus.jsonl', and the model has rows for 0 to {largest - 1}"
+    )
     with pytest.raises(InputError, match=message):
         build(jsonl, byte_level, tmp_path / "b", vocab_size=largest)
     assert not (tmp_path / "b.bin").exists()

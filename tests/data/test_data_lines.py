@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
 from nemo_minitron.data import build, documents
 from nemo_minitron.data import lines as module
-from nemo_minitron.data.lines import long_line
+from nemo_minitron.data.lines import json_lines, long_line
 from nemo_minitron.errors import InputError
 
 BAD = {
@@ -118,3 +119,11 @@ def test_a_folder_of_texts_is_a_file_a_document(byte_level, tmp_path):
     assert list(documents(splits)) == ["train\nlines\n"]
     with pytest.raises(InputError, match="has no split 'validation': legal are"):
         list(documents(f"{splits}@validation"))
+
+
+def test_the_lines_of_a_file_have_their_numbers_and_blank_ones_count():
+    file = io.BytesIO(b'{"a": 1}\r\n\n \t\n{"b": 2}')
+    assert list(json_lines(file, "rows.jsonl")) == [
+        ("'rows.jsonl', line 1", b'{"a": 1}\r\n'),
+        ("'rows.jsonl', line 4", b'{"b": 2}'),
+    ]

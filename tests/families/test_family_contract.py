@@ -168,7 +168,7 @@ CUTS = [(name, axis) for name in NAMES for axis in sorted(EXACT[name.split("-")[
 
 @pytest.mark.parametrize(("name", "axis"), CUTS)
 def test_exact_axes_are_exact(name, axis, models, tmp_path):
-    """Units that write nothing go without changing a logit (P1, section 2)."""
+    """Units that write nothing go without changing a logit (2407.14679, section 2)."""
     teacher = contract.make(tmp_path / "t", name)
     tensors = {hf: bits.view(np.float32) for hf, bits in raw_tensors(teacher).items()}
     keep = silenced(tensors, axis)

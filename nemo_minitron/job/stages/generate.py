@@ -58,8 +58,11 @@ def generate(run: Run) -> None:
 
 def _rows(part: Path) -> list[dict[str, Any]]:
     """Of one batch. Raises InputError for a damaged file."""
+    from nemo_minitron.data.lines import json_lines
+
     try:
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1]
+        with part.open("rb") as file:
+            lines = [line for _, line in json_lines(file, str(part))]
         return [parse.checked(parse_json(line), WRITTEN, f"the batch '{part}'") for line in lines]
     except ValueError as error:
         raise InputError(f"'{part}' is damaged ({first_line(error)}); delete it and run the same again") from None
