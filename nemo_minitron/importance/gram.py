@@ -8,8 +8,8 @@ D^2 numbers a matrix: ask for a few layers at a time.
 A routed expert has a G of the tokens that came to it. It is split by the experts' tensor parallelism and summed over
 the expert's copies. Its x carries the router's probability (`estimators/moe.py`), so W x is what the layer adds.
 
-Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, C input channels of the linear layer on this
-rank, D input channels on all ranks.
+Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, C input channels of the linear layer on
+this rank, D input channels on all ranks.
 """
 
 from __future__ import annotations
