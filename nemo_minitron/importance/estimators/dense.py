@@ -21,18 +21,20 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
-def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-    return given
+def first_input(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+    """For `Watch.values`: the module's first input."""
+    return module_input
 
 
-def _output(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+def _output(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def times_input(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def times_input(module: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Taylor: each element of the input times its gradient."""
-    x = given.detach()  # another tensor on the same memory: the pipeline's schedule may free a stage's input and output
-    return given, lambda gradient: x * gradient
+    # Another tensor on the same memory: the pipeline's schedule may free a stage's input and output.
+    x = module_input.detach()
+    return module_input, lambda gradient: x * gradient
 
 
 # -- MLP -----------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ class Neurons(Estimator):
     axis = "ffn"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        return Watch(layer, module.linear_fc2, _input, times_input)
+        return Watch(layer, module.linear_fc2, first_input, times_input)
 
 
 @estimator(MLP)
@@ -55,7 +57,7 @@ class PreActivations(Estimator):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         gated = module.config.gated_linear_unit
 
-        def before(linear: nn.Module, given: Tensor, output: Any) -> Tensor:
+        def before(linear: nn.Module, module_input: Tensor, output: Any) -> Tensor:
             values = output[0]
             values = values if output[1] is None else values + output[1]  # a bias that is not added yet
             return values.chunk(2, dim=-1)[0] if gated else values
@@ -73,12 +75,12 @@ class Heads(Estimator):
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         heads = module.num_attention_heads_per_partition
 
-        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
-            return torch.linalg.vector_norm(given.float().unflatten(-1, (heads, -1)), dim=-1)
+        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+            return torch.linalg.vector_norm(module_input.float().unflatten(-1, (heads, -1)), dim=-1)
 
-        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            x = given.detach()
-            return given, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
+        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            x = module_input.detach()
+            return module_input, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
 
         return Watch(layer, module.linear_proj, norms, taylor)
 
@@ -91,7 +93,7 @@ class HeadChannels(Estimator):
     axis = "head_channels"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        return Watch(layer, module.linear_proj, _input)
+        return Watch(layer, module.linear_proj, first_input)
 
 
 class _HeadNorm(Estimator):
@@ -106,7 +108,7 @@ class _HeadNorm(Estimator):
         if norm is None or isinstance(norm, IdentityOp):
             return None
 
-        def spread(_: nn.Module, given: Tensor, output: Tensor) -> Tensor:
+        def spread(_: nn.Module, module_input: Tensor, output: Tensor) -> Tensor:
             return output.transpose(1, 2).flatten(0, 1)  # [S, B, A, Y] -> [S * A, B, Y]
 
         return Watch(layer, norm, spread)
@@ -165,8 +167,10 @@ def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
     if getattr(fused, "layer_norm_weight", None) is None:
         return None
 
-    def again(module: Any, given: Tensor, output: Any) -> Tensor:
-        return normalize(given.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config)
+    def again(module: Any, module_input: Tensor, output: Any) -> Tensor:
+        return normalize(
+            module_input.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config
+        )
 
     return Watch(row, fused, again, times_input)
 
@@ -197,15 +201,15 @@ class BlockInfluence(Estimator):
     aggregate = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def influence(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+        def influence(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
             output_SBH = output[0] if isinstance(output, tuple) else output
-            difference_SBH = _unit(given.float()).sub_(_unit(output_SBH.float()))
+            difference_SBH = _unit(module_input.float()).sub_(_unit(output_SBH.float()))
             # |a - b|^2 / 2 of unit vectors is 1 - cos, but keeps its digits where it is small.
             return torch.linalg.vector_norm(difference_SBH, dim=-1).square() / 2
 
-        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             output_SBH = output[0] if isinstance(output, tuple) else output
-            added_SBH = output_SBH.detach() - given.detach()
+            added_SBH = output_SBH.detach() - module_input.detach()
             return output_SBH, lambda gradient: (added_SBH * gradient).sum(-1)
 
         return Watch(layer, module, influence, taylor)

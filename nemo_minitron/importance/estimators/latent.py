@@ -30,8 +30,8 @@ class _LatentNorm(Estimator):
 def _rows(watch: Watch) -> Any:
     """Packed samples come as [tokens, rank]. They are one row of the batch."""
 
-    def values(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-        latents = watch.values(module, given, output)
+    def values(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+        latents = watch.values(module, module_input, output)
         return latents[:, None] if latents.dim() == 2 else latents
 
     return values

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.estimators.dense import times_input
+from nemo_minitron.importance.estimators.dense import first_input, times_input
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
@@ -31,7 +31,7 @@ class Experts(Estimator):
     sharded = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
             return torch.linalg.vector_norm(over_shards(output[0].float()), dim=-1)
 
         return Watch(layer, module.experts, norms, _output_times_gradient, routes=_routes(module))
@@ -46,7 +46,7 @@ class ExpertNeurons(Estimator):
 
     def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
         for expert, linear, routes in second_matrices(module):
-            yield Watch(layer, linear, _input, times_input, expert=expert, routes=routes)
+            yield Watch(layer, linear, first_input, times_input, expert=expert, routes=routes)
 
 
 @estimator(MoELayer)
@@ -57,7 +57,7 @@ class SharedExpertNeurons(Estimator):
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
-        return None if shared is None else Watch(layer, shared.linear_fc2, _input, times_input)
+        return None if shared is None else Watch(layer, shared.linear_fc2, first_input, times_input)
 
 
 def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]:
@@ -79,11 +79,9 @@ def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]
         )
 
 
-def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-    return given
-
-
-def _output_times_gradient(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _output_times_gradient(
+    module: nn.Module, module_input: Tensor, output: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Taylor: for each token the sum over the hidden channels of an expert's output times its gradient."""
     values = output[0].detach()
 
