@@ -1,10 +1,10 @@
 """What can be cut, and which tensors must be cut together, as a table.
 
-A row (tensor, dim, unit) says that an axis owns dimension `dim` of a canonical tensor, in steps of
-`unit` consecutive indices (1, or the head dimension). An axis that is `per_layer` keeps its own indices in
-each source layer, one that is `per_expert` in each expert there; the others keep one set for the whole model.
-`head_dim` itself is no axis: cutting it would change the rotary frequencies. A unit of the axis `experts` is
-a row of the router and the whole expert: `{e}` in a tensor's name is its number.
+A row (tensor, dim, unit) says that an axis owns dimension `dim` of a canonical tensor, in steps of `unit` consecutive
+indices (1, or the head dimension). An axis that is `per_layer` keeps its own indices in each source layer, and one that
+is `per_expert` in each expert of a layer. The others keep one set for the whole model. `head_dim` itself is no axis,
+because a cut would change the rotary frequencies. A unit of the axis `experts` is a row of the router and the whole
+expert. `{e}` in the name of a tensor stands for the number of the expert.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """`size`: the Architecture field it changes; `order`: how its candidates are ranked against each other;
-    `layers`: the Architecture's property that lists the layers which have it (None: all)."""
+    """`size`: the Architecture's field that it changes. `order`: the units that are ranked against each other.
+    `layers`:
+    the Architecture's property that lists the layers which have the axis (None: all)."""
 
     name: str
     size: str
@@ -43,11 +44,11 @@ class Axis:
     layers: str | None = None
 
     def length(self, architecture: Architecture) -> int:
-        """How many units it has, in each layer where it is `per_layer`; 0 in a model that lacks it."""
+        """The number of its units, for each layer if it is `per_layer`. 0 in a model that lacks it."""
         return (getattr(architecture, self.size) or 0) if self.layers_of(architecture) else 0
 
     def layers_of(self, architecture: Architecture) -> Sequence[int]:
-        """The layers that have it."""
+        """The layers that have the axis."""
         return range(architecture.num_layers) if self.layers is None else getattr(architecture, self.layers)
 
 
@@ -127,7 +128,7 @@ AXES: dict[str, Axis] = {
 
 
 def axis(name: str) -> Axis:
-    """Raises InputError for an unknown name, with the nearest."""
+    """The axis of this name. Raises InputError for an unknown name, with the nearest one."""
     if name not in AXES:
         raise InputError(f"there is no axis '{name}'; {nearest(name, AXES)}")
     return AXES[name]
@@ -143,8 +144,8 @@ def split_name(tensor: str) -> tuple[int | None, str]:
 
 def split_expert(local: str) -> tuple[int | None, str]:
     """`experts.5.gate.weight` -> (5, `experts.{e}.gate.weight`); `gate.weight` -> (None, `gate.weight`)."""
-    found = re.fullmatch(r"experts\.(\d+)\.(.*)", local)
-    return (int(found[1]), f"experts.{{e}}.{found[2]}") if found else (None, local)
+    match = re.fullmatch(r"experts\.(\d+)\.(.*)", local)
+    return (int(match[1]), f"experts.{{e}}.{match[2]}") if match else (None, local)
 
 
 def owners(tensor: str) -> Iterator[tuple[Axis, Row]]:

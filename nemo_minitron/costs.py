@@ -52,15 +52,15 @@ def training_memory(
     recompute: str = "none",
     micro_batches: int | None = None,
 ) -> dict[str, int]:
-    """Bytes by purpose, of the pipeline stage that needs most: `batch` sequences of `context` tokens at a time.
+    """Bytes by purpose, on a rank of the pipeline stage that needs most, for `batch` sequences of `context` tokens.
 
-    Megatron's mixed precision: weights in `precision`, gradients summed in fp32, Adam's two moments in fp32 and,
-    beside bf16 weights, an fp32 master copy; the distributed optimizer spreads these over the data- and
-    context-parallel ranks. Under FP8 weights are bf16, and matrices of the layers have FP8 copies beside them: one,
-    and one transposed for the backward pass; activations are counted in bf16, at most. The teacher is frozen weights
-    alone, in the same layout and in `teacher_precision` (the same where it is left empty). `recompute` as
-    in Megatron (see `activations`). `micro_batches`: of a step (None: enough to fill the pipeline). Buffers of
-    communication, one operation's temporaries and the allocator's slack are not in it.
+    It counts Megatron's mixed precision: weights in `precision`, gradients summed in fp32, Adam's two moments in fp32
+    and, beside bf16 weights, an fp32 master copy. The distributed optimizer spreads moments and master copy over the
+    data- and context-parallel ranks. Under FP8 weights are bf16, and the layers' matrices have two FP8 copies, one of
+    them transposed for the backward pass. Activations are counted in bf16, which is at most too much. The teacher has
+    only frozen weights, in the same layout and in `teacher_precision` (if it is empty, in `precision`). `recompute` as
+    in Megatron (see `activations`). `micro_batches`: those of a step (None: enough to fill the pipeline). Not counted:
+    communication buffers, one operation's temporary tensors and the allocator's slack.
 
     Raises InputError for an unknown precision or recomputation.
     """
@@ -68,7 +68,7 @@ def training_memory(
     size, state = BYTES[wide], {"fp32": 8, "bf16": 12}[wide]
     copies = _fp8_copies(student, layout, precision, 2)
     frozen_copies = _fp8_copies(teacher, layout, frozen_in, 1) if teacher else [0] * layout.pp
-    held = activations(
+    kept_values = activations(
         student, layout, batch=batch, context=context, precision=wide, recompute=recompute,
         micro_batches=micro_batches, logits=2 if teacher is None else 3,
     )  # fmt: skip
@@ -83,14 +83,14 @@ def training_memory(
             "activations": activation,
         }
         for (dense, expert), copied, teachers, frozen_copied, activation in zip(
-            parameters_by_stage(student, layout), copies, frozen, frozen_copies, held, strict=True
+            parameters_by_stage(student, layout), copies, frozen, frozen_copies, kept_values, strict=True
         )
     ]
     return max(stages, key=lambda stage: sum(stage.values()))
 
 
 def _fp8_copies(architecture: Architecture, layout: Layout, precision: str, copies: int) -> list[int]:
-    """Bytes of FP8 copies of the layers' matrices on one rank, for each pipeline stage."""
+    """Bytes of the FP8 copies of the layers' matrices on one rank, for each pipeline stage."""
     counts = [0] * layout.pp
     stage_of = {layer: s for s, layers in enumerate(stage_layers(architecture.num_layers, layout)) for layer in layers}
     for name, shape in architecture.shapes().items() if precision in FP8 else ():
@@ -100,16 +100,16 @@ def _fp8_copies(architecture: Architecture, layout: Layout, precision: str, copi
 
 
 def _replicas(layout: Layout) -> tuple[int, int]:
-    """Ranks that hold the same weights: of what every token meets, and of an expert."""
+    """(Ranks that hold copies of the weights that every token uses, ranks that hold copies of an expert.)"""
     ranks = layout.tp * layout.cp * layout.dp
     return layout.cp * layout.dp, ranks // (layout.ep * layout.expert_tp)
 
 
 def parameters_by_stage(architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """(weights that every token meets, weights of experts) on one rank, for each pipeline stage.
+    """(Weights that every token uses, weights of experts) on one rank, for each pipeline stage.
 
-    The vocabulary is padded to a multiple of TP. With tied embeddings the last of several stages holds a second
-    copy of them.
+    The vocabulary is padded to a multiple of TP. If embeddings are tied and there are several stages, the last one
+    holds a second copy of them.
     """
     counts = [[0, 0] for _ in range(layout.pp)]
     stage_of = {layer: s for s, layers in enumerate(stage_layers(architecture.num_layers, layout)) for layer in layers}
@@ -124,7 +124,7 @@ def parameters_by_stage(architecture: Architecture, layout: Layout) -> list[tupl
 
 
 def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
-    """Layers of each pipeline stage; virtual stages are dealt out in turn, as Megatron does."""
+    """Layers of each pipeline stage. Virtual stages go to the stages in turn, as in Megatron."""
     if layout.first_stage or layout.last_stage:
         ends = [n for n in (layout.first_stage, layout.last_stage) if n]
         middle = (layers - sum(ends)) // max(1, layout.pp - len(ends))
@@ -141,7 +141,7 @@ def stage_layers(layers: int, layout: Layout) -> list[list[int]]:
 
 
 def _on_rank(name: str, shape: tuple[int, ...], architecture: Architecture, layout: Layout) -> int:
-    """Elements of one canonical tensor on a rank that has any of it."""
+    """Elements of one canonical tensor on a rank that has some of it."""
     if ".experts." in name:
         share = architecture.num_moe_experts or 1
         return math.prod(shape) // layout.expert_tp if int(name.split(".")[3]) < share // layout.ep else 0
@@ -163,38 +163,38 @@ def activations(
     micro_batches: int | None = None,
     logits: int = 2,
 ) -> list[int]:
-    """Bytes that the backward pass needs of the forward passes, on one rank of each pipeline stage.
+    """Bytes of the forward passes that the backward pass needs, on one rank of each pipeline stage.
 
-    Per token and layer: the residual stream and both norms' outputs (sharded under sequence parallelism), q, k,
-    v, attention's output, the MLP's branches and their product (of a mixture: each chosen expert's, with the
-    token's copy and its output). Attention is fused: no scores. `recompute="selective"` keeps no norm's output
-    and no product of branches; `"full"` keeps each layer's input, and one layer's activations at a time.
-    This is what Transformer Engine's fused layers keep; the reference layers, of single operations, keep up to
-    twice as much. `logits`: how many values of the vocabulary's width are there at once on the last stage: the
-    logits and their gradient, in distillation also the teacher's.
+    For each token and layer they are: the residual stream and the outputs of both norms (sharded under sequence
+    parallelism), q, k, v, the attention's output, and the MLP's branches and their product (in a mixture those of each
+    chosen expert, with the token's copy and its output). Attention is fused, so there are no scores.
+    `recompute="selective"` keeps no norm's output and no product of branches. `"full"` keeps each layer's input, and
+    the activations of one layer at a time. Transformer Engine's fused layers keep this much. The reference layers
+    consist of single operations and keep up to twice as much. `logits`: how many tensors of the vocabulary's width the
+    last stage holds at once: the logits and their gradient, in distillation also the teacher's.
 
-    Stages hold as many micro-batches as 1F1B has under way, or its interleaved form under virtual stages.
-    Raises InputError for an unknown recomputation.
+    A stage holds as many micro-batches as Megatron's 1F1B schedule, or its interleaved form with virtual stages, has
+    started and not finished. Raises InputError for an unknown recomputation.
     """
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute '{recompute}' is unknown; {nearest(recompute, RECOMPUTE)}")
-    whole = [_layer(architecture, layer, layout, recompute) for layer in range(architecture.num_layers)]
-    kept = [_residual(architecture, layout)] * len(whole) if recompute == "full" else whole
+    full = [_layer(architecture, layer, layout, recompute) for layer in range(architecture.num_layers)]
+    kept = [_residual(architecture, layout)] * len(full) if recompute == "full" else full
     tokens = batch * math.ceil(context / layout.cp)
-    found = []
+    bytes_by_stage = []
     for stage, layers in enumerate(stage_layers(architecture.num_layers, layout)):
         chunks = _chunks_under_way(stage, layout, micro_batches)
         values = sum(kept[layer] for layer in layers) * chunks / layout.vp
         if recompute == "full":
-            values += max((whole[layer] for layer in layers), default=0)
+            values += max((full[layer] for layer in layers), default=0)
         if stage == layout.pp - 1:
             values += logits * math.ceil(architecture.vocab_size / layout.tp)
-        found.append(round(values * tokens * BYTES[precision]))
-    return found
+        bytes_by_stage.append(round(values * tokens * BYTES[precision]))
+    return bytes_by_stage
 
 
 def _chunks_under_way(stage: int, layout: Layout, micro_batches: int | None) -> int:
-    """Forward passes of model chunks that wait for their backward pass, at most (Megatron's schedules)."""
+    """The most forward passes of model chunks that wait for their backward pass, in Megatron's schedules."""
     if layout.vp > 1:
         most = (layout.pp - stage - 1) * 2 + (layout.vp - 1) * layout.pp + 1
     else:
@@ -207,7 +207,7 @@ def _residual(architecture: Architecture, layout: Layout) -> float:
 
 
 def _layer(a: Architecture, layer: int, layout: Layout, recompute: str) -> float:
-    """Values per token that one layer keeps on a rank."""
+    """The number of values that one layer keeps for a token on a rank."""
     selective = recompute == "selective"
     attention = (2 * a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim / layout.tp
     return (2 if selective else 4) * _residual(a, layout) + attention + sum(_mlp(a, layer, layout, selective))

@@ -10,9 +10,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("distillation", "importance", "backend", "pruning")
 FILES = [file for room in ROOMS for file in sorted((ROOT / "nemo_minitron" / room).rglob("*.py"))]
 LEGEND = re.compile(r"^Shapes \(docs/shapes\.md\):(.*?)(?:\n\n|\Z)", re.S | re.M)
-SUFFIX = re.compile(
-    r"[a-z0-9]_([A-Z0-9]*[A-Z][A-Z0-9]*)$"
-)  # `logits_NW`, `scratch_3NW`; a constant has no small letter
+# `logits_NW`, `scratch_3NW`; a constant such as CHUNK_SIZE has no small letter in front.
+SUFFIX = re.compile(r"[a-z0-9]_([A-Z0-9]*[A-Z][A-Z0-9]*)$")
 
 
 def letters_of_table():

@@ -1,7 +1,7 @@
-"""Where a model runs: one code path, and two switches that are turned once per process.
+"""Where a model runs: one code path, and two switches that are set once per process.
 
 1. No CUDA: CUDA calls are redirected to the CPU and gloo (`cpu.py`).
-2. No Transformer Engine: its layers are replaced by a pure-PyTorch twin (`reference.py`), on any device.
+2. No Transformer Engine: a pure-PyTorch twin replaces its layers (`reference.py`), on any device.
 
 Nothing else in the package asks which device it is on. Importing this module loads neither torch nor Megatron.
 """
@@ -15,7 +15,7 @@ __all__ = ["Switches", "setup"]
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """What `setup` turned on: `cpu`, the redirect of CUDA calls; `reference`, the twin of TE's layers."""
+    """What `setup` turned on. `cpu`: CUDA calls are redirected. `reference`: the twin replaces TE's layers."""
 
     cpu: bool
     reference: bool
@@ -25,12 +25,11 @@ _switches: Switches | None = None
 
 
 def setup() -> Switches:
-    """Makes Megatron-core and NeMo run on this machine; idempotent, once per process.
+    """Makes Megatron-core and NeMo run on this machine. Only the first call of a process does something.
 
-    Call it before models are built; NeMo may be imported before or after. It imports torch and Megatron,
-    never NeMo: what NeMo needs is mended right after somebody imports it (`mends.py`). Where CUDA and
-    Transformer Engine are both there it changes nothing. Raises InputError where the installed
-    Megatron-core or NeMo is outside of the supported versions.
+    Call it before models are built; NeMo may be imported before or after. It imports torch and Megatron, but never
+    NeMo: NeMo is adapted right after somebody else imports it (`mends.py`). If the machine has CUDA and Transformer
+    Engine, nothing changes. Raises InputError if the installed Megatron-core or NeMo is not a supported version.
     """
     global _switches
     if _switches is None:

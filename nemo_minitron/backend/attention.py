@@ -1,4 +1,9 @@
-"""Core attention by torch's scaled_dot_product_attention, in the place of Transformer Engine's."""
+"""Core attention by torch's scaled_dot_product_attention, in the place of Transformer Engine's.
+
+Shapes (docs/shapes.md): S positions of the queries, P positions of keys and values, N tokens of packed sequences, B
+sequences, A attention heads, G query groups, Y channels of one head, R ranks of context parallelism, X further
+dimensions.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,10 @@ CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 class Attention(MegatronModule):
     """softmax(Q K^T * scale) V, the same numbers as Megatron's unfused DotProductAttention.
 
-    Rotary embedding and QK norm come before it. It has no parameters. `softmax_scale` defaults to
-    1/sqrt(head_dim); Megatron's query-key layer scaling divides and multiplies by the same number, and so needs
-    nothing. Under context parallelism each rank gathers all keys and values, in Megatron's order of the
-    sequence (two chunks a rank, one from either end). Raises InputError for softmax offsets, which it lacks.
+    Rotary embedding and QK norm come before it. It has no parameters. `softmax_scale` defaults to 1/sqrt(head_dim).
+    Megatron's query-key layer scaling divides and multiplies by the same number, so it is left out. Under context
+    parallelism each rank gathers all keys and values, in Megatron's order of the sequence (each rank has two chunks,
+    one from either end). Raises InputError for softmax offsets, which are not supported.
     """
 
     def __init__(
@@ -63,15 +68,14 @@ class Attention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [Sq, B, heads, D], key and value [Sk, B, groups, D] of this rank -> [Sq, B, heads * D].
+        """query [S, B, A, Y], key and value [P, B, G, Y] of this rank -> [S, B, A * Y].
 
-        `attention_mask`: bool, True where attention is forbidden, broadcast to [B, heads, Sq, Sk] (Sk of all
-        ranks under context parallelism), taken as it is; None means causal, or everything where the mask
-        type is not causal.
+        `attention_mask`: bool, True where attention is forbidden, broadcast to [B, A, S, P] (P of all ranks under
+        context parallelism). It is used as it is. None: causal, or no mask if the mask type is not causal.
 
-        With `packed_seq_params` the row's samples do not see each other, and the mask is not looked at: query
-        [T, heads, D], key and value [T, groups, D] -> [T, heads * D], zero where a token is padding. Raises
-        InputError for packed sequences under context parallelism, of another format, or with a bias.
+        With `packed_seq_params` the samples of a row do not see each other, and the mask is ignored: query [N, A, Y],
+        key and value [N, G, Y] -> [N, A * Y], zero where a token is padding. Raises InputError for packed sequences
+        under context parallelism, in another format, or with a bias.
         """
         kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if packed_seq_params is None:
@@ -99,7 +103,7 @@ class Attention(MegatronModule):
         attention_bias: Tensor | None,
     ) -> Tensor:
         if self.context is not None:
-            key, value = _whole(key, self.context), _whole(value, self.context)
+            key, value = _gather_sequence(key, self.context), _gather_sequence(value, self.context)
         mask, causal = self._mask(query, key.shape[0], kind, attention_mask)
         if attention_bias is not None:
             if causal:
@@ -108,7 +112,7 @@ class Attention(MegatronModule):
         p = self.dropout if self.training else 0.0
         with self._random(p):
             out = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),  # views: SDPA wants [B, heads, S, D], in any strides
+                query.permute(1, 2, 0, 3),  # views: SDPA takes [B, A, S, Y] with any strides
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
                 attn_mask=mask,
@@ -120,7 +124,7 @@ class Attention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, query: Tensor, keys: int, kind: AttnMaskType, given: Tensor | None) -> tuple[Tensor | None, bool]:
-        """What SDPA wants: True where attention is allowed, or None and whether it is causal."""
+        """SDPA's mask, True where attention is allowed, and False; or None, and whether attention is causal."""
         if self.window is not None and (keys > self.window[0] >= 0 or kind not in CAUSAL):
             return _window(self._positions(query, keys), keys, self.window), False
         if given is not None:
@@ -132,19 +136,19 @@ class Attention(MegatronModule):
         return _window(self._positions(query, keys), keys, (-1, 0)), False
 
     def _positions(self, query: Tensor, keys: int) -> Tensor:
-        """[Sq]: where the queries stand among the keys; behind a cache they are the last."""
+        """[S]: the positions of the queries among the keys. Behind a cache the queries are the last positions."""
         if self.context is not None:
             return _places(keys, self.context.size(), query.device)[self.context.rank()]
         return torch.arange(keys - query.shape[0], keys, device=query.device)
 
     def _random(self, p: float) -> contextlib.AbstractContextManager[Any]:
-        """Under tensor parallelism each rank drops its own heads' probabilities."""
+        """The random generator of dropout. Under tensor parallelism each rank drops its own heads' probabilities."""
         if not p or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Nothing, as of Transformer Engine's."""
+        """Nothing, as for Transformer Engine's attention."""
         return {}
 
 
@@ -153,28 +157,28 @@ def _zeros(query: Tensor, value: Tensor, tokens: int) -> Tensor:
 
 
 def _places(length: int, ranks: int, device: torch.device) -> Tensor:
-    """[ranks, length / ranks]: the positions that each context-parallel rank holds."""
+    """[R, S]: the positions that each context-parallel rank holds."""
     chunks = torch.arange(length, device=device).view(2 * ranks, -1)
     return torch.cat([chunks[:ranks], chunks[ranks:].flip(0)], dim=1)
 
 
-def _whole(x: Tensor, group: Any) -> Tensor:
-    """[S/cp, ...] of each rank -> [S, ...] in the sequence's order; gradients are summed over the ranks."""
-    gathered = gather_from_sequence_parallel_region(x.contiguous(), group=group)
-    places = _places(gathered.shape[0], group.size(), x.device)
-    return gathered.index_select(0, places.flatten().argsort())
+def _gather_sequence(x_SX: Tensor, group: Any) -> Tensor:
+    """[P, ...]: the positions of all ranks, in the sequence's order. Gradients are summed over the ranks."""
+    gathered_PX = gather_from_sequence_parallel_region(x_SX.contiguous(), group=group)
+    positions_RS = _places(gathered_PX.shape[0], group.size(), x_SX.device)
+    return gathered_PX.index_select(0, positions_RS.flatten().argsort())
 
 
-def _window(positions: Tensor, keys: int, window: tuple[int, ...]) -> Tensor:
-    """[Sq, keys], True where a query sees a key; `window`: keys to the left and to the right, -1 for all."""
-    distance = torch.arange(keys, device=positions.device) - positions[:, None]
+def _window(positions_S: Tensor, keys: int, window: tuple[int, ...]) -> Tensor:
+    """bool [S, P], True where a query sees a key. `window`: keys to the left and to the right, -1 for all."""
+    distance_SP = torch.arange(keys, device=positions_S.device) - positions_S[:, None]
     left, right = window
-    seen = torch.ones_like(distance, dtype=torch.bool)
+    seen_SP = torch.ones_like(distance_SP, dtype=torch.bool)
     if left >= 0:
-        seen &= distance >= -left
-    return seen & (distance <= right) if right >= 0 else seen
+        seen_SP &= distance_SP >= -left
+    return seen_SP & (distance_SP <= right) if right >= 0 else seen_SP
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """An additive mask: SDPA takes one or the other."""
+    """Bias and mask as one additive mask: SDPA takes only one of the two."""
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))

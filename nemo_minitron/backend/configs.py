@@ -1,8 +1,8 @@
 """Config fields that need Transformer Engine, apex or CUDA, switched off before Megatron checks them.
 
-Only the living config is changed. What NeMo writes into a checkpoint's context is what a config was
-constructed with (its `__io__`, taken before `__post_init__`), so a student that was trained on a CPU runs with
-Transformer Engine's fusions on a GPU.
+Only the live config is changed. NeMo writes into a checkpoint's context what a config was constructed with (its
+`__io__`, taken before `__post_init__`). So a student that was trained on a CPU runs with Transformer Engine's fusions
+on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Fields of Megatron's configs and of NeMo's on top of them: the value that means "off".
+# Fields of Megatron's configs and of NeMo's, with the value that means "off".
 NEEDS_TRANSFORMER_ENGINE: dict[str, Any] = {
     "apply_rope_fusion": False,
     "fused_single_qkv_rope": False,
@@ -42,18 +42,18 @@ NEEDS_TRANSFORMER_ENGINE: dict[str, Any] = {
 NEEDS_CUDA: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "cross_entropy_loss_fusion": False,
-    "bias_activation_fusion": False,  # these two are torch.compile'd, which costs more than it gives here
+    "bias_activation_fusion": False,  # this one and the next are torch.compile'd, which costs more than it saves here
     "bias_dropout_fusion": False,
     "cpu_offloading": False,
     "moe_shared_expert_overlap": False,
     "moe_enable_deepep": False,
 }
-NEEDS_APEX = {"gradient_accumulation_fusion": False}  # in Megatron's linear layers, of which ours are made
+NEEDS_APEX = {"gradient_accumulation_fusion": False}  # in Megatron's linear layers, which are the base of ours
 CHANGES_NUMBERS = ("fp8", "fp8_param", "fp4", "fp4_param")
 
 
 def switch_off(cpu: bool, reference: bool) -> None:
-    """Wraps Megatron's base config, whose `__post_init__` runs before that of every config derived from it."""
+    """Wraps Megatron's base config. Its `__post_init__` runs before that of every config derived from it."""
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     off = fields_off(cpu, reference)
@@ -74,7 +74,7 @@ def switch_off(cpu: bool, reference: bool) -> None:
 
 
 def fields_off(cpu: bool, reference: bool) -> dict[str, Any]:
-    """The fields to switch off, and the value that does so, for these switches."""
+    """The fields to switch off for these switches, each with its value for "off"."""
     off: dict[str, Any] = {}
     if reference:
         off |= NEEDS_TRANSFORMER_ENGINE

@@ -1,8 +1,7 @@
-"""CUDA calls on a machine without CUDA: sent to the CPU, to its random generator, or nowhere.
+"""CUDA calls on a machine without CUDA: they go to the CPU, to its random generator, or nowhere.
 
-`torch.cuda.is_available()` stays False and `device_count()` stays 0, so that Lightning, transformers and
-torch itself still choose the CPU and gloo of their own accord. What is redirected is only what Megatron and
-NeMo call without asking.
+`torch.cuda.is_available()` stays False and `device_count()` stays 0, so Lightning, transformers and torch itself still
+choose the CPU and gloo. Only those calls are redirected that Megatron and NeMo make without asking.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Idle:
-    """A stream, event or context on a machine that has none: whatever one waits for is done already."""
+    """A stream, event or context on a machine that has none. Everything one could wait for is already done."""
 
     cuda_stream = 0
 
@@ -51,7 +50,7 @@ class Idle:
 
 
 def _nothing() -> Callable[..., None]:
-    """A new function that does nothing: torch.compile's tables want an object of its own for each name."""
+    """A new function that does nothing. torch.compile's tables need a separate object for each name."""
     return lambda *args, **kwargs: None
 
 
@@ -96,8 +95,8 @@ def redirect() -> None:
     """Redirects torch's and Megatron's CUDA calls for the rest of this process (and of this thread)."""
     import torch._dynamo
 
-    # Megatron's small fusions are torch.compile'd. Compilation cannot see through the mode below, and on a CPU
-    # it costs more than it gives: what is compiled runs as it is written.
+    # Megatron's small fusions are torch.compile'd. Compilation cannot see through the mode below, and on a CPU it costs
+    # more than it saves. So compiled functions run as they are written.
     torch._dynamo.config.disable = True
     for name, value in CUDA.items():
         replace(torch.cuda, name, value)
@@ -117,18 +116,18 @@ def _megatron_rng() -> None:
 
     replace(random, "_get_cuda_rng_state", _get_state)
     replace(random, "_set_cuda_rng_state", _set_state)
-    # Both generators are one here, so Megatron's check that the CPU's did not move always fails.
+    # Both generators are the same here, so Megatron's check that the CPU's generator did not move always fails.
     logger = logging.getLogger(random.__name__)
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _megatron_virtual_stages() -> None:
-    """Virtual pipeline stages go wrong in silence over gloo, in two ways, both mended here.
+    """Mends two silent errors of virtual pipeline stages over gloo.
 
-    With two stages the next rank is the previous one too: a batch of sends and receives between the same two
-    confuses activations with gradients. Megatron's own launcher refuses it; through NeMo it gets by. One by
-    one they find their way. And Megatron frees an output while it is still being sent, which CUDA's streams
-    put right and gloo does not.
+    With two stages the next rank is also the previous one. A batch of sends and receives between the same two ranks
+    then mixes up activations and gradients. Megatron's own launcher refuses this, but NeMo does not. Sent one by one
+    they arrive in order. And Megatron frees an output while it is still being sent: CUDA's streams allow that, gloo
+    does not.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
@@ -168,7 +167,7 @@ def _self(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's optimizers and its clipping compare the type's name with 'torch.cuda.FloatTensor'."""
+    """For Megatron the name of a CUDA type: its optimizers and its clipping look for 'torch.cuda.FloatTensor'."""
     if args or kwargs:
         return tensor.type(*args, **kwargs)
     caller = sys._getframe(2).f_globals.get("__name__", "")
@@ -194,7 +193,7 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class Redirect(TorchFunctionMode):
-    """Sees every torch function of this thread; its common path is one look-up and one test."""
+    """Gets every torch function of this thread. Most calls cost one look-up and one test."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)

@@ -1,7 +1,7 @@
 """Megatron's all-to-all dispatch of tokens to experts, over gloo.
 
-It moves its split sizes from the GPU to numpy; on a CPU they stay tensors, which torch's collectives refuse. And
-where tensor-parallel ranks hold unequal numbers of tokens, gloo neither gathers nor scatters them.
+Megatron moves its split sizes from the GPU to numpy. On a CPU they stay tensors, which torch's collectives refuse. And
+if tensor-parallel ranks have unequal numbers of tokens, gloo neither gathers nor scatters them.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def _or_unequal(
 
 
 def gather_unequal(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
-    """[sizes[rank], ...] of each rank -> [sum of sizes, ...]; no gradient."""
+    """[sizes[rank], ...] of each rank -> [sum of sizes, ...]. It has no gradient."""
     padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - x.shape[0]))
     return torch.cat([part[:size] for part, size in zip(gather(padded, group), sizes, strict=True)])
 
 
 def reduce_scatter_unequal(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
-    """[sum of sizes, ...] of each rank -> their sum's [sizes[rank], ...]; no gradient."""
+    """[sum of sizes, ...] of each rank -> this rank's rows of their sum, [sizes[rank], ...]. It has no gradient."""
     total = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total, group=group)
     return total.split(sizes)[group.rank()].clone()

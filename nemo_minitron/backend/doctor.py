@@ -1,8 +1,8 @@
 """What is installed, whether it fits together, and the command that mends what does not.
 
-It reads the installed packages' metadata and looks for modules without importing them: it must answer where
-importing NeMo fails. Transformer Engine alone is imported, in a process of its own and where there is a GPU: no file
-tells whether it can be. Nothing is changed and no network is used.
+It reads the metadata of installed packages and looks for modules without importing them, because it must answer even if
+NeMo cannot be imported. Only Transformer Engine is imported, in another process and if there is a GPU: no file tells
+whether it can be imported. Nothing is changed and no network is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemo_minitron.precisions import FP8
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A distribution: the range that works, why, and whether the package runs without it."""
+    """A distribution: the versions that work, why, and whether the package runs without it."""
 
     name: str
     range: str
@@ -61,7 +61,7 @@ BUILD_ON_GPU = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One distribution: `version` is None where it is missing; `mend` is a command, empty where all is well."""
+    """One distribution. `version` is None if it is missing. `mend` is a command, empty if all is well."""
 
     name: str
     version: str | None
@@ -73,13 +73,13 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `examine` saw; `ok` is False where something that is needed is missing or does not fit."""
+    """The result of `examine`. `ok` is False if something that is needed is missing or does not fit."""
 
     findings: tuple[Finding, ...]
     devices: tuple[str, ...]
     layers: str
     adam: str
-    precisions: tuple[tuple[str, str], ...]  # of FP8: name -> how it runs, or why it cannot
+    precisions: tuple[tuple[str, str], ...]  # FP8 precision -> how it runs, or why it cannot
     notes: tuple[str, ...]
 
     @property
@@ -116,19 +116,19 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def examine() -> Report:
-    """Looks at this environment. Imports none of torch, Megatron and NeMo."""
+    """Examines this environment. Imports neither torch nor Megatron nor NeMo."""
     findings = (_judge(PYTHON, platform.python_version()), *(_judge(w, installed(w.name)) for w in WANTED))
-    found = {finding.name: finding.version for finding in findings}
+    versions = {finding.name: finding.version for finding in findings}
     devices = cuda_devices()
     fine = {finding.name: finding.ok for finding in findings}
-    engine = found["transformer-engine"] is not None and fine["transformer-engine"]
+    engine = versions["transformer-engine"] is not None and fine["transformer-engine"]
     return Report(
         findings=findings,
         devices=devices,
-        layers=_layers(devices, engine, found["torch"] or ""),
+        layers=_layers(devices, engine, versions["torch"] or ""),
         adam=_adam(engine, devices),
-        precisions=tuple(_precisions(_layers(devices, engine, found["torch"] or ""), found)),
-        notes=tuple(_notes(found, devices)),
+        precisions=tuple(_precisions(_layers(devices, engine, versions["torch"] or ""), versions)),
+        notes=tuple(_notes(versions, devices)),
     )
 
 
@@ -149,7 +149,7 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
 
 
 def _engine(wanted: Wanted, version: str) -> Finding | None:
-    """What is wrong with an installed Transformer Engine besides its version, which has a mend of its own."""
+    """What is wrong with an installed Transformer Engine, apart from its version. None if nothing is."""
     if not compiled_engine():
         why = "its compiled part for PyTorch is missing; without it the reference layers run"
         return Finding(wanted.name, version, wanted.range, False, why, BUILD_ON_GPU)
@@ -160,7 +160,7 @@ def _engine(wanted: Wanted, version: str) -> Finding | None:
 
 
 def _apex(wanted: Wanted, version: str | None) -> Finding:
-    """NVIDIA's is without fault; another package of that name hides it from Megatron."""
+    """NVIDIA's apex is fine. Another package of that name would hide it from Megatron."""
     wrong = module_found("apex") and not nvidia_apex()
     mend = "pip uninstall apex" if wrong else ""
     return Finding("apex", version, wanted.range, not wrong, wanted.why, mend)
@@ -175,14 +175,15 @@ def _layers(devices: tuple[str, ...], engine: bool, torch: str) -> str:
 
 
 def _adam(engine: bool, devices: tuple[str, ...]) -> str:
-    """Megatron's own choice: Transformer Engine's, else apex's, else torch's, without a GPU always (`engine.hide`)."""
+    """Megatron's own choice: Transformer Engine's, or apex's, or torch's. Without a GPU it is torch's
+    (`engine.hide`)."""
     if engine and devices:
         return "Transformer Engine's FusedAdam"
     return "apex's FusedAdam" if nvidia_apex() and devices else "torch's AdamW"
 
 
-def _precisions(layers: str, found: dict[str, str | None]) -> Iterator[tuple[str, str]]:
-    """What becomes of each FP8 precision here; fp32 and bf16 run everywhere."""
+def _precisions(layers: str, versions: dict[str, str | None]) -> Iterator[tuple[str, str]]:
+    """How each FP8 precision runs here. fp32 and bf16 run everywhere."""
     capability = compute_capability() if layers == "Transformer Engine" else None
     for name in FP8:
         if layers != "Transformer Engine":
@@ -190,13 +191,13 @@ def _precisions(layers: str, found: dict[str, str | None]) -> Iterator[tuple[str
         elif capability is None:
             yield name, "unknown: nvidia-smi does not say the device's compute capability"
         else:
-            why = unsupported(name, capability, cuda_of(found["torch"] or ""), found["transformer-engine"] or "0")
+            why = unsupported(name, capability, cuda_of(versions["torch"] or ""), versions["transformer-engine"] or "0")
             yield name, f"no: {why}" if why else "Transformer Engine"
 
 
-def _notes(found: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
+def _notes(versions: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
     notes = []
-    megatron, torch = found["megatron-core"], found["torch"] or ""
+    megatron, torch = versions["megatron-core"], versions["torch"] or ""
     if megatron and fits(megatron, ">=0.16,<0.17"):
         notes.append(
             "NeMo 2.7.3 passes megatron-core an argument that 0.16 has removed (no_weight_decay_cond); "
@@ -206,43 +207,43 @@ def _notes(found: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
         notes.append(f"importing Megatron waits while {lock} is there; where nothing compiles any more, remove it")
     if devices and torch.endswith("+cpu"):
         notes.append(f"torch {torch} does not see the GPU; install torch's CUDA build")
-    elif devices and found["transformer-engine"] is None:
+    elif devices and versions["transformer-engine"] is None:
         notes.append(f"fused layers and FP8 need Transformer Engine; run: {BUILD_ON_GPU}")
     return notes
 
 
 # -- what the machine has ----------------------------------------------------------------------------------
 def module_found(name: str) -> bool:
-    """Whether a top-level module can be found; it is not imported."""
+    """Whether a top-level module can be found. It is not imported."""
     return importlib.util.find_spec(name) is not None
 
 
 def nvidia_apex() -> bool:
-    """Whether the installed `apex` is NVIDIA's, which has optimizers; the index's has none."""
+    """Whether the installed `apex` is NVIDIA's, which has optimizers. The one from the package index has none."""
     spec = importlib.util.find_spec("apex")
     places = (spec.submodule_search_locations or []) if spec else []
     return any((Path(place) / "optimizers").is_dir() for place in places)
 
 
 def cuda_devices(driver: Path = Path("/proc/driver/nvidia/gpus")) -> tuple[str, ...]:
-    """Names of the NVIDIA devices that the driver shows, none where CUDA_VISIBLE_DEVICES hides them all."""
+    """Names of the NVIDIA devices that the driver shows. None if CUDA_VISIBLE_DEVICES hides all of them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ()
     names = []
     for file in sorted(driver.glob("*/information")):
         lines = file.read_text().splitlines()
         names += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return tuple(names or asked("name"))  # some sandboxes have the driver and not its folder
+    return tuple(names or nvidia_smi("name"))  # some sandboxes have the driver, but not its folder
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The least of all devices, as the driver's tool says it; None where it does not."""
-    told = re.findall(r"^(\d+)\.(\d+)$", "\n".join(asked("compute_cap")), re.MULTILINE)
-    return min(((int(major), int(minor)) for major, minor in told), default=None)
+    """The least capability of all devices, from nvidia-smi. None if it does not say."""
+    capabilities = re.findall(r"^(\d+)\.(\d+)$", "\n".join(nvidia_smi("compute_cap")), re.MULTILINE)
+    return min(((int(major), int(minor)) for major, minor in capabilities), default=None)
 
 
-def asked(what: str) -> list[str]:
-    """What nvidia-smi says of each device; nothing where it is missing or fails."""
+def nvidia_smi(what: str) -> list[str]:
+    """What nvidia-smi says about each device. Empty if it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -252,22 +253,23 @@ def asked(what: str) -> list[str]:
 
 
 def compiled_engine() -> bool:
-    """Whether Transformer Engine can be more than its Python."""
+    """Whether Transformer Engine has its compiled part."""
     return transformer_engine.compiled()
 
 
 def cuda_of(torch: str) -> tuple[int, int]:
-    """Of torch's local version, `2.9.0+cu129`; else as torch's own file says it (NVIDIA's builds name no CUDA in
-    their version); else of the runtime's package; (0, 0) where none says it."""
-    told = re.search(r"\+cu(\d+)(\d)$", torch) or re.search(r"^cuda\b[^=]*= *'(\d+)\.(\d+)", torch_file(), re.M)
+    """torch's CUDA version. It stands in its local version, `2.9.0+cu129`, or in torch's own file (the version of
+    NVIDIA's
+    builds names no CUDA). Otherwise it is that of the runtime's package. (0, 0) if none of them says it."""
+    named = re.search(r"\+cu(\d+)(\d)$", torch) or re.search(r"^cuda\b[^=]*= *'(\d+)\.(\d+)", torch_file(), re.M)
     packages = (installed(f"nvidia-cuda-runtime{end}") for end in ("", "-cu13", "-cu12"))
-    version = ".".join(told.groups()) if told else next(filter(None, packages), "0.0")
+    version = ".".join(named.groups()) if named else next(filter(None, packages), "0.0")
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
 def torch_file() -> str:
-    """torch/version.py, where torch is; read, not imported."""
+    """The text of torch/version.py, which is not imported. Empty without torch."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else Path("version.py")
     return file.read_text() if spec and file.is_file() else ""

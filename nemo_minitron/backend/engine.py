@@ -1,8 +1,8 @@
-"""Transformer Engine and its kin: whether they can run here, and out of Megatron's sight where they cannot.
+"""Transformer Engine and apex: whether they can run here. If they cannot, they are hidden from Megatron.
 
-Megatron and NeMo ask by `import transformer_engine`, and take an ImportError alone for a no. The package without its
-compiled libraries raises RuntimeError, one without a driver OSError: Megatron then does not import at all. And where
-it imports on a machine without a GPU, Megatron picks its fused Adam and norms of gradients, which want CUDA tensors.
+Megatron and NeMo try `import transformer_engine`, and only an ImportError means no to them. The package without its
+compiled libraries raises RuntimeError, and without a driver OSError; then Megatron does not import at all. If it does
+import on a machine without a GPU, Megatron uses its fused Adam and gradient norms, which need CUDA tensors.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def usable() -> bool:
 
 
 def hide(cpu: bool) -> None:
-    """Importing Transformer Engine, and without a GPU apex, raises ImportError for the rest of this process.
+    """Makes the import of Transformer Engine, and without a GPU of apex, raise ImportError in this process.
 
-    What Megatron has imported already it keeps; then a warning says so.
+    Megatron keeps what it has imported before. A warning then says so.
     """
-    if cpu:  # Megatron compiles a piece of CUDA when it is imported, and torch asks the GPU for which one
+    if cpu:  # Megatron compiles some CUDA code when it is imported, and torch would ask the GPU for its architecture
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     for name in ENGINE + (CUDA_ALONE if cpu else ()):
-        if _there(name):
+        if _importable(name):
             for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
                 del sys.modules[loaded]
             sys.modules[name] = None  # type: ignore[assignment]
@@ -49,39 +49,43 @@ def hide(cpu: bool) -> None:
                 logger.warning("Megatron was imported before setup(), with %s, which cannot run here", name)
 
 
-def _there(name: str) -> bool:
+def _importable(name: str) -> bool:
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None
 
 
 def refusal() -> str:
-    """The last line of what Transformer Engine's import says in a process of its own; empty where it imports."""
+    """The last line of the error if Transformer Engine is imported in another process. Empty if it imports."""
     command = [sys.executable, "-W", "ignore", "-c", f"import torch, {ENGINE[0]}.pytorch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def builds_left() -> list[Path]:
-    """Locks of what Megatron-core compiles when it is imported: a build under way, or one that was killed, for whose
-    end every later import of Megatron waits without a word."""
+    """Locks of what Megatron-core compiles when it is imported. The build is running, or it was killed.
+
+    Every later import of Megatron waits for the end of that build, without a message.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions"
     place = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))
     return sorted({*place.glob("managed_alloc_runtime/lock"), *place.glob("*/managed_alloc_runtime/lock")})
 
 
 def forget_copies(model: Any) -> None:
-    """Drops the FP8 copies of weights that Transformer Engine's modules keep from one pass to the next, which a move
-    to another device leaves behind; the next pass makes them anew. Nothing elsewhere."""
+    """Drops the FP8 copies of weights that Transformer Engine's modules keep between passes.
+
+    A move to another device leaves them on the old one. The next pass makes new copies. Other modules have none.
+    """
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def compiled() -> bool:
-    """Whether the package has its compiled part for PyTorch, where it looks for that itself. Imports nothing."""
+    """Whether the package has its compiled part for PyTorch, in the places that it searches. Imports nothing."""
     spec = importlib.util.find_spec(ENGINE[0])
     if spec is None or spec.origin is None:
         return False
     package = Path(spec.origin).parent
-    own = (folder.glob(f"{ENGINE[1]}*.so") for folder in (package.parent, package, package / "wheel_lib"))
-    return any(any(found) for found in own) or importlib.util.find_spec(ENGINE[1]) is not None
+    libraries = (folder.glob(f"{ENGINE[1]}*.so") for folder in (package.parent, package, package / "wheel_lib"))
+    return any(any(files) for files in libraries) or importlib.util.find_spec(ENGINE[1]) is not None

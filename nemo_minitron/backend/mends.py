@@ -1,7 +1,7 @@
-"""What is mended in modules of others right after they are imported, each named by string in one table.
+"""Changes to modules of other packages, made right after they are imported. One table names the modules.
 
-NeMo is never imported from here: a mend runs when somebody else imports its module, or at once where it is
-there already.
+NeMo is never imported from here. A change is made when somebody else imports the module, or at once if it is imported
+already.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Mend = Callable[[ModuleType], None]
 
 
 def _models(package: ModuleType) -> None:
-    """NeMo's default layer spec and forward step take the Transformer Engine way, which leads to the twin.
+    """NeMo's default layer spec and forward step choose Transformer Engine's layers, which the twin replaces.
 
-    Done once the whole package is imported: some of its files ask TE's version where they see HAVE_TE.
+    This runs after the whole package is imported: with HAVE_TE some of its files ask for TE's version.
     """
     replace(sys.modules[f"{package.__name__}.base"], "HAVE_TE", True)
 
 
 def _data(module: ModuleType) -> None:
-    """Causal attention needs no mask of [S, S] per sample from the dataset."""
+    """With HAVE_TE the dataset makes no mask of [S, S] for each sample. Causal attention does not need one."""
     replace(module, "HAVE_TE", True)
 
 
 def _seeding(init: ModuleType) -> None:
-    """NeMo seeds Megatron's random generators only where it sees a device."""
+    """NeMo seeds Megatron's random generators only if it sees a CUDA device. Here they are always seeded."""
     original = init._set_random_seed
 
     def seed_all(seed_: int) -> None:
@@ -47,7 +47,7 @@ def _seeding(init: ModuleType) -> None:
 
 
 def _reading(pl: ModuleType) -> None:
-    """NeMo's checkpoint reader asserts CUDA before it moves tensors to their GPU."""
+    """NeMo's checkpoint reader asserts CUDA before it moves tensors to their GPU. Here they stay on the CPU."""
     replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)
 
 
@@ -63,7 +63,7 @@ REFERENCE: dict[str, Mend] = {
 
 
 def watch(cpu: bool, reference: bool) -> None:
-    """Mends the table's modules that are loaded, and the others as they are imported."""
+    """Changes the table's modules that are loaded, and the others when they are imported."""
     table = (CPU if cpu else {}) | (REFERENCE if reference else {})
     for name, mend in table.items():
         if name in sys.modules:
@@ -72,7 +72,7 @@ def watch(cpu: bool, reference: bool) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what the other finders find, and lets a module's mend follow its execution."""
+    """Finds what the other finders find, and makes a module's change after the module has run."""
 
     def __init__(self, mends: dict[str, Mend]) -> None:
         self._mends = mends

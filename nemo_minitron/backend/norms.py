@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm as Transformer Engine has them: fp32 inside, parameters that know sequence parallelism."""
+"""RMSNorm and LayerNorm as in Transformer Engine: fp32 inside, and parameters that know about sequence parallelism.
+
+Shapes (docs/shapes.md): H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ KINDS = ("RMSNorm", "LayerNorm")
 
 
 def device_of(config: Any) -> torch.device | str | int:
-    """Where a Megatron config wants its parameters."""
+    """The device on which a Megatron config wants its parameters."""
     if config.use_cpu_initialization:
         return "cpu"
     return "meta" if getattr(config, "init_model_with_meta_device", False) else torch.cuda.current_device()
@@ -23,7 +26,7 @@ def device_of(config: Any) -> torch.device | str | int:
 def norm_parameters(config: Any, width: int) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Gamma and, for LayerNorm, beta: [width] each, in `params_dtype`, the same on every tensor-parallel rank.
 
-    Under sequence parallelism a rank sees its part of the sequence only; Megatron then sums the gradients of
+    Under sequence parallelism a rank sees only its part of the sequence. Megatron then sums the gradients of the
     parameters that are flagged `sequence_parallel`. Raises InputError for another normalization.
     """
     if config.normalization not in KINDS:
@@ -42,7 +45,7 @@ def _parameter(config: Any, width: int, value: float) -> nn.Parameter:
 
 
 def normalize(x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, rms: bool, zero_centered: bool) -> Tensor:
-    """The norm of x [..., H] over H, in gamma's dtype; computed in fp32 (fp64 stays fp64), rounded once."""
+    """The norm of x [..., H] over H, in gamma's dtype. It is computed in fp32 (fp64 stays fp64) and rounded once."""
     out = gamma.dtype
     if out in (torch.float16, torch.bfloat16) or x.dtype is not out:
         wide = torch.promote_types(torch.promote_types(x.dtype, out), torch.float32)
@@ -57,7 +60,7 @@ def normalize(x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, rms: bo
 
 
 def ignore_extra_state(module: nn.Module) -> None:
-    """Loading neither needs nor reads `_extra_state`, where Transformer Engine keeps its FP8 state."""
+    """Lets a module load without `_extra_state`, where Transformer Engine keeps its FP8 state, and ignore one."""
 
     def default(state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", None)
@@ -66,11 +69,11 @@ def ignore_extra_state(module: nn.Module) -> None:
 
 
 class Norm(nn.Module):
-    """A norm on its own: the final one, those of queries and keys, the one before a mixture of experts.
+    """A separate norm: the final one, those of queries and keys, and the one in front of a mixture of experts.
 
-    Input and output [..., H]; parameters `weight` and, for LayerNorm, `bias`, as in Transformer Engine. In a
-    checkpoint it has an empty `_extra_state`: Transformer Engine asks for one when it reads the checkpoint
-    (NeMo reads strictly by default), and one of Transformer Engine's is read and ignored here.
+    Input and output are [..., H]. The parameters are `weight` and, for LayerNorm, `bias`, as in Transformer Engine. In
+    a checkpoint it has an empty `_extra_state`, because Transformer Engine needs one when it reads the checkpoint (NeMo
+    reads strictly by default). One that Transformer Engine has written is read and ignored here.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -85,7 +88,7 @@ class Norm(nn.Module):
         return normalize(x, self.weight, self.bias, self.eps, self.rms, self.zero_centered)
 
     def get_extra_state(self) -> None:
-        """Nothing, but present: see the class."""
+        """An empty state, which must be present: see the class."""
 
     def set_extra_state(self, state: Any) -> None:
         """Transformer Engine's FP8 state is ignored."""

@@ -1,7 +1,7 @@
-"""Megatron's distributed optimizer over torch's Adam: it can save its state, but not resume from it.
+"""Megatron's distributed optimizer over torch's Adam can save its state, but cannot resume from it. It is mended here.
 
-Where neither Transformer Engine nor apex is there, Megatron asks torch's Adam for its step before the first
-step has made one. An optimizer that has not stepped is given the state it would start from.
+Without Transformer Engine and apex, Megatron asks torch's Adam for its step before there was a first step. So an
+optimizer that has not stepped gets the state that it would start from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nemo_minitron.backend.versions import replace
 
 
 def install() -> None:
-    """Mends saving and loading of `DistributedOptimizer`, where Megatron has picked torch's Adam."""
+    """Mends saving and loading of `DistributedOptimizer`, if Megatron uses torch's Adam."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
@@ -28,10 +28,10 @@ def install() -> None:
         return original(self)
 
     def set_all(self: Any, model_param: Any, tensors: Any) -> None:
-        """The step is no tensor of the checkpoint's; it has been loaded with the parameter groups."""
+        """The step is no tensor of the checkpoint. It has been loaded with the parameter groups."""
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:  # Megatron gives all parameters one counter, and Adam would count it up for each
+        if "step" in state:  # Megatron gives all parameters the same counter, and Adam would raise it for each of them
             state["step"] = state["step"].clone()
             tensors = {**tensors, "step": state["step"]}
         set_states(self, model_param, tensors)

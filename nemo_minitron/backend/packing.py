@@ -1,4 +1,4 @@
-"""Packed sequences: several samples in one row, told apart by Megatron's `PackedSeqParams` in the format 'thd'."""
+"""Packed sequences: several samples in one row. Megatron's `PackedSeqParams` in the format 'thd' separates them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_minitron.errors import InputError
 
 
 def check(packed: Any, context_parallel_size: int) -> None:
-    """Raises InputError for another format than 'thd', and under context parallelism."""
+    """Raises InputError for a format other than 'thd', and under context parallelism."""
     if packed.qkv_format != "thd":
         raise InputError(f"packed sequences of format '{packed.qkv_format}' are not supported; legal is 'thd'")
     if context_parallel_size > 1:
@@ -23,7 +23,7 @@ def check(packed: Any, context_parallel_size: int) -> None:
 
 
 def segments(packed: Any) -> Iterator[tuple[slice, slice]]:
-    """Where each sample's own tokens lie among the queries and among the keys: no padding, no empty samples."""
+    """The places of each sample's tokens among the queries and among the keys, without padding and empty samples."""
     queries = _spans(packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
     keys = _spans(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded)
     for query, key in zip(queries, keys, strict=True):

@@ -1,10 +1,9 @@
 """A precision by name -> Megatron's own fields on Transformer Engine, or the reference layers' emulation.
 
-Megatron reads `fp8` and its kin off a config. Here they are set on the living config alone, after NeMo has recorded
-what it was constructed with. Under NeMo's trainer the precision plugin writes them into that record too, as in any FP8
-run of NeMo's: a checkpoint's context then has them, and whoever loads it with another plugin overrides them.
-Without Transformer Engine they stay unset, and `emulated_fp8` names the recipe that the reference layers follow
-(`fp8.py`).
+Megatron reads `fp8` and related fields from a config. Here they are set only on the live config, after NeMo has
+recorded what it was constructed with. Under NeMo's trainer the precision plugin also writes them into that record, as
+in any FP8 run of NeMo. Then a checkpoint's context has them, and another plugin that loads it overrides them. Without
+Transformer Engine they stay unset, and `emulated_fp8` names the recipe that the reference layers follow (`fp8.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ ALGORITHM = "max"  # of delayed scaling, as in NeMo's own recipe
 def megatron_fields(precision: str) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig and, by the same names, arguments of NeMo's MegatronMixedPrecision.
 
-    Empty without FP8. Hybrid is E4M3 forward and E5M2 backward; blocks are E4M3 both ways. Parameters stay in bf16
-    (`fp8_param_gather` off): a student is read, cut and written as it is trained. Raises InputError for an unknown one.
+    Empty without FP8. Hybrid is E4M3 in the forward pass and E5M2 in the backward pass; blocks are E4M3 in both.
+    Parameters stay in bf16 (`fp8_param_gather` off), because a student is read, cut and written as it is trained.
+    Raises InputError for an unknown precision.
     """
     check_precision(precision)
     if precision not in FP8:
@@ -37,10 +37,10 @@ def megatron_fields(precision: str) -> dict[str, Any]:
 
 
 def unsupported(precision: str, capability: tuple[int, int], cuda: tuple[int, int], engine: str) -> str:
-    """Why Transformer Engine `engine` cannot do this precision on such a device and CUDA; empty where it can.
+    """Why Transformer Engine of version `engine` cannot do this precision on such a device and CUDA. Empty if it can.
 
-    Its own conditions: FP8 from Ada on, blocks on Hopper with CUDA 12.9 (since 2.9 on the first Blackwells too, which
-    run them as MXFP8), and each recipe since a version.
+    Its own conditions: FP8 needs Ada or newer. Blocks need Hopper with CUDA 12.9; since 2.9 the first Blackwells do,
+    too, which run them as MXFP8. Each recipe needs a version.
     """
     from nemo_minitron.backend.versions import fits
 
@@ -60,13 +60,13 @@ def unsupported(precision: str, capability: tuple[int, int], cuda: tuple[int, in
 
 
 def recipe_of(config: Any) -> str | None:
-    """Megatron's name of the FP8 recipe that a living config runs in, under Transformer Engine or emulated."""
-    found = config.fp8_recipe if getattr(config, "fp8", None) else getattr(config, EMULATED, None)
-    return None if found is None else str(getattr(found, "value", found))
+    """Megatron's name of the FP8 recipe of a live config, under Transformer Engine or emulated. None without FP8."""
+    recipe = config.fp8_recipe if getattr(config, "fp8", None) else getattr(config, EMULATED, None)
+    return None if recipe is None else str(getattr(recipe, "value", recipe))
 
 
 def legal_here() -> dict[str, str]:
-    """Each FP8 precision -> why it cannot run here, empty where it can. Without Transformer Engine all are emulated."""
+    """Each FP8 precision -> why it cannot run here; empty if it can. Without Transformer Engine all are emulated."""
     if backend.setup().reference:
         return dict.fromkeys(FP8, "")
     import torch
@@ -79,11 +79,11 @@ def legal_here() -> dict[str, str]:
 
 
 def apply(config: Any, precision: str, *, training: bool = False) -> None:
-    """Sets a precision on a living Megatron config, before its model is built.
+    """Sets a precision on a live Megatron config, before its model is built.
 
-    `training`: whether steps are taken. Delayed scaling moves its scales in passes with gradients alone under
-    Transformer Engine (its autocast asks `torch.is_grad_enabled`): a model that only runs forward would keep them at
-    1. Raises InputError for what this machine cannot do, with the nearest that it can.
+    `training`: whether the model takes steps. Under Transformer Engine delayed scaling moves its scales only in passes
+    with gradients (its autocast asks `torch.is_grad_enabled`), so a model that only runs forward would keep them at 1.
+    Raises InputError for a precision that this machine cannot do, with the nearest one that it can.
     """
     fields = trained_fields(precision) if training else forward_fields(precision)
     for name, value in fields.items():
@@ -93,7 +93,7 @@ def apply(config: Any, precision: str, *, training: bool = False) -> None:
 
 
 def trained_fields(precision: str) -> dict[str, Any]:
-    """`megatron_fields` where this machine has Transformer Engine, else none. Raises InputError as `apply`."""
+    """`megatron_fields`, or nothing if this machine has no Transformer Engine. Raises InputError as `apply` does."""
     fields = megatron_fields(precision)
     if not fields or backend.setup().reference:
         return {}
@@ -105,7 +105,7 @@ def trained_fields(precision: str) -> dict[str, Any]:
 
 
 def forward_fields(precision: str) -> dict[str, Any]:
-    """`trained_fields` of a model that takes no steps. Raises InputError as `apply`."""
+    """`trained_fields` of a model that takes no steps. Raises InputError as `apply` does."""
     fields = trained_fields(precision)
     if fields and precision == "fp8-delayed":
         raise InputError(

@@ -1,8 +1,11 @@
 """A pure-PyTorch twin of Transformer Engine's layers: the same module tree, parameter names and checkpoints.
 
-Megatron's layer specs name Transformer Engine's provider of layers; `install` puts this one in its place, and
-the final norm apart, which Megatron chooses elsewhere. So NeMo's own model classes, with their default layer
-spec, build, train and convert on any device, and what they save is read under Transformer Engine.
+Megatron's layer specs ask Transformer Engine's provider for layers. `install` puts this provider in its place, and also
+the final norm, which Megatron chooses elsewhere. So NeMo's own model classes, with their default layer spec, build,
+train and convert on any device, and Transformer Engine can read what they save.
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, C input channels of a linear layer on this rank, D
+its input channels on all ranks, O its output channels.
 """
 
 from __future__ import annotations
@@ -38,16 +41,20 @@ from nemo_minitron.errors import InputError
 
 
 def _mark(parameter: nn.Parameter | None, dim: int) -> None:
-    """Megatron marks shards only where it initialises them, Transformer Engine always; without the mark a
-    gradient's norm counts one rank's shard alone."""
+    """Marks a parameter as a shard, as Transformer Engine always does. Megatron does so only if it initialises it.
+
+    Without the mark the norm of gradients counts the shard of one rank only.
+    """
     if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def _mark_expert(linear: nn.Module) -> None:
-    """Experts that are sharded otherwise than the dense layers have data-parallel ranks of their own. Megatron
-    sees that from expert parallelism alone, and so does not sum over the replicas of experts that
-    `expert_tensor_parallel_size` makes whole."""
+    """Marks experts that are sharded differently from the dense layers: they have other data-parallel ranks.
+
+    Megatron recognises them only by expert parallelism. So without the mark it would not sum over the copies of experts
+    that `expert_tensor_parallel_size` leaves whole.
+    """
     config = linear.config
     if linear.is_expert and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
         for parameter in linear.parameters():
@@ -55,9 +62,9 @@ def _mark_expert(linear: nn.Module) -> None:
 
 
 class _Emulating:
-    """The product in FP8 where the config asks for it (`fp8.py`), in the place of Megatron's.
+    """The product in FP8 (`fp8.py`) in the place of Megatron's, if the config asks for it.
 
-    Megatron's own does the collectives too; here they are its differentiable ones, around the product.
+    Megatron's product also does the collectives. Here its differentiable collectives are called around the product.
     """
 
     fp8: fp8.Scaling | None
@@ -74,7 +81,7 @@ class _Emulating:
 
 
 class ColumnLinear(_Emulating, ColumnParallelLinear):
-    """y [S, B, out/tp] = x [S or S/tp, B, in] W^T: `weight` [out/tp, in] and `bias` [out/tp], local shards."""
+    """y [S, B, O/tp] = x [S or S/tp, B, D] W^T. `weight` [O/tp, D] and `bias` [O/tp] are local shards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +92,8 @@ class ColumnLinear(_Emulating, ColumnParallelLinear):
 
 
 class RowLinear(_Emulating, RowParallelLinear):
-    """y [S or S/tp, B, out] = sum over ranks of x [S, B, in/tp] W^T: `weight` [out, in/tp]; `bias` [out] whole."""
+    """y [S or S/tp, B, O] = sum over ranks of x [S, B, C] W^T. `weight` [O, C] is a local shard, `bias` [O] is
+    whole."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,10 +103,10 @@ class RowLinear(_Emulating, RowParallelLinear):
 
 
 class NormColumnLinear(ColumnLinear):
-    """A norm and a column-parallel linear in one module, as Transformer Engine fuses them.
+    """A norm and a column-parallel linear layer in one module, as Transformer Engine fuses them.
 
-    Beside ColumnLinear's parameters it has `layer_norm_weight` [in] and, for LayerNorm, `layer_norm_bias` [in]:
-    whole on every tensor-parallel rank, also in a checkpoint. The norm's output does not leave the module.
+    Besides the parameters of ColumnLinear it has `layer_norm_weight` [D] and, for LayerNorm, `layer_norm_bias` [D].
+    They are whole on every tensor-parallel rank, also in a checkpoint. The norm's output does not leave the module.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, is_expert: bool, **kwargs: Any) -> None:
@@ -107,7 +115,7 @@ class NormColumnLinear(ColumnLinear):
         super().__init__(input_size, output_size, config=config, is_expert=False, **kwargs)
         self.layer_norm_weight, bias = norm_parameters(config, input_size)
         self.register_parameter("layer_norm_bias", bias)
-        for name in ("weight", "bias"):  # Transformer Engine's order, which optimizer buckets follow
+        for name in ("weight", "bias"):  # into Transformer Engine's order, which the optimizer's buckets follow
             self._parameters[name] = self._parameters.pop(name)
         self._norm = (config.layernorm_epsilon, config.normalization == "RMSNorm")
         self._zero_centered = config.layernorm_zero_centered_gamma
@@ -118,12 +126,12 @@ class NormColumnLinear(ColumnLinear):
 
 
 class Linear(nn.Module):
-    """y [S or S/tp, B, out] = x [S or S/tp, B, in] W^T, whole and the same on every tensor-parallel rank.
+    """y [S or S/tp, B, O] = x [S or S/tp, B, D] W^T, whole and the same on every tensor-parallel rank.
 
-    `weight` [out, in] and `bias` [out]: multi-latent attention's projections down to its latents, as Transformer
-    Engine's `TELinear` with `parallel_mode="duplicated"`; raises InputError for another mode. Under sequence
-    parallelism a rank sees its part of the sequence, and Megatron sums the gradients over the ranks. Without it
-    the ranks' gradients are equal but for those of the rotary key, which all heads share: see `forward`.
+    `weight` is [O, D] and `bias` [O]. Multi-latent attention projects down to its latents with it, as with Transformer
+    Engine's `TELinear` in the mode "duplicated"; another mode raises InputError. Under sequence parallelism a rank sees
+    its part of the sequence, and Megatron sums the gradients over the ranks. Without it the gradients of all ranks are
+    equal, except those of the rotary key, which all heads share: see `forward`.
     """
 
     def __init__(
@@ -155,8 +163,11 @@ class Linear(nn.Module):
         ignore_extra_state(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Without sequence parallelism each rank has the gradient of the rotary key from its own heads only;
-        Megatron's layer does not sum them, so this one does."""
+        """x -> (y, the bias if it is to be added later).
+
+        Without sequence parallelism each rank has only its own heads' gradient of the rotary key. Megatron's layer does
+        not sum these gradients, so this layer does.
+        """
         bias = None if self.skip_bias_add else self.bias
         y = F.linear(x, self.weight, bias) if self.fp8 is None else fp8.linear(x, self.weight, self.fp8)
         if self.fp8 is not None and bias is not None:
@@ -168,29 +179,29 @@ class Linear(nn.Module):
         return y, self.bias if self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Replicated over tensor- and data-parallel ranks."""
+        """Whole tensors, of which tensor- and data-parallel ranks hold copies."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, None, sharded_offsets)
 
     def get_extra_state(self) -> None:
-        """Nothing, but present: as of `Norm`."""
+        """An empty state, which must be present: see `Norm`."""
 
     def set_extra_state(self, state: Any) -> None:
         """Transformer Engine's FP8 state is ignored."""
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are never delayed here."""
+        """Does nothing: weight gradients are never delayed here."""
 
 
 def _summed_over_ranks(gradient: Tensor) -> Tensor:
-    # not Megatron's copy_to_tensor_model_parallel_region, whose backward loses the sum where the gradient is strided
+    # Not Megatron's copy_to_tensor_model_parallel_region: its backward loses the sum if the gradient is strided.
     total = gradient.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
     return total
 
 
 class ReferenceSpecProvider(BackendSpecProvider):
-    """What Megatron's layer specs ask, in the order of Transformer Engine's provider."""
+    """The layers that Megatron's layer specs ask for, in the order of Transformer Engine's provider."""
 
     def linear(self) -> type:
         return Linear
@@ -208,7 +219,7 @@ class ReferenceSpecProvider(BackendSpecProvider):
         return NormColumnLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return Norm  # which kind is the config's to say, as with Transformer Engine's
+        return Norm  # the config decides which kind of norm, as with Transformer Engine's
 
     def core_attention(self) -> type:
         return Attention
@@ -223,8 +234,10 @@ class ReferenceSpecProvider(BackendSpecProvider):
 
 
 def install() -> None:
-    """Puts the twin where Megatron looks for Transformer Engine's layers; raises InputError where it no
-    longer looks there."""
+    """Puts the twin where Megatron looks for Transformer Engine's layers.
+
+    Raises InputError if this version of Megatron no longer looks there.
+    """
     from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
     from megatron.core.transformer import multi_latent_attention, multi_token_prediction, transformer_block
     from megatron.core.transformer.moe import moe_utils
@@ -235,5 +248,5 @@ def install() -> None:
         module.TESpecProvider = ReferenceSpecProvider
     gpt_layer_specs.TENorm = Norm
     replace(transformer_block, "LayerNormImpl", Norm)
-    replace(multi_latent_attention, "TELinear", Linear)  # which it compares its down projections' class with
-    moe_utils.te_general_gemm = None  # the router's; Megatron names it without importing it
+    replace(multi_latent_attention, "TELinear", Linear)  # its down projections' class is compared with it
+    moe_utils.te_general_gemm = None  # the router uses it; Megatron names it without importing it

@@ -1,4 +1,4 @@
-"""Which versions the replacements in this room were written for."""
+"""The versions that the replacements in this package were written for."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def installed(distribution: str) -> str | None:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version lies in a range such as '>=0.15,<0.17'; pre-releases and local builds count."""
+    """Whether a version is in a range such as '>=0.15,<0.17'. Pre-releases and local builds count, too."""
     return SpecifierSet(wanted).contains(Version(version), prereleases=True)
 
 
 def check() -> None:
-    """Raises InputError where Megatron-core is missing, or it or NeMo is not a version that is supported."""
+    """Raises InputError if Megatron-core is missing, and if it or NeMo is not a supported version."""
     for name, wanted in SUPPORTED.items():
-        found = installed(name)
-        if found is None and name == "megatron-core":
+        version = installed(name)
+        if version is None and name == "megatron-core":
             raise InputError(f"megatron-core is not installed; run: pip install 'megatron-core{wanted}'")
-        if found is not None and not fits(found, wanted):
-            raise InputError(f"{name} {found} is installed; {wanted} is supported: pip install '{name}{wanted}'")
+        if version is not None and not fits(version, wanted):
+            raise InputError(f"{name} {version} is installed; {wanted} is supported: pip install '{name}{wanted}'")
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute that must exist; raises InputError where this version of the owner lacks it."""
+    """Sets an attribute that must exist. Raises InputError if this version of the owner lacks it."""
     if not hasattr(owner, name):
         where = getattr(owner, "__name__", type(owner).__name__)
         raise InputError(f"{where} has no '{name}': this version is not supported; run: minitron doctor")

@@ -1,8 +1,8 @@
 """Running model + calibration batches -> Scores, with forward passes only, in any layout.
 
-`estimate` runs the batches itself; under NeMo's trainer the `Importance` callback opens the same Collector. To
-compare with: `estimate(..., method="taylor")`, and without a forward pass `magnitude` and `random_scores`.
-A user's own estimator: subclass `Estimator`, decorate with `@estimator(ModuleType)`.
+`estimate` runs the batches itself. Under NeMo's trainer the `Importance` callback opens the same Collector. Scores to
+compare with: `estimate(..., method="taylor")`, and `magnitude` and `random_scores`, which need no forward pass. For an
+estimator of your own subclass `Estimator` and decorate it with `@estimator(ModuleType)`.
 """
 
 from __future__ import annotations

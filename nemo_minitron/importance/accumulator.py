@@ -1,7 +1,10 @@
 """The statistics of one estimator over the rows of one model chunk, micro-batch by micro-batch.
 
-The order of the steps is the method (docs/reductions.md): a sample's state is merged over the ranks that hold
-parts of its sequence before it is finished; finished samples go into the state over samples.
+The order of the steps belongs to the method (docs/reductions.md). The state of a sample is merged over the ranks that
+have parts of its sequence, then it is finished, and then it goes into the state over samples.
+
+Shapes (docs/shapes.md): L rows of a score, S positions of the sequence, B sequences, J samples, Z the two halves of the
+samples, X further dimensions.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from nemo_minitron.artifacts.statistics import AGGREGATIONS, TOKENS, Aggregation
 from nemo_minitron.backend.collectives import gather
 from nemo_minitron.importance.registry import Estimator, Watch
 from nemo_minitron.importance.samples import Samples
-from nemo_minitron.importance.statistics import Heavy, dealt, over_samples, over_sequence, with_counts
+from nemo_minitron.importance.statistics import Sums, dealt, over_samples, over_sequence, with_counts
 
 Pair = tuple[str, str]
 
@@ -25,9 +28,9 @@ Pair = tuple[str, str]
 class Accumulator:
     """Gathers an estimator's activations under several criteria in one pass.
 
-    A hook only reduces over the sequence (`add`); once the micro-batch has gone through the chunk, `flush`
-    does all the rest for all rows together, with one collective a statistic and group. `states[pair]`: fields
-    fp64 [rows, 2 halves, ...] in the order of `rows`.
+    A hook only reduces over the sequence (`add`). When the micro-batch has gone through the chunk, `flush` does the
+    rest for all rows together, with one collective for each statistic and group. `states[pair]`: fields fp64
+    [L, Z, ...] in the order of `rows`.
     """
 
     def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: Any) -> None:
@@ -37,17 +40,17 @@ class Accumulator:
         self.groups = _sequence_groups(estimator, self.split)
         self.states: dict[Pair, State] = {}
         self.rows: list[int] = []
-        self._pending: dict[int, dict[str, Heavy]] = {}
+        self._pending: dict[int, dict[str, Sums]] = {}
         self._positions = 0
 
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
-        """[P, B, ...] of one row, of the micro-batch under way."""
-        places, number = samples.places(self.split), len(samples.counts)
-        self._pending[watch.row] = {name: over_sequence(name, values, places, number) for name in self._sequences()}
+        """Takes `values` [S, B, ...] of one row, from the current micro-batch."""
+        ids_SB, number = samples.places(self.split), len(samples.counts)
+        self._pending[watch.row] = {name: over_sequence(name, values, ids_SB, number) for name in self._sequences()}
         self._positions = values.shape[0]
 
     def _sequences(self) -> list[str]:
-        """The aggregations over the sequence, in one order on all ranks: each is a collective."""
+        """The aggregations over the sequence. All ranks need the same order, because each is a collective."""
         return list(dict.fromkeys(sequence for _, sequence in self.pairs))
 
     def flush(self, samples: Samples) -> None:
@@ -56,27 +59,27 @@ class Accumulator:
             return
         self.rows = self.rows or sorted(self._pending)
         pending, self._pending = [self._pending[row] for row in self.rows], {}
-        counts = samples.local_counts(self.split, self._positions)
+        counts_J = samples.local_counts(self.split, self._positions)
         for sequence in self._sequences():
             parts = zip(*(row[sequence] for row in pending), strict=True)
-            heavy = tuple(torch.stack(part).double() for part in parts)
-            state = merge_over(self.groups, AGGREGATIONS[sequence], with_counts(sequence, heavy, counts))
+            sums = tuple(torch.stack(part).double() for part in parts)
+            state = merge_over(self.groups, AGGREGATIONS[sequence], with_counts(sequence, sums, counts_J))
             self._take(sequence, state, samples)
 
     def _take(self, sequence: str, state: State, samples: Samples) -> None:
-        finished = AGGREGATIONS[sequence].finish(state)
+        finished_LJX = AGGREGATIONS[sequence].finish(state)
         for pair in self.pairs:
             if pair[1] != sequence:
                 continue
-            if pair[0] == TOKENS:  # only sums: those of all positions are those of the samples together
-                new: State = tuple(dealt(field, samples.deal) for field in state)
+            if pair[0] == TOKENS:  # a mean over all positions needs only sums, which can be added over samples
+                new: State = tuple(dealt(field_LJX, samples.deal) for field_LJX in state)
             else:
-                new = over_samples(pair[0], finished, samples.deal)
+                new = over_samples(pair[0], finished_LJX, samples.deal)
             old = self.states.get(pair)
             self.states[pair] = new if old is None else aggregation_of(pair).merge(old, new)
 
     def drop(self) -> None:
-        """Forgets a micro-batch that was broken off."""
+        """Forgets a micro-batch that was interrupted."""
         self._pending.clear()
 
 

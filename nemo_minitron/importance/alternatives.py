@@ -1,7 +1,7 @@
 """Scores without a running model, to compare with: the magnitude of the weights, and chance.
 
-Both have the axes that activations give (but for `norms`, the single norms behind `hidden`), no statistics behind
-them, and a `method` that says what they are. They need no torch.
+Both have the axes that activations give, except `norms`, the single norms behind `hidden`. They have no statistics, and
+their `method` says what they are. They need no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_minitron.artifacts.scores import Scores, expected_shapes
 from nemo_minitron.axes import AXES, owners, split_expert, split_name
 from nemo_minitron.errors import InputError
 
-ROWS = 4096  # of a tensor that are held in float64 at a time
+ROWS = 4096  # rows of a tensor that are converted to float64 at a time
 
 
 class Source(Protocol):
@@ -36,10 +36,10 @@ class Source(Protocol):
 
 
 def magnitude(source: Source) -> Scores:
-    """The L2 norm of all weights that go with a unit: the rows of the table in `axes.py`.
+    """The L2 norm of all weights that belong to a unit, by the table in `axes.py`.
 
-    An expert is its row of the router and all its matrices, a query group its keys, its values and its heads, a
-    layer all its tensors. Of a live model in parallel (`LiveSource`) collective, the same on every rank.
+    An expert is its row of the router and all its matrices. A query group is its keys, its values and its heads. A
+    layer is all its tensors. For a live, sharded model (`LiveSource`) it is collective and the same on every rank.
     """
     a = source.architecture
     squares = {name: np.zeros(shape) for name, shape in expected_shapes(a).items() if name != "norms"}
@@ -62,7 +62,7 @@ def magnitude(source: Source) -> Scores:
 
 
 def _squares(source: Source, name: str, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Per dimension, float64 [size]: the sum of squares of each slice."""
+    """For each dimension, float64 [size]: the sum of squares of each slice."""
     along = [np.zeros(size) for size in shape]
     for index in _blocks(shape):
         block = as_numbers(source.read(name, index), source.dtype(name)) ** 2
@@ -77,7 +77,7 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
-    """Uniform in [0, 1), of a PCG64 generator for each axis, seeded by (seed, axis); a layer without it has zeros.
+    """Uniform in [0, 1). Each axis has its own PCG64 generator, seeded by (seed, axis). A layer without it has zeros.
 
     Raises InputError for a negative seed.
     """
@@ -94,5 +94,5 @@ def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
 
 
 def _scores(architecture: Architecture, tensors: dict[str, Any], method: str, notes: Any = None) -> Scores:
-    having = {name: tensor.astype(np.float32) for name, tensor in tensors.items() if tensor.any()}
-    return Scores(architecture, having, criterion=method, method=method, notes=notes or {})
+    present = {name: tensor.astype(np.float32) for name, tensor in tensors.items() if tensor.any()}
+    return Scores(architecture, present, criterion=method, method=method, notes=notes or {})

@@ -1,6 +1,6 @@
-"""A user's calibration batches -> micro-batches of one shape and number on every rank.
+"""A user's calibration batches -> micro-batches of one shape, as many on every rank.
 
-What a layout cannot divide is filled up with masked positions and masked samples, which count nowhere.
+If a layout cannot divide them, they are filled up with masked positions and masked samples, which count nowhere.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ Batch = dict[str, Tensor]
 
 
 def micro_batches(batches: Iterable[Any], config: Any, *, virtual: bool) -> list[Batch]:
-    """This data-parallel rank's own, each `tokens, loss_mask` [B, S] and perhaps `cu_seqlens`. Collective.
+    """This data-parallel rank's micro-batches, each with `tokens, loss_mask` [B, S] and perhaps `cu_seqlens`.
 
-    `config`: Megatron's, of the model that they go through. `virtual`: its interleaved schedule wants their number
-    divisible by the pipeline's stages. Raises InputError where no rank has a batch.
+    `config`: Megatron's, of the model that they go through. `virtual`: the model has virtual stages, and the
+    interleaved schedule needs a number of batches that is divisible by the pipeline's stages. Collective over the whole
+    job. Raises InputError if no rank has a batch.
     """
-    given = [_read(batch) for batch in batches]
+    checked = [_read(batch) for batch in batches]
     device = torch.cuda.current_device()
-    rows, length = (max((b["tokens"].shape[d] for b in given), default=0) for d in (0, 1))
-    largest = torch.tensor([len(given), rows, length], device=device)
+    rows, length = (max((b["tokens"].shape[d] for b in checked), default=0) for d in (0, 1))
+    largest = torch.tensor([len(checked), rows, length], device=device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     number, rows, length = largest.tolist()
     if not number:
         raise InputError("no calibration batches were given; at least one is needed")
-    whole = length_multiple(config, rows)
-    length = -(-length // whole) * whole
+    multiple = length_multiple(config, rows)
+    length = -(-length // multiple) * multiple
     if virtual:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         number = -(-number // stages) * stages
     empty = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "loss_mask": torch.zeros(1, 1)}
-    return [_filled(batch, rows, length) for batch in [*given, *[empty] * (number - len(given))]]
+    return [_filled(batch, rows, length) for batch in [*checked, *[empty] * (number - len(checked))]]
 
 
 def length_multiple(config: Any, rows: int) -> int:
-    """What the length of `rows` sequences must be a multiple of: context and sequence parallelism cut it, and FP8 wants
-    so many tokens."""
+    """The number that the length of `rows` sequences must be a multiple of.
+
+    Context and sequence parallelism cut the sequence, and FP8 needs a multiple of so many tokens.
+    """
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
     context = parallel_state.get_context_parallel_world_size()
     tokens = context * token_multiple(recipe_of(config), parts)
@@ -70,7 +73,7 @@ def _read(batch: Any) -> Batch:
 
 
 def _filled(batch: Batch, rows: int, length: int) -> Batch:
-    """Padded on the right with token 0, which no earlier position sees, and below."""
+    """The batch with more positions at the end of its rows, which no earlier position sees, and more rows."""
     have = batch["tokens"].shape
     by = (0, length - have[1], 0, rows - have[0])
     filled = {name: torch.nn.functional.pad(batch[name], by) for name in ("tokens", "loss_mask")}
@@ -95,7 +98,7 @@ def forward_arguments(batch: Batch) -> dict[str, Any]:
 
 
 def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
-    """Attention that stays within each sample; what lies behind the last one is a sample that nobody counts."""
+    """Attention that stays within each sample. What lies behind the last sample is one more, which does not count."""
     if boundaries[-1] < length:
         boundaries = torch.cat([boundaries, boundaries.new_tensor([length])])
     places = torch.arange(length, device=boundaries.device)
@@ -108,7 +111,7 @@ def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
 
 
 def seen(batches: list[Batch], chunk: int, collector: Any) -> Iterator[Batch]:
-    """The micro-batches in the order in which a chunk meets them; the collector is told of each."""
+    """The micro-batches in the order in which a chunk gets them. The collector gets each one just before."""
     for batch in batches:
         collector.expect(batch, first=chunk == 0)
         yield batch

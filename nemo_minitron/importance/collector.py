@@ -32,13 +32,12 @@ Watches = dict[tuple[str, int, int | None], tuple[Estimator, Watch]]
 
 
 class Collector:
-    """Watches the model chunks of this rank while it is open; leaves no hook behind, also after an error.
+    """Watches the model chunks of this rank while it is open. It leaves no hook behind, even after an error.
 
-    `criteria`: all are gathered in the one pass, the first is the one that Scores show. `axes`: those of
-    DEFAULT_AXES that the model has, unless given. Before each micro-batch goes into a chunk, `expect` takes its
-    batch. With the method "taylor" (see `taylor.py`) it watches gradients, and `flush` is called after each
-    micro-batch's backward pass. Opening it is collective over the pipeline; raises InputError for an axis that the
-    model lacks.
+    `criteria`: one pass gathers all of them; Scores show the first. `axes`: the default is all of DEFAULT_AXES that the
+    model has. Call `expect` with each micro-batch before it goes into a chunk. With the method "taylor" (`taylor.py`)
+    gradients are watched; call `flush` after the backward pass of each micro-batch. Opening it is collective over the
+    pipeline. Raises InputError for an axis that the model lacks.
     """
 
     def __init__(
@@ -89,20 +88,20 @@ class Collector:
                 accumulator.drop()
 
     def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
-        """The batch of the micro-batch that comes next; `first`: this rank has not met it yet (virtual stages)."""
+        """Takes the batch of the next micro-batch. `first`: for the rank it is new; virtual stages get it again."""
         self._samples = samples_of(batch)
         if first:
             self.samples += self._samples.present
             self.tokens += self._samples.tokens
 
     def _known(self) -> set[str]:
-        """The axes that estimators of this rank's modules have, asked for or not."""
+        """The axes that estimators of this rank's modules could score, requested or not."""
         modules = (module for chunk in self.chunks for module, _ in _with_layers(chunk.decoder))
         return {cls.axis for module in modules for _, cls in estimators_of(module)}
 
     def _watches(self, chunk: Any) -> Watches:
-        """(axis, row, expert) -> what to watch; of several estimators the one registered last."""
-        found: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
+        """(axis, row, expert) -> what to watch. The estimator that was registered last wins."""
+        latest: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
         for module, layer in _with_layers(chunk.decoder):
             for order, cls in estimators_of(module):
                 if cls.axis not in (DEFAULT_AXES if self.axes is None else self.axes):
@@ -112,16 +111,16 @@ class Collector:
                     if self.method == TAYLOR and watch.taylor is None:
                         continue
                     key = (cls.axis, watch.row, watch.expert)
-                    if key not in found or found[key][0] <= order:
-                        found[key] = order, estimator, watch
-        return {key: (estimator, watch) for key, (_, estimator, watch) in found.items()}
+                    if key not in latest or latest[key][0] <= order:
+                        latest[key] = order, estimator, watch
+        return {key: (estimator, watch) for key, (_, estimator, watch) in latest.items()}
 
     def _hook(self, accumulator: Accumulator, watch: Watch) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             assert self._samples is not None, "Collector.expect was not called before the forward pass"
-            given = args[0] if args else kwargs["hidden_states"]
-            values = watch.values(module, given.detach(), output)
+            module_input = args[0] if args else kwargs["hidden_states"]
+            values = watch.values(module, module_input.detach(), output)
             accumulator.add(watch, values, self._samples)
 
         return hook
@@ -146,29 +145,30 @@ class Collector:
         return flush
 
     def flush(self) -> None:
-        """Takes in the micro-batch whose backward pass is done (Taylor). Collective over the ranks that share it."""
+        """Takes in the micro-batch whose backward pass has ended (Taylor). Collective over the ranks that share it."""
         for accumulators in self.accumulators:
             self._flush(accumulators)()
 
 
-def check_axes(asked: Sequence[str] | None, here: set[str], known: set[str], refusal: str | None) -> None:
+def check_axes(requested: Sequence[str] | None, watched: set[str], known: set[str], refusal: str | None) -> None:
     """Raises InputError, on every rank, for a stage's refusal and for an axis that no stage of the pipeline has.
 
-    `here`: the axes watched on this rank; `known`: those that its modules' estimators have. Collective.
+    `watched`: the axes that are watched on this rank. `known`: those that its modules' estimators could score.
+    `refusal`: this rank's error. Collective over the pipeline.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere = gather_objects((here, known, refusal), group)
-    for _, _, reason in everywhere:
+    stages = gather_objects((watched, known, refusal), group)
+    for _, _, reason in stages:
         if reason is not None:
             raise InputError(reason)
-    there, legal = (set().union(*(stage[i] for stage in everywhere)) for i in (0, 1))
-    for axis in asked or ():
-        if axis not in there:
+    available, legal = (set().union(*(stage[i] for stage in stages)) for i in (0, 1))
+    for axis in requested or ():
+        if axis not in available:
             raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, legal - {axis})}")
 
 
 def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:
-    """Modules of a TransformerBlock with the 0-based global number of their layer (-1 outside of layers)."""
+    """Modules of a TransformerBlock, each with the 0-based global number of its layer (-1 for the block itself)."""
     yield block, -1
     for layer in block.layers:
         if isinstance(layer, TransformerLayer):
@@ -176,7 +176,7 @@ def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, but for what is inside a mixture of experts: that layer's estimators reach in."""
+    """The module and all below it, without the inside of a mixture of experts: its layer's estimators look into it."""
     yield module
     if not isinstance(module, MoELayer):
         for child in module.children():

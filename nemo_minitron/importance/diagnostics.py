@@ -1,4 +1,4 @@
-"""What a calibration should say about itself: numbers that are not finite, dead units, idle layers, too few tokens."""
+"""What looks wrong in a calibration: numbers that are not finite, dead units, idle layers, too few tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 
 STABLE = 0.9
-"""Rank correlation of two halves from which on a ranking is called stable."""
+"""A ranking is called stable if the rank correlation of two halves is at least this."""
 NORM_ROWS = ("norms",)
 PER_EXPERT = ("experts", "expert_ffn")
 UNITS = {
@@ -22,19 +22,19 @@ RANKED = ("ffn", "heads", "query_groups", "hidden", "layers", "experts", "expert
 
 
 def check_finite(states: Mapping[str, np.ndarray]) -> None:
-    """Raises InputError that names the first layer with a statistic that is NaN or infinite, and which one."""
-    found = []
+    """Raises InputError if a statistic is NaN or infinite. It names the first such layer, and the statistic."""
+    failures = []
     for key, array in states.items():
         statistic, bad = key.split("/")[0], ~np.isfinite(array)
         rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
         for row in rows[:1]:
             order, where = _place(statistic, int(row), len(array))
-            if statistic in PER_EXPERT:  # [rows, halves, experts, ...]
+            if statistic in PER_EXPERT:  # [L, Z, E, ...]: rows, halves, experts
                 experts = bad[row].swapaxes(0, 1).reshape(bad.shape[2], -1).any(axis=1)
                 where += f", expert {np.flatnonzero(experts)[0]},"
-            found.append(((order, where), statistic))
-    if found:
-        (_, where), statistic = min(found)
+            failures.append(((order, where), statistic))
+    if failures:
+        (_, where), statistic = min(failures)
         raise InputError(
             f"the activations behind '{statistic}' are not finite from {where} on; check the model's weights, or "
             f"calibrate in fp32"
@@ -55,13 +55,13 @@ def remarks(scores: Scores) -> list[str]:
 
 
 def _dead(scores: Scores) -> list[str]:
-    found = []
+    sentences = []
     for name, unit in UNITS.items():
         for layer in AXES[name].layers_of(scores.architecture) if name in scores else ():
             dead = int((scores[name][layer] == 0).sum())
             if dead:
-                found.append(f"layer {layer}: {dead} of {scores[name][layer].size} {unit} were never active")
-    return found
+                sentences.append(f"layer {layer}: {dead} of {scores[name][layer].size} {unit} were never active")
+    return sentences
 
 
 def _idle(scores: Scores) -> list[str]:
@@ -82,8 +82,8 @@ def _unstable(scores: Scores) -> list[str]:
 def split_half(scores: Scores) -> dict[str, float]:
     """Axis -> Spearman's rank correlation of the scores of two halves of the samples, the mean over layers.
 
-    The halves are disjoint and dealt by the samples' content, the same in every layout. Empty where a half has
-    no sample. One ranking for `hidden` and `layers`, one an expert for the neurons of experts.
+    The halves are disjoint. The content of a sample decides its half, so they are the same in every layout. Empty if a
+    half has no sample. `hidden` and `layers` have one ranking; the neurons of experts have one for each expert.
     """
     if not scores.states:
         return {}

@@ -1,4 +1,8 @@
-"""The statistics of an expert-parallel rank's experts, per routed token."""
+"""The statistics of an expert-parallel rank's experts, per routed token.
+
+Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, E experts of this rank, L rows of a score,
+Z the two halves of the samples, X further dimensions.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +24,34 @@ HALVES = 2
 
 
 class ExpertAccumulator(Accumulator):
-    """`states[(routed, sequence)]`: fields fp64 [rows, 2 halves, local experts, ...]."""
+    """`states[(routed, sequence)]`: fields fp64 [L, Z, E, ...]."""
 
     def __init__(self, estimator: Estimator, pairs: Any, config: Any) -> None:
         super().__init__(estimator, pairs, config)
         self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
-        self.groups = []  # tokens were dealt out already: ranks with copies of an expert are merged at the end
+        # The dispatcher has spread the tokens over the ranks. `reduce` merges the ranks with copies of an expert.
+        self.groups = []
         self.align = align_of(config)
-        self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, 2, ...]
+        self._routed: dict[int, dict[int, dict[str, State]]] = {}  # row -> expert -> sequence -> state [1, Z, ...]
 
     def add(self, watch: Watch, values: Tensor, samples: Samples) -> None:
-        """[tokens, ...] that came to one expert or, with watch.expert None, to the local ones in turn."""
+        """`values` [N, ...] came to one expert or, if watch.expert is None, to each local expert in turn."""
         halves = local_halves(watch.routes, samples)
-        wanted = range(len(halves)) if watch.expert is None else [watch.expert]
-        parts = by_expert(values, [len(halves[expert]) for expert in wanted], self.align)
-        for expert, part in zip(wanted, parts, strict=True):
+        experts = range(len(halves)) if watch.expert is None else [watch.expert]
+        parts = by_expert(values, [len(halves[expert]) for expert in experts], self.align)
+        for expert, part in zip(experts, parts, strict=True):
             self._routed.setdefault(watch.row, {})[expert] = self._states(part, halves[expert])
 
-    def _states(self, values: Tensor, halves: Tensor) -> dict[str, State]:
-        counts = torch.bincount(halves[halves >= 0], minlength=HALVES).double()
+    def _states(self, values_NX: Tensor, half_N: Tensor) -> dict[str, State]:
+        counts_Z = torch.bincount(half_N[half_N >= 0], minlength=HALVES).double()
         states = {}
         for _, name in self.pairs:
-            heavy = over_sequence(name, values[:, None], halves[:, None], HALVES)
-            states[name] = with_counts(name, tuple(part.double()[None] for part in heavy), counts)
+            sums = over_sequence(name, values_NX[:, None], half_N[:, None], HALVES)
+            states[name] = with_counts(name, tuple(part.double()[None] for part in sums), counts_Z)
         return states
 
     def flush(self, samples: Samples) -> None:
-        """Takes the finished micro-batch in; no rank waits for another."""
+        """Takes the finished micro-batch in. Not collective: no rank waits for another."""
         if not self._routed:
             return
         self.rows = self.rows or sorted(self._routed)
@@ -57,7 +62,7 @@ class ExpertAccumulator(Accumulator):
         self.drop()
 
     def _stacked(self, name: str) -> State:
-        """[rows, halves, experts, ...] of all rows and experts."""
+        """[L, Z, E, ...] of all rows and experts."""
         fields = range(len(AGGREGATIONS[name].fields))
         rows = [[experts[e][name] for e in sorted(experts)] for experts in (self._routed[row] for row in self.rows)]
         return tuple(torch.stack([torch.cat([s[i] for s in row]) for row in rows]).transpose(1, 2) for i in fields)
@@ -67,52 +72,52 @@ class ExpertAccumulator(Accumulator):
 
 
 def local_halves(routes: Any, samples: Samples) -> list[Tensor]:
-    """Local expert -> int64 [tokens]: the half of each token that came to it, -1 for one that does not count.
+    """For each local expert int64 [N]: the half of each token that came to it, -1 if the token does not count.
 
     `routes`: the layer's token dispatcher. Collective over its ranks, once a micro-batch.
     """
     if routes not in samples.routed:
         split = routes.config.sequence_parallel
-        halves = samples.halves(split, routes.hidden_shape[0])
+        half_SB = samples.halves(split, routes.hidden_shape[0])
         if sends_copies(split):
-            halves = torch.full_like(halves, NOBODY)
-        table, halves = routing(routes, halves.flatten())
-        samples.routed[routes] = [halves[column] for column in table.unbind(1)]
+            half_SB = torch.full_like(half_SB, NOBODY)
+        routed_NE, half_N = routing(routes, half_SB.flatten())
+        samples.routed[routes] = [half_N[routed_N] for routed_N in routed_NE.unbind(1)]
     return samples.routed[routes]
 
 
 def align_of(config: Any) -> int:
-    """To a multiple of how many tokens Megatron pads an expert's."""
+    """Megatron pads the tokens of an expert to a multiple of this number."""
     return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
 
 
 def sends_copies(split: bool) -> bool:
-    """Whether another rank sends the tokens of this one: without sequence parallelism tensor-parallel ranks do."""
+    """Whether another rank sends the same tokens. Without sequence parallelism all tensor-parallel ranks have them."""
     return not split and parallel_state.get_tensor_model_parallel_rank() > 0
 
 
 def by_expert(values: Tensor, sizes: list[int], align: int) -> list[Tensor]:
-    """[tokens of all, ...] -> those of each expert; under FP8 each may be followed by padding up to `align`."""
+    """[tokens of all experts, ...] -> those of each expert. Under FP8 padding up to `align` may follow each expert."""
     steps = sizes if len(values) == sum(sizes) else [-(-size // align) * align for size in sizes]
     return [part[:size] for part, size in zip(values.split(steps), sizes, strict=True)]
 
 
-def routing(dispatcher: Any, halves: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [tokens, local experts] and int64 [tokens], for all tokens of the dispatcher's ranks, in its order.
+def routing(dispatcher: Any, half_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [N, E], whether a token went to an expert, and int64 [N], its half; of all ranks, in the dispatcher's order.
 
     An expert's input are the tokens of its column, in that order.
     """
     group = dispatcher.tp_ep_group
     first, last = dispatcher.local_expert_indices[0], dispatcher.local_expert_indices[-1] + 1
-    gathered = gather(halves, group)
+    halves = gather(half_N, group)
     if dispatcher.config.moe_token_dispatcher_type == "allgather":
-        return dispatcher.local_map, torch.cat(gathered)
+        return dispatcher.local_map, torch.cat(halves)
     tables = [part.bool() for part in gather(dispatcher.routing_map.to(torch.uint8), group)]  # gloo knows no bool
     order = arrival(dispatcher.tp_size, dispatcher.ep_size)
-    return torch.cat([tables[k][:, first:last] for k in order]), torch.cat([gathered[k] for k in order])
+    return torch.cat([tables[k][:, first:last] for k in order]), torch.cat([halves[k] for k in order])
 
 
 def arrival(tp_size: int, ep_size: int) -> list[int]:
-    """In what order the ranks' tokens come to an expert: all-to-all over expert-parallel ranks first, then gathered
-    over the experts' tensor-parallel ones."""
+    """The order in which the ranks' tokens come to an expert. The all-to-all over expert-parallel ranks comes first,
+    then the gather over the experts' tensor-parallel ranks."""
     return [ep * tp_size + tp for tp in range(tp_size) for ep in range(ep_size)]

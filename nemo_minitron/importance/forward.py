@@ -1,4 +1,4 @@
-"""One forward pass over calibration batches, outside a trainer."""
+"""One forward pass over calibration batches, without a trainer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def estimate(
 ) -> Scores:
     """Scores of a live model, the same on every rank (2407.14679, section 2.2).
 
-    `model`: a Megatron model or a list of its chunks, as `load_model` gives it. `batches`: this data-parallel
-    rank's own, each an int64 [batch, sequence] tensor or NeMo's batch dict: `tokens`, perhaps `loss_mask` (0: the
-    position does not count) and `cu_seqlens` (boundaries of the samples that one row joins). Of several criteria
-    the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given. `method`:
-    "activation", forward passes only, or "taylor", activations times gradients, which needs a backward pass for
-    each batch (`taylor.py`). Collective over the whole job. Raises InputError for an unknown criterion, axis or
-    method, for no batches, for Taylor under virtual pipeline stages, and where an activation is not finite.
+    `model`: a Megatron model or a list of its chunks, as `load_model` gives it. `batches`: those of this data-parallel
+    rank, each an int64 [batch, sequence] tensor or NeMo's batch dict: `tokens`, perhaps `loss_mask` (0 if the position
+    does not count) and `cu_seqlens` (the boundaries of the samples that one row joins). If there are several criteria,
+    Scores show the first, and `Scores.under` gives the others. `axes`: the default is all that the model has. `method`:
+    "activation" needs forward passes only; "taylor", activations times gradients, needs a backward pass for each batch
+    (`taylor.py`). Collective over the whole job. Raises InputError for an unknown criterion, axis or method, if there
+    are no batches, for Taylor under virtual pipeline stages, and if an activation is not finite.
     """
     check_norms(norms)
     if method not in METHODS:
@@ -59,7 +59,7 @@ def estimate(
 
 
 class evaluating:
-    """A context in which models are in evaluation mode; afterwards each is as it was."""
+    """A context in which models are in evaluation mode. Afterwards each has its former mode."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self.chunks, self.modes = chunks, [chunk.training for chunk in chunks]
@@ -74,10 +74,10 @@ class evaluating:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The Architecture of a live Megatron model, read off its config.
+    """The Architecture of a live Megatron model, read from its config.
 
-    The vocabulary is the true one where NeMo recorded it (what the config was constructed with), since the
-    live config's may be padded for its layout; else the model's own.
+    The vocabulary of a live config may be padded for its layout. So it is taken from what the config was constructed
+    with, if NeMo has recorded that; otherwise it is the model's own.
     """
     config = model.config
     recorded = getattr(getattr(config, "__io__", None), "vocab_size", None)
@@ -105,7 +105,8 @@ def _mixture(config: Any) -> dict[str, Any]:
 def run_forward(chunks: list[Any], rows: list[Batch], collector: Any) -> None:
     """Runs every micro-batch through this rank's chunks, by Megatron's own schedule of the layout."""
     virtual = len(chunks) > 1
-    together = len(rows) if virtual else 1  # one by one otherwise: no more than one batch's outputs are held
+    # Without virtual stages one by one: then no more than one batch's outputs are in memory.
+    together = len(rows) if virtual else 1
     for start in range(0, len(rows), together):
         part = rows[start : start + together]
         iterators = [seen(part, chunk, collector) for chunk in range(len(chunks))]

@@ -1,12 +1,15 @@
-"""Second moments of what goes into each layer's `down` and `o`: what a compensated cut is solved from.
+"""Second moments of the inputs of each layer's `down` and `o`. A compensated cut is fitted to them.
 
-G = sum over tokens of x x^T, of the input x [C] of a row-parallel linear in the uncut model. Sums merge by adding:
-over micro-batches, data- and context-parallel ranks. Tensor-parallel ranks hold their own channels of x; each
-gathers the others' of a micro-batch and keeps its own rows of G, [C / tp, C]. C^2 numbers a matrix are much for wide
-models: ask for a few layers at a time.
+G = sum over tokens of x x^T, where x is the input of a row-parallel linear layer in the uncut model. The sums of
+micro-batches and of data- and context-parallel ranks are added. A tensor-parallel rank has its own channels of x. It
+gathers the channels of the other ranks for each micro-batch, and keeps its own rows of G. For a wide model G is large,
+D^2 numbers a matrix: ask for a few layers at a time.
 
-A routed expert has a G of the tokens that came to it, from its ranks: split by the experts' tensor parallelism, summed
-over its copies. Its x carries the router's probability (`estimators/moe.py`), so W x is what the layer adds.
+A routed expert has a G of the tokens that came to it. It is split by the experts' tensor parallelism and summed over
+the expert's copies. Its x carries the router's probability (`estimators/moe.py`), so W x is what the layer adds.
+
+Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, C input channels of the linear layer on
+this rank, D input channels on all ranks.
 """
 
 from __future__ import annotations
@@ -31,20 +34,21 @@ from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
 
 KINDS = ("down", "o", "experts")
-POSITIONS = 4096  # that are multiplied at once: their fp32 copy is what a hook holds beside G
+POSITIONS = 4096  # that are multiplied at a time: a hook holds an fp32 copy of them beside G
 
 
 def gram(
     model: Any, batches: Iterable[Any], layers: Iterable[int] | None = None, kinds: Iterable[str] = KINDS
 ) -> dict[str, Tensor]:
-    """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C / tp, C], in global order of C.
+    """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C, D], D in global order.
 
-    Keys are canonical names of the linear's weight: `layers.3.down.weight`, C the ffn size; `layers.3.o.weight`,
-    C = heads x head_dim; `layers.3.experts.1.down.weight`, C the experts' ffn size, of the experts that this rank
-    holds ([C / etp, C]; a shared expert has none). `model`, `batches`: as for `estimate`; masked positions do not
-    count. `layers`: 0-based, all unless given; `kinds` of KINDS. Sums of all data- and context-parallel ranks.
-    Collective over the whole job; `whole` puts one G together. Raises InputError for no batches, inputs that are not
-    finite, and experts that cannot be watched.
+    Keys are canonical names of the layer's weight. For `layers.3.down.weight` D is the ffn size, for
+    `layers.3.o.weight` it is heads x head_dim, and for `layers.3.experts.1.down.weight` it is the experts' ffn size. A
+    rank has the experts that it holds; a shared expert has no G. `model` and `batches`: as for `estimate`; masked
+    positions do not count. `layers`: 0-based, all unless given. `kinds`: some of KINDS. The numbers are sums over all
+    data- and context-parallel ranks. Collective over the whole job. `whole` joins the rows of one G.
+
+    Raises InputError if there are no batches, if an input is not finite, and for experts that cannot be watched.
     """
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
     rows = micro_batches(batches, unwrap(chunks[0]).config, virtual=len(chunks) > 1)
@@ -54,25 +58,27 @@ def gram(
     for name, sums in products.sums.items():
         torch.distributed.all_reduce(sums, group=_groups(name)[0])
         if not torch.isfinite(sums).all():
-            raise InputError(f"what goes into '{name}' is not finite; calibrate in fp32, or check the model")
+            raise InputError(f"the input of '{name}' is not finite; calibrate in fp32, or check the model")
     return products.sums
 
 
 def whole(grams: Mapping[str, Tensor], name: str) -> np.ndarray | None:
-    """The G of `name`, fp64 [C, C] in the host's memory, on one rank of all that have rows of it: the one that is to
-    solve for it. None elsewhere. Collective over the ranks that share a copy of it."""
+    """The G of `name`, fp64 [D, D] in the CPU's memory, on one of the ranks that have rows of it; None elsewhere.
+
+    That rank fits the matrix. Collective over the ranks that share a copy of G.
+    """
     copies, shards = _groups(name)
     if name not in grams or torch.distributed.get_rank(copies):
         return None
-    own, parts = grams[name], None
+    rows_CD, parts = grams[name], None
     if torch.distributed.get_rank(shards) == 0:
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(shards))]
-    torch.distributed.gather(own, parts, torch.distributed.get_global_rank(shards, 0), group=shards)
+        parts = [torch.empty_like(rows_CD) for _ in range(torch.distributed.get_world_size(shards))]
+    torch.distributed.gather(rows_CD, parts, torch.distributed.get_global_rank(shards, 0), group=shards)
     return None if parts is None else torch.cat(parts).cpu().numpy()
 
 
 def _groups(name: str) -> tuple[Any, Any]:
-    """The group whose ranks saw other tokens, and the one whose ranks hold other channels."""
+    """(The group whose ranks have other tokens, the group whose ranks have other channels.)"""
     if split_expert(split_name(name)[1])[0] is not None:
         return parallel_state.get_expert_data_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -81,8 +87,10 @@ def _groups(name: str) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Input:
-    """What goes into `linear`: of `names` in turn, each a local expert's number (None in a dense layer) and a canonical
-    name. `routes`: the layer's token dispatcher."""
+    """The input of `linear`. `names`: local expert (None in a dense layer) -> canonical name of the weight.
+
+    If a linear has several experts, their tokens lie one expert after another. `routes`: the layer's token dispatcher.
+    """
 
     linear: nn.Module
     names: dict[int | None, str]
@@ -90,23 +98,23 @@ class _Input:
 
 
 class _Products:
-    """Hooks that add x x^T while they are open. `expect` is told of each micro-batch, as a Collector is."""
+    """Hooks that add x x^T while they are open. Call `expect` before each micro-batch, as with a Collector."""
 
     def __init__(self, chunks: Iterable[Any], layers: set[int] | None, kinds: tuple[str, ...]) -> None:
         self.sums: dict[str, Tensor] = {}
         self._watched = [
-            found
+            linear_input
             for chunk in map(unwrap, chunks)
             for layer in chunk.decoder.layers
             if layers is None or layer.layer_number - 1 in layers
-            for found in _inputs(layer, kinds)
+            for linear_input in _inputs(layer, kinds)
         ]
         self._samples: Samples | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Products:
-        for found in self._watched:
-            self._handles.append(found.linear.register_forward_pre_hook(self._hook(found)))
+        for watched in self._watched:
+            self._handles.append(watched.linear.register_forward_pre_hook(self._hook(watched)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,36 +124,35 @@ class _Products:
     def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
         self._samples = samples_of(batch)
 
-    def _hook(self, found: _Input) -> Any:
+    def _hook(self, watched: _Input) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:
-            x_PC = args[0].detach().flatten(0, -2)
-            for name, part in self._counted(found, x_PC):
-                for some in part.float().split(POSITIONS):
-                    self._add(name, some)
+            for name, x_NC in self._counted(watched, args[0].detach().flatten(0, -2)):
+                for part_NC in x_NC.float().split(POSITIONS):
+                    self._add(name, part_NC)
 
         return hook
 
-    def _counted(self, found: _Input, x_PC: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each name's positions, but for those that do not count."""
+    def _counted(self, watched: _Input, x_NC: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each name with the inputs of its tokens that count."""
         assert self._samples is not None
-        if found.routes is None:  # [S, B, C / tp]: whole sequences, also under sequence parallelism
-            places = self._samples.places(split=False)
-            yield found.names[None], x_PC if places is None else x_PC[(places >= 0).flatten()]
+        if watched.routes is None:  # the input has all positions, also under sequence parallelism
+            ids_SB = self._samples.places(split=False)
+            yield watched.names[None], x_NC if ids_SB is None else x_NC[(ids_SB >= 0).flatten()]
             return
-        halves = local_halves(found.routes, self._samples)
-        came = [halves[expert] for expert in found.names if expert is not None]
-        parts = by_expert(x_PC, list(map(len, came)), align_of(found.routes.config))
-        for name, part, half in zip(found.names.values(), parts, came, strict=True):
-            yield name, part[half >= 0]
+        halves = local_halves(watched.routes, self._samples)
+        half_of_expert = [halves[expert] for expert in watched.names if expert is not None]
+        parts = by_expert(x_NC, list(map(len, half_of_expert)), align_of(watched.routes.config))
+        for name, part_NC, half_N in zip(watched.names.values(), parts, half_of_expert, strict=True):
+            yield name, part_NC[half_N >= 0]
 
-    def _add(self, name: str, own_PC: Tensor) -> None:
-        _, shards = _groups(name)
-        product = (own_PC.T @ torch.cat(gather(own_PC, shards), dim=1)).double()
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
+    def _add(self, name: str, x_NC: Tensor) -> None:
+        x_ND = torch.cat(gather(x_NC, _groups(name)[1]), dim=1)
+        gram_CD = (x_NC.T @ x_ND).double()
+        self.sums[name] = self.sums[name] + gram_CD if name in self.sums else gram_CD
 
 
 def _inputs(layer: Any, kinds: tuple[str, ...]) -> Iterator[_Input]:
-    """Where to look in a transformer layer."""
+    """The inputs to watch in a transformer layer."""
     prefix = f"layers.{layer.layer_number - 1}."
     dense = {
         "o": getattr(layer.self_attention, "linear_proj", None),

@@ -1,4 +1,7 @@
-"""What every rank has gathered -> Scores in global order, the same on every rank (docs/reductions.md)."""
+"""What every rank has gathered -> Scores in global order, the same on every rank (docs/reductions.md).
+
+States are [L, Z, E, C]: rows, the two halves of the samples, experts (if the axis has them), channels.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from nemo_minitron.importance.diagnostics import check_finite
 
 
 def reduce(collector: Collector, norms: str = "all") -> Scores:
-    """Merges over data-parallel ranks, concatenates channels over TP (and experts over EP), places rows over PP.
+    """Merges data-parallel ranks, concatenates channels over TP and experts over EP, and places rows over PP.
 
-    Collective: every rank of the job must call it. `norms`: "all", or "layers" to leave the final norm out
-    of `hidden`. Raises InputError, naming the layer, where an activation was not finite.
+    Collective: every rank of the job must call it. `norms`: "all", or "layers" to leave the final norm out of `hidden`.
+    Raises InputError if an activation was not finite; it names the layer.
     """
     a = collector.architecture
     states = _place(_over_stages(_stage_states(collector)), {n: s[0] for n, s in expected_shapes(a).items()})
@@ -37,7 +40,7 @@ def reduce(collector: Collector, norms: str = "all") -> Scores:
     return scores
 
 
-Placed = dict[str, dict[int, np.ndarray]]  # state's key -> row -> [2, ...]
+Placed = dict[str, dict[int, np.ndarray]]  # key of a state -> row -> [Z, ...]
 
 
 def _stage_states(collector: Collector) -> Placed:
@@ -47,20 +50,21 @@ def _stage_states(collector: Collector) -> Placed:
         for axis in sorted(accumulators):
             accumulator = accumulators[axis]
             for pair, state in sorted(accumulator.states.items()):
-                for field, whole in zip(aggregation_of(pair).fields, _whole(accumulator, pair, state), strict=True):
-                    rows = placed.setdefault(f"{axis}/{','.join(pair)}/{field}", {})
-                    rows |= dict(zip(accumulator.rows, whole.cpu().numpy(), strict=True))
+                fields = _whole(accumulator, pair, state)
+                for name, values in zip(aggregation_of(pair).fields, fields, strict=True):
+                    rows = placed.setdefault(f"{axis}/{','.join(pair)}/{name}", {})
+                    rows |= dict(zip(accumulator.rows, values.cpu().numpy(), strict=True))
     return placed
 
 
 def _whole(accumulator: Accumulator, pair: tuple[str, str], state: State) -> State:
-    """[rows, 2, ...] of all data-parallel ranks, with all channels and experts."""
+    """[L, Z, ...] of all data-parallel ranks, with all channels and experts."""
     estimator = accumulator.estimator
-    if estimator.experts:  # routed tokens: an expert's copies saw different ones
+    if estimator.experts:  # the copies of an expert saw different tokens
         state = merge_over([parallel_state.get_expert_data_parallel_group()], aggregation_of(pair), state)
         if estimator.sharded:
             state = _concatenate(state, parallel_state.get_expert_tensor_parallel_group(), -1)
-        return _concatenate(state, parallel_state.get_expert_model_parallel_group(), 2)  # [rows, halves, experts, ...]
+        return _concatenate(state, parallel_state.get_expert_model_parallel_group(), 2)  # [L, Z, E, ...]
     state = merge_over([parallel_state.get_data_parallel_group()], aggregation_of(pair), state)
     return _concatenate(state, parallel_state.get_tensor_model_parallel_group(), -1) if estimator.sharded else state
 
@@ -79,7 +83,7 @@ def _over_stages(placed: Placed) -> Placed:
 
 
 def _place(placed: Placed, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Rows by their global number; a layer without the module has a state of zeros, the empty one."""
+    """Rows by their global number. A layer without the module gets zeros, the state of no token at all."""
     states = {}
     for key in sorted(placed):
         rows = placed[key]
@@ -91,14 +95,14 @@ def _place(placed: Placed, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 
 def _counts(collector: Collector) -> tuple[int, int]:
-    """Samples and tokens of the whole job: every rank knows its own data-parallel rank's."""
+    """Samples and tokens of the whole job. A rank itself knows only those of its data-parallel rank."""
     counts = torch.tensor([collector.samples, collector.tokens], device=torch.cuda.current_device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     return int(counts[0]), int(counts[1])
 
 
 def layout() -> dict[str, int]:
-    """This job's layout, for the record."""
+    """This job's layout, which Scores keep as a note."""
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),

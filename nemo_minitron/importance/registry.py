@@ -1,8 +1,8 @@
-"""Which activation of which Megatron module says what matters: a registry that users can add to.
+"""Which activation of which Megatron module gives which score: a registry that users can add to.
 
-Activations in Megatron are [S, B, C]: sequence, batch, channels; C is this tensor-parallel rank's share where
-the estimator is `sharded`; otherwise all ranks hold all channels, and S is a share of the sequence under
-sequence parallelism. Hooks see values; they never change them.
+Activations in Megatron are [S, B, C]: sequence, batch, channels. If the estimator is `sharded`, C is this
+tensor-parallel rank's share of the channels. Otherwise all ranks have all channels, and under sequence parallelism S is
+a share of the sequence. Hooks read values and never change them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from nemo_minitron.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """One place to look at: `row` of the axis's scores, and a module's input or output.
+    """One activation to watch: a module's input or output, and the `row` of the axis's scores that it belongs to.
 
-    `values(module, input, output)` gives [S, B, C] from the hooked module's first input and its output.
-    Of a mixture of experts: `expert` is the local one it belongs to (None: it shows them all, one after another),
-    `routes` the layer's token dispatcher. `taylor(module, input, output)` gives the activation whose gradient is
-    wanted, as it stands in the graph, and what makes [S, B, C] of that gradient (None: no Taylor score).
+    `values(module, input, output)` gives [S, B, C] from the hooked module's first input and its output. In a mixture of
+    experts `expert` is the local expert that the module belongs to (None: the module has all of them, one after
+    another), and `routes` is the layer's token dispatcher. `taylor(module, input, output)` gives the activation whose
+    gradient is needed, as it stands in the graph, and a function that makes [S, B, C] of that gradient (None: no Taylor
+    score).
     """
 
     row: int
@@ -35,12 +36,12 @@ class Watch:
 
 
 class Estimator:
-    """Scores one axis from one type of Megatron module; register it with `@estimator(ModuleType)`.
+    """Scores one axis from one type of Megatron module. Register it with `@estimator(ModuleType)`.
 
-    `axis` names the tensor of Scores. `sharded`: channels are split over tensor-parallel ranks; else every rank
-    has them all, and under sequence parallelism a part of the sequence. `aggregate=False` keeps a plain mean over
-    all tokens instead of the criterion (block influence). `heads_are_positions`: values are [S * heads, B, C],
-    heads split over tensor-parallel ranks. `experts`: rows have one more dimension, the experts.
+    `axis` names the tensor of Scores. `sharded`: channels are split over tensor-parallel ranks. Otherwise every rank
+    has all channels and, under sequence parallelism, a part of the sequence. `aggregate=False` takes a plain mean over
+    all tokens instead of the criterion (block influence). `heads_are_positions`: values are [S * heads, B, C], and the
+    heads are split over tensor-parallel ranks. `experts`: rows have one more dimension, the experts.
     """
 
     axis: ClassVar[str]
@@ -50,14 +51,14 @@ class Estimator:
     experts: ClassVar[bool] = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
-        """Where to look in `module`, which lies in the 0-based global `layer`; None to skip it."""
+        """What to watch in `module`, which is in the 0-based global `layer`. None skips the module."""
         raise NotImplementedError
 
     def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
-        """All places, where one module has several; by default the one of `watch`."""
-        found = self.watch(module, layer, architecture)
-        if found is not None:
-            yield found
+        """All that is to be watched in `module`. The default is what `watch` gives; override it for several."""
+        watch = self.watch(module, layer, architecture)
+        if watch is not None:
+            yield watch
 
 
 REGISTRY: dict[type, list[type[Estimator]]] = {}
@@ -65,7 +66,7 @@ _ORDER: dict[type[Estimator], int] = {}
 
 
 def estimator(module_type: type) -> Callable[[type[Estimator]], type[Estimator]]:
-    """Registers an Estimator for a Megatron module type and its subclasses; of a row's, the last one wins."""
+    """Registers an Estimator for a Megatron module type and its subclasses. If two give the same row, the last wins."""
 
     def add(cls: type[Estimator]) -> type[Estimator]:
         kept = [other for other in REGISTRY.get(module_type, []) if other.__qualname__ != cls.__qualname__]
@@ -77,5 +78,6 @@ def estimator(module_type: type) -> Callable[[type[Estimator]], type[Estimator]]
 
 
 def estimators_of(module: nn.Module) -> list[tuple[int, type[Estimator]]]:
-    """What watches this module, by its type, with the order of registration."""
-    return [(_ORDER[cls], cls) for kind, found in REGISTRY.items() if isinstance(module, kind) for cls in found]
+    """The estimators of this module's type, each with its number in the order of registration."""
+    matching = [classes for module_type, classes in REGISTRY.items() if isinstance(module, module_type)]
+    return [(_ORDER[cls], cls) for classes in matching for cls in classes]

@@ -1,4 +1,7 @@
-"""Whose position each position of a micro-batch is: samples, masks and boundaries (docs/reductions.md)."""
+"""The sample of each position of a micro-batch: samples, masks and boundaries (docs/reductions.md).
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, J samples, Z the two halves of the samples.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ NOBODY = -1
 class Samples:
     """The samples of one micro-batch, the same on all ranks that work on it.
 
-    A sample is a row, also where a row joins documents, unless `cu_seqlens` comes with it. `ids` int64
-    [S, B]: the sample of each of this context-parallel rank's positions, -1 where it does not count; None where
-    column b is sample b throughout. `counts` fp64 [samples]: positions in the whole sequence. `deal` fp64
-    [samples, 2]: to which half a sample belongs, by its tokens, so that no layout deals otherwise. `routed` is
-    filled on the way: of each mixture of experts, whose tokens came to its local experts.
+    A sample is a row, even if the row joins documents, unless the batch has `cu_seqlens`. `ids` int64 [S, B]: the
+    sample of each of this context-parallel rank's positions, -1 if the position does not count. None: column b is
+    sample b everywhere. `counts` fp64 [J]: positions in the whole sequence. `deal` fp64 [J, Z]: the half that a sample
+    belongs to. It depends only on the sample's tokens, so every layout deals alike. `routed` is filled in the forward
+    pass: for each mixture of experts the halves of the tokens that came to its local experts.
     """
 
     ids: Tensor | None
@@ -41,7 +44,7 @@ class Samples:
         return int(self.counts.sum())
 
     def places(self, split: bool) -> Tensor | None:
-        """`ids` of the positions that this rank sees; `split`: under sequence parallelism, its share."""
+        """`ids` of the positions that this rank sees. `split`: its share of them, under sequence parallelism."""
         if self.ids is None or not split:
             return self.ids
         size, rank = (
@@ -51,27 +54,27 @@ class Samples:
         return self.ids.chunk(size)[rank]
 
     def local_counts(self, split: bool, positions: int) -> Tensor:
-        """fp64 [samples]: how many of the `positions` rows of an activation here are each sample's."""
-        places = self.places(split)
-        if places is None:
+        """fp64 [J]: how many of the `positions` of an activation on this rank belong to each sample."""
+        ids_SB = self.places(split)
+        if ids_SB is None:
             return torch.full_like(self.counts, positions)
-        found = torch.bincount(places[places >= 0], minlength=len(self.counts)).double()
-        return found * (positions // len(places))
+        counts_J = torch.bincount(ids_SB[ids_SB >= 0], minlength=len(self.counts)).double()
+        return counts_J * (positions // len(ids_SB))  # heads may stand in the place of channels
 
     def halves(self, split: bool, length: int) -> Tensor:
-        """int64 [length, B]: the half of each position, -1 where it does not count. For routed tokens."""
-        half = torch.where(self.deal.sum(1) > 0, self.deal.argmax(1), NOBODY)
-        places = self.places(split)
-        if places is None:
-            return half.expand(length, -1)
-        return torch.where(places >= 0, half[places.clamp(min=0)], NOBODY)
+        """int64 [length, B]: the half of each position, -1 if it does not count. For routed tokens."""
+        half_J = torch.where(self.deal.sum(1) > 0, self.deal.argmax(1), NOBODY)
+        ids_SB = self.places(split)
+        if ids_SB is None:
+            return half_J.expand(length, -1)
+        return torch.where(ids_SB >= 0, half_J[ids_SB.clamp(min=0)], NOBODY)
 
 
 def samples_of(batch: Mapping[str, Any]) -> Samples:
     """Reads a batch as NeMo's data step gets it, before it is cut over context-parallel ranks.
 
-    `tokens` int64 [B, S]; optional `loss_mask` [B, S] (0 where a position does not count) and `cu_seqlens`
-    (boundaries of the samples that one row joins; then B is 1). Raises InputError for a batch that fits neither.
+    `tokens` int64 [B, S]. Optional: `loss_mask` [B, S], 0 where a position does not count, and `cu_seqlens`, the
+    boundaries of the samples that one row joins (then B is 1). Raises InputError for a batch of another form.
     """
     tokens = batch.get("tokens")
     if tokens is None or tokens.dim() != 2:
@@ -90,11 +93,11 @@ def samples_of(batch: Mapping[str, Any]) -> Samples:
 
 
 def boundaries_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """`cu_seqlens` without the -1 that NeMo's collate function fills it up with; int64 [samples + 1]."""
-    given = batch.get("cu_seqlens")
-    if given is None:
+    """`cu_seqlens` without the -1 with which NeMo's collate function fills it up; int64 [J + 1]."""
+    boundaries = batch.get("cu_seqlens")
+    if boundaries is None:
         return None
-    flat = given.flatten().long()
+    flat = boundaries.flatten().long()
     return flat[flat >= 0] if len(flat) else None
 
 
@@ -109,14 +112,15 @@ def _segments(boundaries: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
 
 
 def _dealt(tokens: Tensor, ids: Tensor, number: int, plain: bool) -> Samples:
-    """Deals samples to halves by a hash of their tokens at their places, and cuts `ids` over context parallelism."""
-    kept, flat = ids >= 0, ids.clamp(min=0)
-    counts = torch.zeros(number, dtype=torch.float64, device=ids.device)
-    counts.index_add_(0, flat[kept], kept[kept].double())
-    places = torch.arange(tokens.shape[1], device=ids.device).expand_as(ids)
-    mixed = ((tokens + 1) * (2 * places + 1) * 2654435761) % 1000003
-    hashed = torch.zeros(number, dtype=torch.int64, device=ids.device).index_add_(0, flat[kept], mixed[kept])
-    deal = torch.nn.functional.one_hot(hashed % 2, 2).double() * (counts > 0)[:, None]
+    """Deals samples to halves by a hash of their tokens and positions. Cuts `ids` [B, S] for context parallelism."""
+    counted, ids_of_all = ids >= 0, ids.clamp(min=0)
+    counts_J = torch.zeros(number, dtype=torch.float64, device=ids.device)
+    counts_J.index_add_(0, ids_of_all[counted], counted[counted].double())
+    positions = torch.arange(tokens.shape[1], device=ids.device).expand_as(ids)
+    mixed = ((tokens + 1) * (2 * positions + 1) * 2654435761) % 1000003
+    hash_J = torch.zeros(number, dtype=torch.int64, device=ids.device)
+    hash_J.index_add_(0, ids_of_all[counted], mixed[counted])
+    deal_JZ = torch.nn.functional.one_hot(hash_J % 2, 2).double() * (counts_J > 0)[:, None]
     if plain:
-        return Samples(None, counts, deal)
-    return Samples(get_batch_on_this_cp_rank({"ids": ids.contiguous()})["ids"].t(), counts, deal)
+        return Samples(None, counts_J, deal_JZ)
+    return Samples(get_batch_on_this_cp_rank({"ids": ids.contiguous()})["ids"].t(), counts_J, deal_JZ)

@@ -1,8 +1,10 @@
-"""Taylor scores: |activation x gradient|, what the loss changes by, to first order, where the activation is cut.
+"""Taylor scores: |activation x gradient|, the first-order change of the loss if the activation is cut.
 
-The alternative that 2407.14679 (section 2.2) leaves out for its cost: a backward pass for each batch. The loss is
-the sum of the losses of the next tokens, of all tokens that count, so that no layout and no number of samples
-scales a score; the products go through the same aggregations as activations do.
+2407.14679 (section 2.2) leaves this alternative out for its cost, a backward pass for each batch. The loss is the sum
+over the next tokens of all tokens that count. So neither the layout nor the number of samples scales a score. The
+products go through the same aggregations as activations do.
+
+Shapes (docs/shapes.md): B sequences, S positions of the sequence, W columns of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from nemo_minitron.importance.batches import Batch, forward_arguments
 
 @contextlib.contextmanager
 def differentiable(chunks: Sequence[Any]) -> Iterator[None]:
-    """Models whose activations have gradients and whose parameters have none; afterwards each is as it was.
+    """A context in which activations have gradients and parameters have none. Afterwards each model is as before.
 
     Raises InputError for virtual pipeline stages.
     """
@@ -34,7 +36,7 @@ def differentiable(chunks: Sequence[Any]) -> Iterator[None]:
             f"Taylor scores under vp={len(chunks)} virtual pipeline stages are not supported; the nearest legal vp is 1"
         )
     model = unwrap(chunks[0])
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     finalize, model.config.finalize_model_grads_func = model.config.finalize_model_grads_func, None
     model.requires_grad_(False)
     hook = None
@@ -46,13 +48,13 @@ def differentiable(chunks: Sequence[Any]) -> Iterator[None]:
     finally:
         if hook is not None:
             hook.remove()
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_()
         model.config.finalize_model_grads_func = finalize
 
 
 def run_backward(chunks: Sequence[Any], rows: list[Batch], collector: Any) -> None:
-    """Every micro-batch forward and backward, one by one, by Megatron's own schedule of the layout."""
+    """Runs every micro-batch forward and backward, one by one, by Megatron's own schedule of the layout."""
     for batch in rows:
         collector.expect(batch)
         get_forward_backward_func()(
@@ -72,7 +74,8 @@ def _step(vocab_size: int) -> Any:
         batch = next(iterator)
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict]:
-            # Of three values Megatron divides by the second alone; of two it would scale by context parallelism.
+            # With three values Megatron only divides by the second. With two it would also scale by context
+            # parallelism.
             return total_loss(logits, batch, vocab_size), torch.ones((), dtype=torch.int, device=logits.device), {}
 
         return model(**forward_arguments(batch)), loss
@@ -80,24 +83,28 @@ def _step(vocab_size: int) -> Any:
     return step
 
 
-def total_loss(logits: Tensor, batch: Batch, vocab_size: int) -> Tensor:
-    """The sum of the losses of this context-parallel rank's tokens; [B, S/cp, V/tp] logits, padding behind V."""
+def total_loss(logits_BSW: Tensor, batch: Batch, vocab_size: int) -> Tensor:
+    """The sum of the losses of this context-parallel rank's tokens."""
     labels, counted = next_tokens(batch)
     cut = get_batch_on_this_cp_rank({"labels": labels, "counted": counted})
-    start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    padding = torch.arange(start, start + logits.shape[-1], device=logits.device) >= vocab_size
-    masked = logits.float().masked_fill(padding, float("-inf")).transpose(0, 1).contiguous()
-    losses = vocab_parallel_cross_entropy(masked, cut["labels"].to(logits.device).t().contiguous())
-    return (losses * cut["counted"].to(logits.device).t()).sum()
+    start, width = parallel_state.get_tensor_model_parallel_rank() * logits_BSW.shape[-1], logits_BSW.shape[-1]
+    padding_W = torch.arange(start, start + width, device=logits_BSW.device) >= vocab_size
+    masked_SBW = logits_BSW.float().masked_fill(padding_W, float("-inf")).transpose(0, 1).contiguous()
+    loss_SB = vocab_parallel_cross_entropy(masked_SBW, cut["labels"].to(logits_BSW.device).t().contiguous())
+    return (loss_SB * cut["counted"].to(logits_BSW.device).t()).sum()
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """int64 labels and bool [B, S]: a prediction counts where its position and the next are one sample's and count."""
-    tokens, counts = batch["tokens"], batch["loss_mask"] != 0
-    first = torch.zeros(tokens.shape[1], dtype=torch.bool)  # a sample's first token is predicted by nothing of it
-    first[0] = True
+    """int64 labels [B, S], and bool [B, S], whether the prediction counts.
+
+    It does if its position and the next one belong to one sample, and both count.
+    """
+    tokens, counts_BS = batch["tokens"], batch["loss_mask"] != 0
+    # The first token of a sample has nothing to predict it from.
+    first_S = torch.zeros(tokens.shape[1], dtype=torch.bool)
+    first_S[0] = True
     if "cu_seqlens" in batch:
         boundaries = batch["cu_seqlens"]
-        first[boundaries[boundaries < tokens.shape[1]]] = True
-        counts = counts & (torch.arange(tokens.shape[1]) < boundaries[-1])
-    return tokens.roll(-1, 1), counts & counts.roll(-1, 1) & ~first.roll(-1)
+        first_S[boundaries[boundaries < tokens.shape[1]]] = True
+        counts_BS = counts_BS & (torch.arange(tokens.shape[1]) < boundaries[-1])
+    return tokens.roll(-1, 1), counts_BS & counts_BS.roll(-1, 1) & ~first_S.roll(-1)

@@ -1,4 +1,4 @@
-"""PrunePlan + any tensor source -> any tensor sink; a cut moves bytes and never computes. No torch."""
+"""PrunePlan + any tensor source -> any tensor sink. A cut moves bytes and never computes. No torch."""
 
 from nemo_minitron.pruning.cut import prune
 from nemo_minitron.pruning.selection import student_index

@@ -1,6 +1,10 @@
-"""What can be solved or folded into a student's tensors beside pure selection; each gives the tensors that change.
+"""What can be fitted or folded into a student's tensors, beyond pure selection. Each function gives the changed
+tensors.
 
-Names and shapes are the student's, numbers fp32. numpy alone; nothing here needs the student to exist.
+Names and shapes are the student's, numbers are fp32. Only numpy is needed, and the student need not exist.
+
+Shapes (docs/shapes.md): D input channels of a matrix, O its output channels in the student, K kept input channels, L
+layers, A attention heads. I: the input channels that go.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from nemo_minitron.pruning.selection import shapes_of, student_index
 from nemo_minitron.sources.tensors import TensorSource
 
 RIDGE = 0.01  # of the mean diagonal of G
-MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # what follows a cut of neurons, of heads
+MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # they lose inputs to a cut of neurons or heads
 NORMS = ("input_norm.weight", "pre_mlp_norm.weight", "final_norm.weight")
 SIGNS = {"paper": 1.0, "laco": -1.0}
 Tensors = dict[str, np.ndarray]
@@ -35,20 +39,20 @@ def solvable(plan: PrunePlan) -> Iterator[tuple[str, str]]:
 
 
 def follows_a_cut(name: str) -> bool:
-    """Whether this canonical tensor is one of those that can be solved anew."""
+    """Whether this canonical tensor is a matrix that can be re-fitted when it loses inputs to the cut."""
     return split_expert(split_name(name)[1])[1] in MATRICES
 
 
 def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """The student's `name` [H', K] that best does what the teacher's matrix W [H', C] did, fp32.
+    """The student's `name`, fp32 [O, K], that best replaces the teacher's matrix W [O, D].
 
-    `gram` [C, C]: sum over tokens of x x^T, of the input x of the teacher's matrix. Minimises
-    sum |W x - W' x_K|^2 + r |W' - W_K|^2, so W' = W_K + W_P G_PK (G_KK + r I)^-1 with P what goes, K what stays,
-    r = `ridge` times the mean of G_KK's diagonal. Solved in float64. Towards W_K, not towards 0: a ridge without end
-    is the plain cut, and where nothing goes, or what goes was always 0, nothing changes.
+    `gram` [D, D]: the sum over tokens of x x^T, of the input x of the teacher's matrix. W' minimises
+    sum |W x - W' x_K|^2 + r |W' - W_K|^2. So W' = W_K + W_P G_PK (G_KK + r I)^-1, with K the inputs that stay, P those
+    that go, and r = `ridge` times the mean of the diagonal of G_KK. Solved in float64. The ridge pulls towards W_K, not
+    towards 0: an infinite ridge would give the plain cut. If nothing goes, or what goes was always 0, nothing changes.
 
-    Raises InputError for a ridge that is not above 0 and finite, and a Gram matrix of another size or with a number
-    that is not finite.
+    Raises InputError for a ridge that is not positive and finite, and for a Gram matrix that has another size or a
+    number that is not finite.
     """
     origin, (rows, kept) = student_index(plan, name)
     size = shapes_of(plan.source)[origin][1]
@@ -58,20 +62,20 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
         raise InputError(f"the Gram matrix of '{origin}' is {gram.shape}; its input has {size} channels")
     if not np.isfinite(gram).all():
         raise InputError(f"the Gram matrix of '{origin}' holds a number that is not finite; calibrate in fp32")
-    weights = as_numbers(source.read(origin, (rows, np.arange(size))), source.dtype(origin))
-    gone = np.setdiff1d(np.arange(size), kept)
-    inner = gram[np.ix_(kept, kept)].astype(np.float64)
-    damping = ridge * np.trace(inner) / len(kept)
-    if damping:  # else nothing that stays ever spoke
-        inner[np.diag_indices(len(kept))] += damping
-        missing = weights[:, gone] @ gram[np.ix_(gone, kept)]
-        weights[:, kept] += np.linalg.solve(inner, missing.T).T
-    return weights[:, kept].astype(np.float32)
+    weight_OD = as_numbers(source.read(origin, (rows, np.arange(size))), source.dtype(origin))
+    gone_I = np.setdiff1d(np.arange(size), kept)
+    gram_KK = gram[np.ix_(kept, kept)].astype(np.float64)
+    damping = ridge * np.trace(gram_KK) / len(kept)
+    if damping:  # without it all inputs that stay were always 0
+        gram_KK[np.diag_indices(len(kept))] += damping
+        missing_OK = weight_OD[:, gone_I] @ gram[np.ix_(gone_I, kept)]
+        weight_OD[:, kept] += np.linalg.solve(gram_KK, missing_OK.T).T
+    return weight_OD[:, kept].astype(np.float32)
 
 
 # -- after a cut of hidden channels: the norms' denominator ----------------------------------------------
 def check_fold(source: Architecture, target: Architecture) -> None:
-    """Raises InputError where `fold_norms` does."""
+    """Raises InputError if `fold_norms` would."""
     if source.normalization != "rmsnorm":
         raise InputError("folding is exact for RMSNorm alone; this model has LayerNorm, leave it off")
     if source.hidden_size == target.hidden_size:
@@ -79,11 +83,12 @@ def check_fold(source: Architecture, target: Architecture) -> None:
 
 
 def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
-    """The norms' weights times sqrt(all / kept): exact where the channels that went were always 0.
+    """The norms' weights times a factor. It makes the cut exact if the channels that went were always 0.
 
-    An RMSNorm over fewer channels divides by a root mean square that is sqrt(all / kept) larger, if what went
-    was 0, but for the epsilon under the root. Off by default, as in the papers. In bf16 the
-    product is rounded once. Raises InputError for LayerNorm, whose mean would change too, and where hidden is whole.
+    If the channels that went were 0, the root mean square over the kept ones is sqrt(all / kept) times as large (apart
+    from the epsilon under the root). An RMSNorm divides by it, so its weights are multiplied by sqrt(all / kept). It is
+    off by default, as in the papers. In bf16 the product is rounded once. Raises InputError for LayerNorm, whose mean
+    would change, too, and if the plan cuts no hidden channels.
     """
     check_fold(plan.source, plan.target)
     factor = math.sqrt(plan.source.hidden_size / plan.target.hidden_size)
@@ -93,7 +98,7 @@ def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
 
 # -- after a cut of heads: what went, added to what stays ------------------------------------------------
 def check_residual(source: Architecture, target: Architecture, sign: str) -> None:
-    """Raises InputError where `head_residual` does, but for its scores."""
+    """Raises InputError if `head_residual` would, whatever its scores."""
     if sign not in SIGNS:
         raise InputError(f"head residual '{sign}' is unknown; legal are {' and '.join(SIGNS)}")
     of = "num_query_groups" if source.heads_per_group == 1 else "heads_per_group"
@@ -106,14 +111,14 @@ def check_residual(source: Architecture, target: Architecture, sign: str) -> Non
 
 
 def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sign: str = "paper") -> Tensors:
-    """Query heads with the residual of their pruned partners (P1, section 2.3).
+    """Query heads with the residual of their pruned partners (2407.14679, section 2.3).
 
-    `scores` [num_layers, heads] give the order of importance. Of a query group's L heads, ranked 1 to L with the K that
-    stay before those that go, head i in [2K - L + 1, K] becomes head_i + (head_i - head_(2K - i + 1)); "laco" has the
-    other sign, with which it becomes its partner. Keys and values too where every head has its own (MHA, the layer
-    is then one group). The paper's lower bound, K - (L - K), has L - K + 1 heads for L - K partners.
+    `scores` [L, A] give the order of importance. In each query group n heads are ranked 1 to n, so that the k heads
+    that stay come before those that go. Head i in [2k - n + 1, k] becomes head_i + (head_i - head_(2k - i + 1)). With
+    "laco" the sign is the opposite, so the head becomes its partner. If every head has its own keys and values (MHA),
+    they change as well, and the layer is one group. The paper's lower bound, k - (n - k), would be one head too many.
 
-    Raises InputError where more than half of the heads go, where none do, and for scores of another shape or sign.
+    Raises InputError if more than half of the heads go or none, for scores of another shape, and for an unknown sign.
     """
     a, b = plan.source, plan.target
     check_residual(a, b, sign)
@@ -129,7 +134,7 @@ def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sig
 
 
 def _partners(plan: PrunePlan, layer: int, scores: np.ndarray, alone: bool) -> Iterator[tuple[int, int]]:
-    """(a head that stays, the head that goes and is added to it), both as numbered in the source layer."""
+    """(a head that stays, the head that goes and is its partner), both as numbered in the source layer."""
     size = plan.source.num_attention_heads if alone else plan.source.heads_per_group
     kept = set(plan.indices("heads", layer) or ())
     ranked = sorted(range(plan.source.num_attention_heads), key=lambda head: (-scores[layer][head], head))
@@ -148,8 +153,8 @@ def _with_residual(source: TensorSource, plan: PrunePlan, name: str, pairs: dict
         if head in pairs:
             other = np.arange(pairs[head] * size, (pairs[head] + 1) * size)
             partner = as_numbers(source.read(origin, (other, *rest)), source.dtype(origin))
-            own = values[place * size : (place + 1) * size]
-            own += sign * (own - partner)
+            rows_of_head = values[place * size : (place + 1) * size]
+            rows_of_head += sign * (rows_of_head - partner)
     return values.astype(np.float32)
 
 

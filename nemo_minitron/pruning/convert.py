@@ -1,4 +1,4 @@
-"""A NeMo checkpoint as a Hugging Face folder: the cut that keeps everything, into the other format."""
+"""A NeMo checkpoint as a Hugging Face folder: a cut that keeps everything, into the other format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by saf
 
 @contextlib.contextmanager
 def as_folder(model: str | Path) -> Iterator[Path]:
-    """A Hugging Face folder of `model`: itself, or what a NeMo checkpoint becomes for as long as the block."""
+    """A context with a Hugging Face folder of `model`: the folder itself, or a converted NeMo checkpoint.
+
+    A converted one is deleted when the context ends.
+    """
     path = resolve(model)
     if not is_nemo_checkpoint(path):
         yield path
@@ -30,9 +33,9 @@ def as_folder(model: str | Path) -> Iterator[Path]:
 
 
 def convert(checkpoint: Path, out: Path) -> Path:
-    """A NeMo checkpoint -> a Hugging Face folder with its tokenizer; weights keep their dtype.
+    """A NeMo checkpoint -> a Hugging Face folder with its tokenizer. Weights keep their dtype.
 
-    Raises InputError for a damaged checkpoint, one without its tokenizer, or too small a disk.
+    Raises InputError for a damaged checkpoint, for one without its tokenizer, and if the disk is too small.
     """
     from nemo_minitron.data import load_tokenizer
     from nemo_minitron.sources.checkpoint import CheckpointSource

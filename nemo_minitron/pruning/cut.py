@@ -27,17 +27,17 @@ def prune(
     overwrite: bool = False,
     shard_size: int = SHARD,
 ) -> Path:
-    """Cuts a Hugging Face folder (or hub id, or an opened one) as `plan` says; returns the student's folder.
+    """Cuts a Hugging Face folder (or hub id, or an opened one) as `plan` says. Returns the student's folder.
 
-    Weights keep their dtype; the tokenizer, the generation config and the licence come along (`families/side_files.py`
-    says what, and why), and no code; the plan lies beside them as `minitron_plan.json`. Tensors of `compensation` are
-    rounded to the teacher's dtype and taken in place of the plan's slices. A plan that cuts the vocabulary cuts
-    tokenizer.json with it, and renumbers tokens in the configs (`vocabulary.py`). The folder appears whole or not at
-    all.
+    Weights keep their dtype. The tokenizer, the generation config and the licence are copied, but no code
+    (`families/side_files.py` says what, and why). The plan is saved beside them as `minitron_plan.json`. Tensors of
+    `compensation` are rounded to the teacher's dtype and replace the plan's slices. A plan that cuts the vocabulary
+    also cuts tokenizer.json, and renumbers tokens in the configs (`vocabulary.py`). The folder appears complete or not
+    at all.
 
-    Raises InputError for a damaged teacher, plan or compensation, ones made for another model or plan, a student's
-    folder that is not empty (without `overwrite`) or overlaps the teacher's, a link out of the teacher's folder, and a
-    disk that is too small or fails.
+    Raises InputError for a damaged teacher, plan or compensation, and for a plan or compensation that was made for
+    another model or plan; for a student's folder that is not empty (without `overwrite`) or overlaps the teacher's; for
+    a link out of the teacher's folder; and for a disk that is too small or fails.
     """
     source_folder, student = teacher.folder if isinstance(teacher, ModelSource) else resolve(teacher), Path(student)
     _check_place(source_folder, student, overwrite)
@@ -66,20 +66,20 @@ def prune(
 
 
 def save_record(folder: Path, plan: PrunePlan, compensation: Compensation | None = None) -> None:
-    """What made a student, beside it."""
+    """Saves the plan, and a note of the compensation, beside the student."""
     plan.save(folder / PLAN)
     if compensation is not None:
         write_json(folder / COMPENSATION, {"tensors": sorted(compensation.shapes()), **compensation.notes})
 
 
 def check_plan(plan: PrunePlan, source: ModelSource) -> None:
-    """Raises InputError where `plan` was made for a model other than `source`."""
+    """Raises InputError if `plan` was made for a model other than `source`."""
     for field in dataclasses.fields(plan.source):
-        planned, found = (getattr(a, field.name) for a in (plan.source, source.architecture))
-        if planned != found:
+        planned, actual = (getattr(a, field.name) for a in (plan.source, source.architecture))
+        if planned != actual:
             raise InputError(
                 f"the plan was made for another model: its {field.name} is {planned}, "
-                f"that of '{source.folder}' is {found}"
+                f"that of '{source.folder}' is {actual}"
             )
     if plan.model_digest is not None and plan.model_digest != source_digest(source):
         raise InputError(f"the plan was made for another model: '{source.folder}' has the same sizes and other weights")

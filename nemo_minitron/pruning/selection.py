@@ -1,4 +1,4 @@
-"""Which rows and columns of the teacher make a tensor of the student: the table of `axes.py`, applied."""
+"""The rows and columns of the teacher that make a tensor of the student, by the table of `axes.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_minitron.errors import InputError, nearest
 
 
 def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
-    """Canonical tensor `name` of the student (layers 0..L'-1, experts 0..E'-1) -> the teacher's tensor and what
-    stays of it.
+    """Canonical tensor `name` of the student -> (the teacher's tensor, the index of what stays of it).
 
-    The index holds, per dimension, the sorted int64 positions in the teacher's global tensor; their outer
-    product, read in order, is the student's global tensor (P1, section 2: pure selection).
+    Layers and experts in `name` are numbered as in the student. The index has, for each dimension, the sorted int64
+    positions in the teacher's global tensor. Their outer product, read in order, is the student's global tensor
+    (2407.14679, section 2: pure selection).
 
     Raises InputError for a tensor that the student does not have and for a plan that does not give its shape.
     """
@@ -41,7 +41,7 @@ def origin_of(plan: PrunePlan, name: str) -> str:
 
 
 def _origin(plan: PrunePlan, name: str) -> tuple[str, int | None, int | None]:
-    """The teacher's tensor of a student's one, its layer, and its expert where it belongs to one."""
+    """(The teacher's tensor that this one is cut from, its layer, its expert); None for what it does not have."""
     shapes = shapes_of(plan.target)
     if name not in shapes:
         raise InputError(f"the student has no tensor '{name}'; {nearest(name, shapes)}")
@@ -57,11 +57,11 @@ def _origin(plan: PrunePlan, name: str) -> tuple[str, int | None, int | None]:
 
 
 def _expand(units: list[int], size: int) -> np.ndarray:
-    """Kept units -> the positions that they cover, `size` consecutive ones each."""
+    """Kept units -> their positions, `size` consecutive ones each."""
     return (np.asarray(units, np.int64)[:, None] * size + np.arange(size, dtype=np.int64)).reshape(-1)
 
 
 @functools.lru_cache(maxsize=8)
 def shapes_of(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """`architecture.shapes()`, made once: it is asked for each tensor. Not to be changed."""
+    """`architecture.shapes()`, made once, because every tensor needs it. Do not change it."""
     return architecture.shapes()

@@ -1,4 +1,4 @@
-"""A plan's student as something to read: the slices of its teacher, or what a compensation has in their place."""
+"""A plan's student as a tensor source: slices of its teacher, or the tensors of a compensation in their place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_minitron.sources.tensors import TensorSource, whole
 
 
 class Student:
-    """The student of `plan` as a TensorSource, in its own canonical names and positions.
+    """The student of `plan` as a TensorSource, with its own canonical names and positions.
 
     `collective` is that of `source`. Raises InputError for a compensation of another plan.
     """
@@ -41,7 +41,7 @@ class Student:
         return self.source.read(origin, tuple(k[i] for k, i in zip(kept, index, strict=True)))
 
     def put(self, name: str, sink: Sink) -> None:
-        """The whole tensor into `sink`, in pieces where the source has a method `stream` as HFSource's."""
+        """Writes the whole tensor into `sink`, in pieces if the source has a method `stream`, as HFSource has."""
         if self._solved(name):
             sink.write(self._compensated(name, whole(shapes_of(self.plan.target)[name])))
             return

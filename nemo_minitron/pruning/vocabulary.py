@@ -1,10 +1,11 @@
-"""A vocabulary that is cut with its embeddings: tokenizer.json rewritten, ids renumbered in every config.
+"""A vocabulary that is cut with its embeddings: tokenizer.json is rewritten, and ids are renumbered in every config.
 
-Text whose tokens all stay is encoded as before (under the new ids), other text through smaller pieces, and both
-decode to what they were: byte tokens, special tokens and, for BPE, what a kept token is merged from always stay. For
-BPE that is enough: merges that a text went through lie within its tokens, in the order in which each token alone is
-merged, so none is missing and none is overtaken. A Unigram model's best path stays the best of fewer.
-Only JSON is read and written; byte-level and byte-fallback BPE and Unigram, as Hugging Face's `tokenizers` has them.
+If all tokens of a text stay, it is encoded as before, with the new ids. Other text is encoded with smaller tokens. Both
+decode to the same text, because byte tokens, special tokens and, for BPE, all parts of a kept token always stay. For
+BPE that is enough: the merges of a text lie within its tokens, in the order in which each token alone is merged, so no
+merge is missing and none comes too early. In a Unigram model the best path is still the best if there are fewer paths.
+Only JSON is read and written. Byte-level and byte-fallback BPE and Unigram of Hugging Face's `tokenizers` are
+supported.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from nemo_minitron.families.side_files import OTHER_VOCABULARIES, side_files
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 NAMING = ("config.json", "generation_config.json", "tokenizer_config.json")
-"""Files that are copied to a student and name tokens by their ids, besides tokenizer.json."""
+"""Files, besides tokenizer.json, that are copied to a student and name tokens by their ids."""
 IDS = ("token_id", "token_ids", "suppress_tokens", "words_ids")
-"""How the keys of a config end that hold an id, ids, or lists of ids: `eos_token_id`, `bad_words_ids`, ..."""
+"""A key of a config with such an end holds an id, ids, or lists of ids: `eos_token_id`, `bad_words_ids`, ..."""
 CHUNK = 1 << 20  # tokens counted at a time
 
 
@@ -37,19 +38,19 @@ def count_tokens(tokens: Any, vocab_size: int) -> np.ndarray:
     """
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, tokens.tokens, CHUNK):
-        found = np.bincount(tokens.stream(start, min(CHUNK, tokens.tokens - start)))
-        if len(found) > vocab_size:
-            raise InputError(f"the corpus holds token {len(found) - 1}; the model has 0 to {vocab_size - 1}")
-        counts[: len(found)] += found
+        in_chunk = np.bincount(tokens.stream(start, min(CHUNK, tokens.tokens - start)))
+        if len(in_chunk) > vocab_size:
+            raise InputError(f"the corpus holds token {len(in_chunk) - 1}; the model has 0 to {vocab_size - 1}")
+        counts[: len(in_chunk)] += in_chunk
     return counts
 
 
 class Vocabulary:
-    """The tokenizer.json of a model folder, and which of its tokens hang together.
+    """The tokenizer.json of a model folder, and which of its tokens need each other.
 
-    `vocab_size`: rows of the model's embedding; tokens beyond it cannot be used, and are no part of it.
-    `tokens`: text -> id, added tokens included; `required`: ids that always stay. Raises InputError for a folder
-    without tokenizer.json and for models other than byte-level or byte-fallback BPE and Unigram.
+    `vocab_size`: the rows of the model's embedding. Tokens beyond it cannot be used and are ignored. `tokens`: text ->
+    id, with added tokens. `required`: ids that always stay. Raises InputError for a folder without tokenizer.json, and
+    for models other than byte-level or byte-fallback BPE and Unigram.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
@@ -61,8 +62,8 @@ class Vocabulary:
             self._check()
             self.added = {t["content"]: t["id"] for t in self.values["added_tokens"] if t["id"] in self.rows}
             listed = self.model["vocab"]
-            own = dict(listed) if self.kind == "BPE" else {token: i for i, (token, _) in enumerate(listed)}
-            self.tokens = {token: i for token, i in (own | self.added).items() if i in self.rows}
+            plain = dict(listed) if self.kind == "BPE" else {token: i for i, (token, _) in enumerate(listed)}
+            self.tokens = {token: i for token, i in (plain | self.added).items() if i in self.rows}
             self.required = self._required()
             self._ranks = {pair: rank for rank, pair in enumerate(self._merges())}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -77,7 +78,7 @@ class Vocabulary:
             raise InputError("a BPE tokenizer that marks the parts of words cannot be cut; leave 'vocab' out")
 
     def _required(self) -> set[int]:
-        """Added tokens, the unknown one, single characters, bytes, and ids that configs name."""
+        """Added tokens, the unknown token, single characters, bytes, and ids that configs name."""
         unknown = self.model.get("unk_token") if self.kind == "BPE" else self.model.get("unk_id")
         required = set(self.added.values()) | set(self._named())
         if unknown is not None:
@@ -88,21 +89,21 @@ class Vocabulary:
         return required | {i for token, i in self.tokens.items() if len(token) == 1}
 
     def _named(self) -> Iterator[int]:
-        """Ids in the files that are copied. Those beyond the embedding name no token of this model."""
+        """Ids in the files that are copied. Ids beyond the embedding name no token of this model."""
         for name in NAMING:
             if (self.folder / name).is_file():
-                found: list[int] = []
-                renumbered(read_json(self.folder / name, "the config"), found.append)
-                yield from (i for i in found if i in self.rows)
+                ids: list[int] = []
+                renumbered(read_json(self.folder / name, "the config"), ids.append)
+                yield from (i for i in ids if i in self.rows)
 
     def _merges(self) -> list[tuple[str, str]]:
-        """In the order of their ranks; older files write a pair as one text."""
+        """The merges in the order of their ranks. Older files write a pair as one text."""
         merges = self.model.get("merges", [])
         return [(a, b) for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
 
-    # -- what hangs together -------------------------------------------------------------------------
+    # -- tokens that need each other -----------------------------------------------------------------
     def parts(self, token: str) -> set[int]:
-        """Ids of what `token` is merged from on its own, itself not among them; of Unigram nothing."""
+        """Ids of the tokens that `token` alone is merged from, without its own id. Empty for Unigram."""
         if self.kind != "BPE" or token in self.added:
             return set()
         pieces, through = list(token), set(token)
@@ -110,17 +111,17 @@ class Vocabulary:
             pairs = enumerate(itertools.pairwise(pieces))
             rank, at = min((self._ranks.get(pair, len(self._ranks)), at) for at, pair in pairs)
             if rank == len(self._ranks):
-                return set()  # merges alone never make it
+                return set()  # no merges lead to this token
             pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
             through.add(pieces[at])
         return {self.tokens[piece] for piece in through - {token} if piece in self.tokens}
 
     def scores(self, counts: np.ndarray) -> np.ndarray:
-        """`counts` [V] -> places by count, V for the first and 1 for the last, fp32 [V]: the best n hang together, for
-        every n that holds the required ones.
+        """`counts` [V] -> ranks by count, fp32 [V], V for the first token and 1 for the last.
 
-        Required tokens come first. What a token is merged from counts at least as much as it, and comes before it.
-        Rows without a token come last. Places, not counts, so that no two are equal, and fp32 tells them apart.
+        The best n have all tokens that they need, for every n that includes the required ones. Required tokens come
+        first. The parts of a token count at least as much as the token and come before it. Rows without a token come
+        last. They are ranks, not counts, so that no two are equal even in fp32.
         """
         raised, length = np.full(len(counts), -1.0), np.zeros(len(counts))
         for token, i in self.tokens.items():
@@ -135,7 +136,7 @@ class Vocabulary:
 
     # -- the cut -------------------------------------------------------------------------------------
     def check(self, kept: Sequence[int]) -> None:
-        """Raises InputError where a required token goes, or one that a kept token is merged from."""
+        """Raises InputError if a required token goes, or a part of a kept token."""
         stays, names = set(kept), {i: token for token, i in self.tokens.items()}
         if self.required - stays:
             gone = min(self.required - stays)
@@ -152,7 +153,10 @@ class Vocabulary:
                 )
 
     def cut(self, kept: Sequence[int]) -> dict[str, Any]:
-        """The tokenizer.json of the tokens `kept` (sorted old ids), whose new ids are their places. Checks first."""
+        """The tokenizer.json of the tokens `kept`, which are sorted old ids. New ids are positions in `kept`.
+
+        Raises InputError as `check` does.
+        """
         self.check(kept)
         new = {old: i for i, old in enumerate(kept)}
         values = json.loads(json.dumps(self.values))
@@ -175,7 +179,7 @@ class Vocabulary:
 
 
 def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Path) -> None:
-    """Puts a tokenizer that was cut into `student`, and the new ids into the configs that were copied there."""
+    """Writes a cut tokenizer into `student`, and the new ids into the configs that were copied there."""
     new = {old: i for i, old in enumerate(kept)}
     write_json(student / "tokenizer.json", tokenizer)
     for _, file in side_files(student, OTHER_VOCABULARIES):
@@ -186,30 +190,33 @@ def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Pat
 
 
 def renumbered(value: Any, number: Callable[[int], Any]) -> Any:
-    """A config, at any depth, with `number(id)` in place of each id. Where that is None, the token goes: its entry of a
-    list or of `added_tokens_decoder`, a sequence that it is part of, and from a field, which is then null."""
+    """A config, at any depth, with `number(id)` in place of each id. If that is None, the token goes.
+
+    Then its entry of a list or of `added_tokens_decoder` goes, and so does a sequence that it is part of. A field with
+    such an id becomes null.
+    """
     if isinstance(value, list):
         return [renumbered(part, number) for part in value]
     if not isinstance(value, dict):
         return value
-    found = {}
+    new_config = {}
     for key, part in value.items():
         if key.endswith(IDS):
-            found[key] = _mapped(part, number)
+            new_config[key] = _mapped(part, number)
         elif key == "added_tokens_decoder" and isinstance(part, dict):
             ids = {number(int(i)): token for i, token in part.items()}
-            found[key] = {str(i): token for i, token in ids.items() if i is not None}
+            new_config[key] = {str(i): token for i, token in ids.items() if i is not None}
         elif key == "forced_decoder_ids" and isinstance(part, list):
-            found[key] = [[place, new] for place, i in part if not _lost(i, new := _mapped(i, number))]
+            new_config[key] = [[place, new] for place, i in part if not _lost(i, new := _mapped(i, number))]
         elif key == "sequence_bias" and isinstance(part, list):
-            found[key] = [[new, bias] for ids, bias in part if not _lost(ids, new := _mapped(ids, number))]
+            new_config[key] = [[new, bias] for ids, bias in part if not _lost(ids, new := _mapped(ids, number))]
         else:
-            found[key] = renumbered(part, number)
-    return found
+            new_config[key] = renumbered(part, number)
+    return new_config
 
 
 def _mapped(value: Any, number: Callable[[int], Any]) -> Any:
-    """Ids, at any depth of lists; -1 and null name none."""
+    """Renumbered ids, at any depth of lists. -1 and null are no ids."""
     if isinstance(value, list):
         return [new for i in value if not _lost(i, new := _mapped(i, number))]
     return number(value) if type(value) is int and value >= 0 else value
@@ -227,12 +234,12 @@ def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) 
         return [_renumbered(part, by_text, new) for part in value]
     if not isinstance(value, dict):
         return value
-    found: dict[str, Any] = {}
+    new_values: dict[str, Any] = {}
     for key, part in value.items():
         if key == "ids" and isinstance(part, list):
-            found[key] = [new[i] for i in part]
+            new_values[key] = [new[i] for i in part]
         elif key == "pad_id":
-            found[key] = new[part]
+            new_values[key] = new[part]
         else:
-            found[key] = _renumbered(part, by_text, new)
-    return found
+            new_values[key] = _renumbered(part, by_text, new)
+    return new_values

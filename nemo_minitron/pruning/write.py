@@ -1,4 +1,4 @@
-"""A student as Hugging Face safetensors, written in pieces: memory does not grow with the model."""
+"""A student as Hugging Face safetensors, written in pieces, so that memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One stored tensor of the student; `parts` are canonical names, one after another along dimension 0."""
+    """One stored tensor of the student. `parts`: canonical names of what it joins along dimension 0."""
 
     name: str
     parts: tuple[str, ...]
@@ -50,12 +50,12 @@ def write_weights(
 ) -> None:
     """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
 
-    `config` (of the teacher or of the student) says under which names. Tensors keep the dtype that `source`
-    stores; those of `compensation` take the place of the plan's slices. With more than one thread `source` is read
-    from each of them. A tensor larger than `shard_size` gets a shard of its own.
+    `config`, the teacher's or the student's, decides the names. Tensors keep the dtype that `source` stores. Tensors of
+    `compensation` replace the plan's slices. If there is more than one thread, each of them reads `source`. A tensor
+    larger than `shard_size` gets its own shard.
 
-    Raises InputError where the disk is too small, before the first byte, for a compensation of another plan, for a
-    number that is not finite (NaN or an infinity, whatever its dtype), and what `student_index` raises.
+    Raises InputError if the disk is too small (before the first byte is written), for a compensation of another plan,
+    for a number that is not finite (NaN or an infinity, in any dtype), and whenever `student_index` does.
     """
     folder, student = Path(folder), Student(source, plan, compensation)
     tensors = _tensors(student, config)
@@ -66,7 +66,7 @@ def write_weights(
     for file, members in shards.items():
         tasks |= _open_shard(folder / file, members, student)
     longest_first = sorted(tasks, key=lambda t: -t.size)  # so that the threads end together
-    # map cancels what has not begun when one task fails
+    # If one task fails, map cancels those that have not begun.
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda tensor: tasks[tensor](), longest_first):
             pass
@@ -89,7 +89,7 @@ def _tensors(student: Student, config: Mapping[str, Any]) -> list[_Tensor]:
 
 
 def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
-    """File name -> its tensors, in the model's order, as many as fit."""
+    """File name -> its tensors, in the model's order, as many as fit into a file."""
     groups: list[list[_Tensor]] = [[]]
     for tensor in tensors:
         if groups[-1] and sum(t.size for t in groups[-1]) + tensor.size > limit:
@@ -102,10 +102,10 @@ def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
 
 
 def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_Tensor, Callable[[], None]]:
-    """Writes the header, reserves the file's length, and returns what fills it, one task a tensor."""
+    """Writes the header and reserves the file's length. Returns one task a tensor that writes it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, {}
-    # Wide dtypes first, so that each element lies at a multiple of its own size
+    # Wide dtypes come first, so that each element lies at a multiple of its own size.
     for tensor in sorted(members, key=lambda t: -SIZES[t.dtype]):
         end = position + tensor.size
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}

@@ -7,7 +7,7 @@ were summed in another order it moves them by what those differ. Only a draw tha
 token.
 
 Shapes (docs/shapes.md): N positions, W columns of the vocabulary on this rank (without padding), K draws or kept
-entries, R ranks.
+entries, R ranks, I items (the file says at each place which).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a model loses without some of its layers: the depth criteria beside block influence (MINITRON, section 1).
+"""What a model loses without some of its layers: the depth criteria beside block influence (docs/method.md).
 
-`depth_scan`: LM loss or perplexity without each layer or contiguous block; `multiple_choice`: accuracy of a
-downstream task likewise; `iterative_removal`: layers taken out one by one, by the error of the logits.
-All of them run a live Megatron model, in any of its layouts, by the boundary states of `Stages`.
+`depth_scan`: the language-model loss or perplexity without each layer or contiguous block. `multiple_choice`: the
+accuracy of a downstream task without each of them. `iterative_removal`: layers are removed one by one, by the error of
+the logits. All of them run a live Megatron model, in any of its layouts, from the states that `Stages` keeps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Accuracy of a multiple-choice task without each block of layers (2408.11796: Winogrande without 16 layers)."""
+"""Accuracy of a multiple-choice task without each block of layers (2408.11796: Winogrande without 16 layers).
+
+Shapes (docs/shapes.md): N tokens that count.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What each block leaves of the task; `NOTHING` is the undropped model.
+    """The result of a task without each block. `NOTHING` is the complete model.
 
-    `accuracy` is for `Scores.depth["accuracy"]`: the share of items whose answer is the likeliest choice; of
-    equal choices the first counts. `ties`: items whose likeliest choices were equal. `standard_error`: the
-    spread of an accuracy over items drawn anew, sqrt(p (1 - p) / items): differences below it say little.
+    `accuracy`, for `Scores.depth["accuracy"]`: the share of items whose answer is the likeliest choice. Of equal
+    choices the first one counts. `ties`: the number of items whose likeliest choices were equal. `standard_error`: how
+    much an accuracy would vary with other items, sqrt(p (1 - p) / items). Smaller differences say little.
     """
 
     items: int
@@ -50,23 +53,23 @@ def multiple_choice(
 ) -> Accuracy:
     """Accuracy of a live model without each contiguous block of `sizes` layers, the same on every rank.
 
-    A choice's score is the sum of its tokens' log-likelihoods after the context; `by_length`: divided by its
-    characters. `items`: all of them on every rank; data-parallel ranks share them out. `tokenize`: text ->
-    token ids; a choice's tokens are those of context and choice together that differ from the context's
-    own, so a token that spans both counts, and without a token before it (no context and no BOS) the first
-    of a text does not. Layouts and `vocab_size` as for
-    `depth_scan`. Raises InputError for sizes that are not legal and for a
-    choice without a token.
+    The score of a choice is the sum of its tokens' log-likelihoods after the context; with `by_length` it is divided by
+    the number of the choice's characters. `items`: the same on every rank; data-parallel ranks share the work.
+    `tokenize`: text -> token ids. The tokens of a choice are those of context and choice together that differ from the
+    context's own. So a token that spans both counts. If no token stands before it (no context and no BOS), the first
+    token of a text does not count. Layouts and `vocab_size` as for `depth_scan`. Collective over the whole job. Raises
+    InputError for sizes that are not legal and for a choice without a token.
     """
     stages = Stages(model)
     blocks = [NOTHING, *blocks_of(stages.config.num_layers, sizes)]
     texts = [_Text(item, choice, tokenize) for item in items for choice in item.choices]
-    found = _likelihoods(stages, blocks, texts, batch_size, vocab_size)
+    likelihoods = _likelihoods(stages, blocks, texts, batch_size, vocab_size)
     if by_length:
-        found /= torch.tensor([text.characters for text in texts], dtype=found.dtype, device=found.device)
+        lengths = [text.characters for text in texts]
+        likelihoods /= torch.tensor(lengths, dtype=likelihoods.dtype, device=likelihoods.device)
     counts = [len(item.choices) for item in items]
     right, ties = torch.zeros(2, len(blocks), dtype=torch.int64)
-    for item, scores in zip(items, found.cpu().split(counts, dim=1), strict=True):
+    for item, scores in zip(items, likelihoods.cpu().split(counts, dim=1), strict=True):
         right += scores.argmax(1) == item.answer
         ties += (scores == scores.amax(1, keepdim=True)).sum(1) > 1
     shares = (right.double() / len(items)).tolist()
@@ -76,7 +79,7 @@ def multiple_choice(
 
 
 class _Text:
-    """Tokens of context and choice, and from which on they are scored."""
+    """The tokens of context and choice. They are scored from `start` on."""
 
     def __init__(self, item: Item, choice: str, tokenize: Tokenize) -> None:
         self.tokens, context = list(tokenize(item.context + choice)), list(tokenize(item.context))
@@ -92,8 +95,8 @@ class _Text:
 def _likelihoods(
     stages: Stages, blocks: list[Block], texts: list[_Text], batch_size: int, vocab_size: int | None
 ) -> Tensor:
-    """Log-likelihoods [blocks, texts], fp64, on every rank; texts of like lengths share a micro-batch."""
-    found = torch.zeros(len(blocks), len(texts), dtype=torch.float64, device=stages.device)
+    """fp64 [blocks, texts]: log-likelihoods, on every rank. Texts of similar lengths share a micro-batch."""
+    likelihoods = torch.zeros(len(blocks), len(texts), dtype=torch.float64, device=stages.device)
     place = {block: i for i, block in enumerate(blocks)}
     head: Any = head_of(stages, vocab_size)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
@@ -102,22 +105,21 @@ def _likelihoods(
 
     def add(rows: Rows, indices: Tensor, block: Block, hidden: Tensor) -> None:
         losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
-        at = indices[rows.mask.nonzero()[:, 0]]
-        found[place[block]].index_add_(0, at, -losses.double())
+        texts_N = indices[rows.mask.nonzero()[:, 0]]
+        likelihoods[place[block]].index_add_(0, texts_N, -losses.double())
 
     with stages.open():
         for start in range(0, len(together), ranks):
-            mine = min(start + rank, len(together) - 1)  # a rank without work repeats the last, masked
-            rows = rows_of(
-                _batch([texts[i] for i in together[mine]], start + rank == mine), stages.config, stages.device
-            )
-            indices = torch.tensor(together[mine], device=stages.device)
+            number = min(start + rank, len(together) - 1)  # a rank without work repeats the last batch, masked
+            batch = _batch([texts[i] for i in together[number]], counts=start + rank == number)
+            rows = rows_of(batch, stages.config, stages.device)
+            indices = torch.tensor(together[number], device=stages.device)
             stages.run(rows, blocks[1:], partial(add, rows, indices))
-        return total(found)
+        return total(likelihoods)
 
 
 def _batch(texts: list[_Text], counts: bool) -> dict[str, Tensor]:
-    """Rows padded at their end; the loss mask stands where a scored token is the next."""
+    """Rows, padded at their end. The loss mask is True where the next token is scored."""
     length = max(len(text.tokens) for text in texts)
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     mask = torch.zeros(len(texts), length, dtype=torch.bool)

@@ -11,7 +11,7 @@ from nemo_minitron.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A question: each choice continues `context` (which holds the examples too, where there are shots)."""
+    """A question. Each choice continues `context`, which also has the examples of a few-shot task."""
 
     context: str
     choices: tuple[str, ...]
@@ -21,7 +21,7 @@ class Item:
 def read_items(path: str | Path) -> list[Item]:
     """A JSONL file of objects with `context`, `choices` (at least two texts) and `answer` (an index).
 
-    Raises InputError, with the line's number, for a line that is none of these.
+    Raises InputError, with the line's number, for a line that is no such object.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON may hold

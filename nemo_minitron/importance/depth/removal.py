@@ -1,4 +1,8 @@
-"""Layers taken out one by one, each time the one whose absence changes the logits least (MINITRON, section 1)."""
+"""Layers are removed one by one, each time the layer whose absence changes the logits least (docs/method.md).
+
+Shapes (docs/shapes.md): N tokens that count, W columns of the vocabulary on this rank, S positions of the sequence, B
+sequences, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ REFERENCES = ("source", "round")
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """`order`: removed source layers, the first removed first; `errors`: of each removal, in that order.
+    """`order`: the removed source layers, in the order of removal. `errors`: the error of each removal, in that order.
 
-    `rounds[r]`: the error of every layer that was there in round r, by its number.
+    `rounds[r]`: the error of every layer that was still there in round r, by its number.
     """
 
     order: list[int]
@@ -40,18 +44,18 @@ class Removal:
 def iterative_removal(
     model: Any, batches: Iterable[Any], count: int, against: str = "source", *, vocab_size: int | None = None
 ) -> Removal:
-    """Removes `count` layers of a live model, one a round: the one with the least normalised logit error.
+    """Removes `count` layers of a live model, one a round: the layer with the least normalised error of the logits.
 
-    Without layer j the error is sum (M - M_j)^2 / sum M^2 over all logits of unmasked tokens (true
-    vocabulary). M is the whole model's (`against="source"`), or that of what the round began with ("round",
-    which costs no pass of the whole model in later rounds). Of equal errors the later layer goes. Nothing is
-    removed from `model` itself. Layouts, batches and `vocab_size` as for `depth_scan`; all batches are read in
-    every round, one batch's logits and hidden states are held at a time. Raises InputError for a count or a
-    reference that is not legal, and where no token counts.
+    The error without layer j is sum (M - M_j)^2 / sum M^2, over the logits M of all unmasked tokens (without padding of
+    the vocabulary). M belongs to the complete model (`against="source"`) or to the model that the round began with
+    ("round", which needs no pass of the complete model in later rounds). Of equal errors the later layer goes. `model`
+    itself keeps all its layers. Layouts, batches and `vocab_size` as for `depth_scan`. Every round reads all batches,
+    and the logits and hidden states of one batch are in memory at a time. Collective over the whole job. Raises
+    InputError for a count or a reference that is not legal, and if no token counts.
     """
     if against not in REFERENCES:
         raise InputError(f"against='{against}' is unknown; {nearest(against, REFERENCES)}")
-    stages, given = Stages(model), list(batches)
+    stages, batches = Stages(model), list(batches)
     kept, most = list(range(stages.config.num_layers)), stages.config.num_layers - 1
     if not isinstance(count, Integral) or not 1 <= count <= most:
         near = min(max(int(count), 1), most) if isinstance(count, Integral) else 1
@@ -59,7 +63,7 @@ def iterative_removal(
     removal = Removal([], [], [])
     with stages.open():
         for _ in range(count):
-            errors = _round(stages, given, kept, against, vocab_size)
+            errors = _round(stages, batches, kept, against, vocab_size)
             least = min(errors, key=lambda layer: (errors[layer], -layer))
             kept.remove(least)
             removal.order.append(least)
@@ -89,30 +93,32 @@ def _singles(kept: list[int]) -> list[Block]:
 
 
 class Errors:
-    """`sums` [layers + 1], fp64: squared differences of each dropped position; squared logits of the reference."""
+    """`sums` fp64 [layers + 1]: the squared differences without each layer, and the squared logits of the reference."""
 
     def __init__(self, stages: Stages, count: int, vocab_size: int | None) -> None:
         self.sums = torch.zeros(count + 1, dtype=torch.float64, device=stages.device)
         self.head: Any = head_of(stages, vocab_size)
-        self._logits: Any = None
+        self._reference_NW: Any = None
 
-    def see(self, rows: Rows, block: Block, hidden: Tensor) -> None:
-        """The undropped state, of which the others differ, then those."""
+    def see(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
+        """Takes the state of the complete model first, as the reference, then those without a layer."""
         if block == NOTHING:
-            self.refer(rows, block, hidden)
+            self.refer(rows, block, hidden_SBH)
         else:
-            self.add(rows, block, hidden)
+            self.add(rows, block, hidden_SBH)
 
-    def refer(self, rows: Rows, block: Block, hidden: Tensor) -> None:
-        self._logits = self.head.logits(hidden, rows.mask)
-        self.sums[-1] += sum(_squares(part.float()) for part in chunks(self._logits))
+    def refer(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
+        """Makes this state the reference."""
+        self._reference_NW = self.head.logits(hidden_SBH, rows.mask)
+        self.sums[-1] += sum(_squares(part_NW.float()) for part_NW in chunks(self._reference_NW))
 
-    def add(self, rows: Rows, block: Block, hidden: Tensor) -> None:
+    def add(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
+        """Adds the difference of this state to the reference."""
         if block != NOTHING:
-            logits = self.head.logits(hidden, rows.mask)
-            pairs = zip(chunks(self._logits), chunks(logits), strict=True)
+            logits_NW = self.head.logits(hidden_SBH, rows.mask)
+            pairs = zip(chunks(self._reference_NW), chunks(logits_NW), strict=True)
             self.sums[block[0]] += sum(_squares(a.float() - b.float()) for a, b in pairs)
 
 
-def _squares(x: Tensor) -> Tensor:
-    return x.square().sum(1).sum(dtype=torch.float64)
+def _squares(x_NW: Tensor) -> Tensor:
+    return x_NW.square().sum(1).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One micro-batch of a depth scan, as this rank needs it."""
+"""One micro-batch of a depth scan: this rank's part of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import length_multiple
 
 READ = ("tokens", "labels", "loss_mask", "position_ids")
-REFUSED = ("attention_mask", "cu_seqlens")  # what a scan of whole, causal rows would get wrong in silence
+REFUSED = ("attention_mask", "cu_seqlens")  # a scan takes complete, causal rows and would ignore them
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """int64 [B, S/cp] each; `mask` is bool, True where the prediction of `labels` counts."""
+    """int64 [B, S/cp] each. `mask` is bool: True where the prediction of `labels` counts."""
 
     tokens: Tensor
     labels: Tensor
@@ -28,40 +28,40 @@ class Rows:
 
 
 def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
-    """A batch of whole rows -> this context-parallel rank's part of them.
+    """A batch of complete rows -> this context-parallel rank's part of them.
 
-    `batch`: an int64 [B, S] tensor, or a mapping with `tokens` and, if it likes, `labels` (default: the next
-    token), `loss_mask` and `position_ids`. The last position of a row without labels does not count. Rows
-    that the layout cannot divide get masked tokens at their end, which under causal attention nothing sees.
-    Raises InputError for shapes that differ and for masks of attention and packed rows.
+    `batch`: an int64 [B, S] tensor, or a mapping with `tokens` and optionally `labels` (default: the next token),
+    `loss_mask` and `position_ids`. Without labels the last position of a row does not count. If the layout cannot
+    divide the rows, they get masked tokens at their end, which causal attention never reads. Raises InputError for
+    shapes that differ, for attention masks and for packed rows.
     """
     parts = _checked(dict(batch) if isinstance(batch, Mapping) else {"tokens": batch})
     tokens = parts["tokens"].to(device, torch.int64)
-    places = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    order = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     mask = parts["loss_mask"].to(device) > 0 if "loss_mask" in parts else torch.ones_like(tokens, dtype=torch.bool)
     if "labels" in parts:
         labels = parts["labels"].to(device, torch.int64)
     else:
-        labels, mask = tokens.roll(-1, dims=1), mask & (places < tokens.shape[1] - 1)
-    positions = parts["position_ids"].to(device, torch.int64) if "position_ids" in parts else places
-    whole = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions}
-    return Rows(**get_batch_on_this_cp_rank({name: _padded(x, config) for name, x in whole.items()}))
+        labels, mask = tokens.roll(-1, dims=1), mask & (order < tokens.shape[1] - 1)
+    positions = parts["position_ids"].to(device, torch.int64) if "position_ids" in parts else order
+    uncut = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions}
+    return Rows(**get_batch_on_this_cp_rank({name: _padded(x, config) for name, x in uncut.items()}))
 
 
 def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is given and not None, of one shape."""
-    given = {name: torch.as_tensor(x) for name, x in parts.items() if name in (*READ, *REFUSED) and x is not None}
+    """The tensors of a batch that are not None. All have one shape."""
+    tensors = {name: torch.as_tensor(x) for name, x in parts.items() if name in (*READ, *REFUSED) and x is not None}
     for name in REFUSED:
-        if name in given:
+        if name in tensors:
             raise InputError(f"a batch has '{name}'; a scan of depth takes whole causal rows, one sample each")
-    if "tokens" not in given:
+    if "tokens" not in tensors:
         raise InputError(f"a batch has {', '.join(sorted(map(str, parts))) or 'nothing'}, but no 'tokens'")
-    shapes = {tuple(x.shape) for x in given.values()}
-    if len(shapes) > 1 or given["tokens"].dim() != 2:
+    shapes = {tuple(x.shape) for x in tensors.values()}
+    if len(shapes) > 1 or tensors["tokens"].dim() != 2:
         raise InputError(
             f"a batch has tensors of {sorted(shapes)}; legal is one shape [batch, sequence] for all of them"
         )
-    return given
+    return tensors
 
 
 def _padded(x: Tensor, config: Any) -> Tensor:
@@ -69,7 +69,7 @@ def _padded(x: Tensor, config: Any) -> Tensor:
 
 
 def all_rows(batches: Iterable[Any], config: Any, device: torch.device) -> Iterable[Rows]:
-    """One micro-batch at a time. Raises InputError where there is none."""
+    """One micro-batch at a time. Raises InputError if there is none."""
     empty = True
     for batch in batches:
         empty = False

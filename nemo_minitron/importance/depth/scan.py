@@ -28,22 +28,22 @@ def depth_scan(
 ) -> dict[Block, float]:
     """Loss of a live model without each contiguous block of `sizes` layers: {(first, last): loss}.
 
-    `first`, `last`: 0-based numbers of the source's layers, both dropped; `NOTHING`, (0, -1), is the
-    undropped model. The loss is the mean next-token cross-entropy over unmasked tokens, in nats;
-    `metric="perplexity"`: its exponential. The same on every rank, for `Scores.depth[metric]`.
+    `first` and `last`: 0-based numbers of the source's layers; both are dropped. `NOTHING`, (0, -1), is the complete
+    model. The loss is the mean next-token cross-entropy over unmasked tokens, in nats; `metric="perplexity"`: its
+    exponential. It is the same on every rank, for `Scores.depth[metric]`.
 
-    `model`: a Megatron model or a list of its chunks; `vocab_size`: the true one, where the model's is padded
-    and NeMo did not record it. `batches`: this data-parallel rank's micro-batches of
-    whole rows (also under context parallelism), as `rows_of` takes them; the hidden states of one of them
-    are in memory at a time. Collective over the whole job; mixtures of experts want as many batches on every
-    data-parallel rank. Raises InputError for sizes or metrics that are not legal, and for no batches or tokens.
+    `model`: a Megatron model or a list of its chunks. `vocab_size`: without padding; needed if the model's vocabulary
+    is padded and NeMo did not record the true size. `batches`: this data-parallel rank's micro-batches of complete rows
+    (under context parallelism, too), as `rows_of` takes them. The hidden states of one batch are in memory at a time.
+    Collective over the whole job. A mixture of experts needs the same number of batches on every data-parallel rank.
+    Raises InputError for sizes or metrics that are not legal, and if there are no batches or no tokens that count.
     """
     if metric not in METRICS:
         raise InputError(f"metric '{metric}' is unknown; {nearest(metric, METRICS)}")
     stages = Stages(model)
     blocks = blocks_of(stages.config.num_layers, sizes)
     place = {block: i for i, block in enumerate([NOTHING, *blocks])}
-    sums = torch.zeros(len(place) + 1, dtype=torch.float64, device=stages.device)  # of each block; of tokens
+    sums = torch.zeros(len(place) + 1, dtype=torch.float64, device=stages.device)  # a loss a block, then the tokens
     head: Any = head_of(stages, vocab_size)
 
     def add(rows: Rows, block: Block, hidden: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ def depth_scan(
 
 
 def blocks_of(num_layers: int, sizes: Sequence[int]) -> list[Block]:
-    """Every contiguous block of these sizes, sorted. Raises InputError for a size that leaves no layer."""
+    """All contiguous blocks of these sizes, sorted. Raises InputError for a size that leaves no layer."""
     for size in sizes:
         if not isinstance(size, Integral) or not 1 <= size < num_layers:
             near = min(max(int(size), 1), num_layers - 1) if isinstance(size, Integral) else 1

@@ -1,9 +1,12 @@
-"""A live model, run from any layer on: each boundary's hidden state is kept, and what comes before a dropped
-block is never run again.
+"""A live model that can run from any layer on. The hidden state in front of each layer is kept, so what comes before a
+dropped block is never run again.
 
-For L layers, the undropped model costs L layer forwards, and the model without layers i..j another L - 1 - j:
-all single layers together (L + 1) L / 2, and one output head each. Nothing smaller computes these numbers,
-since every dropped block makes the input of all later layers another one.
+With n layers the complete model costs n layer forwards, and the model without layers i..j costs n - 1 - j more. All
+single layers together cost (n + 1) n / 2, and one output head each. It cannot be less, because a dropped block changes
+the input of all later layers.
+
+Shapes (docs/shapes.md): S positions of the sequence (S/cp, and /tp under sequence parallelism), B sequences, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.importance.depth.rows import Rows
 
 See = Callable[[Block, Tensor], None]
-PARTS = ("layers", "final_layernorm")  # of Megatron's TransformerBlock; the final norm belongs to the head here
+PARTS = ("layers", "final_layernorm")  # of Megatron's TransformerBlock. Here the head runs the final norm
 
 
-class Stage:
-    """One model chunk of this rank: a stretch of the kept layers, and their boundary states of one micro-batch.
+class ChunkOfLayers:
+    """One model chunk of this rank: some of the kept layers, and the states in front of them of one micro-batch.
 
-    `start`, `end`: positions of its layers among the kept ones. Hidden states are [S/cp(/tp under sequence
-    parallelism), B, H], as Megatron passes them between its layers.
+    `start`, `end`: positions of its layers among the kept ones. Hidden states are [S, B, H], as Megatron passes them
+    between its layers.
     """
 
     def __init__(self, chunk: Any, number: int, count: int) -> None:
@@ -37,7 +40,7 @@ class Stage:
         self.is_first, self.is_last = number == 0, number == count - 1
         offset = get_transformer_layer_offset(chunk.config, getattr(chunk, "vp_stage", None))
         self.numbers = range(offset, offset + len(self.decoder.layers))
-        self._whole = {name: self.decoder._modules[name] for name in PARTS if name in self.decoder._modules}
+        self._original_parts = {name: self.decoder._modules[name] for name in PARTS if name in self.decoder._modules}
         self._input = self.decoder.input_tensor
         self._keywords: dict[str, Any] = {}
         self._states: dict[int, Tensor] = {}
@@ -45,14 +48,14 @@ class Stage:
 
     def keep(self, layers: Sequence[int]) -> None:
         """From now on only these source layers exist."""
-        mine = [layer for layer in layers if layer in self.numbers]
+        here = [layer for layer in layers if layer in self.numbers]
         self.start = sum(layer < self.numbers.start for layer in layers)
-        self.end = self.start + len(mine)
-        self._kept = [self._whole["layers"][layer - self.numbers.start] for layer in mine]
+        self.end = self.start + len(here)
+        self._kept = [self._original_parts["layers"][layer - self.numbers.start] for layer in here]
 
     def forward(self, rows: Rows, hidden: Tensor | None) -> Tensor:
-        """The undropped pass, layer by layer; keeps the state at each boundary. `hidden`: None on the first stage."""
-        self.decoder.input_tensor = hidden  # where there is one, its length is that of the rotary embedding
+        """The complete pass, layer by layer, which keeps every state. `hidden`: None on the first stage."""
+        self.decoder.input_tensor = hidden  # Megatron takes the length of the rotary embedding from it
         prepared = self.model._preprocess(rows.tokens, rows.position_ids, decoder_input=hidden)
         names = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset")
         self._keywords = dict(zip(names, prepared[1:5], strict=True))
@@ -62,56 +65,51 @@ class Stage:
         return self._states[self.end]
 
     def drop(self, first: int, after: int, hidden: Tensor | None) -> Tensor:
-        """The pass without the kept positions first..after-1: on from `hidden`, or from this stage's own state."""
+        """The pass without the positions first..after-1. It starts at `hidden`, or at this chunk's own state."""
         hidden = self._states[first] if hidden is None else hidden
         return self._run(hidden, max(self.start, after), self.end)
 
     def _run(self, hidden: Tensor, start: int, end: int) -> Tensor:
-        """Megatron's own TransformerBlock.forward, with its contexts, over a part of the layers."""
+        """Megatron's own TransformerBlock.forward, with its contexts, over some of the layers."""
         if start >= end:
             return hidden
         part = nn.ModuleList(self._kept[start - self.start : end - self.start])
-        self.decoder._modules.update(dict.fromkeys(self._whole) | {"layers": part})
+        self.decoder._modules.update(dict.fromkeys(self._original_parts) | {"layers": part})
         self.decoder.input_tensor = hidden
         try:
             return self.decoder(hidden_states=hidden, attention_mask=None, **self._keywords)
         finally:
-            self.decoder._modules.update(self._whole)
+            self.decoder._modules.update(self._original_parts)
 
     def close(self) -> None:
-        """Gives up the states and leaves the model as it was."""
+        """Drops the states and leaves the model as it was."""
         self._states.clear()
         self._keywords.clear()
         self.decoder.input_tensor = self._input
 
 
 class Stages:
-    """This rank's chunks of the pipeline, in evaluation mode while open."""
+    """This rank's chunks of the pipeline. They are in evaluation mode while it is open."""
 
     def __init__(self, model: Any) -> None:
         chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
         self._group = parallel_state.get_pipeline_model_parallel_group()
         rank, size = torch.distributed.get_rank(self._group), torch.distributed.get_world_size(self._group)
         count = size * len(chunks)
-        self._stages = [Stage(unwrap(chunk), rank + size * i, count) for i, chunk in enumerate(chunks)]
+        self._stages = [ChunkOfLayers(unwrap(chunk), rank + size * i, count) for i, chunk in enumerate(chunks)]
         ranks = torch.distributed.get_process_group_ranks(self._group)
         self._before, self._behind = ranks[rank - 1], ranks[(rank + 1) % size]
         self.config = self._stages[0].model.config
         self.device = next(self._stages[0].model.parameters()).device
 
     @property
-    def first(self) -> Any:
-        """Any chunk's model: what all of them have in common."""
-        return self._stages[0].model
-
-    @property
     def head(self) -> Any:
-        """The model that holds the output head, or None on other pipeline ranks."""
+        """The model with the output head. None on other pipeline ranks."""
         return self._stages[-1].model if self._stages[-1].is_last else None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Stages]:
-        """Evaluation mode without gradients; everything is as it was afterwards, also after an error."""
+        """Evaluation mode without gradients. Afterwards everything is as before, even after an error."""
         modes = [stage.model.training for stage in self._stages]
         try:
             for stage in self._stages:
@@ -124,19 +122,19 @@ class Stages:
                 stage.model.train(mode)
 
     def run(self, rows: Rows, blocks: Iterable[Block], see: See, kept: Sequence[int] | None = None) -> None:
-        """One micro-batch through the undropped model and without each block.
+        """Runs one micro-batch through the complete model and through the model without each block.
 
-        `see(block, hidden)` is called on the rank of the output head, first with `NOTHING`, then with each
-        block and the hidden state before the final norm. `kept`: source layers that exist (default all);
-        `blocks` are positions among them. Collective over the pipeline: the same blocks everywhere. Every
-        stage takes them in one order and passes a block's state on before it turns to the next block: every
-        receive is the next thing that its sender does, so that nothing waits in a circle.
+        `see(block, hidden)` is called on the rank of the output head with the hidden state before the final norm, first
+        for `NOTHING`, then for each block. `kept`: the source layers that exist (default all). `blocks` are positions
+        among them. Collective over the pipeline: every rank gives the same blocks. Every stage takes them in the same
+        order and sends the state of a block before it starts the next block. So the sender of a state is never waiting
+        itself, and there is no deadlock.
         """
         for stage in self._stages:
             stage.keep(range(self.config.num_layers) if kept is None else kept)
             hidden = None if stage.is_first else self._receive(rows)
             self._pass_on(stage, NOTHING, stage.forward(rows, hidden), see)
-        # The last blocks first: later stages have work of their own while earlier ones come to theirs.
+        # The last blocks come first: then later stages have work of their own while earlier stages do theirs.
         for block in sorted(blocks, reverse=True):
             first, after = block[0], block[1] + 1
             for stage in self._stages:
@@ -145,7 +143,7 @@ class Stages:
                     hidden = stage.drop(first, after, self._receive(rows) if before else None)
                     self._pass_on(stage, block, hidden, see)
 
-    def _pass_on(self, stage: Stage, block: Block, hidden: Tensor, see: See) -> None:
+    def _pass_on(self, stage: ChunkOfLayers, block: Block, hidden: Tensor, see: See) -> None:
         if stage.is_last:
             see(block, hidden)
         else:

@@ -1,4 +1,8 @@
-"""The estimators of dense decoders (2407.14679, section 2.2)."""
+"""The estimators of dense decoders (2407.14679, section 2.2).
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, A attention heads, Y channels of one head, H hidden
+size, X further dimensions.
+"""
 
 from __future__ import annotations
 
@@ -17,44 +21,46 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
-def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-    return given
+def first_input(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+    """For `Watch.values`: the module's first input."""
+    return module_input
 
 
-def _output(module: nn.Module, given: Tensor, output: Any) -> Tensor:
+def _output(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def times_input(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Taylor: each input element times its gradient."""
-    x = given.detach()  # an alias: the pipeline's schedule may free a stage's input and output
-    return given, lambda gradient: x * gradient
+def times_input(module: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Taylor: each element of the input times its gradient."""
+    # Another tensor on the same memory: the pipeline's schedule may free a stage's input and output.
+    x = module_input.detach()
+    return module_input, lambda gradient: x * gradient
 
 
 # -- MLP -----------------------------------------------------------------------------------------------
 @estimator(MLP)
 class Neurons(Estimator):
-    """The MLP's hidden activation, after gating: the input of `linear_fc2`."""
+    """The MLP's hidden activation after gating, the input of `linear_fc2`. The default, as in Model Optimizer."""
 
     axis = "ffn"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        return Watch(layer, module.linear_fc2, _input, times_input)
+        return Watch(layer, module.linear_fc2, first_input, times_input)
 
 
 @estimator(MLP)
 class PreActivations(Estimator):
-    """X W1, the paper's own formula: the output of `linear_fc1`; of a gated MLP what goes into the activation."""
+    """X W1, the paper's own formula: the output of `linear_fc1`. In a gated MLP the half that is activated."""
 
     axis = "ffn_pre_activation"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         gated = module.config.gated_linear_unit
 
-        def before(linear: nn.Module, given: Tensor, output: Any) -> Tensor:
-            whole = output[0]
-            whole = whole if output[1] is None else whole + output[1]
-            return whole.chunk(2, dim=-1)[0] if gated else whole
+        def before(linear: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+            values = output[0]
+            values = values if output[1] is None else values + output[1]  # a bias that is not added yet
+            return values.chunk(2, dim=-1)[0] if gated else values
 
         return Watch(layer, module.linear_fc1, before)
 
@@ -62,35 +68,36 @@ class PreActivations(Estimator):
 # -- attention -----------------------------------------------------------------------------------------
 @estimator(Attention)
 class Heads(Estimator):
-    """Per token the L2 norm of each head's output: the input of `linear_proj`. Multi-latent attention too."""
+    """For each token the L2 norm of each head's output, the input of `linear_proj`. For multi-latent attention, too."""
 
     axis = "heads"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
         heads = module.num_attention_heads_per_partition
 
-        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
-            return torch.linalg.vector_norm(given.float().unflatten(-1, (heads, -1)), dim=-1)
+        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+            return torch.linalg.vector_norm(module_input.float().unflatten(-1, (heads, -1)), dim=-1)
 
-        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            x = given.detach()
-            return given, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
+        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            x = module_input.detach()
+            return module_input, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
 
         return Watch(layer, module.linear_proj, norms, taylor)
 
 
 @estimator(Attention)
 class HeadChannels(Estimator):
-    """Each channel of the heads' outputs; the norm over a head's channels is taken at the end (Model Optimizer)."""
+    """Each channel of the heads' outputs. The norm over a head's channels is taken at the end, as in Model
+    Optimizer."""
 
     axis = "head_channels"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        return Watch(layer, module.linear_proj, _input)
+        return Watch(layer, module.linear_proj, first_input)
 
 
 class _HeadNorm(Estimator):
-    """A norm over head_dim, with one gamma for all heads: [num_layers, head_dim], never part of `hidden`."""
+    """A norm over head_dim. All heads share its gamma: [num_layers, head_dim]. It is no part of `hidden`."""
 
     sharded = False
     heads_are_positions = True
@@ -101,8 +108,8 @@ class _HeadNorm(Estimator):
         if norm is None or isinstance(norm, IdentityOp):
             return None
 
-        def spread(_: nn.Module, given: Tensor, output: Tensor) -> Tensor:
-            return output.transpose(1, 2).flatten(0, 1)  # [S, B, heads, D] -> [S * heads, B, D]
+        def spread(_: nn.Module, module_input: Tensor, output: Tensor) -> Tensor:
+            return output.transpose(1, 2).flatten(0, 1)  # [S, B, A, Y] -> [S * A, B, Y]
 
         return Watch(layer, norm, spread)
 
@@ -119,9 +126,10 @@ class KeyNorm(_HeadNorm):
 
 # -- norms of the residual stream ----------------------------------------------------------------------
 class _Norm(Estimator):
-    """A norm's output, one row a norm: input and pre-MLP norm of each layer, then the final one.
+    """A norm's output, one row a norm: the input norm and the pre-MLP norm of each layer, then the final norm.
 
-    Its Taylor score is of the residual stream before it: under Transformer Engine a fused norm's output is in no graph.
+    Its Taylor score takes the residual stream in front of the norm: Transformer Engine does not give the output of a
+    fused norm a place in the graph.
     """
 
     axis = "norms"
@@ -152,26 +160,28 @@ class FinalNorm(_Norm):
 
 
 def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
-    """A norm of its own shows its output; a fused one does not (nor under Transformer Engine), so it is
-    computed again from its input."""
+    """A separate norm shows its output. A norm that is fused with a linear layer does not, neither here nor in
+    Transformer Engine, so it is computed again from its input."""
     if not isinstance(norm, IdentityOp):
         return Watch(row, norm, _output, times_input)
     if getattr(fused, "layer_norm_weight", None) is None:
         return None
 
-    def again(module: Any, given: Tensor, output: Any) -> Tensor:
-        return normalize(given.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config)
+    def again(module: Any, module_input: Tensor, output: Any) -> Tensor:
+        return normalize(
+            module_input.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config
+        )
 
     return Watch(row, fused, again, times_input)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-    """RMSNorm or LayerNorm of fp32 `x` [..., H] as a Megatron config says, incl. zero-centred gamma."""
-    gamma = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
+    """RMSNorm or LayerNorm of fp32 `x` [..., H], as a Megatron config says; gamma may be zero-centred."""
+    gamma_H = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
     if config.normalization == "RMSNorm":
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], gamma, config.layernorm_epsilon)
-    beta = None if bias is None else bias.float()
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, config.layernorm_epsilon)
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], gamma_H, config.layernorm_epsilon)
+    beta_H = None if bias is None else bias.float()
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], gamma_H, beta_H, config.layernorm_epsilon)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -183,7 +193,7 @@ def _unit(x: Tensor) -> Tensor:
 class BlockInfluence(Estimator):
     """1 - cos(layer input, layer output), the mean over all tokens.
 
-    Its Taylor score is the loss's first-order change when the layer is skipped: (output - input) times gradient.
+    Its Taylor score is the first-order change of the loss if the layer is skipped: (output - input) times gradient.
     """
 
     axis = "layers"
@@ -191,14 +201,15 @@ class BlockInfluence(Estimator):
     aggregate = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def influence(_: nn.Module, given: Tensor, output: Any) -> Tensor:
-            hidden = output[0] if isinstance(output, tuple) else output
-            turned = _unit(given.float()).sub_(_unit(hidden.float()))
-            return torch.linalg.vector_norm(turned, dim=-1).square() / 2  # 1 - cos, with its digits where it is small
+        def influence(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+            output_SBH = output[0] if isinstance(output, tuple) else output
+            difference_SBH = _unit(module_input.float()).sub_(_unit(output_SBH.float()))
+            # |a - b|^2 / 2 of unit vectors is 1 - cos, but keeps its digits where it is small.
+            return torch.linalg.vector_norm(difference_SBH, dim=-1).square() / 2
 
-        def taylor(_: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            hidden = output[0] if isinstance(output, tuple) else output
-            written = hidden.detach() - given.detach()
-            return hidden, lambda gradient: (written * gradient).sum(-1)
+        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            output_SBH = output[0] if isinstance(output, tuple) else output
+            added_SBH = output_SBH.detach() - module_input.detach()
+            return output_SBH, lambda gradient: (added_SBH * gradient).sum(-1)
 
         return Watch(layer, module, influence, taylor)

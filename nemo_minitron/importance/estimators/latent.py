@@ -1,4 +1,4 @@
-"""Multi-latent attention: its heads are `dense.Heads`; here the norms of its latents, never part of `hidden`."""
+"""Multi-latent attention: the norms of its latents, which are no part of `hidden`. `dense.Heads` scores its heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
 class _LatentNorm(Estimator):
-    """[num_layers, rank]: the latent after its norm, whole on every tensor-parallel rank."""
+    """[num_layers, rank]: the latent after its norm. Every tensor-parallel rank has all of it."""
 
     sharded = False
     part: str
@@ -23,16 +23,16 @@ class _LatentNorm(Estimator):
         norm = getattr(module, f"{self.part}_layernorm", None)
         if norm is None:  # queries without a low rank
             return None
-        found = watch_norm(layer, norm, getattr(module, f"linear_{self.part}_up_proj"), module.config)
-        return None if found is None else dataclasses.replace(found, values=_rows(found), taylor=None)
+        watch = watch_norm(layer, norm, getattr(module, f"linear_{self.part}_up_proj"), module.config)
+        return None if watch is None else dataclasses.replace(watch, values=_rows(watch), taylor=None)
 
 
 def _rows(watch: Watch) -> Any:
-    """Packed samples come as [T, rank]: they are one row of the batch."""
+    """Packed samples come as [tokens, rank]. They are one row of the batch."""
 
-    def values(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-        found = watch.values(module, given, output)
-        return found[:, None] if found.dim() == 2 else found
+    def values(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+        latents = watch.values(module, module_input, output)
+        return latents[:, None] if latents.dim() == 2 else latents
 
     return values
 

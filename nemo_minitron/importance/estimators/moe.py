@@ -1,8 +1,8 @@
-"""Mixtures of experts: whole experts, the neurons of each, and those of the shared expert.
+"""Mixtures of experts: experts as a whole, the neurons of each, and the neurons of the shared expert.
 
-What an expert sees has lost its sample on the way, so its statistics are per routed token (docs/reductions.md): the
-criterion's aggregation over the sequence, over all tokens that came to it. Its activations carry the router's
-probability, which Megatron multiplies in before the expert's second matrix.
+An expert gets single tokens, not samples, so its statistics are per routed token (docs/reductions.md): the criterion's
+aggregation over the sequence runs over all tokens that came to the expert. The activations carry the router's
+probability, because Megatron multiplies with it before the expert's second matrix.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.estimators.dense import times_input
+from nemo_minitron.importance.estimators.dense import first_input, times_input
 from nemo_minitron.importance.registry import Estimator, Watch, estimator
 
 
 @estimator(MoELayer)
 class Experts(Estimator):
-    """The L2 norm of an expert's router-weighted output, per routed token: [num_layers, experts]."""
+    """The L2 norm of an expert's output, times the router's probability, per routed token: [num_layers, experts]."""
 
     axis = "experts"
     experts = True
     sharded = False
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def norms(_: nn.Module, given: Tensor, output: Any) -> Tensor:
+        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
             return torch.linalg.vector_norm(over_shards(output[0].float()), dim=-1)
 
         return Watch(layer, module.experts, norms, _output_times_gradient, routes=_routes(module))
@@ -46,23 +46,26 @@ class ExpertNeurons(Estimator):
 
     def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
         for expert, linear, routes in second_matrices(module):
-            yield Watch(layer, linear, _input, times_input, expert=expert, routes=routes)
+            yield Watch(layer, linear, first_input, times_input, expert=expert, routes=routes)
 
 
 @estimator(MoELayer)
 class SharedExpertNeurons(Estimator):
-    """As `dense.Neurons`, of the expert that sees every token: [num_layers, ffn]."""
+    """As `dense.Neurons`, for the expert that gets every token: [num_layers, ffn]."""
 
     axis = "shared_expert_ffn"
 
     def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
-        return None if shared is None else Watch(layer, shared.linear_fc2, _input, times_input)
+        return None if shared is None else Watch(layer, shared.linear_fc2, first_input, times_input)
 
 
 def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]:
-    """(local expert, its second linear, what knows which tokens came to it); None for the expert where a linear takes
-    those of all, one after another. Raises InputError for experts that do not show their neurons."""
+    """(local expert, its second linear layer, the dispatcher that knows which tokens came to it).
+
+    The expert is None if one linear layer takes the tokens of all experts, one expert after another. Raises InputError
+    for experts whose neurons cannot be watched.
+    """
     routes = _routes(mixture)
     if isinstance(mixture.experts, SequentialMLP):
         for number, expert in enumerate(mixture.experts.local_experts):
@@ -76,32 +79,31 @@ def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]
         )
 
 
-def _input(module: nn.Module, given: Tensor, output: Any) -> Tensor:
-    return given
-
-
-def _output_times_gradient(module: nn.Module, given: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Taylor: of an expert's whole output for a token, the sum over the hidden channels."""
-    whole = output[0].detach()
+def _output_times_gradient(
+    module: nn.Module, module_input: Tensor, output: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Taylor: for each token the sum over the hidden channels of an expert's output times its gradient."""
+    values = output[0].detach()
 
     def product(gradient: Tensor) -> Tensor:
-        return over_shards((whole * gradient).float().sum(-1))
+        return over_shards((values * gradient).float().sum(-1))
 
     return output[0], product
 
 
 def over_shards(part: Tensor) -> Tensor:
-    """The sum over the ranks that share an expert: under its tensor parallelism an output is a part of one."""
+    """The sum over the ranks that share an expert. Under the experts' tensor parallelism an output is only a
+    summand."""
     group = parallel_state.get_expert_tensor_parallel_group()
     if torch.distributed.get_world_size(group) == 1:
         return part
-    whole = part.clone()
-    torch.distributed.all_reduce(whole, group=group)
-    return whole
+    total = part.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _routes(layer: Any) -> Any:
-    """What knows which tokens came to which expert. Raises InputError where tokens are dropped or padded."""
+    """The dispatcher, which knows which tokens came to which expert. Raises InputError if it drops or pads tokens."""
     kind = layer.config.moe_token_dispatcher_type
     if kind not in ("allgather", "alltoall"):
         raise InputError(f"experts under the '{kind}' dispatcher are not watched; legal are allgather and alltoall")
