@@ -136,6 +136,11 @@ def test_nemo_only_in_hosts():
     assert _breaches(lambda _: NEMO, lambda path: applies(path) and _room(path) == "cli", inside_functions=False) == []
 
 
+def test_a_host_is_asked_by_its_protocol():
+    """All else goes through `hosts.host_of`: which host it is, is nobody's business."""
+    assert _breaches(lambda _: ("nemo_minitron.hosts.nemo",), lambda path: _room(path) != "hosts") == []
+
+
 def test_megatron_only_where_models_run():
     allowed = ("importance", "distillation", "backend", "megatron", "hosts")
     of_files = Path("data/index_writer.py")  # they are Megatron's: its own class writes them

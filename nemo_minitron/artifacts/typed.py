@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from nemo_minitron.artifacts.parse import Kind, Wrong, checked, flag, inside, listed, mapped, maybe, number, text
+from nemo_minitron.artifacts.parse import Kind, Wrong, checked, flag, inside, listed, maybe, number
 from nemo_minitron.errors import nearest
 
 T = TypeVar("T")
@@ -37,11 +37,17 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _text(value: Any, legal: str = "a text") -> str:
+    if not isinstance(value, str):  # it may name a file, whose name need not be UTF-8
+        raise Wrong(value, legal)
+    return value
+
+
 def _path(value: Any) -> Path:
-    return Path(text(legal="a path")(value))
+    return Path(_text(value, "a path"))
 
 
-_PLAIN: dict[Any, Kind] = {int: _whole, float: number(), str: text(), bool: flag, Path: _path}
+_PLAIN: dict[Any, Kind] = {int: _whole, float: number(), str: _text, bool: flag, Path: _path}
 
 
 def _record(cls: Any) -> Kind:
@@ -77,6 +83,14 @@ def _kind(hint: Any) -> Kind:
         items = listed(_kind(inner[0]))
         return lambda value: tuple(items(value))
     if origin is Mapping:
-        name, item = _kind(inner[0]), mapped(_kind(inner[1]))
-        return lambda value: {name(key): held for key, held in item(value).items()}
+        return _mapping(_kind(inner[0]), _kind(inner[1]))
     raise TypeError(f"no kind for a field of type {hint}")
+
+
+def _mapping(name: Kind, item: Kind) -> Kind:
+    def kind(value: Any) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise Wrong(value, "an object")
+        return {name(key): inside(item, held, key) for key, held in value.items()}
+
+    return kind

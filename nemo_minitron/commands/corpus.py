@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def tokenise(data: str, model: str | Path, prefix: Path, vocab_size: int, skip_bad_lines: bool = False) -> Tokens:
     """Text -> `.bin/.idx` with the tokenizer in the folder `model`, once; gives the Tokens, all of them below
-    `vocab_size`. Says on stderr how many bad lines were left out. Raises InputError as `nemo.data.build`."""
+    `vocab_size`. Says on stderr how many bad lines were left out. Raises InputError as `data.build`."""
     from nemo_minitron.data import build, load_tokenizer
 
     tokens = build(data, load_tokenizer(model), prefix, vocab_size=vocab_size, skip_bad_lines=skip_bad_lines)

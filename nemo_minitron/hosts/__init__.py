@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nemo_minitron.hosts.protocol import Host
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a worker's helper imports this package, and nothing heavy with it
+    from nemo_minitron.hosts.protocol import Host
 
 
 def host_of() -> Host:

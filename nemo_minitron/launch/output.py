@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import visible
-from nemo_minitron.settings.orders import PROGRESS
+from nemo_minitron.settings.progress import PROGRESS
 
 TAIL = 200  # lines of output that a message may come from
 MARK = "  ~minitron "  # a line of a worker to its launcher: JSON behind it

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.files import naming
 from nemo_minitron.artifacts.temporary import apart
@@ -26,7 +27,9 @@ from nemo_minitron.launch.death import killed, oom_kills
 from nemo_minitron.launch.machines import StageOrder, StageResult, leading
 from nemo_minitron.launch.output import Output
 from nemo_minitron.launch.stall import ask_for_stacks, kill, stall_timeout, stalled, unheard, words_of
-from nemo_minitron.settings.orders import Order
+
+if TYPE_CHECKING:
+    from nemo_minitron.settings.orders import Order
 
 ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
 LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from nemo_minitron.settings.orders import PROGRESS
+from nemo_minitron.settings.progress import PROGRESS
 
 SECONDS = 10
 

@@ -15,8 +15,6 @@ from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation
 
-PROGRESS = "  > "  # what a worker's line of progress begins with; the launcher passes such lines on to the screen
-
 
 class Order:
     """What the launcher asks of an order."""

@@ -57,6 +57,9 @@ class CheckpointSource(ModelSource):
         key, _, _ = self._places[name][0]
         return DTYPES[self._metadata.state_dict_metadata[key].properties.dtype]
 
+    def rest(self) -> None:
+        self._chunk = None
+
     def _locate(self) -> dict[str, list[tuple[str, tuple[int, ...], Piece]]]:
         """Canonical name -> (key in the checkpoint, its positions along stacked layers and experts, piece of the
         tensor)."""

@@ -50,10 +50,15 @@ class ModelSource:
     def read(self, name: str, index: Index) -> np.ndarray:
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Lets go of what reading keeps in memory; an opened model may stay for long."""
+
     @functools.cached_property
     def digest(self) -> str:
         """The model digest, as it was when it was first asked for."""
-        return source_digest(self)
+        digest = source_digest(self)
+        self.rest()
+        return digest
 
     @functools.cached_property
     def identity(self) -> list[str]:

@@ -29,8 +29,9 @@ EVERY = (
     EstimateOrder(HERE, Path("text"), Path("work"), CALIBRATION, LAYOUT),
     PruneOrder(HERE, Path("plan.json"), Path("out"), Path("solved")),
     PruneOrder(HERE, Path("plan.json"), Path("out")),
-    CompensateOrder(HERE, {Path("p"): Path("a"), Path("q"): Path("b")}, Path("text"), 1, 9, CALIBRATION, LAYOUT),
+    CompensateOrder(HERE, {Path("p"): Path("a"), Path("\udce9"): Path("b")}, Path("text"), 1, 9, CALIBRATION, LAYOUT),
     CacheOrder(HERE, Path("text"), Path("out"), LAYOUT, 2),
+    CacheOrder(Path("caf\udce9"), Path("text"), Path("out"), LAYOUT, 2),  # a name that is no UTF-8
     DistillOrder(HERE, None, Path("t"), Path("h"), Path("out"), Path("i"), Distillation(lm_weight=0.25), LAYOUT),
     DistillOrder(HERE, HERE, Path("t"), Path("h"), Path("o"), Path("i"), Distillation(), LAYOUT, 7, Path("plan.json")),
     FinetuneOrder(HERE, Path("data"), Path("out"), Finetuning(), LAYOUT),
@@ -49,8 +50,8 @@ def test_every_stage_is_tried_here():
 
 
 def test_processes_and_places():
-    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6]
-    assert [str(order.place) for order in EVERY] == ["work", "out", "out", "a", "out", "out", "o", "out"]
+    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6, 6]
+    assert [str(order.place) for order in EVERY] == ["work", "out", "out", "a", "out", "out", "out", "o", "out"]
 
 
 @pytest.mark.parametrize(

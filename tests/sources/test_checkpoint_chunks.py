@@ -168,3 +168,13 @@ def test_how_often_a_chunk_is_read(tmp_path, teacher):
     assert data.numel() * 4 <= max(row[2] for row in found)
     ours, theirs = raw_tensors(tmp_path / "s"), raw_tensors(folder)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_identity_is_read_once_and_nothing_of_it_stays(teacher):
+    """A job keeps its teacher open to its end. Mutation: a `digest` that does not `rest`."""
+    folder, checkpoint, found = teacher
+    assert checkpoint.identity == HFSource(folder).identity
+    assert checkpoint._chunk is None
+    count = len(found)
+    assert checkpoint.identity == [checkpoint.digest, checkpoint.identity[1]]
+    assert len(found) == count > 0

@@ -64,7 +64,7 @@ class Distillation(Callback):
     `intermediate_weight` None is the paper's dynamic alpha (`distillation.intermediate`). `plan`: where the student
     comes from, a PrunePlan's file, which "auto" and the linear's start need.
     `cache`: a folder of `minitron cache-logits`; then no teacher is loaded, and the loss is the cache's own, at its
-    temperature. Training's rows must be the cache's (`nemo.data.rows`), in any order.
+    temperature. Training's rows must be the cache's (`megatron.rows`), in any order.
     `moe_aux_loss_coeff`: of the load-balancing loss of a mixture's routers, in the place of what the model's config
     has, for as long as it is distilled: a loss is what it says it is (`distillation.routers`). Its z-loss is off.
     `parts` are the parts of the last step's loss, by name, once there is more than one, or a cache; NeMo's logger

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.orders import DistillOrder, FinetuneOrder
-
 if TYPE_CHECKING:
+    from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.megatron.depth import DepthCriteria
     from nemo_minitron.megatron.estimate import Estimation
+    from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.settings.orders import DistillOrder, FinetuneOrder
 
 
 class NeMo:
