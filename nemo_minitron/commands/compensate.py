@@ -13,8 +13,9 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
-from nemo_minitron.pruning.compensation import RIDGE, solvable
+from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.layout import Layout

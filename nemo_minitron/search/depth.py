@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from nemo_minitron.artifacts import Scores
-from nemo_minitron.artifacts.blocks import NOTHING, Block, size_of
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE, NOTHING, REMOVAL, Block, size_of
 from nemo_minitron.errors import InputError, nearest
 
-BLOCK_INFLUENCE = "block_influence"
-REMOVAL = "removal"  # its layers stand in the order in which they went
 HIGHER_IS_BETTER = ("accuracy",)  # of what is left without a block; of any other criterion lower is
 
 
