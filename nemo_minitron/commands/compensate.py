@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
 from nemo_minitron.launch.lock import locked
@@ -18,6 +18,7 @@ from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 
 BYTES = int(MEMORY * 1e9)
@@ -39,13 +40,16 @@ def run_compensate(
     check_plan(made, source)
     check_solvable(made, ridge, memory)
     check_host(source.config)
+    fit = Fit(calibration, layout)
+    fit.model(positions_of(source.config))
+    say(fit.remark)
     layout.check(source.architecture)
-    layout.check_sequence(calibration.sequence_length)
+    layout.check_sequence(fit.settings.sequence_length)
     with locked(cache_of(out)):
         tokens = tokenise(
             data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
         )
-        solve_for(model, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
+        solve_for(model, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 
 
@@ -55,11 +59,16 @@ def solve_for(
 ) -> None:  # fmt: skip
     """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
     what is solved for it goes."""
+    from nemo_minitron.data import Tokens
+
+    fit = Fit(calibration, layout)
+    fit.text(Tokens(data))
+    say(fit.remark)
     settings = {
         "model": str(resolve(model)), "plans": {str(plan): str(out) for plan, out in plans.items()}, "data": str(data),
         "ridge": ridge, "memory": memory, "layout": dataclasses.asdict(layout),
     }  # fmt: skip
-    settings |= {name: getattr(calibration, name) for name in ROWS}
+    settings |= {name: getattr(fit.settings, name) for name in ROWS}
     launch("compensate", settings, layout.processes, log)
 
 

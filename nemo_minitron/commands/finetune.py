@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
 from nemo_minitron.artifacts.whole import sealed
-from nemo_minitron.commands.corpus import cache_of
+from nemo_minitron.commands.corpus import cache_of, positions_of, say
 from nemo_minitron.commands.distill import (
     WHOLE,
     check_out,
@@ -25,22 +25,27 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
 
 FIELDS = ("input", "output")
 
 
-def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Path:
+def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Finetuning:
     """`minitron finetune`: a Hugging Face folder in, an aligned one out, `loss.csv` beside its files; called again
-    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`. Raises InputError."""
+    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`.
+    Returns the settings with what was derived. Raises InputError."""
     from nemo_minitron.pruning import HFSource
 
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)
     check_host(opened.config)
-    architecture = opened.architecture
+    fit = Fit(recipe, layout)
+    fit.model(positions_of(opened.config))
+    say(fit.remark)
+    recipe, architecture = fit.settings, opened.architecture
     layout = layout.for_depth(architecture.num_layers)
     layout.check(architecture, training=True)
     layout.check_sequence(recipe.sequence_length)
@@ -62,7 +67,8 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
             launch("finetune", settings, layout.processes, work / "log.txt")
             write_json(training / WHOLE, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
-        return export_student(training, source, out)
+        export_student(training, source, out)
+    return recipe
 
 
 def _begin(training: Path, made_of: list[Any], data: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 
 CHUNK = 1 << 21  # logits that are held in float64 at a time
 
