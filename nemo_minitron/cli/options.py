@@ -136,6 +136,8 @@ def _parameter(name: str, kind: Any, known: Setting, default: Any, override: str
     shown = Optional[shown] if default is None else shown
     said: Any = default not in ("", (), None)
     said = said if asked_for(default) else f"{default}, or what fits"
+    if known.repeated and default is not None:
+        default = [default]
     option = typer.Option(flag, help=words, rich_help_panel=known.panel, show_default=said)
     return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[shown, option])
 
