@@ -15,6 +15,7 @@ from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.layout import Layout
 
+OUT = "The file of matrices, for `minitron prune --compensation`."
 ROWS = Taking("samples", "sequence_length", "batch_size", "precision", "seed")  # what is scored is not asked here
 
 
@@ -26,7 +27,7 @@ def compensate(
     cutting: Annotated[Cutting, Taking("ridge", "memory")],
     layout: Layout,
     skip_bad_lines: SkipBadLines = False,
-    out: Annotated[Path, typer.Option("--out", rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
+    out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Fit the matrices behind cut neurons or heads anew, by least squares on activations: forward passes only."""

@@ -14,6 +14,7 @@ from nemo_minitron.schema import MODEL, OUTPUT
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.layout import Layout
 
+OUT = "The file of scores."
 MERGE = "Scores of another run over other rows of the same model, to merge in."
 
 
@@ -25,7 +26,7 @@ def estimate(
     machines: Machines,
     merge: Annotated[Optional[Path], typer.Option(help=MERGE, rich_help_panel=MODEL)] = None,
     skip_bad_lines: SkipBadLines = False,
-    out: Annotated[Path, typer.Option("--out", rich_help_panel=OUTPUT)] = Path("scores.safetensors"),
+    out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("scores.safetensors"),
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Score what matters, with forward passes only; run again after a kill, it goes on."""

@@ -16,7 +16,7 @@ from nemo_minitron.settings.search import Search
 if TYPE_CHECKING:
     from nemo_minitron.commands.plan import Outcome
 
-KEEP = "Sizes to keep, e.g. ffn=1024,hidden=432,layers=24; beside a target: axes to hold fixed."
+KEEP = "Sizes to keep, e.g. ffn=1024,layers=24; beside a target: axes to hold fixed."
 DEPTH = "Criterion by which layers go: block_influence, or one of the scores' depth criteria."
 CONTIGUOUS = "Layers go as one block, where --depth scanned blocks."
 ARCHITECTURE = "A model's folder or JSON, instead of scores."
@@ -31,9 +31,10 @@ COLUMNS = {  # of a row -> head, what a number is divided by, how it reads
 
 
 def plan(
-    search: Annotated[Search, Taking(distil=1)],  # nothing is distilled here, so that --top may be 1
     scores: Annotated[Optional[Path], typer.Argument(help="Scores of `minitron estimate`.")] = None,
+    *,
     keep: Annotated[str, typer.Option(help=KEEP, rich_help_panel=METHOD)] = "",
+    search: Annotated[Search, Taking(distil=1)],  # nothing is distilled here, so that --top may be 1
     depth: Annotated[str, typer.Option(help=DEPTH, rich_help_panel=METHOD)] = BLOCK_INFLUENCE,
     contiguous: Annotated[bool, typer.Option(help=CONTIGUOUS, rich_help_panel=METHOD)] = True,
     baseline: Annotated[str, typer.Option(help=BASELINE, rich_help_panel=METHOD)] = "",

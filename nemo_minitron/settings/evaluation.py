@@ -9,6 +9,7 @@ from nemo_minitron.schema import MODEL, TOKENS, known_as, setting
 from nemo_minitron.settings.validated import ValidatedSettings, precision_setting
 
 GIVEN = "a command takes its text as --data"
+OPTION = "commands have an option of this name"
 CARD = "for the cards and reports of a job"
 JOB = "a job alone compares, continues and reports"
 
@@ -31,7 +32,7 @@ class Data:
     teachers_own: bool = setting(
         False, "The teacher was trained on this text, so that no correction is called for.", recipe_only=CARD
     )
-    skip_bad_lines: bool = setting(False, "Leave out lines that cannot be read, and count them.", panel=MODEL)
+    skip_bad_lines: bool = setting(False, "Leave out lines that cannot be read, and count them.", recipe_only=OPTION)
 
 
 @dataclasses.dataclass(frozen=True)

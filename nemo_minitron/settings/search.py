@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bf16", "fp8")
 BAND = "%s within --tolerance, e.g. 84M or 8.27B."
-BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536,layers=20:30; half to all unless given."
+BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536 (several with commas); half to all unless given."
 DIVISORS = "What sizes must be multiples of: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128, or several with commas."
 RANKED = "a job ranks its candidates by distilling them"
 Loads = Mapping[str, int | str]  # a family's `multiples`
@@ -49,11 +49,11 @@ class Search(ValidatedSettings):
     latency: str = setting("", "At most, of a forward pass, e.g. 30ms.", recipe_only="a job measures it")
     batch: int = setting(1, "Sequences in the KV cache.")
     context: int = setting(4096, "Tokens of each.")
-    weights: str = setting("bf16", "What weights are stored in.", legal=DTYPES)
-    kv_cache: str = setting("bf16", "What the KV cache is stored in.", legal=DTYPES)
+    weights: str = setting("bf16", "What weights are stored in: bf16 or fp8.", legal=DTYPES)
+    kv_cache: str = setting("bf16", "What the KV cache is stored in: bf16 or fp8.", legal=DTYPES)
     tolerance: str = setting("5%", "Of the targets in parameters.")
     bounds: str = setting("", BOUNDS)
-    space: str = setting("", "Sizes to try, e.g. 'layers=29,30;heads=32,48;ffn=2.5x,3x' (multiples of hidden).")
+    space: str = setting("", "Sizes to try, e.g. 'layers=29,30;ffn=3x' (3x: of hidden).")
     divisors: str = setting("", DIVISORS)
     maximal: bool = setting(True, "Leave out shapes that fit inside another.")
     candidates: int = setting(12, "Candidates to list; a job cuts and measures them.", flag="--top")
