@@ -56,7 +56,7 @@ class Calibration(ValidatedSettings):
     seed: int = seed_setting(help="Which rows are drawn, and in which order.", panel=MODEL)
     axes: tuple[str, ...] = setting((), "Axes with commas: ffn, heads, hidden, layers ...; all unless given.")
     save_every: int = setting(64, "Rows between saves, for a run that is killed.", panel=OUTPUT)
-    depth: tuple[str, ...] = setting((), "Criteria of depth with commas, beside block influence: " + ", ".join(DEPTH) + ".")
+    depth: tuple[str, ...] = setting((), "Criteria beside block influence, with commas: " + ", ".join(DEPTH) + ".")
     depth_sizes: tuple[int, ...] = setting((1,), "Sizes of the contiguous blocks that are left out, with commas.")
     depth_samples: int = setting(16, "Rows for the loss, the perplexity and the removal of layers.", derived=True)
     items: str = setting("", "JSONL of context, choices and answer, for --depth accuracy.", panel=MODEL)
