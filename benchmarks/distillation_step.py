@@ -61,8 +61,8 @@ class Steps:
             self._add(name, cached, vocab)
 
     def _cache(self, chunks: list[Any], folder: Path, given: dict[str, Any], precision: str) -> Any:
+        from nemo_minitron.artifacts.cache_settings import CacheSettings
         from nemo_minitron.artifacts.logit_cache import CacheHeader
-        from nemo_minitron.artifacts.logit_records import CacheSettings
         from nemo_minitron.distillation.cache import CachedTeacher, make
 
         tokens = self.rows[:, :-1].numpy()

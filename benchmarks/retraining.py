@@ -208,8 +208,8 @@ class Bench:
         return meter, Intermediate(pairs, [student], self.teacher, meter=meter)
 
     def cached_step(self, rows: Any, seed: int) -> Any:
+        from nemo_minitron.artifacts.cache_settings import CacheSettings
         from nemo_minitron.artifacts.logit_cache import CacheHeader
-        from nemo_minitron.artifacts.logit_records import CacheSettings
         from nemo_minitron.distillation.cache import CachedTeacher, make
         from nemo_minitron.distillation.cache.objective import CachedObjective, with_targets
         from nemo_minitron.distillation.step import distillation_step

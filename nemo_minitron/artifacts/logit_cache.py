@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, write_json
-from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.artifacts.logit_records import Codec, Kept
 from nemo_minitron.artifacts.parse import anything, checked, flag, grouped, mapped, number, text, whole
 from nemo_minitron.errors import InputError
 

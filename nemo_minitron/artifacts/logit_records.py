@@ -3,64 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
-from nemo_minitron.errors import InputError, nearest
-
-MODES = ("sample", "top-k")
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSettings:
-    """The settings that decide a cache's numbers, beside model and text. Raises InputError for an illegal value.
-
-    `mode` "sample": at each position `draws` tokens from q, where q is proportional to p^(1 / `proposal_temperature`)
-    and p = softmax(logits / `temperature`) is the target (RS-KD, 2503.16870). A token's weight is count / draws *
-    p / q and is never normalised, so that the expectation of the target is p. At proposal temperature 1, q is p and
-    the count suffices. `independent`: independent draws, as in the paper; otherwise one draw from each `draws`-th of
-    the distribution, which has the same expectation and less noise. `sets`: the number of independent sets of draws;
-    epoch e uses set e % sets. `mode` "top-k": the `k` largest p, and the mass of all other tokens.
-    `sequence_length`: tokens of a row. `precision`: of the teacher's forward pass.
-    """
-
-    sequence_length: int = 512
-    mode: str = "sample"
-    draws: int = 50
-    independent: bool = False
-    proposal_temperature: float = 1.0
-    sets: int = 1
-    seed: int = 1234
-    k: int = 64
-    temperature: float = 1.0
-    precision: str = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"mode '{self.mode}' is unknown; {nearest(self.mode, MODES)}")
-        for name in ("sequence_length", "draws", "sets", "seed", "k"):
-            least, most = (0, 2**63 - 1) if name == "seed" else (1, 65535)
-            most = 2**31 - 1 if name == "sequence_length" else most
-            if not least <= getattr(self, name) <= most:
-                legal = min(max(getattr(self, name), least), most)
-                raise InputError(f"{name} is {getattr(self, name)}; the nearest legal value is {legal}")
-        for name in ("temperature", "proposal_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; it must be a number above 0")
-
-    @property
-    def sampled(self) -> bool:
-        return self.mode == "sample"
-
-    @property
-    def stored_sets(self) -> int:
-        return self.sets if self.sampled else 1
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide the numbers in this mode."""
-        other = ("k",) if self.sampled else ("draws", "independent", "proposal_temperature", "sets", "seed")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in other}
+from nemo_minitron.artifacts.cache_settings import CacheSettings
+from nemo_minitron.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from nemo_minitron.cli.cache_logits import cache_logits
 from nemo_minitron.cli.compensate import compensate
@@ -16,14 +17,16 @@ from nemo_minitron.cli.distill import distill
 from nemo_minitron.cli.estimate import estimate
 from nemo_minitron.cli.evaluate import evaluate
 from nemo_minitron.cli.finetune import finetune
+from nemo_minitron.cli.options import with_options
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
+from nemo_minitron.schema import OUTPUT
 
-COMMANDS = (
+COMMANDS: tuple[Callable[..., None], ...] = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
     report, doctor,
 )  # fmt: skip
@@ -31,6 +34,16 @@ COMMANDS = (
 
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; anywhere.")] = False) -> None:
     """`--debug` is read in `main`."""
+
+
+class Command(TyperCommand):
+    """A command whose `--help` stands in the last panel, behind its own options."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = OUTPUT
+        return option
 
 
 def _app(commands: Iterable[Callable[..., None]]) -> typer.Typer:
@@ -42,11 +55,25 @@ def _app(commands: Iterable[Callable[..., None]]) -> typer.Typer:
     )
     app.callback()(_options)
     for command in commands:
-        app.command()(command)
+        app.command(cls=Command)(command)
     return app
 
 
-app = _app(COMMANDS)
+def _titles() -> Iterator[Callable[..., None]]:
+    """The commands without their options, which take a tenth of a start to build: for the list of them."""
+    for command in COMMANDS:
+
+        def title() -> None: ...
+
+        title.__name__, title.__doc__ = command.__name__, command.__doc__
+        yield title
+
+
+def __getattr__(name: str) -> typer.Typer:
+    """`app`: all commands with their options."""
+    if name != "app":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return _app(with_options(command) for command in COMMANDS)
 
 
 def main() -> None:
@@ -61,10 +88,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
             signal.signal(number, _leave)
-    # Alone if it can be: typer first builds the options of all commands, which takes a tenth of its start
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
     try:
-        _app(named or COMMANDS)(arguments)
+        _app([with_options(command) for command in named] or _titles())(arguments)
     except (InputError, OSError, RuntimeError) as error:
         if debug:
             raise

@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from nemo_minitron.cli.nodes import Count, Meeting, Rank, on_nodes
-from nemo_minitron.cli.options import Stall
+from nemo_minitron.cli.nodes import Machines, Stall
+from nemo_minitron.cli.options import Overriding
 from nemo_minitron.errors import InputError
 from nemo_minitron.launch.stall import SECONDS
+from nemo_minitron.schema import MACHINES, OUTPUT
+from nemo_minitron.settings.layout import Layout
 
 if TYPE_CHECKING:
     from nemo_minitron.job import Job
 
+FOLDER = "The run folder; runs/NAME unless given."
+DRY = "Print what would be done, and load nothing."
+OVERWRITE = "Do stages of another recipe again there."
 EXECUTOR = "local, docker, slurm, skypilot, or a name in NeMo-Run's executors.py; its settings are executor.key=value."
 
 
 def compress(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    layout: Annotated[dict[str, Any], Overriding(Layout, "layout")],
+    machines: Machines,
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, e.g. distillation.tokens=2000")] = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="The run folder [default: runs/NAME].")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and load nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do stages of another recipe again there.")] = False,
-    tp: Annotated[Optional[int], typer.Option("--tp", help="Tensor-parallel size; layout.tp of the recipe.")] = None,
-    pp: Annotated[Optional[int], typer.Option("--pp", help="Pipeline stages; layout.pp.")] = None,
-    vp: Annotated[Optional[int], typer.Option("--vp", help="Virtual stages a pipeline stage; layout.vp.")] = None,
-    cp: Annotated[Optional[int], typer.Option("--cp", help="Context-parallel size; layout.cp.")] = None,
-    ep: Annotated[Optional[int], typer.Option("--ep", help="Expert-parallel size; layout.ep.")] = None,
-    dp: Annotated[Optional[int], typer.Option("--dp", help="Data-parallel size; layout.dp.")] = None,
-    sp: Annotated[Optional[bool], typer.Option("--sp/--no-sp", help="Sequence parallelism; layout.sp.")] = None,
-    nodes: Count = None,
-    node_rank: Rank = None,
-    rendezvous: Meeting = None,
-    executor: Annotated[Optional[str], typer.Option("--executor", help=EXECUTOR)] = None,
+    executor: Annotated[Optional[str], typer.Option(help=EXECUTOR, rich_help_panel=MACHINES)] = None,
     stall_timeout: Stall = SECONDS,
+    out: Annotated[Optional[Path], typer.Option("--out", help=FOLDER, rich_help_panel=OUTPUT)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY, rich_help_panel=OUTPUT)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE, rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """The whole job, resumable, into one run folder."""
     from nemo_minitron.cli.find import find
     from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
+    from nemo_minitron.settings.derive import fit_job
     from nemo_minitron.settings.precision import with_resolved_precisions
 
-    layout = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "dp": dp, "sp": sp}
-    chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items() if value is not None]
+    chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items()]
     settings = [*(overrides or []), *chosen]
     own = [setting for setting in settings if not setting.startswith("executor.")]
     if len(own) < len(settings) and not executor:
@@ -56,7 +54,7 @@ def compress(
         text = (
             describe_chain(with_resolved_precisions(job), folder)
             if job.chain
-            else describe(with_resolved_precisions(job))
+            else describe(fit_job(with_resolved_precisions(job))[0])
         )
         if dry_run:
             print(text if executor else f"{text}\nnothing was loaded or written")
@@ -67,9 +65,8 @@ def compress(
         return
     from nemo_minitron.job.compress import run_compress
 
-    place = (nodes, node_rank, rendezvous)
-    same = ["compress", job.as_dict(), overwrite]
-    on_nodes(place, job.layout, same, folder, lambda: run_compress(job, folder, overwrite=overwrite))
+    machines = dataclasses.replace(machines, job=["compress", job.as_dict(), overwrite])  # the recipe, not its name
+    machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
 
 
 def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError, first_line, nearest
-from nemo_minitron.settings.recipe import Job
+from nemo_minitron.settings.recipe import Job, with_defaults_unasked
 
 
 def names() -> list[str]:
@@ -22,13 +22,19 @@ def names() -> list[str]:
 
 
 def find(recipe: str) -> Job:
-    """A shipped recipe by name, a Python file with `recipe()`, or a resolved `recipe.json`.
+    """A shipped recipe by name, a Python file with `recipe()`, or its values in a YAML or JSON file.
 
-    Raises InputError for anything else, with the nearest name.
+    The recipe.json of a run folder has every setting written out: there, one at its default was not asked for. Raises
+    InputError for anything else, with the nearest name.
     """
     path = Path(recipe)
     if path.suffix == ".json":
-        return Job.from_dict(read_json(path, "the recipe"))
+        job = Job.from_dict(read_json(path, "the recipe"))
+        return with_defaults_unasked(job) if (path.parent / "manifest.json").exists() else job
+    if path.suffix in (".yaml", ".yml"):
+        from nemo_minitron.cli.yaml_recipe import read_yaml
+
+        return Job.from_dict(read_yaml(path))
     if path.suffix == ".py":
         return _from_file(path)
     if recipe not in names():

@@ -17,12 +17,14 @@ from typing import Any, Optional, get_args, get_origin, get_type_hints
 import nemo_run as run
 
 from nemo_minitron.cli.find import names
-from nemo_minitron.cli.nodes import on_nodes
+from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.compress import run_compress
+from nemo_minitron.schema import asked_for
 from nemo_minitron.settings.recipe import Job
 
 NAMESPACE = "minitron"
+_CLASSES: dict[str, Any] = {}  # of `_class_of`, by name
 PLAIN = (int, float, str, bool)
 TORCHRUN = {  # what it tells a process about the others
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -54,7 +56,7 @@ def task(entry: Any, job: Job, out: str | None = None) -> Any:
     for name, value in settings.items():
         group = getattr(job, name, None)
         if dataclasses.is_dataclass(group):
-            settings[name] = run.Config(type(group), **_written(group))
+            settings[name] = run.Config(_class_of(type(group)), **_written(group))
         elif isinstance(value, Mapping):
             settings[name] = _open(value)
     return run.Partial(entry, **settings)
@@ -71,10 +73,13 @@ def _open(values: Mapping[str, Any]) -> Any:
 
 
 def _written(values: Any) -> dict[str, Any]:
-    """A dataclass' fields as plain values; empty texts stay defaults, since NeMo-Run's files cannot say them."""
+    """A dataclass' fields as plain values. Empty texts stay defaults, since NeMo-Run's files cannot say them, and so do
+    sizes that nobody asked for."""
     defaults = {field.name: field.default for field in dataclasses.fields(values)}
     plain = json.loads(json.dumps(dataclasses.asdict(values)))
-    return {name: value for name, value in plain.items() if value != "" or defaults[name] != ""}
+    left_out = {name for name, value in plain.items() if value == "" and defaults[name] == ""}
+    left_out |= {name for name in plain if not asked_for(getattr(values, name))}
+    return {name: value for name, value in plain.items() if name not in left_out}
 
 
 def add_recipe(name: str, recipe: Callable[[], Job]) -> None:
@@ -99,11 +104,19 @@ def signature(kind: type) -> inspect.Signature:
     return inspect.Signature([p.replace(annotation=_readable(hints[p.name])) for p in parameters])
 
 
+def _class_of(group: Any) -> Any:
+    """A class of this module under a group of settings, with the signature that NeMo-Run asks of what it configures
+    for `distillation.tokens=2000`. NeMo-Run's files name it as nemo_minitron.cli.nemo_run.Distillation."""
+    name = group.__name__
+    if name not in _CLASSES:
+        body = {"__signature__": signature(group), "__doc__": group.__doc__, "__module__": __name__}
+        _CLASSES[name] = globals()[name] = type(name, (group,), body)
+    return _CLASSES[name]
+
+
 def _readable(hint: Any) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        group: Any = hint
-        group.__signature__ = signature(hint)  # which NeMo-Run asks of it for `distillation.tokens=2000`
-        return hint
+        return _class_of(hint)
     origin, items = get_origin(hint), get_args(hint)
     if hint in PLAIN:
         return hint
@@ -142,7 +155,7 @@ def _do(job: Job, out: Optional[str], until: str = "") -> None:
     """As `minitron compress`, also where an executor starts it once on each of several nodes."""
     folder = job.folder(out)
     same = ["compress", until, job.as_dict()]
-    on_nodes((None, None, None), job.layout, same, folder, lambda: run_compress(job, folder, until))
+    Machines(job=same).run(job.layout, folder, lambda: run_compress(job, folder, until))
 
 
 @command

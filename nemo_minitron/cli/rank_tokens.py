@@ -8,12 +8,17 @@ from typing import Annotated
 import typer
 
 from nemo_minitron.cli.options import Data, SkipBadLines
+from nemo_minitron.schema import OUTPUT
+
+OUT = "Scores, to which it is added."
 
 
 def rank_tokens(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Scores, to which it is added.")] = Path("scores.safetensors"),
+    out: Annotated[Path, typer.Option("--out", help="Scores, to which it is added.", rich_help_panel=OUTPUT)] = Path(
+        "scores.safetensors"
+    ),
     skip_bad_lines: SkipBadLines = False,
 ) -> None:
     """Count a corpus' tokens, for plans that keep fewer (`minitron plan --keep vocab=N`)."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.schema import OUTPUT
+
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron compress`.")]) -> None:
     """report.html, the figures, and the CSV behind each."""
@@ -15,7 +17,9 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron com
     print(write_report(run))
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
     """What is installed, whether it fits together, and what to run to mend it."""
     from nemo_minitron.backend.doctor import examine
 

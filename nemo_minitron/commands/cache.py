@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
-from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.artifacts.temporary import sweep
-from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of
 from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CacheOrder
@@ -40,6 +41,9 @@ def run_cache(
         check_whole(name, value)
     source = open_source(model)
     check_host(source.config)
+    fit = Fit(settings, layout)
+    fit.model(positions_of(source.config))
+    settings = fit.settings
     layout.check(source.architecture)
     layout.check_sequence(settings.sequence_length)
     check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
@@ -47,6 +51,9 @@ def run_cache(
     work = cache_of(out)
     with locked(work):
         tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
+        fit.text(tokens)
+        say(fit.remark)
+        settings = fit.settings
         rows = whole_rows(tokens, settings.sequence_length, samples)
         header = CacheHeader(
             settings, teacher_digest(source), corpus_digest(tokens, rows, settings.sequence_length),

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host
 from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
-from nemo_minitron.pruning.compensation import RIDGE, solvable
+from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
 from nemo_minitron.sources.tensors import ModelSource
@@ -39,13 +41,16 @@ def run_compensate(
     check_plan(made, source)
     check_solvable(made, ridge, memory)
     check_host(source.config)
+    fit = Fit(calibration, layout)
+    fit.model(positions_of(source.config))
+    say(fit.remark)
     layout.check(source.architecture)
-    layout.check_sequence(calibration.sequence_length)
+    layout.check_sequence(fit.settings.sequence_length)
     with locked(cache_of(out)):
         tokens = tokenise(
             data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
         )
-        solve_for(source, {plan: out}, tokens.prefix, calibration, layout, ridge=ridge, memory=memory)
+        solve_for(source, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 
 
@@ -55,7 +60,12 @@ def solve_for(
 ) -> None:  # fmt: skip
     """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
     what is solved for it goes."""
-    order = CompensateOrder(model.path, plans, data, ridge, memory, calibration, layout)
+    from nemo_minitron.data import Tokens
+
+    fit = Fit(calibration, layout)
+    fit.text(Tokens(data))
+    say(fit.remark)
+    order = CompensateOrder(model.path, plans, data, ridge, memory, fit.settings, layout)
     launch(order, host_of().worker, log)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_minitron.data import Tokens
@@ -26,6 +27,17 @@ def left_out(tokens: Tokens, data: str) -> str:
     if tokens.corpus is None or not tokens.corpus.skipped:
         return ""
     return f"{tokens.corpus.skipped:,} bad lines of '{data}' are left out; the first: {tokens.corpus.first_skipped}"
+
+
+def say(remark: str) -> None:
+    """What was derived where nobody asked for a size: on stderr, beside a result that may be JSON."""
+    if remark:
+        print(f"remark: {remark}", file=sys.stderr, flush=True)
+
+
+def positions_of(*configs: Mapping[str, Any]) -> int | None:
+    """The longest sequence that all of these models were made for, of those whose configs say so."""
+    return min((int(c["max_position_embeddings"]) for c in configs if c.get("max_position_embeddings")), default=None)
 
 
 def cache_of(out: Path) -> Path:

@@ -10,12 +10,13 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
+from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.artifacts.records import LAST, read_mark
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
-from nemo_minitron.commands.corpus import cache_of, corpus_identity, tokenise
+from nemo_minitron.commands.corpus import cache_of, corpus_identity, positions_of, say, tokenise
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
@@ -24,6 +25,7 @@ from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
@@ -149,8 +151,9 @@ def left_by_training(out: Path) -> list[str]:
 def run_distill(
     student: str, teacher: str | None, data: str, out: Path, recipe: Distillation, layout: Layout, *,
     validation: str | None = None, plan: Path | None = None, skip_bad_lines: bool = False,
-) -> Path:  # fmt: skip
-    """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files."""
+) -> Distillation:  # fmt: skip
+    """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files. Returns the
+    settings that it was trained with, where some of them were derived."""
     from nemo_minitron.pruning import HFSource
     from nemo_minitron.sources.open import open_source
 
@@ -165,6 +168,11 @@ def run_distill(
     for model in opened:
         check_host(model.config)
     models = [model.architecture for model in opened]
+    fit = Fit(recipe, layout)
+    fit.model(positions_of(*(model.config for model in opened)))
+    if recipe.teacher_cache:
+        fit.exactly(CacheHeader.load(recipe.teacher_cache).settings.sequence_length, "the cache's rows are so long")
+    recipe = fit.settings
     if recipe.learns_from_teacher and len(models) > 1:
         check_vocabularies(models[0], models[1])
     for architecture in models if not recipe.teacher_cache else models[:1]:
@@ -181,15 +189,20 @@ def run_distill(
     work = cache_of(out)
     with locked(work):
         rows = models[0].vocab_size
-        train = tokenise(data, source, work / "train", rows, skip_bad_lines).prefix
+        train = tokenise(data, source, work / "train", rows, skip_bad_lines)
         held_out = train
         if validation:
-            held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines).prefix
+            held_out = tokenise(validation, source, work / "validation", rows, skip_bad_lines)
+        if not recipe.teacher_cache:
+            fit.text(train, held_out)
+        say(fit.remark)
         training = work / "training"
         run_training(
-            base, taught, (train, held_out), training, recipe, layout.for_depth(depth), work / "log.txt", plan=plan
+            base, taught, (train.prefix, held_out.prefix), training, fit.settings, layout.for_depth(depth),
+            work / "log.txt", plan=plan,
         )  # fmt: skip
-        return export_student(training, base, out)
+        export_student(training, base, out)
+    return fit.settings
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:

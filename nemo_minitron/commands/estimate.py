@@ -12,7 +12,7 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.records import MARKS
-from nemo_minitron.commands.corpus import cache_of, tokenise
+from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host
 from nemo_minitron.hosts import host_of
@@ -20,6 +20,7 @@ from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import EstimateOrder
@@ -43,6 +44,9 @@ def run_estimate(
     source = open_source(model)
     if calibration.runs:
         check_host(source.config)
+    fit = Fit(calibration, layout)
+    fit.model(positions_of(source.config))
+    calibration = fit.settings
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
     check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
@@ -52,6 +56,9 @@ def run_estimate(
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         if other is not None:
             check_overlap(other, calibration, data_digest(tokens))
+        fit.text(tokens)
+        say(fit.remark)
+        calibration = fit.settings
         scores = calibrate(source, tokens, work, calibration, layout, work / "log.txt")
         scores = merged(other, scores) if other is not None else scores
         scores.save(out)
@@ -63,9 +70,13 @@ def calibrate(
 ) -> Scores:
     """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
 
+    Rows and lengths that nobody asked for give way to what the corpus has.
     The model's Hugging Face config is a note in them: plans are checked against it.
     """
-    digest = data_digest(tokens)
+    fit = Fit(calibration, layout)
+    fit.text(tokens)
+    say(fit.remark)
+    calibration, digest = fit.settings, data_digest(tokens)
     _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)

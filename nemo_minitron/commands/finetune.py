@@ -12,7 +12,7 @@ import numpy as np
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import sealed
-from nemo_minitron.commands.corpus import cache_of
+from nemo_minitron.commands.corpus import cache_of, positions_of, say
 from nemo_minitron.commands.distill import (
     check_out,
     export_student,
@@ -25,6 +25,7 @@ from nemo_minitron.families import check_host, resolve
 from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import FinetuneOrder
@@ -32,16 +33,20 @@ from nemo_minitron.settings.orders import FinetuneOrder
 FIELDS = ("input", "output")
 
 
-def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Path:
+def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Finetuning:
     """`minitron finetune`: a Hugging Face folder in, an aligned one out, `loss.csv` beside its files; called again
-    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`. Raises InputError."""
+    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`.
+    Returns the settings with what was derived. Raises InputError."""
     from nemo_minitron.pruning import HFSource
 
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)
     check_host(opened.config)
-    architecture = opened.architecture
+    fit = Fit(recipe, layout)
+    fit.model(positions_of(opened.config))
+    say(fit.remark)
+    recipe, architecture = fit.settings, opened.architecture
     layout = layout.for_depth(architecture.num_layers)
     layout.check(architecture, training=True)
     layout.check_sequence(recipe.sequence_length)
@@ -60,7 +65,8 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
             launch(order, host_of().worker, work / "log.txt")
             write_json(TrainingFolder(training).whole, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
-        return export_student(training, opened, out)
+        export_student(training, opened, out)
+    return recipe
 
 
 def _begin(training: Path, made_of: list[object], data: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
-from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.settings.search import Search
 
 BASELINES = ("", "random", "least")

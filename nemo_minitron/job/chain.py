@@ -21,6 +21,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
 from nemo_minitron.job.teacher import teacher_config
+from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.step import FIRST, OPEN, Step
@@ -31,7 +32,7 @@ def jobs_of(job: Job, folder: Path) -> list[Job]:
     jobs: list[Job] = []
     for number, step in enumerate(job.chain):
         with _named(step):
-            jobs.append(with_resolved_precisions(_job_of(job, folder, number)))
+            jobs.append(fit_job(with_resolved_precisions(_job_of(job, folder, number)))[0])
     return jobs
 
 

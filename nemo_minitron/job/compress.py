@@ -7,12 +7,14 @@ from pathlib import Path
 from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
+from nemo_minitron.commands.corpus import say
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
 from nemo_minitron.job.dry_run import check, check_space
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run
 from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.launch.lock import locked
+from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
 
@@ -24,7 +26,8 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     others left to a later call. `overwrite`: stages of another recipe that are done in the folder may be done again.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
-    job = with_resolved_precisions(job)
+    job, remark = fit_job(with_resolved_precisions(job))
+    say(remark)
     folder = job.folder(out)
     if job.chain:
         return _run_chain(job, folder, until, overwrite)

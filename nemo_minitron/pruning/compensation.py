@@ -19,13 +19,12 @@ from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
+from nemo_minitron.pruning.defaults import RIDGE, SIGNS
 from nemo_minitron.pruning.selection import shapes_of, student_index
 from nemo_minitron.sources.tensors import TensorSource
 
-RIDGE = 0.01  # of the mean diagonal of G
 MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # they lose inputs to a cut of neurons or heads
 NORMS = ("input_norm.weight", "pre_mlp_norm.weight", "final_norm.weight")
-SIGNS = {"paper": 1.0, "laco": -1.0}
 Tensors = dict[str, np.ndarray]
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
-from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.search.formula import Columns, Formula
 from nemo_minitron.search.proxy import make_proxy
 from nemo_minitron.search.space import Space

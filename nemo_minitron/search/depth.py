@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from nemo_minitron.artifacts import Scores
-from nemo_minitron.artifacts.blocks import NOTHING, Block, size_of
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE, NOTHING, REMOVAL, Block, size_of
 from nemo_minitron.errors import InputError, nearest
 
-BLOCK_INFLUENCE = "block_influence"
-REMOVAL = "removal"  # the criterion whose layers are stored in the order of their removal
-HIGHER_IS_BETTER = (
-    "accuracy",
-)  # criteria where a higher value of the remaining model is better; for all others lower is
+HIGHER_IS_BETTER = ("accuracy",)  # of the remaining model; any other criterion is better where it is lower
 
 
 def layers_to_drop(

@@ -15,9 +15,10 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
-from nemo_minitron.search.depth import BLOCK_INFLUENCE, layers_to_drop
+from nemo_minitron.search.depth import layers_to_drop
 from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
 
 Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> a score for each unit (of each expert)

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from nemo_minitron.artifacts import Scores
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
-from nemo_minitron.search.depth import BLOCK_INFLUENCE, layers_to_drop
+from nemo_minitron.search.depth import layers_to_drop
 from nemo_minitron.search.formula import Columns
 from nemo_minitron.search.plans import scores_of
 

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE, REMOVAL
 from nemo_minitron.artifacts.statistics import criterion
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.search.depth import BLOCK_INFLUENCE, REMOVAL
+from nemo_minitron.schema import MODEL, OUTPUT, seed_setting, setting
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.validated import ValidatedSettings
+from nemo_minitron.settings.validated import ValidatedSettings, precision_setting
 
 SCANS = ("loss", "perplexity", "accuracy")  # of the model without each block of layers
 DEPTH = (*SCANS, REMOVAL)
@@ -19,6 +20,9 @@ STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # what a ca
 TAYLOR = "taylor"
 RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights or nothing
 METHODS = (*RUNNING, "magnitude", "random")
+NORMS = ("all", "layers")
+CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated."
+METHOD_HELP = "What scores units: activation, taylor (times gradients), magnitude (of weights) or random."
 READ = ("sequence_length", "batch_size", "precision", "seed")
 WIDTH = (*READ, "samples", "method", "criterion", "norms", "axes", "save_every")
 ROWS = (*READ, "depth_samples")
@@ -43,21 +47,21 @@ class Calibration(ValidatedSettings):
     is unknown.
     """
 
-    samples: int = 1024
-    sequence_length: int = 4096
-    batch_size: int = 1
-    criterion: str = "l2,mean"
-    norms: str = "all"
-    precision: str = "fp32"
-    seed: int = 1234
-    axes: tuple[str, ...] = ()
-    save_every: int = 64
-    depth: tuple[str, ...] = ()
-    depth_sizes: tuple[int, ...] = (1,)
-    depth_samples: int = 16
-    items: str = ""
-    remove: int = 0
-    method: str = "activation"
+    samples: int = setting(1024, "Rows of the corpus.", derived=True, panel=MODEL)
+    sequence_length: int = setting(4096, "Tokens of a sample.", derived=True, panel=MODEL)
+    batch_size: int = setting(1, "Rows of a micro-batch.")
+    criterion: str = setting("l2,mean", CRITERION, repeated=";")
+    norms: str = setting("all", "Which norms `hidden` sums: all, or layers, without the final one.", legal=NORMS)
+    precision: str = precision_setting("fp32")
+    seed: int = seed_setting(help="Which rows are drawn, and in which order.", panel=MODEL)
+    axes: tuple[str, ...] = setting((), "Axes with commas: ffn, heads, hidden, layers ...; all unless given.")
+    save_every: int = setting(64, "Rows between saves, for a run that is killed.", panel=OUTPUT)
+    depth: tuple[str, ...] = setting((), "Criteria beside block influence, with commas: " + ", ".join(DEPTH) + ".")
+    depth_sizes: tuple[int, ...] = setting((1,), "Sizes of the contiguous blocks that are left out, with commas.")
+    depth_samples: int = setting(16, "Rows for the loss, the perplexity and the removal of layers.", derived=True)
+    items: str = setting("", "JSONL of context, choices and answer, for --depth accuracy.", panel=MODEL)
+    remove: int = setting(0, "How many layers --depth removal takes, one by one.", least=0)
+    method: str = setting("activation", METHOD_HELP, legal=METHODS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +70,6 @@ class Calibration(ValidatedSettings):
         for name in self.depth:
             if name not in DEPTH:
                 raise InputError(f"depth criterion '{name}' is unknown; {nearest(name, DEPTH)}")
-        if self.method not in METHODS:
-            raise InputError(f"method '{self.method}' is unknown; {nearest(self.method, METHODS)}")
         for size in self.depth_sizes:
             if size < 1:
                 raise InputError(f"depth_sizes names blocks of {size} layers; the nearest legal size is 1")

@@ -8,9 +8,11 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.compensation import RIDGE, SIGNS, check_fold, check_residual
+from nemo_minitron.pruning.defaults import RIDGE, SIGNS
+from nemo_minitron.schema import setting
 
 MEMORY = 4.0  # GB of Gram matrices on a rank
+RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Cutting:
     heads that are compensated too.
     """
 
-    compensate: bool = True
-    ridge: float = RIDGE
-    memory: float = MEMORY
-    fold_norms: bool = False
-    head_residual: str = ""
+    compensate: bool = setting(True, "Fit the matrices behind cut neurons and heads anew; false: pure selection.")
+    ridge: float = setting(RIDGE, "Damping, as a part of the mean squared input.", above_zero=True)
+    memory: float = setting(MEMORY, "GB a rank for Gram matrices: layers at a time.", above_zero=True)
+    fold_norms: bool = setting(False, "Scale norms for the hidden cut.")
+    head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
 
     def __post_init__(self) -> None:
         for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, MEMORY)):
@@ -49,6 +51,8 @@ class Cutting:
 
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
         """Raises InputError for what this cut leaves no room for; `searched`: its sizes are not known yet."""
+        from nemo_minitron.pruning.compensation import check_fold, check_residual
+
         if self.head_residual and searched:
             raise InputError("head_residual needs sizes in keep, and a search tries shapes that keep all heads")
         if self.head_residual:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.distillation.layer_map import AUTO, layer_map
 from nemo_minitron.errors import InputError
+from nemo_minitron.precisions import PRECISIONS
+from nemo_minitron.schema import MODEL, OUTPUT, TOKENS, seed_setting, setting
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.validated import ValidatedSettings
+from nemo_minitron.settings.validated import ValidatedSettings, precision_setting
+
+LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl", "cosine", "mse")
+STARTS = ("pruned", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,37 +46,37 @@ class Distillation(ValidatedSettings):
     not fallen for `patience` times in a row, training ends. 0 leaves either out.
     """
 
-    tokens: int = 1_000_000
-    sequence_length: int = 4096
-    global_batch_size: int = 1
-    micro_batch_size: int = 1
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 1e-5
-    warmup_steps: int = 40
-    warmup_tokens: int = 0
-    weight_decay: float = 0.1
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    top_k: int = 100
-    logits_weight: float = 1.0
-    lm_weight: float = 0.0
-    moe_aux_loss_coeff: float = 0.0
-    intermediate: str = ""
-    intermediate_loss: str = "cosine"
-    intermediate_weight: float = 0.0
-    start: str = "pruned"
-    correction_tokens: int = 0
-    correction_learning_rate: float = 2e-5
-    correction_warmup_steps: int = 0
-    precision: str = "bf16"
-    teacher_precision: str = ""
-    offload_teacher: bool = False
-    teacher_cache: str = ""
-    validate_every: int = 0
-    validation_batches: int = 4
-    patience: int = 0
-    save_every: int = 100
-    seed: int = 1234
+    tokens: int = setting(1_000_000, "Tokens of all steps together.", most=TOKENS, panel=MODEL)
+    sequence_length: int = setting(4096, "Tokens of a sample.", derived=True, panel=MODEL)
+    global_batch_size: int = setting(1, "Rows of a step, over all ranks.", derived=True)
+    micro_batch_size: int = setting(1, "Rows that a rank takes at once.")
+    learning_rate: float = setting(1e-4, "At its peak.", above_zero=True)
+    min_learning_rate: float = setting(1e-5, "At the last token; it falls as a cosine.", derived=True)
+    warmup_steps: int = setting(40, "Steps until the learning rate is at its peak.", least=0)
+    warmup_tokens: int = setting(0, "Tokens until then, instead of steps.", least=0, most=TOKENS)
+    weight_decay: float = setting(0.1, "Of the optimizer.")
+    loss: str = setting("forward_kl", "On logits: " + ", ".join(LOSSES) + ".", legal=LOSSES)
+    temperature: float = setting(1.0, "Of the loss; a cache's must agree.", above_zero=True)
+    top_k: int = setting(100, "Of --loss top_k_kl: tokens of the teacher that are compared one by one.")
+    logits_weight: float = setting(1.0, "Of the loss on logits; 0: the LM loss alone.")
+    lm_weight: float = setting(0.0, "Of the language-model loss.")
+    moe_aux_loss_coeff: float = setting(0.0, "Of routers' load balancing, in a mixture of experts.")
+    intermediate: str = setting("", "States that are compared: auto, or pairs such as block:13:29.")
+    intermediate_loss: str = setting("cosine", "By what they are compared: cosine or mse.", legal=("cosine", "mse"))
+    intermediate_weight: float = setting(0.0, "Of their loss; 0: the paper's dynamic one.")
+    start: str = setting("pruned", "pruned, or random: the baseline that learns from nothing.", legal=STARTS)
+    correction_tokens: int = setting(0, "First learned by the teacher itself.", least=0, most=TOKENS)
+    correction_learning_rate: float = setting(2e-5, "The peak of the teacher's own.", above_zero=True)
+    correction_warmup_steps: int = setting(0, "The teacher's own; 0: as the student's.", least=0)
+    precision: str = precision_setting("bf16")
+    teacher_precision: str = setting("", "The teacher's own; as --precision unless given.", legal=("", *PRECISIONS))
+    offload_teacher: bool = setting(False, "The teacher's layers lie in the CPU's memory between steps.")
+    teacher_cache: str = setting("", "Folder of minitron cache-logits, in the teacher's place.", panel=MODEL)
+    validate_every: int = setting(0, "Steps between two validations; 0: none.", least=0)
+    validation_batches: int = setting(4, "Global batches of held-out text that a validation takes.")
+    patience: int = setting(0, "Validations without a lower loss; then it ends. 0: never.", least=0)
+    save_every: int = setting(100, "Steps between checkpoints.", panel=OUTPUT)
+    seed: int = seed_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,6 +140,8 @@ class Distillation(ValidatedSettings):
     def check_cache(self, vocab_size: int) -> None:
         """Raises InputError for a `teacher_cache` that is none, or has other rows, temperature or vocabulary."""
         if self.teacher_cache:
+            from nemo_minitron.artifacts.logit_cache import CacheHeader
+
             CacheHeader.load(self.teacher_cache).check(
                 self.teacher_cache, vocab_size=vocab_size, sequence_length=self.sequence_length,
                 temperature=self.temperature,

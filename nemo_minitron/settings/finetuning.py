@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.schema import MODEL, OUTPUT, seed_setting, setting
 from nemo_minitron.settings.distillation import Distillation
-from nemo_minitron.settings.validated import ValidatedSettings
+from nemo_minitron.settings.validated import ValidatedSettings, precision_setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +18,18 @@ class Finetuning(ValidatedSettings):
     falls as a cosine until the last of `steps`; `save_every` counts steps.
     """
 
-    steps: int = 1000
-    sequence_length: int = 4096
-    global_batch_size: int = 128
-    micro_batch_size: int = 1
-    learning_rate: float = 1e-5
-    min_learning_rate: float = 1e-6
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    prompt_template: str = "{input} {output}"
-    precision: str = "bf16"
-    save_every: int = 500
-    seed: int = 1234
+    steps: int = setting(1000, "Steps of the training.")
+    sequence_length: int = setting(4096, "Tokens of a row, at most; a longer one is cut.", derived=True, panel=MODEL)
+    global_batch_size: int = setting(128, "Rows of a step, over all ranks.", derived=True)
+    micro_batch_size: int = setting(1, "Rows that a rank takes at once.")
+    learning_rate: float = setting(1e-5, "At its peak.", above_zero=True)
+    min_learning_rate: float = setting(1e-6, "At the last step; it falls as a cosine.", derived=True)
+    warmup_steps: int = setting(50, "Steps until the learning rate is at its peak.", least=0)
+    weight_decay: float = setting(0.1, "Of the optimizer.")
+    prompt_template: str = setting("{input} {output}", "How a row reads; ends with {output}.", panel=MODEL)
+    precision: str = precision_setting("bf16")
+    save_every: int = setting(500, "Steps between checkpoints.", panel=OUTPUT)
+    seed: int = seed_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()

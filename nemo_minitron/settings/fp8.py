@@ -11,7 +11,6 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.precisions import ALIGN, BLOCK, FP8, token_multiple
-from nemo_minitron.search.space import Divisors
 from nemo_minitron.settings.layout import Layout
 
 WIDTHS = ("hidden", "ffn", "heads", "query_groups", "expert_ffn", "shared_expert_ffn")
@@ -22,6 +21,8 @@ def check_fp8(architecture: Architecture, layout: Layout, precision: str) -> Non
 
     Under sequence parallelism blocks want a hidden size of whole ones: what is gathered over the ranks goes in FP8.
     """
+    from nemo_minitron.search.space import Divisors
+
     for name in WIDTHS if precision in FP8 else ():
         tp = layout.expert_tp if name == "expert_ffn" else layout.tp
         size, divisor = axis(name).length(architecture), Divisors(ALIGN, tp, local=True).hard(architecture, name)

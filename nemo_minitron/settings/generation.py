@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.schema import seed_setting, setting
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.validated import ValidatedSettings
+
+WRITTEN = "the teacher writes its text within a job"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +26,14 @@ class Generation(ValidatedSettings):
     at once. A search's brief distillations are still on the corpus.
     """
 
-    documents: int = 0
-    prompts: str = ""
-    prompt_tokens: int = 32
-    new_tokens: int = 224
-    temperature: float = 1.0
-    top_p: float = 0.95
-    batch_size: int = 8
-    seed: int = 1234
+    documents: int = setting(0, "Texts that the teacher writes; 0: none.", least=0, recipe_only=WRITTEN)
+    prompts: str = setting("", "Text or JSONL file of their prompts, instead of the corpus.", recipe_only=WRITTEN)
+    prompt_tokens: int = setting(32, "Tokens of a prompt that is taken of the corpus.", recipe_only=WRITTEN)
+    new_tokens: int = setting(224, "Tokens that follow a prompt, at most.", recipe_only=WRITTEN)
+    temperature: float = setting(1.0, "Of the draws.", above_zero=True, recipe_only=WRITTEN)
+    top_p: float = setting(0.95, "Drawn from the likeliest tokens of this probability.", recipe_only=WRITTEN)
+    batch_size: int = setting(8, "Prompts that are continued at once.", recipe_only=WRITTEN)
+    seed: int = seed_setting(recipe_only=WRITTEN)
 
     def __post_init__(self) -> None:
         super().__post_init__()

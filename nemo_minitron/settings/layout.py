@@ -6,6 +6,9 @@ import dataclasses
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.schema import LAYOUT, setting, settings_of
+
+MOST = 1 << 20  # ranks: more than any machine has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +21,16 @@ class Layout:
     stages are uneven; 0 for even.
     """
 
-    tp: int = 1
-    pp: int = 1
-    vp: int = 1
-    cp: int = 1
-    ep: int = 1
-    dp: int = 1
-    sp: bool = False
-    etp: int = 0
-    first_stage: int = 0
-    last_stage: int = 0
+    tp: int = setting(1, "Tensor-parallel size.", most=MOST, panel=LAYOUT)
+    pp: int = setting(1, "Pipeline stages.", most=MOST, panel=LAYOUT)
+    vp: int = setting(1, "Virtual stages a pipeline stage.", most=MOST, panel=LAYOUT)
+    cp: int = setting(1, "Context-parallel size: ranks that share a sequence.", most=MOST, panel=LAYOUT)
+    ep: int = setting(1, "Expert-parallel size, of mixtures of experts.", most=MOST, panel=LAYOUT)
+    dp: int = setting(1, "Data-parallel size.", most=MOST, panel=LAYOUT)
+    sp: bool = setting(False, "Sequence parallelism within tensor-parallel groups.", panel=LAYOUT)
+    etp: int = setting(0, "Tensor-parallel size of experts; 0: as --tp.", least=0, most=MOST, panel=LAYOUT)
+    first_stage: int = setting(0, "Layers of the first pipeline stage; 0: even.", least=0, most=MOST, panel=LAYOUT)
+    last_stage: int = setting(0, "Layers of the last pipeline stage; 0: even.", least=0, most=MOST, panel=LAYOUT)
 
     @property
     def processes(self) -> int:
@@ -39,8 +42,8 @@ class Layout:
 
     def check(self, architecture: Architecture, training: bool = False) -> None:
         """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run (or train) it."""
-        for name, least in LEAST.items():
-            value = getattr(self, name)
+        for name, known in SIZES.items():
+            value, least = getattr(self, name), known.least
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}, at most {MOST}")
         if not legal_tp(architecture, self.tp):
@@ -156,8 +159,7 @@ class Layout:
         return True
 
 
-MOST = 1 << 20  # ranks: more than any machine has
-LEAST = dict.fromkeys(("tp", "pp", "vp", "cp", "ep", "dp"), 1) | dict.fromkeys(("etp", "first_stage", "last_stage"), 0)
+SIZES = {name: known for name, known in settings_of(Layout).items() if name != "sp"}
 
 
 def legal_tp(architecture: Architecture, tp: int) -> bool:

@@ -6,103 +6,76 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.files import parse_json
-from nemo_minitron.artifacts.parse import WORDS, anything, checked, shown
-from nemo_minitron.errors import InputError, nearest, unprintable
-from nemo_minitron.search.depth import BLOCK_INFLUENCE
+from nemo_minitron.artifacts.parse import WORDS, shown
+from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.schema import asked_for, known_as, seed_setting, setting
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.distillation import Distillation
+from nemo_minitron.settings.evaluation import CARD, Data, Evaluation
 from nemo_minitron.settings.generation import Generation
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.plain import build
 from nemo_minitron.settings.search import Search
 from nemo_minitron.settings.step import OPEN, Step, check_chain
-from nemo_minitron.settings.validated import ValidatedSettings, check_whole
+from nemo_minitron.settings.validated import ValidatedSettings
+
+ALONE = "only a job has it"
+GIVEN = "a command takes its model as an argument"
+PLAN = "minitron plan has an option of this name"
+KEEP = "Axis -> the size that stays; beside a target: axes to hold fixed."
+EXPECTED = "The Hugging Face config that the teacher must have; a dry run goes by it."
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Corpora: text, JSONL, a `datasets` name or folder, or a `.bin/.idx` prefix; `calibration` defaults to `train`.
-
-    A `datasets` source is NAME[:CONFIGURATION][@SPLIT], for example `Salesforce/wikitext:wikitext-2-raw-v1@validation`.
-    Without @SPLIT `train` and `calibration` are its train split, `test` its test split, never silently another.
-    `teachers_own`: it is what the teacher was trained on, so that no teacher correction is called for.
-    `skip_bad_lines`: lines that cannot be read are left out and counted; else the first of them is refused.
-    """
-
-    train: str
-    test: str
-    calibration: str | None = None
-    name: str = "corpus"
-    licence: str = "unknown"
-    teachers_own: bool = False
-    skip_bad_lines: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation(ValidatedSettings):
-    """Perplexity on `tokens` of the held-out corpus, and greedy continuations of `prompts`.
-
-    `benchmarks` of teacher and student: base, instruct or names of `evaluation.benchmarks`, those that lm-eval has.
-    """
-
-    tokens: int = 16_384
-    sequence_length: int = 512
-    batch_size: int = 4
-    precision: str = "bf16"
-    random_baseline: bool = True
-    prompts: tuple[str, ...] = ()
-    new_tokens: int = 48
-    benchmarks: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
+class Job(ValidatedSettings):
     """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays; with a target in
     `search` the other sizes are searched for.
 
-    `teacher_config`: the Hugging Face config that the teacher is expected to have, which the dry run goes by where
-    the teacher is not on this machine; a teacher of another architecture is refused.
-    `base_model` and `licence` are the teacher's name and licence on the model card. `depth`: by which criterion
-    layers go: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers too.
-    `cutting`: what is solved or folded in place of the plan's slices. `generation`: text that the teacher writes, for
-    the student to learn. `rounds`: so many times it is scored and cut in turn, in equal steps from the teacher's sizes
-    to the student's, without retraining between (`job/stages/rounds.py`).
+    `teacher_config`: the dry run goes by it where the teacher is not on this machine; a teacher of another architecture
+    is refused. `depth`: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers
+    too. `cutting`: what is solved or folded in place of the plan's slices. `generation`: text that the teacher writes,
+    for the student to learn. In `rounds` there is no retraining (`job/stages/rounds.py`).
 
-    `chain`: steps instead, each of which cuts the student of the one before it and leaves its own in a folder of its
-    name; every other setting holds for all of them, but for what a Step sets. `learns_from`: the model that the
-    student learns from, where it is not the one that is cut; `lineage`: files of the plans that made the one that is
-    cut of it, the first one first.
+    `chain`: each step leaves its student in a folder of its name; every other setting holds for all of them, but for
+    what a Step sets. Raises InputError for a value that is not legal.
     """
 
-    name: str
-    teacher: str
+    name: str = dataclasses.field(metadata=known_as("Of the job, and of its folder in runs/.", recipe_only=ALONE))
+    teacher: str = dataclasses.field(
+        metadata=known_as("Hugging Face folder, hub id or NeMo checkpoint.", recipe_only=GIVEN)
+    )
     data: Data
-    keep: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    keep: Mapping[str, int] = dataclasses.field(default_factory=dict, metadata=known_as(KEEP, recipe_only=PLAN))
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     distillation: Distillation = dataclasses.field(default_factory=Distillation)
-    evaluation: Evaluation = Evaluation()
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     layout: Layout = dataclasses.field(default_factory=Layout)
-    licence: str = "unknown"
-    base_model: str | None = None
-    seed: int = 0
-    depth: str = BLOCK_INFLUENCE
+    licence: str = setting("unknown", "Of the teacher, on the model card.", recipe_only=CARD)
+    base_model: str | None = setting(None, "The teacher's name on the model card.", recipe_only=CARD)
+    seed: int = seed_setting(0, "Of the random cut that a job measures beside its own.", recipe_only=ALONE)
+    depth: str = setting(BLOCK_INFLUENCE, "By which criterion layers go.", recipe_only=PLAN)
     search: Search = dataclasses.field(default_factory=Search)
     cutting: Cutting = dataclasses.field(default_factory=Cutting)
-    teacher_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rounds: int = 1
-    chain: tuple[Step, ...] = ()
-    learns_from: str = ""
-    lineage: tuple[str, ...] = ()
+    teacher_config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=known_as(EXPECTED, recipe_only=ALONE)
+    )
+    rounds: int = setting(1, "So many times it is scored and cut in turn, in equal steps.", recipe_only=ALONE)
+    chain: tuple[Step, ...] = setting((), "Steps, each of which cuts the student of the one before.", recipe_only=ALONE)
+    learns_from: str = setting("", "The model that the student learns from, if not the teacher.", recipe_only=ALONE)
+    lineage: tuple[str, ...] = setting(
+        (), "Files of the plans that made the teacher of learns_from, the first one first.", recipe_only=ALONE
+    )
     generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
         if not WORDS.fullmatch(str(self.name)):  # a folder's name, a batch job's, the card's
             raise InputError(f"'name' is {shown(self.name)}; write letters, digits, '.', '_' and '-', a letter first")
-        for name in ("rounds", "seed"):
-            check_whole(name, getattr(self, name))
+        super().__post_init__()
         if self.search.wanted and self.rounds != 1:
             raise InputError(f"rounds={self.rounds} needs sizes in keep, and a search finds those of one cut")
         alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
@@ -110,12 +83,13 @@ class Job:
         check_chain([step for step in self.chain if isinstance(step, Step)], alone)  # `from_dict` makes them of others
 
     def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain values, as JSON has them; a default that can be derived still knows that nobody asked for it."""
+        return _with_marks(json.loads(json.dumps(dataclasses.asdict(self))), self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
         """Raises InputError for a key that does not exist (with the nearest) or a value of another type."""
-        return _build(cls, values, "")
+        return build(cls, values)
 
     def folder(self, out: str | Path | None = None) -> Path:
         """The run folder: `out`, or runs/NAME."""
@@ -125,12 +99,35 @@ class Job:
         """`distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`, and of a chain's steps, counted from 0,
         `chain.0.keep.ffn=1280` and `chain.1.distillation.tokens=2000`; raises InputError as `from_dict`."""
         values = self.as_dict()
-        for setting in settings:
-            key, separator, text = setting.partition("=")
+        for override in settings:
+            key, separator, text = override.partition("=")
             if not separator:
-                raise InputError(f"'{setting}' is no override; write key=value, for example distillation.tokens=2000")
+                raise InputError(f"'{override}' is no override; write key=value, for example distillation.tokens=2000")
             _set(values, self, key, text)
         return Job.from_dict(values)
+
+
+def _with_marks(values: dict[str, Any], group: Any) -> dict[str, Any]:
+    """`values` of a group of settings, with its `Unasked` numbers in the place of plain ones."""
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            _with_marks(values[field.name], value)
+        elif not asked_for(value):
+            values[field.name] = value
+    return values
+
+
+def with_defaults_unasked(group: Any) -> Any:
+    """Settings of a file that has all of them written out: those at their defaults are taken as not asked for."""
+    changed = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = with_defaults_unasked(value)
+        elif not asked_for(field.default) and value == field.default:
+            changed[field.name] = field.default
+    return dataclasses.replace(group, **changed)
 
 
 def _set(values: dict[str, Any], job: Job, key: str, text: str) -> None:
@@ -174,78 +171,3 @@ def keys(job: Job) -> list[str]:
 
     walk("", job.as_dict())
     return found
-
-
-def _build(cls: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
-    hints = get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        key = f"{where}.{name}" if where else name
-        if name not in hints:
-            raise InputError(f"a recipe has no key '{key}'; {nearest(name, hints)}")
-        kind = hints[name]
-        arguments[name] = _value(kind, value, key)
-    missing = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is field.default_factory is dataclasses.MISSING and field.name not in arguments
-    ]
-    if missing:
-        raise InputError(f"the recipe lacks '{where + '.' if where else ''}{missing[0]}'")
-    return cls(**arguments)
-
-
-def _value(kind: Any, value: Any, key: str) -> Any:
-    """A plain value of the declared type; int serves as float, a list as a tuple, one value as a list of one."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, key)
-    plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    name = getattr(kind, "__name__", "")
-    if name in plain:
-        legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
-        if not legal:
-            raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
-        return _number(value, key) if name == "float" else _plain(value, key)
-    if get_origin(kind) is tuple:
-        return _sequence(get_args(kind)[0], value, key)
-    if get_origin(kind) is Mapping:
-        return _mapping(get_args(kind)[1], value, key)
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"'{key}' is {shown(value)}; it must be a text")
-    return _plain(value, key)
-
-
-def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
-    """Names to values of a kind; of any kind they are plain, and not nested without end."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
-    if kind is Any:
-        return checked(dict(value), anything(), f"'{key}'")
-    found = {}
-    for name, item in value.items():  # `keep.layers` may list which ones stay
-        each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
-        found[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
-    return found
-
-
-def _plain(value: Any, key: str) -> Any:
-    """A text that has no control characters: it may be a path, or be printed. Prompts may have lines."""
-    allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
-    if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
-        raise InputError(f"'{key}' is {shown(value)}; it must be a text without control characters")
-    return value
-
-
-def _number(value: int | float, key: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise InputError(f"'{key}' is a whole number of {int(value).bit_length()} bits; no float is near it") from None
-
-
-def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    items = [f"{key}.{number}" if dataclasses.is_dataclass(kind) else key for number in range(len(values))]
-    return tuple(_value(kind, item, where) for item, where in zip(values, items, strict=True))

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.errors import InputError
+from nemo_minitron.schema import setting
 from nemo_minitron.settings.validated import ValidatedSettings
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from nemo_minitron.search.targets import Target
 
 DTYPES = ("bf16", "fp8")
+BAND = "%s within --tolerance, e.g. 84M or 8.27B."
+BOUNDS = "Least and largest size of an axis, e.g. ffn=512:1536 (several with commas); half to all unless given."
+DIVISORS = "What sizes must be multiples of: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128, or several with commas."
+RANKED = "a job ranks its candidates by distilling them"
 Loads = Mapping[str, int | str]  # a family's `multiples`
 
 
@@ -36,26 +41,26 @@ class Search(ValidatedSettings):
     equal parts; after each the worse half stops (successive halving).
     """
 
-    params: str = ""
-    params_no_embeddings: str = ""
-    active_params: str = ""
-    memory: str = ""
-    flops: str = ""
-    latency: str = ""
-    batch: int = 1
-    context: int = 4096
-    weights: str = "bf16"
-    kv_cache: str = "bf16"
-    tolerance: str = "5%"
-    bounds: str = ""
-    space: str = ""
-    divisors: str = ""
-    maximal: bool = True
-    candidates: int = 12
-    distil: int = 4
-    steps: int = 60
-    rounds: int = 3
-    tokens: int = 8192
+    params: str = setting("", BAND % "Parameters")
+    params_no_embeddings: str = setting("", BAND % "Parameters without embeddings")
+    active_params: str = setting("", BAND % "Parameters active for a token")
+    memory: str = setting("", "At most, weights and KV cache, e.g. 8GiB.")
+    flops: str = setting("", "At most, forward, of a token at --context, e.g. 150M.")
+    latency: str = setting("", "At most, of a forward pass, e.g. 30ms.", recipe_only="a job measures it")
+    batch: int = setting(1, "Sequences in the KV cache.")
+    context: int = setting(4096, "Tokens of each.")
+    weights: str = setting("bf16", "What weights are stored in: bf16 or fp8.", legal=DTYPES)
+    kv_cache: str = setting("bf16", "What the KV cache is stored in: bf16 or fp8.", legal=DTYPES)
+    tolerance: str = setting("5%", "Of the targets in parameters.")
+    bounds: str = setting("", BOUNDS)
+    space: str = setting("", "Sizes to try, e.g. 'layers=29,30;ffn=3x' (3x: of hidden).")
+    divisors: str = setting("", DIVISORS)
+    maximal: bool = setting(True, "Leave out shapes that fit inside another.")
+    candidates: int = setting(12, "Candidates to list; a job cuts and measures them.", flag="--top")
+    distil: int = setting(4, "Of them distilled briefly.", recipe_only=RANKED)
+    steps: int = setting(60, "Steps of each brief distillation, at most.", recipe_only=RANKED)
+    rounds: int = setting(3, "Equal parts of it; after each the worse half stops.", recipe_only=RANKED)
+    tokens: int = setting(8192, "Of the held-out corpus, to measure a candidate.", recipe_only=RANKED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +73,6 @@ class Search(ValidatedSettings):
             raise InputError(
                 f"search.steps {self.steps} do not divide into {self.rounds} rounds; the nearest legal number is {near}"
             )
-        for name in ("weights", "kv_cache"):
-            if getattr(self, name) not in DTYPES:
-                raise InputError(f"{name} '{getattr(self, name)}' is unknown; {nearest(getattr(self, name), DTYPES)}")
 
     @property
     def wanted(self) -> bool:

@@ -5,62 +5,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.precisions import PRECISIONS
-
-LEGAL = {
-    "norms": ("all", "layers"),
-    "loss": ("forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl", "cosine", "mse"),
-    "intermediate_loss": ("cosine", "mse"),
-    "start": ("pruned", "random"),
-    "teacher_precision": ("", *PRECISIONS),
-}
-FROM_ZERO = (
-    "seed", "warmup_steps", "warmup_tokens", "remove", "correction_tokens", "correction_warmup_steps", "validate_every",
-    "patience", "documents",
-)  # fmt: skip
-ABOVE_ZERO = ("learning_rate", "correction_learning_rate", "temperature")  # of numbers that are not whole
-SEEDS = 2**32 - 1  # Megatron's data sets draw with a generator that takes no larger one
-MOST = 2**31 - 1  # of what is counted: the largest that Megatron's index files can say
-TOKENS = 10**15  # of a whole training; the largest published ones have 10**13 to 10**14
-WHOLE_TRAININGS = ("tokens", "warmup_tokens", "correction_tokens")
+from nemo_minitron.schema import MOST, Setting, described, setting
 
 
 class ValidatedSettings:
-    """Settings whose whole numbers are at least 1, but for seeds and what may be left out, and no larger than anything
-    can be; whose other numbers are finite and not negative."""
+    """Settings whose whole numbers lie between the bounds that their fields name, whose other numbers are finite and
+    not negative, and whose names are legal ones."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+            value, known = getattr(self, field.name), described(field) or Setting("")
             if field.type == "int":
-                check_whole(field.name, value)
+                check_whole(field.name, value, known.least, known.most)
             if field.type == "float":
-                check_number(field.name, value)
-            if field.name in LEGAL and value not in LEGAL[field.name]:
-                raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, LEGAL[field.name])}")
+                check_number(field.name, value, known.above_zero)
+            if known.legal and value not in known.legal:
+                raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, filter(None, known.legal))}")
 
 
-def check_whole(name: str, value: int, least: int | None = None) -> None:
+def precision_setting(default: str, legal: Sequence[str] = PRECISIONS) -> Any:
+    """The field of a precision; `auto` is decided before anything is loaded (`settings.precision`)."""
+    return setting(default, f"{', '.join(legal)}, or auto.", legal=(*legal, "auto"))
+
+
+def check_whole(name: str, value: int, least: int = 1, most: int = MOST) -> None:
     """Raises InputError, with the nearest legal value, for a whole number that nothing can have."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; it must be a whole number")
-    if least is None:
-        least = 0 if name in FROM_ZERO else 1
-    most = SEEDS if name == "seed" else TOKENS if name in WHOLE_TRAININGS else MOST
     if not least <= value <= most:
         raise InputError(f"{name} is {_short(value)}; the nearest legal value is {least if value < least else most}")
 
 
-def check_number(name: str, value: float) -> None:
+def check_number(name: str, value: float, above_zero: bool = False) -> None:
     """Raises InputError for NaN, an infinity, and a number below 0, or 0 where it has to be above."""
     if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
         raise InputError(f"{name} is {_short(value)}; it must be a finite number")
-    if value < 0 or (value == 0 and name in ABOVE_ZERO):
-        raise InputError(f"{name} is {value}; it must be {'above' if name in ABOVE_ZERO else 'at least'} 0")
+    if value < 0 or (value == 0 and above_zero):
+        raise InputError(f"{name} is {value}; it must be {'above' if above_zero else 'at least'} 0")
 
 
 def _finite(value: Any) -> bool:

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.logit_cache import (
     HEADER,
     CacheHeader,
@@ -19,7 +20,7 @@ from nemo_minitron.artifacts.logit_cache import (
     torn,
     write_shard,
 )
-from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.artifacts.logit_records import Codec, Kept
 from nemo_minitron.errors import InputError
 
 SETTINGS = {

@@ -5,7 +5,8 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.artifacts import Scores
-from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.artifacts.cache_settings import CacheSettings
+from nemo_minitron.artifacts.logit_records import Codec, Kept
 from nemo_minitron.artifacts.statistics import AGGREGATIONS
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf

@@ -99,7 +99,8 @@ def test_an_architecture_alone(run, tmp_path, kind):
         source.write_text(json.dumps(config if kind == "config" else NEMOTRON.as_dict()))
     before = sorted(tmp_path.rglob("*"))
     if kind == "sizes":
-        output = run("--architecture", source, "--params", "8.27B", "--space", SPACE_8B, "--dry-run")
+        options = ["--space", SPACE_8B, "--no-maximal", "--top", 20, "--dry-run"]
+        output = run("--architecture", source, "--params", "8.27B", *options)
         assert "160 shapes, 20 within the budget, 20 shown" in output
     else:
         output = run("--architecture", source, "--params", "150K", "--dry-run")

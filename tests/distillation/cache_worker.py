@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from workers import process_group
 
-from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 
 # Shards of 3, 3 and 1 rows, one of two ranks has none at last; of 3, 3, 3 and 1: it has fewer than the other.
 ROWS, ROWS_PER_SHARD, MICRO = {"sample": 7, "heat": 10, "top-k": 10}, 3, 2

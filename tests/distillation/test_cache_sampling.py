@@ -11,7 +11,7 @@ import pytest
 import torch
 from tolerances import SAMPLE_RATIO_FP32
 
-from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.distillation.cache import draw, top, uniforms
 from nemo_minitron.distillation.cache.sampling import CHUNK, ragged
 

@@ -146,10 +146,13 @@ def test_a_batch_that_a_layout_cannot_deal_out_is_refused(layout, legal):
 def test_the_loss_names_of_a_recipe_are_those_of_the_package():
     from nemo_minitron.distillation import losses
     from nemo_minitron.distillation.intermediate import MEASURES
-    from nemo_minitron.settings.validated import LEGAL
+    from nemo_minitron.schema import settings_of
+    from nemo_minitron.settings.distillation import Distillation
 
-    assert set(LEGAL["loss"]) == set(losses.__all__)
-    assert set(LEGAL["intermediate_loss"]) == set(MEASURES)
+    known = settings_of(Distillation)
+
+    assert set(known["loss"].legal) == set(losses.__all__)
+    assert set(known["intermediate_loss"].legal) == set(MEASURES)
 
 
 @pytest.mark.parametrize(

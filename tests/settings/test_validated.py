@@ -8,11 +8,11 @@ import pytest
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Calibration, Data, Distillation, Evaluation, Job, Layout
+from nemo_minitron.schema import MOST, SEEDS, TOKENS
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.generation import Generation
 from nemo_minitron.settings.search import Search
-from nemo_minitron.settings.validated import MOST, SEEDS, TOKENS
 
 GROUPS = (Calibration, Cutting, Distillation, Evaluation, Finetuning, Generation, Search)
 JOB = Job("pico", "teacher", Data("train", "test"))

@@ -19,8 +19,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.logit_cache import CacheHeader, missing, row_key, shard_path, write_shard
-from nemo_minitron.artifacts.logit_records import CacheSettings, Codec, Kept
+from nemo_minitron.artifacts.logit_records import Codec, Kept
 from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.distillation.cache.sampling import draw, ragged, top, uniforms
 from nemo_minitron.errors import InputError

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.logit_records import CacheSettings
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.backend.collectives import gather, gather_stacked, rank_and_size
 
 CHUNK = 1 << 21  # logits that are converted to float64 at a time

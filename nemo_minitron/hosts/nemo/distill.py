@@ -17,6 +17,7 @@ from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_con
 from nemo_minitron.megatron.distiller import Distiller
 from nemo_minitron.megatron.live import fill
 from nemo_minitron.megatron.random_start import RandomStart
+from nemo_minitron.schema import SEEDS
 from nemo_minitron.settings.validated import check_number, check_whole
 from nemo_minitron.sources.tensors import ModelSource
 
@@ -87,9 +88,9 @@ class Distillation(Callback):
             ("temperature", temperature), ("logits_weight", logits_weight), ("lm_weight", lm_weight),
             ("intermediate_weight", intermediate_weight or 0.0), ("moe_aux_loss_coeff", moe_aux_loss_coeff),
         ):  # fmt: skip
-            check_number(name, number)
-        for name, count in (("top_k", top_k), ("seed", seed)):
-            check_whole(name, count)
+            check_number(name, number, above_zero=name == "temperature")
+        check_whole("top_k", top_k)
+        check_whole("seed", seed, least=0, most=SEEDS)
         if not (logits_weight or lm_weight):
             raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
         self.distiller = Distiller(

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
+from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.families import to_hf
@@ -21,7 +22,6 @@ from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
-from nemo_minitron.search.depth import BLOCK_INFLUENCE
 from nemo_minitron.search.rounds import round_sizes
 from nemo_minitron.search.sizes import student_architecture
 from nemo_minitron.settings.recipe import Job

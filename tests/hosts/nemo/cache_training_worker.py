@@ -16,7 +16,7 @@ import distill_worker
 
 def make_caches(folder, caches, samples):
     """As `minitron cache-logits` does, but in this process."""
-    from nemo_minitron.artifacts.logit_records import CacheSettings
+    from nemo_minitron.artifacts.cache_settings import CacheSettings
     from nemo_minitron.commands import cache as command
     from nemo_minitron.hosts import host_of
     from nemo_minitron.megatron import cache as stage

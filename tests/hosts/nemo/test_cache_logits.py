@@ -13,8 +13,8 @@ import pytest
 from pico import pico_llama
 from words import save_tokenizer
 
+from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache
-from nemo_minitron.artifacts.logit_records import CacheSettings
 from nemo_minitron.artifacts.temporary import BESIDE
 from nemo_minitron.commands.cache import check_cache, run_cache, teacher_digest
 from nemo_minitron.commands.distill import run_distill

@@ -1,0 +1,6 @@
+"""What a cut's settings and its arithmetic both name. Plain data, so that a command's help needs no numpy."""
+
+from __future__ import annotations
+
+RIDGE = 0.01  # damping of least squares, as a part of the mean diagonal of G
+SIGNS = {"paper": 1.0, "laco": -1.0}  # of the residual of pruned heads

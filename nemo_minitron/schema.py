@@ -1,0 +1,78 @@
+"""A setting: a field of a dataclass that says what it means and which values are legal.
+
+A recipe's checks, the options of the command line, their `--help` and docs/reference.md are all made from what stands
+here, so that a name, a default or a range is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MODEL, METHOD, LAYOUT, MACHINES, OUTPUT = "Model and data", "Method", "Layout", "Machines", "Output"
+PANELS = (MODEL, METHOD, LAYOUT, MACHINES, OUTPUT)  # of `--help`, in this order
+MOST = 2**31 - 1  # of what is counted: the largest that Megatron's index files can say
+SEEDS = 2**32 - 1  # Megatron's data sets draw with a generator that takes no larger one
+TOKENS = 10**15  # of a whole training; the largest published ones have 10**13 to 10**14
+
+
+class Unasked(int):
+    """A size that nobody asked for: a default. Where it does not fit the model, the text or the layout, a size that
+    fits takes its place; a size that somebody wrote is a plain int, and is refused there."""
+
+
+class UnaskedRate(float):
+    """As `Unasked`, of a learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is known of a field besides its name, type and default.
+
+    `least` and `most` bound a whole number; `above_zero` says that a number may not be 0. `legal` are all legal texts.
+    `flag` is the option's name where it is not the field's, `panel` its place in `--help`. `recipe_only` says why the
+    command line does not have it. `repeated` joins the texts of an option that may be given several times.
+    """
+
+    help: str
+    least: int = 1
+    most: int = MOST
+    above_zero: bool = False
+    legal: tuple[str, ...] = ()
+    flag: str = ""
+    panel: str = METHOD
+    recipe_only: str = ""
+    repeated: str = ""
+
+
+def known_as(help: str, *, legal: Sequence[str] = (), **more: Any) -> Mapping[str, Setting]:
+    """The metadata of a field that has no default, or one of its own for each object."""
+    return {"setting": Setting(help, legal=tuple(legal), **more)}
+
+
+def setting(default: Any, help: str, *, derived: bool = False, **more: Any) -> Any:
+    """A dataclass field with its Setting. `derived`: the default gives way where it does not fit (`Unasked`)."""
+    if derived:
+        default = UnaskedRate(default) if isinstance(default, float) else Unasked(default)
+    return dataclasses.field(default=default, metadata=known_as(help, **more))
+
+
+def seed_setting(default: int = 1234, help: str = "Of what is drawn at random.", **more: Any) -> Any:
+    return setting(default, help, **({"least": 0, "most": SEEDS} | more))
+
+
+def described(field: dataclasses.Field[Any]) -> Setting | None:
+    """None for a field that is no setting: a group of settings, or a value of the program's own."""
+    return field.metadata.get("setting")
+
+
+def settings_of(kind: Any) -> Mapping[str, Setting]:
+    """Field's name -> its Setting, in order."""
+    found = {field.name: described(field) for field in dataclasses.fields(kind)}
+    return {name: known for name, known in found.items() if known is not None}
+
+
+def asked_for(value: Any) -> bool:
+    """Whether somebody wrote this value; only defaults that can be derived know that nobody did."""
+    return not isinstance(value, (Unasked, UnaskedRate))

@@ -1,0 +1,92 @@
+"""Sizes that nobody asked for (`schema.Unasked`): where a default does not fit, what fits takes its place and is said.
+
+What somebody asked for is never changed here; the checks refuse it where it does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from nemo_minitron.precisions import FP8, token_multiple
+from nemo_minitron.schema import asked_for
+from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.recipe import Job
+
+
+class Fit:
+    """Settings of a stage, fitted to its layout first, then to a model, a cache or a text as they become known."""
+
+    def __init__(self, settings: Any, layout: Layout) -> None:
+        self.settings, self.layout = settings, layout
+        self._why: dict[str, str] = {}
+        if self._derivable("sequence_length") and settings.sequence_length % self._multiple():
+            self.length(settings.sequence_length, "the layout divides it")
+        if self._derivable("global_batch_size"):
+            self._batch()
+        if self._derivable("min_learning_rate") and settings.min_learning_rate > settings.learning_rate:
+            self._set("min_learning_rate", settings.learning_rate / 10, "a tenth of learning_rate")
+
+    def model(self, positions: int | None) -> None:
+        """`positions`: the longest sequence that the model was made for, where its config says so."""
+        if positions:
+            self.length(positions, "the model has so many positions")
+
+    def text(self, *corpora: Any) -> None:
+        """`corpora`: the Tokens that are read; a training needs a label behind its last token."""
+        label = 0 if hasattr(self.settings, "samples") else 1
+        self.length(min(corpus.tokens for corpus in corpora) - label, "the text is no longer")
+        rows = min(corpus.samples(self.settings.sequence_length) for corpus in corpora)
+        for name in ("samples", "depth_samples"):
+            if self._derivable(name) and 0 < rows < getattr(self.settings, name):
+                self._set(name, rows, "the text gives no more")
+
+    def exactly(self, length: int, why: str) -> None:
+        """A sequence length that something else has."""
+        if self._derivable("sequence_length") and length != self.settings.sequence_length:
+            self._set("sequence_length", length, why)
+
+    def length(self, most: int, why: str) -> None:
+        """The longest legal sequence length of at most so many tokens, where the default is longer."""
+        length = most - most % self._multiple()
+        if self._derivable("sequence_length") and 0 < length < self.settings.sequence_length:
+            self._set("sequence_length", length, why)
+
+    @property
+    def remark(self) -> str:
+        """What was derived, in one line; "" where every default fitted."""
+        found = [f"{name} is {getattr(self.settings, name)}, since {why}" for name, why in self._why.items()]
+        return "; ".join(found)
+
+    def _derivable(self, name: str) -> bool:
+        """Whether nobody asked for this size, or it has been derived before."""
+        return name in self._why or not asked_for(getattr(self.settings, name, 0))
+
+    def _set(self, name: str, value: Any, why: str) -> None:
+        self.settings, self._why[name] = dataclasses.replace(self.settings, **{name: value}), why
+
+    def _multiple(self) -> int:
+        """What sequence and context parallelism and FP8 want a sequence to be a multiple of."""
+        layout = self.layout
+        parts = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
+        precisions = [self.settings.precision, getattr(self.settings, "teacher_precision", "")]
+        multiples = [token_multiple(FP8.get(precision), layout.tp if layout.sp else 1) for precision in precisions]
+        return math.lcm(parts, *(layout.cp * multiple for multiple in multiples))
+
+    def _batch(self) -> None:
+        at_once = self.layout.pp if self.layout.vp > 1 else 1  # Megatron's interleaved schedule
+        step = self.settings.micro_batch_size * self.layout.dp * at_once
+        if self.settings.global_batch_size % step:
+            size = max(1, round(self.settings.global_batch_size / step)) * step
+            self._set("global_batch_size", size, f"a step takes {step} rows at a time, over all ranks")
+
+
+def fit_job(job: Job) -> tuple[Job, str]:
+    """The job with what its layout derives, and the remark. What depends on a text is derived by the stage that has it.
+
+    Its sequence lengths are not held against the model's positions: a run's bytes would be others than they were.
+    """
+    fits = {name: Fit(getattr(job, name), job.layout) for name in ("calibration", "distillation")}
+    remark = "; ".join(f"{name}.{fit.remark.replace('; ', f'; {name}.')}" for name, fit in fits.items() if fit.remark)
+    return dataclasses.replace(job, **{name: fit.settings for name, fit in fits.items()}), remark

@@ -1,0 +1,89 @@
+"""Plain values, as a file or the command line has them -> dataclasses of settings, each value of its declared type."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from nemo_minitron.artifacts.parse import anything, checked, shown
+from nemo_minitron.errors import InputError, nearest, unprintable
+from nemo_minitron.schema import asked_for
+
+
+def build(cls: Any, values: Any, where: str = "") -> Any:
+    """Raises InputError for a key that does not exist (with the nearest), a value of another type, a lacking key."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
+    hints = get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        key = f"{where}.{name}" if where else name
+        if name not in hints:
+            raise InputError(f"a recipe has no key '{key}'; {nearest(name, hints)}")
+        kind = hints[name]
+        arguments[name] = _value(kind, value, key)
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in arguments
+    ]
+    if missing:
+        raise InputError(f"the recipe lacks '{where + '.' if where else ''}{missing[0]}'")
+    return cls(**arguments)
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    """A plain value of the declared type; int serves as float, a list as a tuple, one value as a list of one."""
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, key)
+    plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    name = getattr(kind, "__name__", "")
+    if name in plain:
+        legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
+        if not legal:
+            raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
+        return _number(value, key) if name == "float" else _plain(value, key)
+    if get_origin(kind) is tuple:
+        return _sequence(get_args(kind)[0], value, key)
+    if get_origin(kind) is Mapping:
+        return _mapping(get_args(kind)[1], value, key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"'{key}' is {shown(value)}; it must be a text")
+    return _plain(value, key)
+
+
+def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+    """Names to values of a kind; of any kind they are plain, and not nested without end."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
+    if kind is Any:
+        return checked(dict(value), anything(), f"'{key}'")
+    found = {}
+    for name, item in value.items():  # `keep.layers` may list which ones stay
+        each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
+        found[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
+    return found
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A text that has no control characters: it may be a path, or be printed. Prompts may have lines."""
+    allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
+    if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
+        raise InputError(f"'{key}' is {shown(value)}; it must be a text without control characters")
+    return value
+
+
+def _number(value: int | float, key: str) -> float:
+    if not asked_for(value):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"'{key}' is a whole number of {int(value).bit_length()} bits; no float is near it") from None
+
+
+def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    items = [f"{key}.{number}" if dataclasses.is_dataclass(kind) else key for number in range(len(values))]
+    return tuple(_value(kind, item, where) for item, where in zip(values, items, strict=True))
