@@ -159,6 +159,11 @@ class Distiller:
             self.parts["alpha"] = self._intermediate.alpha  # of this step
             self._intermediate.finish(self.parts, learning_rate)
 
+    def end(self) -> None:
+        """After the last step: the student's hooks go, since a student that is used further has no teacher's states."""
+        if self._intermediate is not None:
+            self._intermediate.remove()
+
     @property
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint must hold beside the student; None for nothing."""

@@ -238,7 +238,7 @@ def test_no_hook_is_left_after_the_fit(models):
     assert "on_fit_end" in vars(Callback)
     before, pairs, callback = hooks(), layer_map(PAIRS, 3, 6), Distillation("teacher")
     meter, projection = Meter(list(map(str, pairs))), Projection(40, 48, seed=5)
-    callback._intermediate = Intermediate(pairs, student, teacher, projection=projection, meter=meter)
+    callback.distiller._intermediate = Intermediate(pairs, student, teacher, projection=projection, meter=meter)
     assert hooks() == before + 2 * len(pairs)
     callback.on_fit_end(None, None)
     assert hooks() == before

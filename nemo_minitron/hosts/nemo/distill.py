@@ -137,8 +137,7 @@ class Distillation(Callback):
         pl_module.log_dict({f"distillation/{name}": self.parts[name] for name in self.names}, batch_size=1)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._intermediate is not None:  # a student that is used further must not look for the teacher's states
-            self._intermediate.remove()
+        self.distiller.end()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state = self.distiller.state
