@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.scores import expected_shapes
 from nemo_minitron.cli import app
 from nemo_minitron.families import from_hf, read_config
 
-REMARK = "transformers 5 runs a LlamaForCausalLM only where its hidden_size is a multiple of 6; 40 is none"
+REMARK = "transformers 5 runs a LlamaForCausalLM only where its hidden_size is a multiple of 6; 40 is not"
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_a_criterion_of_depth_is_gathered_for_every_depth(job):
     ("settings", "words"),
     [
         (["search.params=20K"], "shapes has 19,000 to 21,000 parameters; the nearest is layers=3"),
-        (["search.params=lots"], "--params=lots is no size"),
+        (["search.params=lots"], "--params=lots is not a size"),
         (["search.param=3"], "no key 'search.param'; did you mean 'search.params'"),
         (["search.latency=3ms", "search.params="], "search.latency needs another target"),
         (["search.distil=13"], "search.distil is 13 of 12 candidates"),
