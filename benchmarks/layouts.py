@@ -24,7 +24,8 @@ def main(model: str, data: str, samples: str = "8") -> None:
         scores_by_tp = []
         for tp in ("1", "3"):
             out = Path(folder) / f"tp{tp}.safetensors"
-            options = ["--data", data, "--samples", samples, "--batch-size", "2", "--tp", tp, "--out", str(out)]
+            options = ["--data", data, "--samples", samples, "--sequence-length", "512", "--batch-size", "2"]
+            options += ["--tp", tp, "--out", str(out)]
             subprocess.run([sys.executable, "-m", "nemo_minitron.cli", "estimate", model, *options], check=True)
             scores_by_tp.append(Scores.load(out))
     one, three = scores_by_tp
