@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import forked
+from forked_server import fork_writers
 
 TESTS = Path(__file__).parent
 TAIL = 6000  # characters of a failed worker's output
@@ -69,7 +70,7 @@ def _store() -> tuple[int, int]:
 
 def _run(command: list[str]) -> None:
     """The worker's `main`."""
-    forked.fork_writers()
+    fork_writers()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     importlib.import_module(Path(command[0]).stem).main()
