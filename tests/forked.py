@@ -31,7 +31,7 @@ SIGNATURE = inspect.signature(EXECUTE)
 
 
 class Forked(subprocess.Popen):
-    """A Popen of `python -m MODULE ...` or `python SCRIPT.py ...` that is forked from the server, as this process' child.
+    """A Popen of `python -m MODULE ...` or `python SCRIPT.py ...`: the server forks it, and it is this process' child.
 
     The command is executed as usual if its environment changes a variable that libraries read while they are imported.
     """

@@ -5,6 +5,8 @@ import json
 import os
 import random
 
+from nemo_minitron.errors import InputError
+
 DEEP = b"[" * 100_000
 ODD = (
     None, True, -1, 0, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", "x" * 100_000, "../../x", "\x1b[2J\n\0",
@@ -87,3 +89,11 @@ def _places(values, path=()):
         items = list(enumerate(values))[:3] if isinstance(values, list) else ()
     for name, value in items:
         yield from _places(value, (*path, name))
+
+
+def tries(read, file, refused):
+    """Reads a file that may be damaged; the sentence of a refusal is added to `refused`."""
+    try:
+        read(file)
+    except InputError as error:
+        refused.append(str(error))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+VOCAB = 61  # of the model of tests/evaluation
+WORDS = ["<unk>", *(f"w{index}" for index in range(VOCAB - 1))]
+
 
 def save_tokenizer(folder: str | Path, texts: Iterable[str], size: int = 400) -> None:
     """Writes a byte-level BPE of exactly `size` tokens, with the ids that pico configs name: bos 1, eos 2."""

@@ -2,44 +2,18 @@
 
 import json
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
+from words import VOCAB, WORDS
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation import Numbers, evaluate, generate, perplexity, run_tasks
+from nemo_minitron.evaluation import Numbers, evaluate, generate, perplexity
 from nemo_minitron.evaluation.generation import sample
-from nemo_minitron.evaluation.tasks import task_name
 from nemo_minitron.families import from_hf
 
 FP32_LOSS = 2e-5  # relative, fp32 forward of two layers against float64; measured 1e-7 to 1e-6
 BF16_LOSS = 0.05  # relative, bf16 forward with large weights against float64; measured 0.005
-VOCAB = 61
-WORDS = ["<unk>", *(f"w{index}" for index in range(VOCAB - 1))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A two-layer Llama with large weights (so that its loss is far from ln V) and a tokenizer of words."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.5, bos_token_id=None,
-        eos_token_id=3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -224,81 +198,3 @@ def test_sample_is_settled_by_its_seed_and_skips_without_a_trace(folder):
     assert drawn(folder, prompts[:1], temperature=50.0)[0][0][1] != cold
     with pytest.raises(InputError, match="prompt 2 of 2 has no token"):
         drawn(folder, [[5], []])
-
-
-def test_tasks_without_lm_eval_say_what_to_install(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match="pip install"):
-        run_tasks(folder, ["hellaswag"])
-
-
-TASK = """
-task: pico_choice
-dataset_path: json
-dataset_kwargs:
-  data_files: {data}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
-
-
-def test_a_local_task_is_scored_by_lm_eval_itself(folder, tmp_path):
-    """Each choice is one token: the right answer is the likelier of two, reckoned here from the logits."""
-    import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    pytest.importorskip("lm_eval")
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(folder, eos_token="w3").save_pretrained(tmp_path / "model")  # lm-eval wants an EOS
-    rows = [{"context": f"w{i} w{i + 1}", "choices": ["w7", "w9"], "answer": i % 2} for i in range(1, 13)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "choice.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
-    right = 0
-    for i, row in enumerate(rows, 1):
-        logits = model(torch.tensor([[i + 1, i + 2]])).logits[0, -1]  # w0 is token 1
-        right += int(logits[8] < logits[10]) == row["answer"]
-    results = run_tasks(tmp_path / "model", [str(tmp_path / "choice.yaml")], precision="fp32")
-    assert results["pico_choice"]["acc,none"] == pytest.approx(right / len(rows))
-
-
-def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
-    (tmp_path / "mine.yaml").write_text("tag: x\ntask: 'my_task'  # a comment\nprocess: !function a.b\n")
-    called = {}
-
-    class TaskManager:
-        def __init__(self, include_path):
-            self.all_tasks = ["hellaswag", "my_task"] if include_path == [str(tmp_path)] else ["hellaswag"]
-
-    def simple_evaluate(**given):
-        called.update(given)
-        return {"results": {"my_task": {"acc,none": 0.5}}}
-
-    package = types.ModuleType("lm_eval")
-    package.simple_evaluate = simple_evaluate
-    package.tasks = types.ModuleType("lm_eval.tasks")
-    package.tasks.TaskManager = TaskManager
-    package.models = types.ModuleType("lm_eval.models.huggingface")
-    package.models.HFLM = types.SimpleNamespace  # what it is given, by name
-    monkeypatch.setitem(sys.modules, "lm_eval", package)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", package.tasks)
-    monkeypatch.setitem(sys.modules, "lm_eval.models", package.models)
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", package.models)
-    results = run_tasks(folder, ["hellaswag", str(tmp_path / "mine.yaml")], limit=3, precision="fp32")
-    assert results == {"my_task": {"acc,none": 0.5}}
-    assert called["tasks"] == ["hellaswag", "my_task"]
-    assert (called["limit"], str(called["model"].pretrained.dtype)) == (3, "torch.float32")
-    assert called["num_fewshot"] is None
-    run_tasks(folder, ["HellaSwag"])
-    assert (called["tasks"], called["num_fewshot"]) == (["hellaswag"], 10)
-    with pytest.raises(InputError, match="no task 'hellaswig'"):
-        run_tasks(folder, ["hellaswig"])
-    with pytest.raises(InputError, match="bf16"):
-        run_tasks(folder, ["hellaswag"], precision="bf17")
-    with pytest.raises(InputError, match="does not exist"):
-        task_name(str(tmp_path / "other.yaml"))

@@ -1,10 +1,8 @@
 """A torch_dist checkpoint that lies: about its sizes, its dtypes, what its chunks become, what its pickles are."""
 
 import io
-import json
 import os
 import pickle
-import struct
 import zipfile
 
 import mutations_of_files as mutations
@@ -16,12 +14,11 @@ from test_checkpoint_chunks import write_checkpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from nemo_minitron.data.index_file import check_arrays, read_index
+from nemo_minitron.data.index_file import check_arrays
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.sources import checkpoint as module
 from nemo_minitron.sources.checkpoint_files import check_resumable, read_metadata
-from nemo_minitron.sources.context import read_context, tokenizer_folder
 
 NORM = "module.decoder.final_layernorm.weight"
 
@@ -195,132 +192,13 @@ def test_damaged_metadata_and_chunks(weights, read):
     whole, refused = file.read_bytes(), []
     for data in mutations.of_bytes(whole, 150, seed="metadata"):
         file.write_bytes(data)
-        _tries(read_metadata, weights, refused)
+        mutations.tries(read_metadata, weights, refused)
     file.write_bytes(whole)
     for data in mutations.of_bytes(chunk, 60, seed="chunk"):
         (weights / "own.distcp").write_bytes(data)
-        _tries(lambda _: read(), weights, refused)
+        mutations.tries(lambda _: read(), weights, refused)
     assert len(refused) > 50
     assert all(len(message) < 2000 and message.isprintable() for message in refused)
-
-
-def _tries(read, file, refused):
-    try:
-        read(file)
-    except InputError as error:
-        refused.append(str(error))
-
-
-# -- the index of documents ----------------------------------------------------------------------------
-@pytest.fixture
-def idx(tmp_path):
-    """Three documents of 4, 0 and 5 tokens of int32, by hand."""
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 4)
-    numbers = [np.array([4, 0, 5], "<i4"), np.array([0, 16, 16], "<i8"), np.array([0, 1, 2, 3], "<i8")]
-    (tmp_path / "t.idx").write_bytes(head + b"".join(array.tobytes() for array in numbers))
-    return tmp_path / "t.idx"
-
-
-def test_a_whole_index(idx):
-    ends, dtype = read_index(idx, 36)
-    assert (ends.tolist(), dtype.name) == ([4, 4, 9], "int32")
-    with pytest.raises(InputError, match="do not belong together"):
-        read_index(idx, 40)
-
-
-@pytest.mark.parametrize(
-    ("at", "value", "words"),
-    [
-        (0, b"X", "does not begin like one"), (9, b"\x02", "version 2"), (17, b"\x06", "kind 6"),
-        (17, b"\xff", "kind 255"),
-        (18, b"\xff" * 8, "it should have"), (26, b"\xff" * 8, "it should have"), (18, b"\x02", "it should have"),
-        (34, b"\x05", "do not lie end to end"), (38, b"\xff\xff\xff\xff", "a document of -1 tokens"),
-        (46, b"\x01", "do not lie end to end"), (70, b"\x05", "not in order"), (94, b"\x09", "not in order"),
-    ],
-)  # fmt: skip
-def test_an_index_that_lies(idx, at, value, words):
-    data = bytearray(idx.read_bytes())
-    data[at : at + len(value)] = value
-    idx.write_bytes(data)
-    with pytest.raises(InputError, match=words):
-        read_index(idx, 36)
-
-
-def test_damaged_indexes(idx):
-    refused = []
-    for data in mutations.of_bytes(idx.read_bytes(), 300, seed="idx"):
-        idx.write_bytes(data)
-        _tries(lambda file: read_index(file, 36), idx, refused)
-    assert len(refused) > 200
-
-
-# -- the context ---------------------------------------------------------------------------------------
-@pytest.fixture
-def context(tmp_path):
-    """What NeMo writes of a model, as far as it is read."""
-
-    def leaf(name, value):
-        return [f"Attr(name='{name}')", {"type": "leaf", "value": value, "paths": []}]
-
-    def ref(name, key):
-        return [f"Attr(name='{name}')", {"type": "ref", "key": key}]
-
-    objects = {
-        "root": {"type": {"name": "Config"}, "items": [ref("model", "model")], "metadata": {"key": "m"}},
-        "model": {
-            "type": {"name": "Config"}, "items": [ref("config", "config"), ref("tokenizer", "tokenizer")],
-            "metadata": {"key": "m"},
-        },
-        "config": {
-            "type": {"name": "Config"}, "items": [leaf("num_layers", 2), ref("many", "many")], "metadata": {"key": "m"}
-        },
-        "many": {"type": {"name": "list"}, "items": [leaf("Index(index=0)", 1), leaf("Index(index=1)", 2)]},
-        "tokenizer": {
-            "type": {"name": "Config"}, "items": [leaf("pretrained_model_name", "a/b")], "metadata": {"key": "m"}
-        },
-        "m": {"items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": "nemo", "name": "LlamaModel"}]]},
-    }  # fmt: skip
-    folder = tmp_path / "context"
-    folder.mkdir()
-    (folder / "io.json").write_text(json.dumps({"objects": objects, "root": {"key": "root"}}))
-    (folder / "model.yaml").write_text("config:\n  num_layers: 2\n  made: 2024-01-02\n")
-    return folder
-
-
-def test_damaged_contexts(context):
-    def read(folder):
-        return read_context(folder), tokenizer_folder(folder.parent)
-
-    assert read(context)[0].config["many"] == [1, 2]
-    refused = []
-    for name in ("io.json", "model.yaml"):
-        whole = (context / name).read_bytes()
-        damaged = list(mutations.of_bytes(whole, 100, seed=name))
-        damaged += mutations.of_values(json.loads(whole), 200, seed=name) if name == "io.json" else [mutations.DEEP]
-        for data in damaged:
-            (context / name).write_bytes(data)
-            _tries(read, context, refused)
-        (context / name).write_bytes(whole)
-    assert len(refused) > 100
-
-
-def test_a_context_whose_date_is_none(context):
-    (context / "model.yaml").write_text("config:\n  made: 2024-13-45\n")
-    with pytest.raises(InputError, match=r"model\.yaml' cannot be read"):
-        read_context(context)
-
-
-def test_a_context_of_lists_in_lists_is_bounded(context):
-    """Forty objects, each a list of the next one twice: as values they are two to the fortieth."""
-    values = json.loads((context / "io.json").read_text())
-    for i in range(40):
-        item = {"type": "ref", "key": f"l{i + 1}"} if i < 39 else {"type": "leaf", "value": 1}
-        items = [["Index(index=0)", item], ["Index(index=1)", item]]
-        values["objects"][f"l{i}"] = {"type": {"name": "list"}, "items": items}
-    values["objects"]["config"]["items"].append(["Attr(name='deep')", {"type": "ref", "key": "l0"}])
-    (context / "io.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="more than 131072 values"):
-        read_context(context)
 
 
 def test_the_trap_would_snap(tmp_path):
