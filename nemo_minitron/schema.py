@@ -76,3 +76,14 @@ def settings_of(kind: Any) -> Mapping[str, Setting]:
 def asked_for(value: Any) -> bool:
     """Whether somebody wrote this value; only defaults that can be derived know that nobody did."""
     return not isinstance(value, (Unasked, UnaskedRate))
+
+
+def settled(settings: Any) -> Any:
+    """The same settings in plain numbers: after this, no size is known as one that nobody asked for.
+
+    A framework that writes settings down, as NeMo does into a checkpoint's context, knows plain numbers only.
+    """
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    plain = {name: int(value) for name, value in values.items() if isinstance(value, Unasked)}
+    plain |= {name: float(value) for name, value in values.items() if isinstance(value, UnaskedRate)}
+    return dataclasses.replace(settings, **plain)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.typed import typed
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.schema import settled
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
@@ -17,11 +18,16 @@ from nemo_minitron.settings.recipe import Distillation
 
 
 class Order:
-    """What the launcher asks of an order."""
+    """What the launcher asks of an order. Its settings are final: their numbers are plain."""
 
     stage: ClassVar[str]
     out: Path
     layout: Layout
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(value := getattr(self, field.name)):
+                object.__setattr__(self, field.name, settled(value))
 
     @property
     def processes(self) -> int:

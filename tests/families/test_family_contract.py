@@ -276,7 +276,7 @@ def test_a_trained_student_is_exported(name, models, results, tmp_path):
     base = models / f"{name}-student"
     (tmp_path / "trained").symlink_to(results / f"{name}-student")
     (tmp_path / "last.json").write_text(json.dumps({"checkpoint": "trained"}))
-    exported = export_student(tmp_path, base, tmp_path / "exported")
+    exported = export_student(tmp_path, HFSource(base), tmp_path / "exported")
     assert_same_bits(raw_tensors(exported), raw_tensors(base))
     assert read_config(exported) == read_config(base)
     assert read_config(exported)["head_dim"] == HEAD_DIM

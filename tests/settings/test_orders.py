@@ -83,3 +83,11 @@ def test_a_key_that_is_missing_is_named(tmp_path):
     write_json(tmp_path / "order.json", values)
     with pytest.raises(InputError, match=r"the order '.*order.json' .* not an object with 'out'"):
         read_order("cache", tmp_path / "order.json")
+
+
+def test_its_numbers_are_plain():
+    """NeMo writes what it trains with into a checkpoint's context, and leaves that empty if it finds another class."""
+    assert type(Distillation().sequence_length) is not int  # a default that may give way
+    for order in EVERY:
+        for group in (value for value in vars(order).values() if hasattr(value, "__dataclass_fields__")):
+            assert {type(value) for value in vars(group).values()} <= {int, float, str, bool, tuple, dict, type(None)}
