@@ -132,7 +132,7 @@ def test_steps_that_could_not_run_are_refused_before_any_runs(pico, setting, wor
 
 
 def test_a_chain_stops_at_no_single_stage(pico, tmp_path):
-    with pytest.raises(InputError, match="a chain has a stage 'plan' in each step"):
+    with pytest.raises(InputError, match="each step of a chain has a stage 'plan'"):
         run_compress(pico, tmp_path / "run", until="plan")
 
 
@@ -182,7 +182,7 @@ def test_a_students_layers_are_counted_in_what_it_learns_from(chain, plans):
     [
         ({"learns_from": "", "lineage": ("a.json",)}, "set both or neither"),
         ({"lineage": (), "distillation": Distillation(intermediate="auto")}, "intermediate=auto needs to know"),
-        ({"lineage": ("second/plan.json",)}, "'teacher' has .* parameters, the plans say"),
+        ({"lineage": ("second/plan.json",)}, "'teacher' has .* parameters, but the plans say"),
         ({"lineage": ("first/plan.json", "first/plan.json")}, "the plans do not follow each other"),
     ],
 )

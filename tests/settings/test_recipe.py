@@ -207,7 +207,7 @@ def test_a_student_that_tp_does_not_divide_is_trained_in_the_nearest_layout():
     student = PICO.replace(ffn_hidden_size=64)
     layout, why = Layout(tp=3, sp=True, dp=2).for_student(student, PICO)
     assert layout == Layout(tp=1, dp=2)
-    assert "an ffn of 64: it is distilled at tp=1" in why
+    assert "an ffn of 64, so it is distilled at tp=1" in why
     assert Layout(tp=3).for_student(PICO, PICO) == (Layout(tp=3), "")
     wide = PICO.replace(num_attention_heads=32, num_query_groups=8)
     narrow = PICO.replace(num_attention_heads=24, num_query_groups=6)
