@@ -99,7 +99,7 @@ def _corrected(
 
 
 def finished(out: Path, steps: int) -> bool:
-    """Whether a training has a whole checkpoint of so many steps, or of fewer if it ended early. A checkpoint that a
+    """Whether a training has a whole checkpoint of `steps` steps, or of fewer if it ended early. A checkpoint that a
     kill left half saved or half removed is cleared, so that the next call resumes from the one before."""
     mark = TrainingFolder(out).last
     noted = _noted(mark)

@@ -72,18 +72,18 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
     if (extras.head_residual is None) != (extras.scores is None):
         raise InputError("--head-residual and --scores need each other; give both or neither")
     check_plan(plan, source)
-    joined = Compensation(plan.digest, {})
+    compensation = Compensation(plan.digest, {})
     if extras.compensation:
-        joined = Compensation.load(extras.compensation)
-        joined.check(plan)
+        compensation = Compensation.load(extras.compensation)
+        compensation.check(plan)
     if extras.fold_norms:
-        joined = joined.joined(fold_norms(source, plan), {"folded norms": True})
+        compensation = compensation.joined(fold_norms(source, plan), {"folded norms": True})
     if extras.head_residual and extras.scores:
         heads = Scores.load(extras.scores)["heads"]
-        joined = joined.joined(
+        compensation = compensation.joined(
             head_residual(source, plan, heads, extras.head_residual), {"head residual": extras.head_residual}
         )
-    return joined
+    return compensation
 
 
 def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:

@@ -97,7 +97,7 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
 
 
 def check_chain_space(job: Job, folder: Path) -> None:
-    """Raises InputError where the disk cannot hold all steps."""
+    """Raises InputError if the disk cannot hold all steps."""
     steps = zip(job.chain, checked(job, folder), strict=True)
     need_space(folder, sum(_space_of(checked_step, folder / step.name) for step, checked_step in steps))
 

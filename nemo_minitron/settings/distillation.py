@@ -39,8 +39,8 @@ class Distillation(ValidatedSettings):
     then the cross-entropy against the cache's draws, or the KL on its largest logits, whichever it holds. `temperature`
     must be that of the cache.
 
-    `correction_tokens`: teacher correction. The teacher first trains on so many tokens of the data, by the LM loss, and
-    the corrected teacher is distilled. Its learning rate peaks at `correction_learning_rate` after
+    `correction_tokens`: teacher correction. The teacher first trains on this many tokens of the data, by the LM loss,
+    and the corrected teacher is distilled. Its learning rate peaks at `correction_learning_rate` after
     `correction_warmup_steps`, or after the student's warm-up if those are 0. The student's learning rate rises over
     `warmup_tokens`, or over `warmup_steps` if those are 0, and falls as a cosine until the last token.
 
@@ -155,7 +155,7 @@ class Distillation(ValidatedSettings):
             )
 
     def check_states(self, student_layers: int, teacher_layers: int) -> None:
-        """Raises InputError for `intermediate` states that models of so many layers do not have."""
+        """Raises InputError for `intermediate` states that models of these depths do not have."""
         if self.intermediate not in ("", AUTO):
             layer_map(self.intermediate, student_layers, teacher_layers)
 

@@ -135,7 +135,7 @@ class Layout:
         return dataclasses.replace(staged, tp=tp, sp=self.sp and tp > 1), why
 
     def for_depth(self, layers: int) -> Layout:
-        """This layout with pipeline stages for so many layers. The stages stay if they fit. Else they become even if
+        """This layout with pipeline stages for `layers` layers. The stages stay if they fit. Else they become even if
         the layers divide evenly. Else the first and the last stage get another size, as even as Megatron can run them.
 
         If no layout fits, the result is the even one, which `check` refuses.

@@ -104,15 +104,15 @@ class Search(ValidatedSettings):
         from nemo_minitron.search import parse, targets
 
         share = parse.tolerance(self.tolerance)
-        made = []
+        wanted = []
         for name, options in _BANDS.items():
             if text := getattr(self, name):
-                made.append(targets.parameters(parse.count(text, _option(name)), share, **options))
+                wanted.append(targets.parameters(parse.count(text, _option(name)), share, **options))
         if self.memory:
-            made.append(targets.memory(parse.size_in_bytes(self.memory, "--memory"), **self.serving))
+            wanted.append(targets.memory(parse.size_in_bytes(self.memory, "--memory"), **self.serving))
         if self.flops:
-            made.append(targets.flops(parse.count(self.flops, "--flops"), context=self.context))
-        return made
+            wanted.append(targets.flops(parse.count(self.flops, "--flops"), context=self.context))
+        return wanted
 
     def shapes(self, source: Architecture, keep: Mapping[str, Any], loads: Loads | None = None) -> Space:
         """The space of shapes to try. `keep` fixes axes; `loads` and refusals are as in `make_space`."""
