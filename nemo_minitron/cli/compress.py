@@ -62,9 +62,8 @@ def compress(
         return
     from nemo_minitron.job.compress import run_compress
 
-    machines = dataclasses.replace(
-        machines, job=["compress", job.as_dict(), overwrite]
-    )  # nodes compare the recipe itself, not its name
+    # Nodes compare the recipe itself: the same name may be another recipe on another machine.
+    machines = dataclasses.replace(machines, job=["compress", job.as_dict(), overwrite])
     machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
 
 

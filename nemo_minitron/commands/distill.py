@@ -175,9 +175,8 @@ def run_distill(
     fit = Fit(recipe, layout)
     fit.model(positions_of(*(model.config for model in opened)))
     if recipe.teacher_cache:
-        fit.exactly(
-            CacheHeader.load(recipe.teacher_cache).settings.sequence_length, "the cache's rows have this length"
-        )
+        cache = CacheHeader.load(recipe.teacher_cache)
+        fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
     recipe = fit.settings
     if recipe.learns_from_teacher and len(models) > 1:
         check_vocabularies(models[0], models[1])

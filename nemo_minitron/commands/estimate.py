@@ -222,12 +222,11 @@ def _depth_lines(scores: Scores, name: str) -> list[str]:
         return [f"removal: layers are removed in the order {', '.join(str(first) for first, _ in blocks)}"]
     sign, lines = -1 if name in HIGHER_IS_BETTER else 1, []
     for size in sorted({size_of(block) for block in blocks} - {0}):
-        block = min(
-            (b for b in blocks if size_of(b) == size), key=lambda b: (sign * blocks[b], -b[0])
-        )  # plans break ties this way, too
+        of_this_size = (block for block in blocks if size_of(block) == size)
+        block = min(of_this_size, key=lambda b: (sign * blocks[b], -b[0]))  # plans break ties this way, too
         layers = f"layer {block[0]}" if size == 1 else f"layers {block[0]} to {block[1]}"
-        of_size = "" if size == 1 else f" among blocks of {size}"
+        among = "" if size == 1 else f" among blocks of {size}"
         lines.append(
-            f"{name}: {blocks[NOTHING]:.4f}, and {blocks[block]:.4f} without {layers}, the least missed{of_size}"
+            f"{name}: {blocks[NOTHING]:.4f}, and {blocks[block]:.4f} without {layers}, the least missed{among}"
         )
     return lines

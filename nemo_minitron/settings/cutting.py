@@ -19,8 +19,10 @@ RESIDUAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
-    """How the student is cut. `compensate`: the matrices that lose inputs to a cut of neurons or heads are re-fitted,
-    by least squares on the calibration's activations, damped by `ridge`; false leaves the papers' pure selection.
+    """What the student gets beyond plain slices of its teacher.
+
+    `compensate`: the matrices that lose inputs to a cut of neurons or heads are re-fitted, by least squares on the
+    calibration's activations, damped by `ridge`; false leaves the papers' pure selection.
     `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes, divided among the
     ranks that share it. One pass of the calibration serves as many layers as fit, at least one.
     `fold_norms` and `head_residual` ("paper", "laco" or none): see `pruning/compensation.py`.

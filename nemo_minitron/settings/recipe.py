@@ -84,9 +84,8 @@ class Job(ValidatedSettings):
             raise InputError(f"rounds={self.rounds} needs sizes in keep; a search finds the sizes of a single cut")
         alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
         alone |= {"learns_from": bool(self.learns_from), "lineage": bool(self.lineage)}
-        check_chain(
-            [step for step in self.chain if isinstance(step, Step)], alone
-        )  # `from_dict` refuses what is no Step
+        # A Python recipe may give plain values for a step; `from_dict` makes a Step of them, and checks it then.
+        check_chain([step for step in self.chain if isinstance(step, Step)], alone)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in JSON. A default that can be derived keeps its class (`Unasked`)."""

@@ -172,10 +172,9 @@ def prune(run: Run) -> None:
     from nemo_minitron.search import random_plan
 
     teacher, plan = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
-    compensated = (
-        winner(run) if run.job.search.wanted else run.folder
-    )  # a search has re-fitted its candidates' matrices
-    compensation = compensation_of_run(run, teacher, compensated)
+    # A search has re-fitted the matrices of each candidate; they lie in the candidate's own folder.
+    cut_folder = winner(run) if run.job.search.wanted else run.folder
+    compensation = compensation_of_run(run, teacher, cut_folder)
     for torn in (run.folder.pruned, run.folder.random):
         clear_torn(torn)
     cut(teacher, plan, run.folder.pruned, compensation=compensation, overwrite=True)
