@@ -114,7 +114,7 @@ def _opened(header: CacheHeader, out: Path) -> CacheHeader:
         header.save(out)
     existing = CacheHeader.load(out)
     sweep(out)
-    existing.check(out, model=header.model)
+    existing.check(out, model=header.model)  # one by one, so that the refusal names the first thing that differs
     for name, value in header.settings.identity().items():
         existing.check(out, **{name: value})
     existing.check(out, rows=header.rows)

@@ -63,7 +63,7 @@ def solve_for(
     its Compensation. `data`: a .bin/.idx prefix. Raises RuntimeError if a process fails."""
     from nemo_minitron.data import Tokens
 
-    fit = Fit(calibration, layout)
+    fit = Fit(calibration, layout)  # a job comes here with its recipe's sizes, which no text has fitted
     fit.text(Tokens(data))
     say(fit.remark)
     order = CompensateOrder(model.path, plans, data, ridge, memory, fit.settings, layout)

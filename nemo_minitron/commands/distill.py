@@ -44,8 +44,10 @@ def run_training(
     RuntimeError if a process fails.
     """
     models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
+    # Without validations the second text is not read, so another one does not start the training over.
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
+    # The path of a cache plays no part: its content is among `models`.
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     files = TrainingFolder(out)
     if out.exists() and not made_with(files.settings, identity):
@@ -58,7 +60,7 @@ def run_training(
     if recipe.correction_tokens and teacher:
         taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
     order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan)
-    files.whole.unlink(missing_ok=True)
+    files.whole.unlink(missing_ok=True)  # its seals are those of checkpoints that the training replaces
     try:
         launch(order, host_of().worker, log)
     except RuntimeError:

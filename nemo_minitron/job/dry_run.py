@@ -90,7 +90,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation)
     benchmarks(job.evaluation.benchmarks)
-    if not offline:
+    if not offline:  # lm-eval may be missing on the machine that only plans
         check_tasks(job.evaluation.benchmarks)
     return source, target
 

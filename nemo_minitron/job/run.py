@@ -197,13 +197,14 @@ def execute(run: Run, stages: Sequence[Stage], until: str = "") -> None:
     digests: dict[str, str] = {}
     needed = _needed(stages, until)
     for number, stage in enumerate(needed, 1):
+        # The digest of a stage contains those before it, so that a change redoes everything that depends on it.
         upstream = [digests[name] for name in stage.after]
         digests[stage.name] = digest_of([stage.name, stage.inputs(run), upstream])
         title = f"[{number}/{len(needed)}] {stage.name}"
         if _done(run, stage, digests[stage.name], title):
             run.say(f"{title}: done before, skipped")
             continue
-        _forget(run, stage, stages)
+        _forget(run, stage, stages)  # before the run: a kill must not leave new files under an old note
         run.say(f"{title} ...")
         start = time.perf_counter()
         stage.run(run)

@@ -24,7 +24,7 @@ class Fit:
 
     def __init__(self, settings: Any, layout: Layout) -> None:
         self.settings, self.layout = settings, layout
-        self._why: dict[str, str] = {}
+        self._why: dict[str, str] = {}  # name of a derived setting -> the reason, for the remark
         if self._derivable("sequence_length") and settings.sequence_length % self._multiple():
             self.length(settings.sequence_length, "the layout must divide it")
         if self._derivable("global_batch_size"):
@@ -39,7 +39,7 @@ class Fit:
 
     def text(self, *corpora: Any) -> None:
         """Fits lengths and rows to `corpora`, the Tokens that are read. A training needs one more, the last label."""
-        label = 0 if hasattr(self.settings, "samples") else 1
+        label = 0 if hasattr(self.settings, "samples") else 1  # a calibration needs no labels
         self.length(min(corpus.tokens for corpus in corpora) - label, "the text has no more tokens")
         rows = min(corpus.samples(self.settings.sequence_length) for corpus in corpora)
         for name in ("samples", "depth_samples"):

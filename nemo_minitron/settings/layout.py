@@ -144,7 +144,7 @@ class Layout:
         for layout in (self, even):
             if layout._has_stages_of(layers):
                 return layout
-        sizes = range(self.vp, layers, self.vp)
+        sizes = range(self.vp, layers, self.vp)  # each stage must divide into its virtual stages
         uneven = [dataclasses.replace(self, first_stage=f, last_stage=z) for f in sizes for z in (0, *sizes)]
         legal = [layout for layout in uneven if layout._has_stages_of(layers)]
         return min(legal, key=lambda layout: layout._spread(layers), default=even)

@@ -106,7 +106,7 @@ def score_again(run: Run, number: int) -> None:
     calibration = calibration_of(job, plan.target)
     scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
     scores.save(files.scores)
-    shutil.rmtree(model)
+    shutil.rmtree(model)  # the plan makes it again, and the space check counts on its room
     for line in describe_scores(scores):
         run.say(f"    {line}")
 

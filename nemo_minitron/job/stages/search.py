@@ -226,10 +226,8 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
             diverged = True
         known |= {"losses": _losses(TrainingFolder(files.training).losses), "diverged": diverged}
         write_json(files.curve, known)
-    losses = [
-        *known["losses"],
-        *[math.inf] * (steps - len(known["losses"])),
-    ]  # a diverged candidate has no further losses
+    # Infinity ranks a diverged candidate last from here on.
+    losses = [*known["losses"], *[math.inf] * (steps - len(known["losses"]))]
     return list(enumerate(losses[:steps], 1))
 
 
