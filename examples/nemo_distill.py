@@ -1,7 +1,7 @@
 """Distils a pruned student in your own NeMo script: torchrun examples/nemo_distill.py STUDENT TEACHER CORPUS OUT
 
-STUDENT and TEACHER: NeMo checkpoints (the teacher may be a Hugging Face folder); CORPUS: the prefix of Megatron's
-.bin/.idx. OUT/checkpoints holds plain NeMo checkpoints of the student: what comes next needs no nemo_minitron.
+STUDENT and TEACHER are NeMo checkpoints; the teacher may also be a Hugging Face folder. CORPUS is the prefix of
+Megatron's .bin/.idx files. OUT/checkpoints gets plain NeMo checkpoints of the student, which do not need nemo_minitron.
 """
 
 import sys
@@ -12,7 +12,7 @@ STEPS = 4
 def main(student: str, teacher: str, corpus: str, out: str) -> None:
     import nemo_minitron.backend as backend
 
-    backend.setup()  # a no-op where CUDA and Transformer Engine are there
+    backend.setup()  # does nothing if CUDA and Transformer Engine are there
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl
     from nemo.collections import llm

@@ -1,7 +1,8 @@
 """Prunes a model in your own NeMo script, in any layout: torchrun examples/nemo_prune.py CHECKPOINT CORPUS OUT
 
-CHECKPOINT: a NeMo checkpoint; CORPUS: the prefix of Megatron's .bin/.idx. Leaves OUT/scores.safetensors,
-OUT/plan.json and OUT/student, a NeMo checkpoint of the model's own class. Sizes and layout: edit them here.
+CHECKPOINT is a NeMo checkpoint. CORPUS is the prefix of Megatron's .bin/.idx files. The script leaves
+OUT/scores.safetensors, OUT/plan.json and OUT/student, a NeMo checkpoint of the model's own class. Edit sizes and layout
+here.
 """
 
 import sys
@@ -12,7 +13,7 @@ KEEP = {"ffn": 64, "hidden": 40, "layers": 5}  # axis -> the size that stays
 def main(checkpoint: str, corpus: str, out: str) -> None:
     import nemo_minitron.backend as backend
 
-    backend.setup()  # a no-op where CUDA and Transformer Engine are there
+    backend.setup()  # does nothing if CUDA and Transformer Engine are there
     from nemo import lightning as nl
     from nemo.collections import llm
 

@@ -1,1 +1,1 @@
-"""Recipes: one file a job; `recipe()` returns a complete, named Job. Shipped as nemo_minitron.recipes."""
+"""Recipes, one file for each job: `recipe()` returns a complete, named Job. They ship as nemo_minitron.recipes."""

@@ -1,6 +1,6 @@
-"""What the recipes for H100s share: the settings of 2408.11796, on 256 GPUs as there.
+"""What the recipes for H100 GPUs share: the settings of 2408.11796, on 256 GPUs as in the paper.
 
-Fewer GPUs: layout.dp=N. A corpus of your own: data.train=PREFIX data.test=PREFIX, Megatron's indexed files.
+For fewer GPUs set layout.dp=N. For your own corpus set data.train=PREFIX data.test=PREFIX (Megatron's indexed files).
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ DISTILLATION_4B = Distillation(
     learning_rate=1e-4,
     min_learning_rate=1e-5,
     warmup_steps=40,
-    teacher_precision="fp8-current",  # scales of the tensor at hand: a frozen teacher has no history of its largest
+    teacher_precision="fp8-current",  # delayed scales need a history, which a frozen teacher does not build
     correction_tokens=100_000_000_000,
     correction_warmup_steps=120,
     save_every=500,
 )
-# A fifth of Llama-3.1-8B's own peak of 3e-4; the others' teachers do not publish theirs, and take the default.
+# A fifth of Llama-3.1-8B's own peak of 3e-4. The other teachers' peaks are not published, so they take the default.
 DISTILLATION_4B_LLAMA = dataclasses.replace(DISTILLATION_4B, correction_learning_rate=6e-5)
 DISTILLATION_8B = Distillation(
     tokens=380_000_000_000,
@@ -39,7 +39,7 @@ DISTILLATION_8B = Distillation(
     correction_warmup_steps=120,
     save_every=500,
 )
-# Nemotron-4: the settings of 2407.14679.
+# The settings of 2407.14679, for Nemotron-4.
 NEMOTRON = "checkpoints/nemotron4-15b"
 NEMOTRON_DATA = dataclasses.replace(DATA, teachers_own=True)
 CALIBRATION_4K = dataclasses.replace(CALIBRATION, sequence_length=4096)

@@ -1,7 +1,7 @@
 """Llama-3.1-8B -> Llama-3.1-Minitron-4B-Depth (2408.11796): 32 -> 16 layers, 4.54B.
 
-One block of sixteen layers goes. The paper chose layers 16 to 31 by Winogrande's accuracy without them: with such
-questions at hand, depth=accuracy calibration.items=FILE.jsonl does that; without, the loss decides.
+One block of sixteen layers is dropped. The paper chose layers 16 to 31 by the accuracy on Winogrande without them. If
+you have such questions, depth=accuracy calibration.items=FILE.jsonl does the same; here the loss decides.
 """
 
 import dataclasses

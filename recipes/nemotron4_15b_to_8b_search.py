@@ -1,7 +1,7 @@
-"""Nemotron-4 15B -> 8.27B of whichever shape: the search of 2407.14679, table 8, whose winner is Minitron-8B.
+"""Nemotron-4 15B -> the best shape of 8.27B: the search of 2407.14679, table 8, whose winner is Minitron-8B.
 
-Every combination of the paper's sizes within 5% of the budget is cut, distilled for 400 steps (1.9B tokens) and ranked;
-the best one is distilled long. See `nemotron4_15b_to_8b_to_4b` for teacher and data.
+Every combination of the paper's sizes within 5% of the budget is cut, distilled for 400 steps (1.9B tokens) and ranked.
+Then the best one is distilled on all tokens. `nemotron4_15b_to_8b_to_4b` describes teacher and data.
 """
 
 from nemo_minitron.recipes import h100

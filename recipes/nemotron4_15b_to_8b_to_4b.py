@@ -1,8 +1,8 @@
 """Nemotron-4 15B -> Minitron-8B -> Minitron-4B (2407.14679): two cuts of width, and the 15B teaches both students.
 
-The 15B's weights are not published: yours go in with teacher=FOLDER, a Hugging Face folder or a NeMo checkpoint. The
-paper trained on the 15B's own corpus, so that no teacher correction is called for; on another, set
-distillation.correction_tokens=100000000000. The shapes are what the paper's search found
+The weights of the 15B are not published. Set teacher=FOLDER to yours, a Hugging Face folder or a NeMo checkpoint. The
+paper trained on the 15B's own corpus, so it needed no teacher correction. On another corpus, set
+distillation.correction_tokens=100000000000. The shapes are those that the paper's search found
 (`nemotron4_15b_to_8b_search`).
 """
 

@@ -1,4 +1,4 @@
-"""Qwen3-8B -> 6B by depth: 36 -> 24 layers, 5.88B. Settings are those of 2408.11796's 4B."""
+"""Qwen3-8B -> 6B by depth: 36 -> 24 layers, 5.88B. Settings as for the 4B of 2408.11796."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Qwen3-8B -> 6B by width: hidden 4096 -> 3584, ffn 12288 -> 9216, 5.98B. Settings are those of 2408.11796's 4B."""
+"""Qwen3-8B -> 6B by width: hidden 4096 -> 3584, ffn 12288 -> 9216, 5.98B. Settings as for the 4B of 2408.11796."""
 
 from nemo_minitron.recipes import h100
 from nemo_minitron.recipes.teachers import QWEN3_8B

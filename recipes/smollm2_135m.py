@@ -1,4 +1,4 @@
-"""What the SmolLM2-135M recipes share: the demo's teacher and text, sizes for two CPU cores."""
+"""What the SmolLM2-135M recipes share: the teacher and the text of the demo, and sizes for two CPU cores."""
 
 from nemo_minitron.job import Calibration, Data, Distillation, Evaluation
 

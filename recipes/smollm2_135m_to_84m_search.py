@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct -> 84M parameters of whichever shape: twelve are cut, four distilled briefly, one longer."""
+"""SmolLM2-135M-Instruct -> the best shape of 84M: twelve are cut, four are distilled briefly, one longer."""
 
 from nemo_minitron.recipes import smollm2_135m as common
 

@@ -1,7 +1,7 @@
-"""The published configs of the teachers, as far as they decide what is built: a dry run needs no network then.
+"""The published configs of the teachers, as far as they decide the model. With them a dry run needs no network.
 
-Each is compared with the teacher that is found (`job.models.teacher_config`); Nemotron-4 15B's weights are not
-published, and its config is what NeMo's Nemotron4Config15B says, in Hugging Face's words.
+A job compares each with the config of its actual teacher (`job.teacher.teacher_config`). The weights of Nemotron-4 15B
+are not published; its config is NeMo's Nemotron4Config15B, written with the keys of Hugging Face.
 """
 
 _GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}

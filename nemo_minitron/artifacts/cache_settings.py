@@ -26,16 +26,26 @@ class CacheSettings:
     `sequence_length`: tokens of a row. `precision`: of the teacher's forward pass.
     """
 
-    sequence_length: int = setting(4096, "Tokens of a row.", derived=True, panel=MODEL)
-    mode: str = setting("sample", "sample (unbiased), or top-k and the rest's mass.", legal=MODES)
-    draws: int = setting(50, "Of --mode sample: tokens drawn at each position.", most=MANY)
-    independent: bool = setting(False, "Draw as RS-KD does, not one from each part of the distribution.")
-    proposal_temperature: float = setting(1.0, "Draw from p^(1/T); another than 1 takes 4 bytes more.", above_zero=True)
-    sets: int = setting(1, "Sets of draws; epoch e of a training uses set e mod SETS.", most=MANY)
+    sequence_length: int = setting(4096, "Length of a row, in tokens.", derived=True, panel=MODEL)
+    mode: str = setting(
+        "sample",
+        "What is kept: sample (random draws, unbiased), or top-k (the largest, and the mass of the rest).",
+        legal=MODES,
+    )
+    draws: int = setting(50, "With --mode sample: the number of tokens drawn at each position.", most=MANY)
+    independent: bool = setting(
+        False, "Draw independently, as RS-KD does, instead of one token from each part of the distribution."
+    )
+    proposal_temperature: float = setting(
+        1.0, "Temperature T of the proposal p^(1/T); any value but 1 takes 4 more bytes a token.", above_zero=True
+    )
+    sets: int = setting(1, "Number of sets of draws; epoch e of a training uses set e mod SETS.", most=MANY)
     seed: int = seed_setting(most=2**63 - 1)
-    k: int = setting(64, "Of --mode top-k: tokens kept at each position.", most=MANY)
-    temperature: float = setting(1.0, "Of the distillation loss.", above_zero=True)
-    precision: str = setting("bf16", f"{', '.join(PRECISIONS)}, or auto.", legal=(*PRECISIONS, "auto"))
+    k: int = setting(64, "With --mode top-k: the number of tokens kept at each position.", most=MANY)
+    temperature: float = setting(1.0, "Temperature of the distillation loss.", above_zero=True)
+    precision: str = setting(
+        "bf16", f"Precision of the model: {', '.join(PRECISIONS)}, or auto.", legal=(*PRECISIONS, "auto")
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,4 +1,4 @@
-"""The `minitron` command, one file a subcommand: each reads options, calls a room, prints what came out."""
+"""The `minitron` command, a file for each subcommand: it reads options, calls `commands` or `job`, prints a result."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 
 
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; anywhere.")] = False) -> None:
-    """`--debug` is read in `main`."""
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. It may stand anywhere.")] = False,
+) -> None:
+    """The options of every command; `main` reads `--debug`."""
 
 
 class Command(TyperCommand):
-    """A command whose `--help` stands in the last panel, behind its own options."""
+    """A command whose `--help` comes last, in the last panel."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
@@ -60,7 +62,7 @@ def _app(commands: Iterable[Callable[..., None]]) -> typer.Typer:
 
 
 def _titles() -> Iterator[Callable[..., None]]:
-    """The commands without their options, which take a tenth of a start to build: for the list of them."""
+    """The commands without their options, for the list of commands: building options takes a tenth of the start."""
     for command in COMMANDS:
 
         def title() -> None: ...
@@ -77,7 +79,8 @@ def __getattr__(name: str) -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point: a refusal is one sentence on stderr and exit code 2; tracebacks only with --debug.
+    """The entry point. A refusal is one sentence on stderr and exit code 2; a failure has exit code 1. Tracebacks are
+    shown with --debug only.
 
     Ctrl-C and SIGTERM end the command and all its processes, with exit codes 130 and 143.
     """
@@ -86,7 +89,7 @@ def main() -> None:
     if not debug:
         _quiet()
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a script's background ignore signals on purpose
             signal.signal(number, _leave)
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
     try:
@@ -102,14 +105,14 @@ def main() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """Ends by an exception, so that what runs is ended on the way out; a second signal ends at once."""
+    """Ends by an exception, so that processes are ended on the way out. A second signal ends at once."""
     signal.signal(number, signal.SIG_DFL)
-    print("minitron: interrupted; run the same command again and it goes on", file=sys.stderr)
+    print("minitron: interrupted; run the same command again to resume", file=sys.stderr)
     sys.exit(128 + number)
 
 
 def _quiet() -> None:
-    """The libraries' remarks on what is not installed are `minitron doctor`'s to tell."""
+    """Silences the libraries' warnings about what is not installed; `minitron doctor` reports that."""
     import logging
     import warnings
 

@@ -1,4 +1,4 @@
-"""`minitron cache-logits`: a teacher's logits, once, for many students."""
+"""`minitron cache-logits`: stores a teacher's logits once, for many students."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ MODELS = "Hugging Face folder, hub id or NeMo checkpoint of the teacher."
 def cache_logits(
     model: Annotated[str, typer.Argument(help=MODELS)],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="The cache's folder.", rich_help_panel=OUTPUT)],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the cache.", rich_help_panel=OUTPUT)],
     settings: CacheSettings,
     layout: Layout,
     samples: Annotated[
-        Optional[int], typer.Option(help="Rows of the text; all unless given.", rich_help_panel=MODEL)
+        Optional[int],
+        typer.Option(help="Number of rows to read. Default: all rows of the text.", rich_help_panel=MODEL),
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(help="What a kill can cost, at most.", rich_help_panel=OUTPUT)] = 256,
-    micro_batch_size: Annotated[int, typer.Option(help="Rows that a rank takes at once.", rich_help_panel=METHOD)] = 1,
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows in each file; a kill costs one unfinished file at most.", rich_help_panel=OUTPUT)
+    ] = 256,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="Rows of a micro-batch, on each rank.", rich_help_panel=METHOD)
+    ] = 1,
     skip_bad_lines: SkipBadLines = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Keep a few tokens of the teacher's distribution at each position; run again after a kill, it goes on."""
+    """Store a few tokens of the teacher's distribution at each position. Run the command again to resume."""
     from nemo_minitron.commands.cache import run_cache
 
     header = run_cache(

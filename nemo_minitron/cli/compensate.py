@@ -1,4 +1,4 @@
-"""`minitron compensate`: a model, a plan and text -> the matrices that a cut changes, fitted anew."""
+"""`minitron compensate`: a model, a plan and text -> the re-fitted matrices that lose inputs to the cut."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.layout import Layout
 
-OUT = "The file of matrices, for `minitron prune --compensation`."
-ROWS = Taking("samples", "sequence_length", "batch_size", "precision", "seed")  # what is scored is not asked here
+OUT = "File of the re-fitted matrices, for `minitron prune --compensation`."
+ROWS = Taking(
+    "samples", "sequence_length", "batch_size", "precision", "seed"
+)  # what else a calibration scores plays no part here
 
 
 def compensate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
-    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan` that cuts neurons or heads.")],
+    plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan` that cuts neurons or heads.")],
     data: Data,
     calibration: Annotated[Calibration, ROWS],
     cutting: Annotated[Cutting, Taking("ridge", "memory")],
@@ -30,11 +32,11 @@ def compensate(
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Fit the matrices behind cut neurons or heads anew, by least squares on activations: forward passes only."""
+    """Re-fit the matrices that lose inputs to the cut, by least squares on activations, with forward passes only."""
     from nemo_minitron.commands.compensate import run_compensate
 
-    found = run_compensate(
+    compensation = run_compensate(
         model, plan, data, out, calibration, layout, ridge=cutting.ridge, memory=int(cutting.memory * 1e9),
         skip_bad_lines=skip_bad_lines,
     )  # fmt: skip
-    print(f"{out}: {len(found.tensors)} matrices")
+    print(f"{out}: {len(compensation.tensors)} matrices")

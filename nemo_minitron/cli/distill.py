@@ -1,4 +1,4 @@
-"""`minitron distill`: a student learns from its teacher's logits."""
+"""`minitron distill`: trains a student on its teacher's logits."""
 
 from __future__ import annotations
 
@@ -14,26 +14,34 @@ from nemo_minitron.schema import METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.layout import Layout
 
-TEACHER = "Hugging Face folder, hub id or NeMo checkpoint."
+TEACHER = "Hugging Face folder, hub id or NeMo checkpoint of the teacher."
 
 
 def distill(
     student: Annotated[str, typer.Argument(help="Hugging Face folder of the pruned student.")],
     *,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="The distilled Hugging Face folder.", rich_help_panel=OUTPUT)],
+    out: Annotated[
+        Path, typer.Option("--out", help="Hugging Face folder of the distilled student.", rich_help_panel=OUTPUT)
+    ],
     teacher: Annotated[Optional[str], typer.Option(help=TEACHER, rich_help_panel=MODEL)] = None,
     settings: Distillation,
     layout: Layout,
     machines: Machines,
     plan: Annotated[
-        Optional[Path], typer.Option(help="The plan that the student comes from.", rich_help_panel=METHOD)
+        Optional[Path],
+        typer.Option(
+            help="Plan that made the student; --intermediate auto reads the kept layers from it.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
-    validation: Annotated[Optional[str], typer.Option(help="Held-out text.", rich_help_panel=MODEL)] = None,
+    validation: Annotated[
+        Optional[str], typer.Option(help="Held-out text, for --validate-every.", rich_help_panel=MODEL)
+    ] = None,
     skip_bad_lines: SkipBadLines = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Retrain a student from the teacher's logits; run again after a kill, it goes on."""
+    """Train a student on the teacher's logits. Run the command again to resume."""
     from nemo_minitron.commands.distill import run_distill
 
     def command() -> None:

@@ -1,4 +1,4 @@
-"""`minitron estimate`: a model and text -> scores."""
+"""`minitron estimate`: a model and text -> importance scores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nemo_minitron.schema import MODEL, OUTPUT
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.layout import Layout
 
-OUT = "The file of scores."
-MERGE = "Scores of another run over other rows of the same model, to merge in."
+OUT = "File of the scores."
+MERGE = "Scores of the same model on other rows, to merge in."
 
 
 def estimate(
@@ -29,7 +29,7 @@ def estimate(
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("scores.safetensors"),
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Score what matters, with forward passes only; run again after a kill, it goes on."""
+    """Score the units of a model, by forward passes. Run the command again to resume."""
     from nemo_minitron.commands.estimate import describe_scores, run_estimate
 
     def command() -> None:

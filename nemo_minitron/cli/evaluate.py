@@ -1,4 +1,4 @@
-"""`minitron evaluate`: a model -> numbers."""
+"""`minitron evaluate`: a model -> loss, perplexity, results of benchmarks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nemo_minitron.cli.options import SOURCES, SkipBadLines
 from nemo_minitron.schema import MODEL, OUTPUT
 from nemo_minitron.settings.evaluation import Evaluation
 
-MODELS = "Hugging Face folder, hub id, or NeMo checkpoint (converted for the time it takes)."
-HELD_OUT = f"{SOURCES}; the test split unless given."
-DRAFT_OF = "Its teacher: MODEL as its draft, the tokens that are accepted."
-DRAFT_OUT = "Folder for the pair's vLLM and TensorRT-LLM configuration."
+MODELS = "Hugging Face folder, hub id or NeMo checkpoint (it is converted for the measurement)."
+HELD_OUT = f"{SOURCES}. Without @SPLIT: the test split."
+DRAFT_OF = "Larger model: measure how many tokens it accepts from MODEL as its draft in speculative decoding."
+DRAFT_OUT = "Folder for the vLLM and TensorRT-LLM configuration of both models."
 
 
 def evaluate(
@@ -23,14 +23,20 @@ def evaluate(
     data: Annotated[Optional[str], typer.Option("--data", help=HELD_OUT, rich_help_panel=MODEL)] = None,
     skip_bad_lines: SkipBadLines = False,
     tasks: Annotated[
-        str, typer.Option(help="lm-eval tasks: NAME, FILE.yaml, base, instruct.", rich_help_panel=MODEL)
+        str,
+        typer.Option(
+            help="lm-eval's tasks, separated by commas: NAME, FILE.yaml, or the groups base and instruct.",
+            rich_help_panel=MODEL,
+        ),
     ] = "",
-    limit: Annotated[Optional[int], typer.Option(help="Documents of each task.", rich_help_panel=MODEL)] = None,
+    limit: Annotated[
+        Optional[int], typer.Option(help="Number of documents of each task. Default: all.", rich_help_panel=MODEL)
+    ] = None,
     draft_of: Annotated[Optional[str], typer.Option(help=DRAFT_OF, rich_help_panel=MODEL)] = None,
     draft_out: Annotated[Optional[Path], typer.Option(help=DRAFT_OUT, rich_help_panel=OUTPUT)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte; lm-eval tasks; what a larger model accepts of its tokens."""
+    """Measure loss, perplexity and bits per byte, lm-eval's tasks, and the tokens that a larger model accepts."""
     import json
 
     from nemo_minitron.commands.evaluate import run_evaluate

@@ -1,4 +1,4 @@
-"""From a recipe's name or file to a Job."""
+"""A recipe's name or file -> a Job."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nemo_minitron.settings.recipe import Job, with_defaults_unasked
 
 
 def names() -> list[str]:
-    """The recipes that are shipped."""
+    """The names of the shipped recipes."""
     import nemo_minitron.recipes as recipes
 
-    found = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
-    return [name for name in found if "_to_" in name]
+    modules = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
+    return [name for name in modules if "_to_" in name]  # the other modules are shared by recipes
 
 
 def find(recipe: str) -> Job:
-    """A shipped recipe by name, a Python file with `recipe()`, or its values in a YAML or JSON file.
+    """The Job of a shipped recipe by name, of a Python file with `recipe()`, or of values in a YAML or JSON file.
 
-    The recipe.json of a run folder has every setting written out: there, one at its default was not asked for. Raises
-    InputError for anything else, with the nearest name.
+    The recipe.json of a run folder writes every setting out. A setting at its default counts there as not asked for.
+    Raises InputError, with the nearest name, for anything else.
     """
     path = Path(recipe)
     if path.suffix == ".json":
@@ -43,6 +43,7 @@ def find(recipe: str) -> Job:
 
 
 def _from_file(path: Path) -> Job:
+    """The Job that `recipe()` of a Python file returns. Raises InputError, with the line, if the file fails."""
     if not path.is_file():
         raise InputError(f"the recipe '{path}' does not exist; {nearest(path.stem, names())}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -59,13 +60,13 @@ def _from_file(path: Path) -> Job:
         return Job.from_dict(job.as_dict())
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # it is anybody's code
+    except (Exception, SystemExit) as error:  # a recipe is anybody's code and may raise anything
         what = type(error).__name__ + (f": {first_line(error)}" if str(error).strip() else "")
         raise InputError(f"the recipe '{path}' fails{_where(error, path)}: {what}") from error
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """The line of the recipe that failed, or that led to where it failed."""
+    """The line of the recipe that failed, or that called what failed."""
     here = str(path.absolute())
     if isinstance(error, SyntaxError) and error.filename == here:
         return f" in line {error.lineno}"

@@ -1,4 +1,4 @@
-"""`minitron finetune`: a distilled student is aligned, as the papers align theirs."""
+"""`minitron finetune`: tunes a distilled student on instructions, as the papers do."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from nemo_minitron.schema import MODEL, OUTPUT
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
 
-ROWS = "JSONL; each row has the texts input and output."
+ROWS = "JSONL file; each row has the texts input and output."
 
 
 def finetune(
     student: Annotated[str, typer.Argument(help="Hugging Face folder, such as a run's student.")],
     data: Annotated[Path, typer.Option("--data", help=ROWS, rich_help_panel=MODEL)],
-    out: Annotated[Path, typer.Option("--out", help="The aligned Hugging Face folder.", rich_help_panel=OUTPUT)],
+    out: Annotated[
+        Path, typer.Option("--out", help="Hugging Face folder of the tuned student.", rich_help_panel=OUTPUT)
+    ],
     settings: Finetuning,
     layout: Layout,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Instruction tuning by NeMo's llm.finetune; run again after a kill, it goes on."""
+    """Tune a student on instructions, by NeMo's llm.finetune. Run the command again to resume."""
     from nemo_minitron.commands.finetune import run_finetune
 
     trained = run_finetune(student, data, out, settings, layout)
-    print(f"{out}: aligned in {trained.steps} steps of {trained.global_batch_size} rows")
+    print(f"{out}: tuned in {trained.steps} steps of {trained.global_batch_size} rows")

@@ -1,8 +1,8 @@
-"""`nemo minitron`: the job as commands of NeMo-Run, whose factories are the recipes. Loads neither NeMo nor Megatron.
+"""`nemo minitron`: the job as commands of NeMo-Run, with the recipes as factories. It loads neither NeMo nor Megatron.
 
 NeMo-Run finds this module through the entry-point group `nemo_run.cli`. A command's parameters are the settings of a
-Job and `out`, the run folder: `nemo minitron compress --factory NAME distillation.tokens=2000`. The same in Python,
-for any executor: `run.run(task(compress, job), executor=...)`.
+Job and `out`, the run folder: `nemo minitron compress --factory NAME distillation.tokens=2000`. In Python, any executor
+runs the same: `run.run(task(compress, job), executor=...)`.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from nemo_minitron.schema import asked_for
 from nemo_minitron.settings.recipe import Job
 
 NAMESPACE = "minitron"
-_CLASSES: dict[str, Any] = {}  # of `_class_of`, by name
+_CLASSES: dict[str, Any] = {}  # name -> the class that `_class_of` made
 PLAIN = (int, float, str, bool)
-TORCHRUN = {  # what it tells a process about the others
+TORCHRUN = {  # variables that tell a process about the others
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
-# Without an annotation: NeMo-Run would take a text that is the name of a factory for that factory.
+# `name` has no annotation: NeMo-Run would take a text that is the name of a factory for that factory.
 NAME = inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY)
 OUT = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Optional[str])
 
 
 def command(stage: Callable[[Job, Optional[str]], None]) -> Any:
-    """A function of a Job and its run folder as a command of NeMo-Run."""
+    """Decorator: a function of a Job and its run folder becomes a command of NeMo-Run."""
 
     @functools.wraps(stage)
     def entry(*, out: Optional[str] = None, **settings: Any) -> None:
@@ -51,7 +51,7 @@ def command(stage: Callable[[Job, Optional[str]], None]) -> Any:
 
 
 def task(entry: Any, job: Job, out: str | None = None) -> Any:
-    """A `run.Partial` of one of this module's commands with all settings of a Job."""
+    """A `run.Partial` of one of this module's commands, with all settings of a Job. `out`: the run folder."""
     settings = {"out": out} | _written(job)
     for name, value in settings.items():
         group = getattr(job, name, None)
@@ -63,18 +63,18 @@ def task(entry: Any, job: Job, out: str | None = None) -> Any:
 
 
 def mapping(**values: Any) -> dict[str, Any]:
-    """A group of settings whose names are free, as `keep.ffn=1024`. Of a dict itself NeMo-Run loses the type."""
+    """A group of settings with free names, as in `keep.ffn=1024`. NeMo-Run would lose the type of a plain dict."""
     return values
 
 
 def _open(values: Mapping[str, Any]) -> Any:
-    found = {name: _open(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    return run.Config(mapping, **found)
+    items = {name: _open(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return run.Config(mapping, **items)
 
 
 def _written(values: Any) -> dict[str, Any]:
-    """A dataclass' fields as plain values. Empty texts stay defaults, since NeMo-Run's files cannot say them, and so do
-    sizes that nobody asked for."""
+    """A dataclass' fields as plain values. Empty texts are left to their defaults, since NeMo-Run's files cannot say
+    them, and so are sizes that nobody asked for."""
     defaults = {field.name: field.default for field in dataclasses.fields(values)}
     plain = json.loads(json.dumps(dataclasses.asdict(values)))
     left_out = {name for name, value in plain.items() if value == "" and defaults[name] == ""}
@@ -83,7 +83,7 @@ def _written(values: Any) -> dict[str, Any]:
 
 
 def add_recipe(name: str, recipe: Callable[[], Job]) -> None:
-    """A recipe as `--factory NAME` of all commands: those that are shipped, and your own (in a `workspace.py`)."""
+    """Offers a recipe as `--factory NAME` of all commands. Call it in a `workspace.py` for recipes of your own."""
     for entry in (compress, estimate, plan, prune, distill):
         run.cli.factory(_factory(entry, recipe), target=entry, name=name)
 
@@ -98,15 +98,15 @@ def _factory(entry: Any, recipe: Callable[[], Job]) -> Callable[[], Any]:
 
 
 def signature(kind: type) -> inspect.Signature:
-    """Of a dataclass, with the annotations by which NeMo-Run reads values: it knows no texts and no tuples."""
+    """The signature of a dataclass, with annotations that NeMo-Run can read: no texts and no tuples."""
     hints = get_type_hints(kind)
     parameters = inspect.signature(kind).parameters.values()
     return inspect.Signature([p.replace(annotation=_readable(hints[p.name])) for p in parameters])
 
 
 def _class_of(group: Any) -> Any:
-    """A class of this module under a group of settings, with the signature that NeMo-Run asks of what it configures
-    for `distillation.tokens=2000`. NeMo-Run's files name it as nemo_minitron.cli.nemo_run.Distillation."""
+    """A subclass of a group of settings, with the signature that NeMo-Run needs for `distillation.tokens=2000`. It is a
+    class of this module: NeMo-Run's files name it nemo_minitron.cli.nemo_run.Distillation."""
     name = group.__name__
     if name not in _CLASSES:
         body = {"__signature__": signature(group), "__doc__": group.__doc__, "__module__": __name__}
@@ -130,10 +130,10 @@ def _readable(hint: Any) -> Any:
 
 
 def _leads(job: Job) -> bool:
-    """Whether this process does the job: under torchrun the first one does, and starts the workers of each stage.
+    """Whether this process does the job. Under torchrun the first process does, and starts the workers of each stage.
 
-    Takes torchrun's variables away, which are not those workers'. Raises InputError for processes on several
-    machines, or of another number than the layout's.
+    Removes torchrun's variables, which would mislead those workers. Raises InputError for processes on several
+    machines, or if their number is not the layout's.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
@@ -152,7 +152,7 @@ def _leads(job: Job) -> bool:
 
 
 def _do(job: Job, out: Optional[str], until: str = "") -> None:
-    """As `minitron compress`, also where an executor starts it once on each of several nodes."""
+    """Runs the job as `minitron compress` does, also if an executor starts it once on each of several nodes."""
     folder = job.folder(out)
     same = ["compress", until, job.as_dict()]
     Machines(job=same).run(job.layout, folder, lambda: run_compress(job, folder, until))
@@ -160,36 +160,36 @@ def _do(job: Job, out: Optional[str], until: str = "") -> None:
 
 @command
 def compress(job: Job, out: Optional[str]) -> None:
-    """The whole job, resumable, into one run folder: `out`, or runs/NAME."""
+    """Run the whole job in one run folder: `out`, or runs/NAME. Run the command again to resume."""
     _do(job, out)
 
 
 @command
 def estimate(job: Job, out: Optional[str]) -> None:
-    """A run as far as its scores: what matters, with forward passes only."""
+    """Run the job as far as its scores, by forward passes."""
     _do(job, out, "estimate")
 
 
 @command
 def plan(job: Job, out: Optional[str]) -> None:
-    """A run as far as its plan: what stays."""
+    """Run the job as far as its plan: what is kept."""
     _do(job, out, "plan")
 
 
 @command
 def prune(job: Job, out: Optional[str]) -> None:
-    """A run as far as its student, cut and not yet trained: checkpoints/pruned."""
+    """Run the job as far as its student before training: checkpoints/pruned."""
     _do(job, out, "prune")
 
 
 @command
 def distill(job: Job, out: Optional[str]) -> None:
-    """A run as far as its student, retrained from the teacher's logits: student."""
+    """Run the job as far as its distilled student: student."""
     _do(job, out, "export")
 
 
 def local() -> Any:
-    """This machine: one process, which starts those of each stage, as many as the layout has."""
+    """This machine. One process starts the processes of each stage, as many as the layout has."""
     return run.Config(run.LocalExecutor)
 
 

@@ -1,4 +1,4 @@
-"""Commands that run on many nodes: each is started with the same command."""
+"""Options of commands that run on many nodes. Every node is started with the same command."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """The hosts of a job. `job`: plain values that say what is done, the same on all of them."""
+    """The nodes of a job. `job`: plain values that say what the command does; they must be the same on all nodes."""
 
-    nodes: Optional[int] = setting(None, "Hosts that run this command; as srun says it.", panel=MACHINES)
-    node_rank: Optional[int] = setting(None, "Which of them this is, from 0; as srun says it.", panel=MACHINES)
-    rendezvous: Optional[str] = setting(None, "HOST:PORT of node 0; else MASTER_ADDR.", panel=MACHINES)
+    nodes: Optional[int] = setting(
+        None, "Number of nodes that run this command. Default: srun's variable.", panel=MACHINES
+    )
+    node_rank: Optional[int] = setting(None, "Number of this node, from 0. Default: srun's variable.", panel=MACHINES)
+    rendezvous: Optional[str] = setting(None, "HOST:PORT of node 0. Default: MASTER_ADDR.", panel=MACHINES)
     job: Any = None
 
     def run(self, layout: Layout, out: Path, command: Callable[[], object]) -> None:
-        """Node 0 does `command`; the others start their part of each stage in it. `out`: what it makes, on storage
-        that all nodes share. Raises InputError as `Nodes`, `lead` and `follow_leader`."""
+        """Node 0 runs `command`; the other nodes start their processes of each of its stages. `out`: the result of the
+        command, on storage that all nodes share. Raises InputError as `Nodes`, `lead` and `follow_leader` do."""
         from nemo_minitron.artifacts.files import digest_of
         from nemo_minitron.launch.machines import follow_leader, lead
         from nemo_minitron.launch.nodes import Nodes
@@ -44,12 +46,12 @@ class Machines:
 
 
 def _set_stall(seconds: int) -> int:
-    """For whatever starts processes; the environment reaches the workers too."""
+    """Hands the limit on in the environment, which reaches the launcher and its workers."""
     os.environ[VARIABLE] = str(seconds)
     return seconds
 
 
-_STALL = "Seconds without progress of any rank until a stage is ended; 0: no limit."
+_STALL = "Seconds without progress of any rank after which a stage is ended; 0: no limit."
 Stall = Annotated[
     int,
     typer.Option("--stall-timeout", min=0, envvar=VARIABLE, callback=_set_stall, help=_STALL, rich_help_panel=MACHINES),

@@ -1,7 +1,7 @@
 """A command, written as a function of settings -> the function that typer reads, with an option for each setting.
 
-A parameter whose type is a group of settings stands for the options of its fields (`schema.Setting`). What is not given
-on the command line keeps the very default of the field, so that a size that nobody asked for is known as such.
+A parameter whose type is a group of settings stands for the options of its fields (`schema.Setting`). A setting that is
+not on the command line keeps the default object of its field, so that `schema.asked_for` knows that nobody asked.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import MODEL, PANELS, Setting, asked_for, settings_of
 
-SOURCES = "Text file, JSONL, .bin/.idx prefix, or `datasets` NAME, NAME:CONFIG, NAME@SPLIT"
-Data = Annotated[str, typer.Option("--data", help=f"{SOURCES}; the train split unless given.", rich_help_panel=MODEL)]
-SKIP = "Leave out lines that cannot be read, and count them."
+SOURCES = "Text file, JSONL file, .bin/.idx prefix, or `datasets` source NAME, NAME:CONFIG, NAME@SPLIT"
+Data = Annotated[
+    str, typer.Option("--data", help=f"{SOURCES}. Without @SPLIT: the train split.", rich_help_panel=MODEL)
+]
+SKIP = "Leave out lines that cannot be read, and say how many."
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help=SKIP, rich_help_panel=MODEL)]
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CONTEXT = "command_line"
@@ -27,7 +29,7 @@ CONTEXT = "command_line"
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Taking:
-    """Beside a group: the fields that become options, all of them unless named, and fixed values of others."""
+    """Annotation of a group: the fields that become options (all if none is named), and fixed values of others."""
 
     only: tuple[str, ...]
     fixed: Mapping[str, Any]
@@ -39,7 +41,8 @@ class Taking:
 
 @dataclasses.dataclass(frozen=True)
 class Overriding:
-    """Beside `dict`: options without defaults, of the fields of a recipe's group `name`; what is given is handed on."""
+    """Annotation of a `dict`: options without defaults for the fields of a recipe's group `name`. The command gets
+    those that were given."""
 
     group: type
     name: str
@@ -47,7 +50,7 @@ class Overriding:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A parameter of a command that stands for options; `fields` are their names and settings."""
+    """A parameter of a command that stands for options. `fields`: name -> its Setting. `fixed`: values of others."""
 
     kind: Any
     fields: Mapping[str, Setting]
@@ -56,7 +59,7 @@ class Group:
 
     @classmethod
     def of(cls, annotation: Any) -> Group | None:
-        """None for a parameter that is one option."""
+        """The group of a parameter; None if the parameter is a single option."""
         kind, *extra = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         if extra and isinstance(extra[0], Overriding):
             return cls(extra[0].group, settings_of(extra[0].group), {}, extra[0].name)
@@ -66,47 +69,46 @@ class Group:
         fields = {name: known for name, known in settings_of(kind).items() if name in (taking.only or (name,))}
         return cls(kind, {n: k for n, k in fields.items() if not k.recipe_only or n in taking.only}, taking.fixed)
 
-    def build(self, asked: Mapping[str, Any]) -> Any:
-        """The settings; `asked`: what was given on the command line. Raises InputError for what is not legal."""
+    def build(self, given: Mapping[str, Any]) -> Any:
+        """The settings from `given`, the options of the command line. Raises InputError for an illegal value."""
         hints = get_type_hints(self.kind)
-        given = {
-            name: _read(hints[name], asked[name], name, self.fields[name]) for name in self.fields if name in asked
+        values = {
+            name: _read(hints[name], given[name], name, self.fields[name]) for name in self.fields if name in given
         }
         if self.override:
-            return given
-        made = self.kind(**self.fixed, **given)
-        if getattr(made, "precision", "") == "auto":
+            return values
+        settings = self.kind(**self.fixed, **values)
+        if getattr(settings, "precision", "") == "auto":
             from nemo_minitron.settings.precision import best_precision
 
-            made = dataclasses.replace(made, precision=best_precision())
-        return made
+            settings = dataclasses.replace(settings, precision=best_precision())
+        return settings
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        hints, defaults = (
-            get_type_hints(self.kind),
-            {field.name: field.default for field in dataclasses.fields(self.kind)},
-        )
+        """A parameter for each option, as typer reads it."""
+        hints = get_type_hints(self.kind)
+        defaults = {field.name: field.default for field in dataclasses.fields(self.kind)}
         for name, known in self.fields.items():
             yield _parameter(name, hints[name], known, None if self.override else defaults[name], self.override)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What typer takes: options in the order of their panels, and groups built of what was asked for."""
-    own = inspect.signature(command, eval_str=True).parameters
-    groups = {name: group for name, parameter in own.items() if (group := Group.of(parameter.annotation))}
+    """The function that typer reads: its options are in the order of their panels, and it builds groups from them."""
+    declared = inspect.signature(command, eval_str=True).parameters
+    groups = {name: group for name, parameter in declared.items() if (group := Group.of(parameter.annotation))}
 
     def run(**values: Any) -> None:
         context = values.pop(CONTEXT)
-        asked = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
-        made = {name: group.build(asked) for name, group in groups.items()}
-        made |= {name: values[name] for name in own if name not in groups}
+        given = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
+        arguments = {name: group.build(given) for name, group in groups.items()}
+        arguments |= {name: values[name] for name in declared if name not in groups}
         machines = [name for name, group in groups.items() if group.kind is Machines]
-        for name in machines:  # they know each other's command by what it was asked to do
-            same = {key: _plain(value) for key, value in made.items() if key not in (*machines, "out")}
-            made[name] = dataclasses.replace(made[name], job=[command.__name__, same])
-        command(**made)
+        for name in machines:  # nodes compare their commands by name and arguments
+            same = {key: _plain(value) for key, value in arguments.items() if key not in (*machines, "out")}
+            arguments[name] = dataclasses.replace(arguments[name], job=[command.__name__, same])
+        command(**arguments)
 
-    parameters = [parameter for name in own for parameter in _expanded(own[name], groups.get(name))]
+    parameters = [parameter for name in declared for parameter in _expanded(declared[name], groups.get(name))]
     parameters.sort(key=_panel)
     context = inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context)
     run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -120,7 +122,7 @@ def _expanded(parameter: inspect.Parameter, group: Group | None) -> list[inspect
 
 
 def _panel(parameter: inspect.Parameter) -> int:
-    """Arguments first, then panel after panel; within one as the command has them."""
+    """The sort key: arguments first, then panel after panel. The sort keeps the command's order within a panel."""
     info = get_args(parameter.annotation)[1]
     return -1 if not isinstance(info, type(typer.Option())) else PANELS.index(info.rich_help_panel)
 
@@ -129,21 +131,21 @@ def _parameter(name: str, kind: Any, known: Setting, default: Any, override: str
     flag = known.flag or "--" + name.replace("_", "-")
     if kind is bool and default is not False:
         flag += f"/--no-{flag[2:]}"
-    words = f"{known.help} Sets {override}.{name} of the recipe." if override else known.help
-    kinds = (int, float, bool)
-    shown: Any = next((plain for plain in kinds if plain in (kind, *get_args(kind)[:1])), str)
-    shown = list[str] if known.repeated else str if get_origin(kind) is tuple else shown
-    shown = Optional[shown] if default is None else shown
-    said: Any = default not in ("", (), None)
-    said = said if asked_for(default) else f"{default}, or what fits"
+    help = f"{known.help} It sets {override}.{name} of the recipe." if override else known.help
+    option_type: Any = next((plain for plain in (int, float, bool) if plain in (kind, *get_args(kind)[:1])), str)
+    option_type = list[str] if known.repeated else str if get_origin(kind) is tuple else option_type
+    option_type = Optional[option_type] if default is None else option_type
+    show_default: Any = default not in ("", (), None)
+    if not asked_for(default):
+        show_default = f"{default}, or what fits"
     if known.repeated and default is not None:
         default = [default]
-    option = typer.Option(flag, help=words, rich_help_panel=known.panel, show_default=said)
-    return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[shown, option])
+    option = typer.Option(flag, help=help, rich_help_panel=known.panel, show_default=show_default)
+    return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[option_type, option])
 
 
 def _read(kind: Any, value: Any, name: str, known: Setting) -> Any:
-    """An option's value as its field has it: texts of a repeated option joined, lists split at their commas."""
+    """An option's value as its field stores it: the texts of a repeated option joined, a list split at its commas."""
     if known.repeated:
         return known.repeated.join(value)
     if get_origin(kind) is not tuple:
@@ -159,7 +161,7 @@ def _read(kind: Any, value: Any, name: str, known: Setting) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a command, as a digest takes it."""
+    """An argument of a command as plain values, for a digest."""
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)  # type: ignore[arg-type]
     return value if isinstance(value, (int, float, str, bool, dict, type(None))) else str(value)

@@ -1,4 +1,4 @@
-"""`minitron plan`: scores and a budget, or sizes -> what stays."""
+"""`minitron plan`: scores and a budget, or scores and sizes -> a plan of what is kept."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nemo_minitron.settings.search import Search
 if TYPE_CHECKING:
     from nemo_minitron.commands.plan import Outcome
 
-KEEP = "Sizes to keep, e.g. ffn=1024,layers=24; beside a target: axes to hold fixed."
-DEPTH = "Criterion by which layers go: block_influence, or one of the scores' depth criteria."
-CONTIGUOUS = "Layers go as one block, where --depth scanned blocks."
-ARCHITECTURE = "A model's folder or JSON, instead of scores."
-OUT = "candidates.csv and pareto.svg go beside it."
-BASELINE = "random or least: what the scores would not keep."
+KEEP = "Sizes to keep, e.g. ffn=1024,layers=24. Beside a target: axes that are held fixed."
+DEPTH = "Criterion that chooses which layers are dropped: block_influence, or a depth criterion of the scores."
+CONTIGUOUS = "Drop layers as one block, if --depth scored blocks."
+ARCHITECTURE = "Folder or JSON file of a model, instead of scores; it only lists candidates."
+OUT = "File of the plan; a search writes candidates.csv and pareto.svg beside it."
+BASELINE = "Baseline to plan instead: random units, or the least important ones (least)."
 WIDE = 140
-COLUMNS = {  # of a row -> head, what a number is divided by, how it reads
+COLUMNS = {  # column -> heading, the unit that its numbers are divided by, format
     "parameters": ("params M", 1e6, "{:,.1f}"), "without_embeddings": ("no emb. M", 1e6, "{:,.1f}"),
     "active_parameters": ("active M", 1e6, "{:,.1f}"), "bytes": ("GB", 1e9, "{:,.3f}"),
     "flops": ("GFLOP", 1e9, "{:,.3f}"), "kept": ("kept", 1, "{:.3f}"),
@@ -31,21 +31,21 @@ COLUMNS = {  # of a row -> head, what a number is divided by, how it reads
 
 
 def plan(
-    scores: Annotated[Optional[Path], typer.Argument(help="Scores of `minitron estimate`.")] = None,
+    scores: Annotated[Optional[Path], typer.Argument(help="File of scores of `minitron estimate`.")] = None,
     *,
     keep: Annotated[str, typer.Option(help=KEEP, rich_help_panel=METHOD)] = "",
-    search: Annotated[Search, Taking(distil=1)],  # nothing is distilled here, so that --top may be 1
+    search: Annotated[Search, Taking(distil=1)],  # search.distil must not exceed --top, which may be 1
     depth: Annotated[str, typer.Option(help=DEPTH, rich_help_panel=METHOD)] = BLOCK_INFLUENCE,
     contiguous: Annotated[bool, typer.Option(help=CONTIGUOUS, rich_help_panel=METHOD)] = True,
     baseline: Annotated[str, typer.Option(help=BASELINE, rich_help_panel=METHOD)] = "",
-    seed: Annotated[int, typer.Option(help="Of --baseline random.", rich_help_panel=METHOD)] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of --baseline random.", rich_help_panel=METHOD)] = 0,
     architecture: Annotated[Optional[Path], typer.Option(help=ARCHITECTURE, rich_help_panel=MODEL)] = None,
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("plan.json"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the candidates, and write nothing.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Choose what stays: the best shape within a budget, or given sizes."""
+    """Choose what is kept: the best shape within a budget, or given sizes."""
     from nemo_minitron.commands.plan import run_plan, write_candidates
     from nemo_minitron.search import parse
 
@@ -62,14 +62,14 @@ def plan(
         print("written: " + ", ".join(map(str, write_candidates(out.parent, outcome, search.cost))))
     if outcome.plan:
         outcome.plan.save(out)
-        made = outcome.plan
-        print(f"{out}: {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+        before, after = outcome.plan.source, outcome.plan.target
+        print(f"{out}: {before.parameters():,} -> {after.parameters():,} parameters")
     if outcome.remark:
         print(f"remark: {outcome.remark}")
 
 
 def _show(outcome: Outcome) -> None:
-    """One table, the uncut model last; the columns of a shape first."""
+    """Prints one table: the candidates, then the uncut model."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -85,7 +85,7 @@ def _show(outcome: Outcome) -> None:
     table.add_section()
     table.add_row("uncut", *_cells(outcome.uncut, names))
     console = Console()
-    console.width = console.width if console.is_terminal else WIDE  # a file has no edge
+    console.width = console.width if console.is_terminal else WIDE  # a file has no width of its own
     console.print(table)
 
 

@@ -13,25 +13,25 @@ from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import METHOD, OUTPUT
 from nemo_minitron.settings.cutting import Cutting
 
-SOLVED = "Of `minitron compensate`, for this plan."
-SCORES = "Of `minitron estimate`: the order of the heads."
-# Whether matrices are fitted anew is said by the file that is given, not by a setting.
+COMPENSATION = "File of re-fitted matrices, of `minitron compensate` for this plan."
+SCORES = "File of scores of `minitron estimate`, which order the heads for --head-residual."
+# --compensation decides whether matrices are re-fitted; the setting of that name plays no part here.
 CUT = Taking("fold_norms", "head_residual", compensate=False)
 
 
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
-    plan: Annotated[Path, typer.Argument(help="A plan of `minitron plan`.")],
-    out: Annotated[Path, typer.Argument(help="The student's folder.")],
+    plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the student.")],
     cutting: Annotated[Cutting, CUT],
-    compensation: Annotated[Optional[Path], typer.Option(help=SOLVED, rich_help_panel=METHOD)] = None,
+    compensation: Annotated[Optional[Path], typer.Option(help=COMPENSATION, rich_help_panel=METHOD)] = None,
     scores: Annotated[Optional[Path], typer.Option(help=SCORES, rich_help_panel=METHOD)] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.", rich_help_panel=OUTPUT)
     ] = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Cut a model as a plan says: Hugging Face folder to folder, NeMo checkpoint to NeMo checkpoint."""
+    """Cut a model as a plan says: a Hugging Face folder or a NeMo checkpoint, to another one of the same kind."""
     from nemo_minitron.commands.prune import Extras, run_prune
     from nemo_minitron.families import remark_on, remarks
     from nemo_minitron.sources.open import config_of

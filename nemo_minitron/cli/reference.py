@@ -1,4 +1,4 @@
-"""docs/reference.md: every setting, made from the schema. `python -m nemo_minitron.cli.reference` writes it anew."""
+"""docs/reference.md: every setting, made from the schema. `python -m nemo_minitron.cli.reference` writes the page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PAGE = Path("docs/reference.md")
 HEAD = """# Every setting
 
 This page is made from the settings themselves by `python -m nemo_minitron.cli.reference`; `tests/cli/test_reference.py`
-fails where it is stale. A recipe, in Python, YAML or JSON, has the groups of a job. `minitron compress` takes any of
-them as `group.name=value`; the other commands take those that concern them as options.
+fails if it is stale. A recipe, in Python, YAML or JSON, has the groups of a job. `minitron compress` takes any setting
+as `group.name=value`. The other commands take the settings that concern them as options.
 
-A default marked `*` gives way where it does not fit the layout, the model or the text, and the command says so in a
-line that begins with `remark:`. A value that you give is never changed: where it does not fit it is refused.
+A default marked `*` gives way if it does not fit the layout, the model or the text. The command says so in a line that
+begins with `remark:`. A value that you give is never changed; it is refused if it does not fit.
 """
 TABLE = "| setting | type | default | legal | option | meaning |\n|---|---|---|---|---|---|\n"
 
@@ -39,7 +39,7 @@ def page() -> str:
 
 
 def _groups() -> Iterator[tuple[str, Any]]:
-    """(heading, dataclass) of the job, each of its groups, and what no job has."""
+    """(heading, dataclass) of the job, of each of its groups, and of commands that no job has."""
     yield "The job", Job
     for name, hint in get_type_hints(Job).items():
         if dataclasses.is_dataclass(hint):
@@ -56,14 +56,14 @@ def _first(kind: Any) -> str:
 
 def _flags() -> dict[tuple[Any, str], list[str]]:
     """(dataclass, field) -> the commands that have it as an option."""
-    found: dict[tuple[Any, str], list[str]] = {}
+    commands: dict[tuple[Any, str], list[str]] = {}
     for command in COMMANDS:
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             group = Group.of(parameter.annotation)
             for name in group.fields if group else ():
                 assert group is not None
-                found.setdefault((group.kind, name), []).append(command.__name__.replace("_", "-"))
-    return found
+                commands.setdefault((group.kind, name), []).append(command.__name__.replace("_", "-"))
+    return commands
 
 
 def _row(kind: Any, field: dataclasses.Field[Any], known: Setting, flags: dict[tuple[Any, str], list[str]]) -> str:

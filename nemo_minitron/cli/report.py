@@ -1,4 +1,4 @@
-"""`minitron report` and `minitron doctor`: what was made, and what it was made with."""
+"""`minitron report` shows a run; `minitron doctor` checks what is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_minitron.schema import OUTPUT
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron compress`.")]) -> None:
-    """report.html, the figures, and the CSV behind each."""
+    """Write report.html, its figures, and a CSV file for each figure."""
     from nemo_minitron.export import write_report
 
     print(write_report(run))
@@ -20,9 +20,9 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron com
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """What is installed, whether it fits together, and what to run to mend it."""
+    """Check what is installed and whether it fits together, and say how to mend it."""
     from nemo_minitron.backend.doctor import examine
 
-    found = examine()
-    print(found.json() if as_json else found.text())
-    raise typer.Exit(0 if found.ok else 1)
+    diagnosis = examine()
+    print(diagnosis.json() if as_json else diagnosis.text())
+    raise typer.Exit(0 if diagnosis.ok else 1)

@@ -1,4 +1,4 @@
-"""`minitron serving`: how a student is served."""
+"""`minitron serving`: the commands that serve a student."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from nemo_minitron.settings.layout import Layout
 def serving(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, such as a run's student, or hub id.")],
     layout: Annotated[Layout, Taking("tp")],
-    precision: Annotated[str, typer.Option(help="bf16 or fp8.", rich_help_panel=METHOD)] = "bf16",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the weights: bf16 or fp8.", rich_help_panel=METHOD)
+    ] = "bf16",
 ) -> None:
-    """The commands that serve a model in vLLM and in TensorRT-LLM; nothing is started."""
+    """Print the commands that serve a model in vLLM and in TensorRT-LLM. Nothing is started."""
     from nemo_minitron.export import serving_commands
     from nemo_minitron.families import from_hf, read_config, remark_on, resolve
 

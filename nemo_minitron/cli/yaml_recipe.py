@@ -1,4 +1,4 @@
-"""A recipe as YAML: the same keys as its JSON, plain values alone."""
+"""A recipe as YAML: the same keys as in JSON, and plain values only."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import yaml
 from nemo_minitron.artifacts.parse import shown, unique
 from nemo_minitron.errors import InputError
 
-LARGEST = 1 << 20  # bytes; the longest recipe that is shipped has a hundredth of it
+LARGEST = 1 << 20  # bytes; no shipped recipe has more than a hundredth of it
 
 
 class Loader(yaml.SafeLoader):
-    """Plain values. A name that occurs twice is refused, and so is `*name`, of which a few lines can grow without end;
-    1e-4 is a number, which it is not to YAML 1.1."""
+    """Reads plain values. A name that occurs twice is refused. An alias, `*name`, is refused too: a few lines of
+    aliases can expand without end. 1e-4 is a number here; in YAML 1.1 it is a text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = [(self._made(name), self._made(value)) for name, value in node.value]
+        pairs = [(self._value(name), self._value(value)) for name, value in node.value]
         for name, _ in pairs:
             if not isinstance(name, str):
                 raise ValueError(f"the key {shown(name)} is no text")
         return unique(pairs)
 
-    def _made(self, node: yaml.Node) -> Any:
+    def _value(self, node: yaml.Node) -> Any:
         return self.construct_object(node, deep=True)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -40,7 +40,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """Raises InputError for a file that cannot be read, or is no YAML of plain values."""
+    """The values of a YAML file. Raises InputError if it cannot be read, is too long, or is no YAML of plain values."""
     try:
         if path.stat().st_size > LARGEST:
             raise InputError(f"the recipe '{path}' has {path.stat().st_size:,} bytes; no recipe is so long")

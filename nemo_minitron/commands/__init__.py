@@ -1,1 +1,1 @@
-"""What the commands and the stages of a job do: each reads files, calls one room and leaves files."""
+"""The work of the commands, which the stages of a job share: each one reads files, calls one room and leaves files."""

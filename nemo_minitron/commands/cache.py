@@ -1,4 +1,4 @@
-"""A teacher and a corpus -> a cache of its logits."""
+"""A teacher and a corpus -> a cache of the teacher's logits."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def run_cache(
     model: str, data: str, out: Path, settings: CacheSettings, layout: Layout, *, samples: int | None = None,
     rows_per_shard: int = 256, micro_batch_size: int = 1, log: Path | None = None, skip_bad_lines: bool = False,
 ) -> CacheHeader:  # fmt: skip
-    """`minitron cache-logits`: makes `out`, or what is missing of it; the folder must be one that all ranks see.
+    """`minitron cache-logits`: makes the cache `out`, or the shards that it lacks. All ranks must see the folder.
 
-    `samples`: the first rows of the text (default: all that it has). Raises InputError, also for an `out` that
-    holds a cache of another model, text or settings.
+    `samples`: the number of rows, the first ones of the text; None means all. Raises InputError for what cannot run,
+    and if `out` is a cache of another model, text or settings.
     """
     from nemo_minitron.sources.open import open_source
 
@@ -70,15 +70,16 @@ def run_cache(
 
 
 def whole_rows(tokens: Tokens, sequence_length: int, samples: int | None = None) -> int:
-    """Rows of a text with a label behind each token. Raises InputError where it has none, or fewer than asked."""
+    """The number of rows in which each token has a label. Raises InputError if the text has none, or fewer than
+    `samples`."""
     rows = max(0, (tokens.tokens - 1) // sequence_length)
     if not rows:
         raise InputError(
-            f"the corpus has {tokens.tokens} tokens, not one row of {sequence_length} and its last label; the longest "
-            f"legal sequence length is {max(1, tokens.tokens - 1)}"
+            f"the corpus has {tokens.tokens} tokens, which is less than a row of {sequence_length} and its last "
+            f"label; the longest legal sequence length is {max(1, tokens.tokens - 1)}"
         )
     if samples is not None and not 1 <= samples <= rows:
-        raise InputError(f"samples is {samples}, the corpus has {rows} rows; give {min(max(samples, 1), rows)}")
+        raise InputError(f"samples is {samples}, but the corpus has {rows} rows; give {min(max(samples, 1), rows)}")
     return samples or rows
 
 
@@ -88,12 +89,13 @@ def teacher_digest(source: ModelSource) -> str:
 
 
 def corpus_digest(tokens: Tokens, rows: int, sequence_length: int) -> str:
+    """The digest of the first rows of a corpus."""
     return data_digest(lambda row: tokens.stream(row * sequence_length, sequence_length), rows, sequence_length)
 
 
 def check_cache(cache: Path, train: Path, teacher: ModelSource | None = None) -> CacheHeader:
-    """Raises InputError for a cache that is not whole, or not of the text of this prefix, or, where a teacher is
-    named too, not its."""
+    """The header of a cache. Raises InputError if the cache is not whole, is of another text than that of the .bin/.idx
+    prefix `train`, or of another teacher than the given one."""
     from nemo_minitron.data import Tokens
 
     header, tokens = LogitCache(cache).header, Tokens(train)
@@ -106,21 +108,21 @@ def check_cache(cache: Path, train: Path, teacher: ModelSource | None = None) ->
 
 
 def _opened(header: CacheHeader, out: Path) -> CacheHeader:
-    """The header of a cache that is begun, or goes on; the rows of its shards stay as they were begun with."""
+    """The header of a cache that is begun or resumed. A resumed cache keeps its rows per shard. Raises InputError."""
     if not (out / HEADER).exists():
         out.mkdir(parents=True, exist_ok=True)
         header.save(out)
-    begun = CacheHeader.load(out)
+    existing = CacheHeader.load(out)
     sweep(out)
-    begun.check(out, model=header.model)
+    existing.check(out, model=header.model)  # one by one, so that the refusal names the first thing that differs
     for name, value in header.settings.identity().items():
-        begun.check(out, **{name: value})
-    begun.check(out, rows=header.rows)
-    begun.check(out, data=header.data)
-    return begun
+        existing.check(out, **{name: value})
+    existing.check(out, rows=header.rows)
+    existing.check(out, data=header.data)
+    return existing
 
 
 def _check_out(out: Path) -> None:
-    """A folder that somebody else made is never written to. Raises InputError."""
+    """Raises InputError for a folder that holds anything but a cache: it is never written to."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / HEADER).exists()):
-        raise InputError(f"'{out}' is there already and is no logit cache; give a new folder with --out")
+        raise InputError(f"'{out}' exists and is no logit cache; give a new folder with --out")

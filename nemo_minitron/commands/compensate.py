@@ -1,4 +1,4 @@
-"""A model, a plan and a corpus -> the matrices that a cut of neurons or heads changes, solved anew."""
+"""A model, a plan and a corpus -> the re-fitted matrices that lose inputs to a cut of neurons or heads."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
     ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False,
 ) -> Compensation:  # fmt: skip
-    """`minitron compensate`: leaves `out`, for `minitron prune --compensation`. Of `calibration` it takes the rows.
+    """`minitron compensate`: leaves the file `out`, for `minitron prune --compensation`. `calibration` says which rows
+    are read. `memory`: bytes of Gram matrices on a rank.
 
     Raises InputError for what cannot run, before a model is loaded.
     """
     from nemo_minitron.sources.open import open_source
 
     source = open_source(model)
-    made = PrunePlan.load(plan)
-    check_plan(made, source)
-    check_solvable(made, ridge, memory)
+    loaded = PrunePlan.load(plan)
+    check_plan(loaded, source)
+    check_solvable(loaded, ridge, memory)
     check_host(source.config)
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
@@ -58,11 +59,11 @@ def solve_for(
     model: ModelSource, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
     ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
 ) -> None:  # fmt: skip
-    """The processes of the layout, on a corpus of tokens (a .bin/.idx prefix); `plans`: the file of each, and where
-    what is solved for it goes."""
+    """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
+    its Compensation. `data`: a .bin/.idx prefix. Raises RuntimeError if a process fails."""
     from nemo_minitron.data import Tokens
 
-    fit = Fit(calibration, layout)
+    fit = Fit(calibration, layout)  # a job comes here with its recipe's sizes, which no text has fitted
     fit.text(Tokens(data))
     say(fit.remark)
     order = CompensateOrder(model.path, plans, data, ridge, memory, fit.settings, layout)
@@ -70,9 +71,11 @@ def solve_for(
 
 
 def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:
-    """Raises InputError where there is nothing to solve, or for settings out of range."""
+    """Raises InputError if a plan leaves no matrix to re-fit, and for settings out of range."""
     if not list(solvable(plan)):
-        raise InputError("the plan cuts no neurons and no heads, so there is nothing to solve anew; cut without it")
+        raise InputError(
+            "the plan cuts no neurons and no heads, so there is nothing to re-fit; cut without a compensation"
+        )
     for name, value in (("ridge", ridge), ("memory", memory)):
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"{name} is {value}; it must be above 0 and finite")

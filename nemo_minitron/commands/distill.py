@@ -1,4 +1,4 @@
-"""A student and its teacher -> the distilled student."""
+"""A student, its teacher and a corpus -> the distilled student."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ def run_training(
     student: ModelSource, teacher: ModelSource | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation,
     layout: Layout, log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
-    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`); a run of other settings is begun anew.
+    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`). A run of other settings there starts over.
 
-    `prefixes`: training and validation text. `stop`: the step after which it ends for now, one that is saved; called
-    again with a later one, it goes on. `plan`: where the student comes from. `teacher` may be None where the recipe
-    has a cache; else the cache must be its. Raises InputError for a cache of something else.
+    `prefixes`: the .bin/.idx prefixes of the training and validation text. `stop`: the step after which this call ends,
+    at a checkpoint; a call with a later one resumes. `plan`: the plan that made the student. `teacher` may be None if
+    the recipe has a cache; else the cache must be of this teacher. Raises InputError for a cache of anything else, and
+    RuntimeError if a process fails.
     """
     models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
+    # Without validations the second text is not read, so another one does not start the training over.
     texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
     cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
+    # The path of a cache plays no part: its content is among `models`.
     identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
     files = TrainingFolder(out)
     if out.exists() and not made_with(files.settings, identity):
@@ -57,17 +60,17 @@ def run_training(
     if recipe.correction_tokens and teacher:
         taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
     order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan)
-    files.whole.unlink(missing_ok=True)
+    files.whole.unlink(missing_ok=True)  # its seals are those of checkpoints that the training replaces
     try:
         launch(order, host_of().worker, log)
     except RuntimeError:
-        _saved(out)  # what a full disk left of a checkpoint takes the space of the next one
+        _saved(out)  # half a checkpoint, after a full disk, would take the space of the next one
         raise
     write_json(files.whole, sealed(out, left_by_training(out)))
 
 
 def made_with(mark: Path, identity: str) -> bool:
-    """Whether a training's folder says that it was begun with these settings."""
+    """Whether a training was begun with these settings, by the file `mark` in its folder."""
     try:
         return mark.is_file() and read_mark(mark) == identity
     except InputError:
@@ -75,7 +78,8 @@ def made_with(mark: Path, identity: str) -> bool:
 
 
 def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, student: ModelSource) -> object:
-    """Identity of what is learned from: a teacher's, or a cache's, checked."""
+    """Identity of what the student learns from: the teacher, or a cache. Raises InputError for a cache that does not
+    fit."""
     if recipe.teacher_cache:
         recipe.check_cache(student.architecture.vocab_size)
         return check_cache(Path(recipe.teacher_cache), train, teacher).digest
@@ -87,18 +91,18 @@ def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, stu
 def _corrected(
     teacher: ModelSource, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
 ) -> Path:
-    """Teacher correction: the teacher, trained on the data with the LM loss, as a NeMo checkpoint."""
+    """Teacher correction: trains the teacher on the data with the LM loss. Gives its NeMo checkpoint."""
     from nemo_minitron.sources.checkpoint import last_checkpoint
 
-    even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # the layout's ends are the student's
-    own = even.for_depth(teacher.architecture.num_layers)
-    run_training(teacher, teacher, prefixes, out, recipe, own, log)
+    even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # first_stage and last_stage are the student's
+    layout_of_teacher = even.for_depth(teacher.architecture.num_layers)
+    run_training(teacher, teacher, prefixes, out, recipe, layout_of_teacher, log)
     return last_checkpoint(out)
 
 
 def finished(out: Path, steps: int) -> bool:
-    """Whether a checkpoint of so many steps is whole, or of fewer where the training ended early; what a kill left
-    half-saved or half-removed is cleared for the next try, which goes on from the one before."""
+    """Whether a training has a whole checkpoint of `steps` steps, or of fewer if it ended early. A checkpoint that a
+    kill left half saved or half removed is cleared, so that the next call resumes from the one before."""
     mark = TrainingFolder(out).last
     noted = _noted(mark)
     saved = {step: str(path.relative_to(out)) for step, path in _saved(out).items()}
@@ -108,13 +112,14 @@ def finished(out: Path, steps: int) -> bool:
     if last < steps:
         mark.unlink(missing_ok=True)
         return False
-    if noted != (found := {"checkpoint": saved[last]}):
-        write_json(mark, found)
+    record = {"checkpoint": saved[last]}
+    if noted != record:
+        write_json(mark, record)
     return True
 
 
 def _noted(mark: Path) -> dict[str, Any]:
-    """What was written down of the last checkpoint; nothing where that is damaged."""
+    """The record of the last checkpoint; empty if it is missing or damaged."""
     try:
         kind = LAST if mark.name == TrainingFolder.last else mapped(anything())
         return read_json(mark, "the record of the last checkpoint", kind) if mark.is_file() else {}
@@ -123,7 +128,7 @@ def _noted(mark: Path) -> dict[str, Any]:
 
 
 def _saved(out: Path) -> dict[int, Path]:
-    """The whole checkpoint of a training, by its step; the damaged ones are told of and go."""
+    """Step -> checkpoint of a training, for the whole ones. Damaged ones are removed, and a line says so."""
     folder = TrainingFolder(out).checkpoints
     if not folder.is_dir():
         return {}
@@ -137,13 +142,13 @@ def _saved(out: Path) -> dict[int, Path]:
 
 
 def _of_checkpoint(out: Path, name: str) -> bool:
-    """Whether a file belongs to a checkpoint that is there: earlier ones went as the training went on."""
+    """Whether a file belongs to an existing checkpoint: the training removes earlier ones as it proceeds."""
     parts = Path(name).parts
     return parts[:2] == Path(TrainingFolder.checkpoints).parts and out.joinpath(*parts[:3]).is_dir()
 
 
 def left_by_training(out: Path) -> list[str]:
-    """Of a finished training's folder: its last checkpoint and its records."""
+    """The files of a finished training that count: its last checkpoint and its records, relative to `out`."""
     checkpoint, names = _noted(TrainingFolder(out).last).get("checkpoint"), TrainingFolder
     return [names.last, names.losses, names.validation, *([checkpoint] if checkpoint else [])]
 
@@ -152,8 +157,9 @@ def run_distill(
     student: str, teacher: str | None, data: str, out: Path, recipe: Distillation, layout: Layout, *,
     validation: str | None = None, plan: Path | None = None, skip_bad_lines: bool = False,
 ) -> Distillation:  # fmt: skip
-    """`minitron distill`: a Hugging Face folder in, a distilled one out, `loss.csv` beside its files. Returns the
-    settings that it was trained with, where some of them were derived."""
+    """`minitron distill`: a Hugging Face folder -> a distilled one, `out`, with `loss.csv` beside its files. Returns
+    the settings of the training, some of which may be derived. Raises InputError for what cannot run, and RuntimeError
+    if a process fails."""
     from nemo_minitron.pruning import HFSource
     from nemo_minitron.sources.open import open_source
 
@@ -171,7 +177,8 @@ def run_distill(
     fit = Fit(recipe, layout)
     fit.model(positions_of(*(model.config for model in opened)))
     if recipe.teacher_cache:
-        fit.exactly(CacheHeader.load(recipe.teacher_cache).settings.sequence_length, "the cache's rows are so long")
+        cache = CacheHeader.load(recipe.teacher_cache)
+        fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
     recipe = fit.settings
     if recipe.learns_from_teacher and len(models) > 1:
         check_vocabularies(models[0], models[1])
@@ -206,7 +213,7 @@ def run_distill(
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
-    """Raises InputError for a pair that does not have one vocabulary: the student learns the teacher's tokens."""
+    """Raises InputError if the two models do not share a vocabulary: a student learns the teacher's tokens."""
     if student.vocab_size != teacher.vocab_size:
         raise InputError(
             f"the teacher has {teacher.vocab_size:,} tokens in its vocabulary and the student has "
@@ -215,7 +222,8 @@ def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
 
 
 def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
-    """A folder that somebody else made is never replaced. Raises InputError."""
+    """Raises InputError for a folder that holds anything but a distilled student, which is never replaced, and for one
+    of the `inputs`."""
     if any(out.resolve() == path.resolve() for path in inputs):
         raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not TrainingFolder(out).losses.is_file():
@@ -225,9 +233,9 @@ def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
 
 
 def export_student(training: Path, base: ModelSource, out: Path) -> Path:
-    """The last checkpoint of a training -> a Hugging Face folder like that of `base`, with the new weights.
+    """The last checkpoint of a training -> a Hugging Face folder `out` like that of `base`, with the new weights.
 
-    Weights keep the dtype that `base` stores, so that the folder is what its config says.
+    Weights keep the dtype that `base` stores, so that the folder agrees with its config.
     """
     from nemo_minitron.export import finish_folder
     from nemo_minitron.pruning.write import write_weights

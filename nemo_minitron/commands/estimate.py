@@ -1,4 +1,4 @@
-"""A model and a corpus -> Scores, going on from what an interrupted run of the same settings has left."""
+"""A model and a corpus -> Scores, resumed from what an interrupted run of the same settings has left."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def run_estimate(
     model: str, data: str, out: Path, calibration: Calibration, layout: Layout, merge: Path | None = None,
     skip_bad_lines: bool = False,
 ) -> Scores:  # fmt: skip
-    """`minitron estimate`: Scores of a model into `out`, with `merge` those of another run's samples too.
+    """`minitron estimate`: writes the Scores of a model to `out`, merged with the scores in the file `merge`.
 
-    What is gathered stays in a hidden folder beside `out`: the same command goes on from there, or has nothing left
-    to do. Raises InputError for what cannot run, before a model is loaded.
+    What is gathered stays in a hidden folder beside `out`, from which the same command resumes. Raises InputError for
+    what cannot run, before a model is loaded, and RuntimeError if a process fails.
     """
     from nemo_minitron.sources.open import open_source
 
@@ -68,10 +68,11 @@ def run_estimate(
 def calibrate(
     model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
-    """Scores of a corpus' rows, gathered in the processes of the layout; `work` keeps what is done.
+    """Scores of a model on the rows of a corpus, gathered in the processes of the layout. `work`: the folder from which
+    an interrupted run resumes.
 
-    Rows and lengths that nobody asked for give way to what the corpus has.
-    The model's Hugging Face config is a note in them: plans are checked against it.
+    Numbers of rows and lengths that nobody asked for give way to what the corpus has. The scores note the model's
+    Hugging Face config, against which plans are checked. Raises RuntimeError if a process fails.
     """
     fit = Fit(calibration, layout)
     fit.text(tokens)
@@ -80,7 +81,7 @@ def calibrate(
     _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)
-    if not _whole(work, calibration):
+    if not _complete(work, calibration):
         launch(EstimateOrder(model.path, tokens.prefix, work, calibration, layout), host_of().worker, log)
     scores, scanned = Scores.load(work / STATISTICS), _scanned(work)
     scores.data_digest = digest
@@ -92,7 +93,7 @@ def calibrate(
 
 
 def _without_running(model: ModelSource, calibration: Calibration) -> Scores:
-    """Scores by the magnitude of the weights, or by chance."""
+    """Scores by the magnitude of the weights, or random ones. The model does not run."""
     from nemo_minitron.importance.alternatives import magnitude, random_scores
 
     if calibration.method == "magnitude":
@@ -104,7 +105,7 @@ def _without_running(model: ModelSource, calibration: Calibration) -> Scores:
 
 
 def _forget_others(work: Path, marks: dict[str, str]) -> None:
-    """Removes what other settings, another model or other text have left, and writes down what comes now."""
+    """Removes what other settings, another model or another text have left, and notes the marks of this run."""
     file = work / "marks.json"
     before = _marks(file)
     for name in (STATISTICS, SCANNED):
@@ -113,13 +114,14 @@ def _forget_others(work: Path, marks: dict[str, str]) -> None:
         (work / STATISTICS).unlink(missing_ok=True)
     scanned = _scanned(work)
     if scanned:
-        kept = {name: found for name, found in scanned.depth.items() if before.get(name) == (before | marks).get(name)}
+        same = {name for name in scanned.depth if before.get(name) == (before | marks).get(name)}
+        kept = {name: losses for name, losses in scanned.depth.items() if name in same}
         dataclasses.replace(scanned, depth=kept).save(work / SCANNED)
     write_json(file, before | marks)
 
 
 def _marks(file: Path) -> dict[str, str]:
-    """What the files beside it were made with; nothing where that is not to be read, and then they are made again."""
+    """What the files beside `file` were made with. Empty if it cannot be read; then they are made again."""
     try:
         return read_json(file, "the marks", MARKS) if file.exists() else {}
     except InputError:
@@ -127,6 +129,7 @@ def _marks(file: Path) -> dict[str, str]:
 
 
 def _drop_damaged(file: Path) -> None:
+    """Removes a file of scores that cannot be read, so that it is made again."""
     try:
         if file.exists():
             Scores.load(file)
@@ -136,11 +139,12 @@ def _drop_damaged(file: Path) -> None:
 
 
 def _scanned(work: Path) -> Scores | None:
+    """The depth criteria that were gathered so far."""
     return Scores.load(work / SCANNED) if (work / SCANNED).exists() else None
 
 
-def _whole(work: Path, calibration: Calibration) -> bool:
-    """Whether everything that the calibration asks for is there."""
+def _complete(work: Path, calibration: Calibration) -> bool:
+    """Whether everything that the calibration asks for was gathered."""
     scanned = _scanned(work)
     return (
         (work / STATISTICS).exists()
@@ -150,7 +154,7 @@ def _whole(work: Path, calibration: Calibration) -> bool:
 
 
 def data_digest(tokens: Tokens) -> str:
-    """Of the documents, where the tokens have a sidecar; else of their number and of 64 pieces of the stream."""
+    """Digest of the documents if the tokens have a sidecar; else of their numbers and of 64 pieces of the stream."""
     if tokens.corpus:
         return tokens.corpus.content
     starts = np.linspace(0, max(0, tokens.tokens - 256), 64).astype(int)
@@ -159,7 +163,7 @@ def data_digest(tokens: Tokens) -> str:
 
 # -- two runs ------------------------------------------------------------------------------------------
 def check_overlap(other: Scores, calibration: Calibration, digest: str) -> None:
-    """Raises InputError where another run has seen the same rows, or has gathered other criteria."""
+    """Raises InputError if the other run has seen the same rows, or has gathered other criteria."""
     for run in _runs(other):
         if run.get("data") == digest and run.get("seed") == calibration.seed:
             raise InputError(
@@ -174,7 +178,8 @@ def check_overlap(other: Scores, calibration: Calibration, digest: str) -> None:
 
 
 def merged(other: Scores, scores: Scores) -> Scores:
-    """Both runs' samples together, shown under this run's criterion; of depth, which cannot be merged, this run's.
+    """The scores of both runs' samples, by this run's criterion. Depth criteria cannot be merged; this run's replace
+    the other's of the same name.
 
     Raises InputError for scores of another model or of other statistics.
     """
@@ -193,31 +198,35 @@ def _runs(scores: Scores) -> list[dict[str, Any]]:
 
 # -- what scores say about themselves ------------------------------------------------------------------
 def _examined(scores: Scores) -> Scores:
-    """With the diagnostics in its notes."""
+    """The scores with diagnostics in their notes."""
     from nemo_minitron.families import remarks as config_remarks
     from nemo_minitron.importance.diagnostics import remarks, split_half
 
     overlap = [scores.notes["overlap"]] if "overlap" in scores.notes else []
     of_config = config_remarks(scores.notes["config"]) if "config" in scores.notes else []
-    found = {"split_half": split_half(scores), "remarks": [*overlap, *of_config, *remarks(scores)]}
-    return dataclasses.replace(scores, notes=scores.notes | found)
+    diagnostics = {"split_half": split_half(scores), "remarks": [*overlap, *of_config, *remarks(scores)]}
+    return dataclasses.replace(scores, notes=scores.notes | diagnostics)
 
 
 def describe_scores(scores: Scores) -> list[str]:
-    """What scores have to say, a line each: stability, the criteria of depth, remarks."""
+    """Lines that describe scores: their stability, their depth criteria, their remarks."""
     halves = ", ".join(f"{name} {value:.3f}" for name, value in scores.notes["split_half"].items())
-    found = [f"rank correlation of two halves of the samples: {halves}"] if halves else []
-    found += [line for name in scores.depth for line in _depth_lines(scores, name)]
-    return [*found, *scores.notes["remarks"]]
+    lines = [f"rank correlation of two halves of the samples: {halves}"] if halves else []
+    lines += [line for name in scores.depth for line in _depth_lines(scores, name)]
+    return [*lines, *scores.notes["remarks"]]
 
 
 def _depth_lines(scores: Scores, name: str) -> list[str]:
     blocks = scores.depth[name]
     if name == REMOVAL:
-        return [f"removal: layers go in the order {', '.join(str(first) for first, _ in blocks)}"]
-    sign, found = -1 if name in HIGHER_IS_BETTER else 1, []
+        return [f"removal: layers are removed in the order {', '.join(str(first) for first, _ in blocks)}"]
+    sign, lines = -1 if name in HIGHER_IS_BETTER else 1, []
     for size in sorted({size_of(block) for block in blocks} - {0}):
-        block = min((b for b in blocks if size_of(b) == size), key=lambda b: (sign * blocks[b], -b[0]))  # as plans go
+        of_this_size = (block for block in blocks if size_of(block) == size)
+        block = min(of_this_size, key=lambda b: (sign * blocks[b], -b[0]))  # plans break ties this way, too
         layers = f"layer {block[0]}" if size == 1 else f"layers {block[0]} to {block[1]}"
-        found.append(f"{name}: {blocks[NOTHING]:.4f}, {blocks[block]:.4f} without {layers}, least missed of {size}")
-    return found
+        among = "" if size == 1 else f" among blocks of {size}"
+        lines.append(
+            f"{name}: {blocks[NOTHING]:.4f}, and {blocks[block]:.4f} without {layers}, the least missed{among}"
+        )
+    return lines

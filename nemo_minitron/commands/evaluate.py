@@ -1,4 +1,4 @@
-"""A model -> numbers."""
+"""A model -> its numbers on held-out text, on lm-eval's tasks, and as a draft."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def run_evaluate(
     model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None,
     draft_of: str | None = None, draft_out: Path | None = None, skip_bad_lines: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`minitron evaluate`: numbers on held-out text, and lm-eval's under `tasks`; either may be left out.
+    """`minitron evaluate`: numbers on held-out text, and those of lm-eval under `tasks`. Either may be left out.
 
-    `draft_of`: a larger model of the same vocabulary; under `draft` is then what of `model`'s tokens it would accept.
-    `draft_out`: a folder for the configuration of the pair, both of them Hugging Face folders, as servers take it.
-    A NeMo checkpoint becomes a Hugging Face folder for as long as it takes. Raises InputError.
+    `limit`: the number of documents of each task; None means all. `draft_of`: a larger model of the same vocabulary;
+    the result then says under `draft` which of `model`'s tokens it would accept. `draft_out`: a folder for the
+    configuration with which servers load both models, which must then be Hugging Face folders. A NeMo checkpoint is
+    converted to a temporary Hugging Face folder. Raises InputError.
     """
     from nemo_minitron.data import held_out
     from nemo_minitron.evaluation import check_tasks, run_tasks
@@ -51,13 +52,14 @@ def run_evaluate(
                 folder, tasks, precision=settings.precision, batch_size=settings.batch_size, limit=limit
             )
     if draft_of is not None and draft_out is not None:
-        length = max(1, numbers["draft"]["length"])  # a server drafts at least one
+        length = max(1, numbers["draft"]["length"])  # a server drafts at least one token
         numbers["draft"]["commands"] = write_draft(draft_out, resolve(draft_of), resolve(model), length)
     return numbers
 
 
 def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: Path | None) -> None:
-    """Raises InputError, before anything is measured, for a pair that is none and a folder that cannot be."""
+    """Raises InputError, before anything is measured, if a model cannot be the draft of the other, or `draft_out`
+    cannot be written."""
     if draft_out is not None and draft_of is None:
         raise InputError("--draft-out needs the model whose draft this one is; give --draft-of")
     if draft_of is None:
@@ -75,7 +77,8 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
 
 
 def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
-    """Numbers of a Hugging Face folder on the first windows of a corpus of its tokenizer's tokens."""
+    """Numbers of a Hugging Face folder on the first windows of a corpus of its tokens: loss in nats a token,
+    perplexity, bits per byte, seconds. Raises InputError."""
     from nemo_minitron.data import load_tokenizer, token_bytes
     from nemo_minitron.evaluation import evaluate
 
@@ -88,7 +91,7 @@ def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any
 
 
 def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
-    """What speculative decoding of `target` accepts of `draft`'s tokens, on the same windows as `measure`."""
+    """How many of `draft`'s tokens `target` accepts in speculative decoding, on the same windows as `measure`."""
     from nemo_minitron.evaluation import draft_acceptance
 
     with as_folder(target) as folder:
@@ -98,6 +101,7 @@ def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> 
 
 
 def _windows(tokens: Tokens, settings: Evaluation) -> Any:
-    """The first windows of a corpus: at most so many tokens, at least one window."""
+    """int64 [windows, sequence_length]: the first windows of a corpus, at most `settings.tokens` tokens, at least one
+    window."""
     count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))
     return tokens.windows(settings.sequence_length, count)

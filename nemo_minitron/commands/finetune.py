@@ -1,4 +1,4 @@
-"""A distilled student -> an aligned one: instruction tuning on prompts and answers."""
+"""A distilled student -> a student that is tuned on prompts and answers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FIELDS = ("input", "output")
 
 
 def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout: Layout) -> Finetuning:
-    """`minitron finetune`: a Hugging Face folder in, an aligned one out, `loss.csv` beside its files; called again
-    after a kill, it goes on. `data`: JSONL of objects with the texts `input` and `output`.
-    Returns the settings with what was derived. Raises InputError."""
+    """`minitron finetune`: a Hugging Face folder -> a tuned one, `out`, with `loss.csv` beside its files. The same call
+    resumes. `data`: a JSONL file of objects with the texts `input` and `output`. Returns the settings, some of which
+    may be derived. Raises InputError for what cannot run, and RuntimeError if a process fails."""
     from nemo_minitron.pruning import HFSource
 
     source = resolve(student)
@@ -70,7 +70,8 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
 
 
 def _begin(training: Path, made_of: list[object], data: Path) -> None:
-    """A training of other settings is begun anew. The rows are copied: NeMo writes its index beside them."""
+    """Prepares a training's folder; a training of other settings there starts over. The rows are copied into it, since
+    NeMo writes its index beside them."""
     identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
@@ -82,7 +83,7 @@ def _begin(training: Path, made_of: list[object], data: Path) -> None:
 
 
 def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int) -> None:
-    """Raises InputError for a token of the rows that the student has no row for. NeMo tokenises them, unchecked."""
+    """Raises InputError if the rows have a token outside the student's vocabulary, which NeMo would not check."""
     from nemo_minitron.data import load_tokenizer
     from nemo_minitron.data.lines import json_lines
     from nemo_minitron.families.tokenizer import check_ids, largest_id
@@ -97,14 +98,14 @@ def _check_tokens(data: Path, folder: Path, recipe: Finetuning, vocab_size: int)
 
 
 def _clear_index(folder: Path) -> None:
-    """NeMo's index of the rows goes, which it makes anew in a moment: it would unpickle what lies there."""
+    """Removes NeMo's index of the rows: NeMo would unpickle it, and makes a new one at once."""
     for file in folder.iterdir():
         if file.name != "training.jsonl":
             file.unlink()
 
 
 def check_rows(data: Path) -> int:
-    """The number of rows. Raises InputError, with the line's number, for one that is no prompt with an answer."""
+    """The number of rows. Raises InputError, with the number of the line, for a row without a prompt or an answer."""
     try:
         content = data.read_bytes()
     except OSError as error:

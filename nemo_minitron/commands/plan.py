@@ -1,4 +1,4 @@
-"""Scores, or an Architecture alone, and a budget or sizes -> what stays."""
+"""Scores, or only an Architecture, and a budget or sizes -> what is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ BASELINES = ("", "random", "least")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`plan` is None for an Architecture alone; `rows` are the candidates', best first, `uncut` the model's own;
+    """The result of `minitron plan`. `plan` is None without scores. `rows` are those of the candidates, best first;
+    `uncut` is the row of the model itself. `combinations`: the number of shapes; `fitting`: those within the budget.
     `remark`: what keeps the student from being loaded somewhere, in one sentence."""
 
     plan: PrunePlan | None
@@ -42,10 +43,11 @@ def run_plan(
     baseline: str = "",
     seed: int = 0,
 ) -> Outcome:
-    """Where `search` has a target, the best shape that meets it and the runners-up; else the sizes of `keep`.
+    """`minitron plan`: if `search` has a target, the best shape that meets it and the runners-up; else the sizes of
+    `keep`.
 
-    `baseline`: `random` (seeded) or `least` instead of the most important units. Raises InputError, also for sizes
-    that the model's Hugging Face class cannot have, where the scores know its config.
+    `baseline`: keep `random` units (by `seed`) or the `least` important ones instead of the most important. Raises
+    InputError, also for sizes that the model's Hugging Face class cannot have, if the scores know its config.
     """
     from nemo_minitron.families import remark_on, to_hf
     from nemo_minitron.search import plan, random_plan
@@ -64,38 +66,38 @@ def run_plan(
     if known is None:
         return outcome
     if baseline == "random":
-        made = random_plan(source, keep=keep, seed=seed)
+        chosen = random_plan(source, keep=keep, seed=seed)
     else:
-        made = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
+        chosen = plan(known, keep=keep, least=baseline == "least", depth=depth, contiguous=contiguous)
     if config:
-        to_hf(made.target, config, made.keep.get("layers"))
+        to_hf(chosen.target, config, chosen.keep.get("layers"))
     if search.wanted:
-        made.notes["budget"] = [str(target) for target in search.targets()]
-    return dataclasses.replace(outcome, plan=made, remark=remark_on(made.target, config) if config else None)
+        chosen.notes["budget"] = [str(target) for target in search.targets()]
+    return dataclasses.replace(outcome, plan=chosen, remark=remark_on(chosen.target, config) if config else None)
 
 
 def _searched(
     source: Architecture, config: Mapping[str, Any] | None, keep: Mapping[str, int], search: Search,
     scores: Scores | None, depth: str, contiguous: bool,
 ) -> tuple[Outcome, dict[str, int]]:  # fmt: skip
-    """The candidates, and the sizes of the best; `config`: the model's Hugging Face config, where it is known."""
+    """(the candidates, the sizes of the best one). `config`: the model's Hugging Face config, if it is known."""
     from nemo_minitron.families import multiples_of
     from nemo_minitron.search.candidates import cut_of
     from nemo_minitron.search.table import rows_of, source_row
 
     loads = multiples_of(config) if config else None
-    found = search.run(source, keep, scores, loads=loads, depth=depth, contiguous=contiguous)
-    best = found.candidates[0]
+    result = search.run(source, keep, scores, loads=loads, depth=depth, contiguous=contiguous)
+    best = result.candidates[0]
     outcome = Outcome(
-        None, rows_of(found, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
-        found.combinations, found.fitting,
+        None, rows_of(result, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
+        result.combinations, result.fitting,
     )  # fmt: skip
     return outcome, cut_of(best, source)
 
 
 def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
-    """Architecture and Hugging Face config of a model's folder or its config.json; of an Architecture's own JSON the
-    former alone. Raises InputError."""
+    """(Architecture, Hugging Face config) of a model's folder or config.json. The config is None for the JSON file of
+    an Architecture. Raises InputError."""
     from nemo_minitron.families import from_hf
     from nemo_minitron.sources.open import config_of
 
@@ -107,7 +109,8 @@ def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
 
 
 def write_candidates(folder: Path, outcome: Outcome, cost: str) -> list[Path]:
-    """`candidates.csv`, and the figure `pareto.svg` of this cost with its CSV, into `folder`; the files."""
+    """Writes `candidates.csv`, and the figure `pareto.svg` of the column `cost` with its CSV, to `folder`. Gives the
+    files."""
     from nemo_minitron.export.plot import write_plot, write_rows
     from nemo_minitron.export.search_figures import pareto
 

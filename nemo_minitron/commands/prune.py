@@ -1,4 +1,4 @@
-"""A model and a plan -> the student, of the same kind."""
+"""A model and a plan -> the student, a Hugging Face folder or a NeMo checkpoint like the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from nemo_minitron.sources.tensors import ModelSource
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What is put in place of a plan's slices: a `compensation` file, norms folded for a hidden cut, and the residual
-    of pruned heads ("paper" or "laco"), which the heads' order in a file of `scores` decides."""
+    """What a student gets besides slices of its teacher: the re-fitted matrices in a file `compensation`, norms that
+    are folded for a cut of hidden, and the residual of pruned heads ("paper" or "laco"), for which a file of `scores`
+    orders the heads."""
 
     compensation: Path | None = None
     fold_norms: bool = False
@@ -33,26 +34,27 @@ class Extras:
 def run_prune(
     model: str, plan: Path, out: Path, overwrite: bool = False, extras: Extras = Extras()
 ) -> Architecture:  # fmt: skip
-    """`minitron prune`: a Hugging Face folder is cut by moving bytes; a NeMo checkpoint becomes another one.
+    """`minitron prune`: writes the student to `out`. A Hugging Face folder is cut by moving bytes, a NeMo checkpoint in
+    a process of its own.
 
-    Gives the student's Architecture. Raises InputError.
+    Gives the student's Architecture. Raises InputError, and RuntimeError if that process fails.
     """
     from nemo_minitron.pruning import prune
     from nemo_minitron.sources.open import open_source
 
-    path, made = resolve(model), PrunePlan.load(plan)
+    path, loaded = resolve(model), PrunePlan.load(plan)
     if extras == Extras() and not is_nemo_checkpoint(path):
-        return from_hf(prune(path, made, out, overwrite=overwrite))
+        return from_hf(prune(path, loaded, out, overwrite=overwrite))
     nemo = is_nemo_checkpoint(path)
     if nemo:
-        _check_place(path, made, out, overwrite)
+        _check_place(path, loaded, out, overwrite)
     source = open_source(path)
     if nemo:
-        check_plan(made, source)
-        need_space(out, 4 * made.target.parameters())
-    compensation = compensation_of(source, made, extras)
+        check_plan(loaded, source)
+        need_space(out, 4 * loaded.target.parameters())  # bytes: weights of at most fp32
+    compensation = compensation_of(source, loaded, extras)
     if not nemo:
-        return from_hf(prune(source, made, out, compensation=compensation, overwrite=overwrite))
+        return from_hf(prune(source, loaded, out, compensation=compensation, overwrite=overwrite))
     from nemo_minitron.launch.torchrun import launch
 
     with apart() as scratch:
@@ -60,36 +62,38 @@ def run_prune(
         if compensation is not None:
             compensation.save(file)
         launch(PruneOrder(path, plan, out, file if compensation else None), host_of().worker)
-    return made.target
+    return loaded.target
 
 
 def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Compensation | None:
-    """All that `extras` ask for, together. Raises InputError."""
+    """Everything that `extras` ask for, in one Compensation; None if they ask for nothing. Raises InputError."""
     if extras == Extras():
         return None
     if (extras.head_residual is None) != (extras.scores is None):
-        raise InputError("--head-residual needs --scores, and they need it: give both or neither")
+        raise InputError("--head-residual and --scores need each other; give both or neither")
     check_plan(plan, source)
-    found = Compensation(plan.digest, {})
+    compensation = Compensation(plan.digest, {})
     if extras.compensation:
-        found = Compensation.load(extras.compensation)
-        found.check(plan)
+        compensation = Compensation.load(extras.compensation)
+        compensation.check(plan)
     if extras.fold_norms:
-        found = found.joined(fold_norms(source, plan), {"folded norms": True})
+        compensation = compensation.joined(fold_norms(source, plan), {"folded norms": True})
     if extras.head_residual and extras.scores:
         heads = Scores.load(extras.scores)["heads"]
-        found = found.joined(
+        compensation = compensation.joined(
             head_residual(source, plan, heads, extras.head_residual), {"head residual": extras.head_residual}
         )
-    return found
+    return compensation
 
 
 def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
-    """What a cut of a NeMo checkpoint may be refused for before that is opened."""
+    """Refuses a cut of a NeMo checkpoint for what can be seen before the checkpoint is opened. Raises InputError."""
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
         raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_nemo_checkpoint(out))):
-        raise InputError(f"'{out}' is there already; give a new folder, or --overwrite for a NeMo checkpoint")
+        raise InputError(f"'{out}' already exists; give a new folder, or --overwrite for a NeMo checkpoint")
     if "vocab" in plan.keep:
-        raise InputError("a vocabulary is cut in Hugging Face folders alone; leave 'vocab' out for a NeMo checkpoint")
+        raise InputError(
+            "a vocabulary can be cut only in a Hugging Face folder; leave 'vocab' out for a NeMo checkpoint"
+        )

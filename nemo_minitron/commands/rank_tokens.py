@@ -1,4 +1,4 @@
-"""A model's tokenizer and a corpus -> which tokens matter, as Scores of the axis `vocab`."""
+"""A model's tokenizer and a corpus -> Scores of the axis `vocab`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
 
 
 def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) -> Scores:
-    """`minitron rank-tokens`: adds `vocab` to the scores `out`, or makes them; the counts are of the whole corpus.
+    """`minitron rank-tokens`: adds the scores of `vocab`, counted over the whole corpus, to the file of scores `out`.
+    The file is made if it does not exist.
 
-    Raises InputError for a tokenizer that cannot be cut, and where `out` is of another model.
+    Raises InputError for a tokenizer that cannot be cut, and if `out` belongs to another model.
     """
     from nemo_minitron.sources.open import open_source
 

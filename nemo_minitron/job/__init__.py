@@ -1,4 +1,4 @@
-"""The whole job: its stages in order, its run folder, chains of jobs, the dry run. Values of a recipe: `settings`."""
+"""The whole job: its stages in order, its run folder, chains of jobs, the dry run. `settings` has a recipe's values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHERE = {name: name.lower() for name in __all__} | {"Data": "recipe", "Evaluati
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when asked for: a command of one stage starts without the recipes of all."""
+    """Settings are imported when they are used, so that a command of one stage starts without those of all stages."""
     if name not in _WHERE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib

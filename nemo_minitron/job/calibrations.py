@@ -12,21 +12,22 @@ from nemo_minitron.settings.recipe import Job
 
 
 def calibration_of(job: Job, source: Architecture) -> Calibration:
-    """What a job's estimate stage gathers for its plan. Raises InputError for what the model or the plan refuse."""
+    """The calibration of a job, extended by what its plan needs. Raises InputError if model or plan refuse it."""
     calibration = job.calibration
-    for dropped in _dropped(job, source):
+    for dropped in _dropped_layers(job, source):
         calibration = calibration.for_plan(job.depth, dropped)
     calibration.check(source, job.layout)
     return calibration
 
 
-def _dropped(job: Job, source: Architecture) -> list[int]:
-    """How many layers the plan drops; of a search, what it may be; in rounds the first one's plan, if it drops any."""
+def _dropped_layers(job: Job, source: Architecture) -> list[int]:
+    """Numbers of layers that the plan may drop: one, or several in a search. In rounds it is the first round's number,
+    none if that round drops none."""
     kept: Sequence[int] = [student_architecture(source, job.keep).num_layers]
     if job.search.wanted:
         kept = job.search.shapes(source, job.keep).sizes.get("layers", kept)
-    whole = [source.num_layers - count for count in kept if count < source.num_layers] or [0]
-    if job.rounds == 1 or whole == [0]:
-        return whole
+    in_one_cut = [source.num_layers - count for count in kept if count < source.num_layers] or [0]
+    if job.rounds == 1 or in_one_cut == [0]:
+        return in_one_cut
     first = student_architecture(source, round_sizes(source, job.keep, job.rounds)[0]).num_layers
     return [source.num_layers - first] if first < source.num_layers else []

@@ -1,7 +1,7 @@
-"""A chain: teacher -> student -> smaller student, an ordinary job a step, each in a folder of its own.
+"""A chain: teacher -> student -> smaller student. Each step is an ordinary job in a folder of its own.
 
-Each step's teacher is the student of the one before it; what it learns from is the first teacher, unless it says
-otherwise. In a step's own numbers and report "teacher" is the model that it cuts; `chain.json` has them all.
+A step cuts the student of the step before it. Its student learns from the first teacher unless the step says otherwise.
+In a step's own numbers and report "teacher" is the model that it cuts; `chain.json` has the numbers of all steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, lines_of, space_left
+from nemo_minitron.job.dry_run import Known, check, lines_of, remark_lines, space_left
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -28,12 +28,18 @@ from nemo_minitron.settings.step import FIRST, OPEN, Step
 
 
 def jobs_of(job: Job, folder: Path) -> list[Job]:
-    """The job of each step, with every precision decided. Raises InputError for a setting that there is not."""
-    jobs: list[Job] = []
+    """The job of each step, as in `fitted_jobs`."""
+    return [step for step, _ in fitted_jobs(job, folder)]
+
+
+def fitted_jobs(job: Job, folder: Path) -> list[tuple[Job, str]]:
+    """(job, remark on its derived sizes) of each step, with every precision decided. Raises InputError for an unknown
+    setting."""
+    fitted: list[tuple[Job, str]] = []
     for number, step in enumerate(job.chain):
         with _named(step):
-            jobs.append(fit_job(with_resolved_precisions(_job_of(job, folder, number)))[0])
-    return jobs
+            fitted.append(fit_job(with_resolved_precisions(_job_of(job, folder, number))))
+    return fitted
 
 
 def _job_of(job: Job, folder: Path, number: int) -> Job:
@@ -62,9 +68,11 @@ def _named(step: Step) -> Iterator[None]:
 
 
 class Checked(NamedTuple):
-    """A step's job, the sizes of what it cuts and of its student, and the configs of the models before it."""
+    """A step's job and the remark on its derived sizes, the architectures of the model that it cuts and of its student,
+    and the configs of the models before it."""
 
     job: Job
+    remark: str
     source: Architecture
     target: Architecture
     known: Known
@@ -73,37 +81,41 @@ class Checked(NamedTuple):
 def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
     """Each step, checked as a job of its own.
 
-    A step that searches is followed by the shape closest to its target. Raises InputError for what could not run.
+    If a step searches, the next one starts from the shape closest to its target. Raises InputError for what could not
+    run.
     """
-    found: list[Checked] = []
+    steps: list[Checked] = []
     known: dict[str, Any] = {}
-    for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
+    for step, (step_job, remark) in zip(job.chain, fitted_jobs(job, folder), strict=True):
         with _named(step):
-            source, target = check(made, offline=offline, known=known)
-            config = known.get(made.teacher) or teacher_config(made, offline=offline)
-            known = known | {made.teacher: config}
-            found.append(Checked(made, source, target, known))
+            source, target = check(step_job, offline=offline, known=known)
+            config = known.get(step_job.teacher) or teacher_config(step_job, offline=offline)
+            known = known | {step_job.teacher: config}
+            steps.append(Checked(step_job, remark, source, target, known))
             known = known | {str(RunFolder(folder).step(step.name).student): to_hf(target, config)}
-    return found
+    return steps
 
 
 def check_chain_space(job: Job, folder: Path) -> None:
-    """Raises InputError where the disk cannot hold all steps."""
+    """Raises InputError if the disk cannot hold all steps."""
     steps = zip(job.chain, checked(job, folder), strict=True)
-    need_space(folder, sum(_space_of(made, folder / step.name) for step, made in steps))
+    need_space(folder, sum(_space_of(checked_step, folder / step.name) for step, checked_step in steps))
 
 
 def _space_of(step: Checked, folder: Path) -> int:
+    """Bytes that a step still needs."""
     return space_left(step.job, step.known[step.job.teacher], folder)
 
 
 def describe_chain(job: Job, folder: Path) -> str:
     """The text of `--dry-run`. Raises InputError as `checked`."""
+    job, remark = fit_job(job)
     steps = checked(job, folder, offline=True)
-    lines = [json.dumps(job.as_dict(), indent=1)]
+    lines = [json.dumps(job.as_dict(), indent=1), *remark_lines(remark)]
     totals = ["", f"{'':20}{'parameters':>16}{'tokens':>16}", f"{'teacher':20}{steps[0].source.parameters():>16,}"]
     for number, (name, step) in enumerate(zip([step.name for step in job.chain], steps, strict=True), 1):
-        lines += ["", f"step {number} of {len(steps)}: {name}, in {folder / name}", *lines_of(step.job, step.known)]
+        lines += ["", f"step {number} of {len(steps)}: {name}, in {folder / name}", *remark_lines(step.remark)]
+        lines += lines_of(step.job, step.known)
         tokens = step.job.distillation.steps * step.job.distillation.tokens_per_step
         totals += [f"{name:20}{step.target.parameters():>16,}{tokens:>16,}"]
     lines += totals
@@ -111,17 +123,18 @@ def describe_chain(job: Job, folder: Path) -> str:
 
 
 def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
-    """A row for the teacher and for each student: the numbers of the held-out text, before and after training."""
+    """A row for the teacher and for each student: its numbers on held-out text, before and after training. Raises
+    InputError for damaged numbers of a step."""
     rows: list[dict[str, Any]] = []
     for step in job.chain:
         file = RunFolder(folder).step(step.name).numbers
-        found = {row["stage"]: row for row in read_numbers(file)}
-        if lacking := {"teacher", "pruned", "distilled"} - found.keys():
+        numbers = {row["stage"]: row for row in read_numbers(file)}
+        if lacking := {"teacher", "pruned", "distilled"} - numbers.keys():
             raise InputError(f"the numbers '{file}' lack those of '{min(lacking)}'; delete it and run the same again")
         if not rows:
-            rows.append({"name": "teacher", **_row(found["teacher"])})
-        own = {"name": step.name, **_row(found["distilled"]), "pruned": found["pruned"]["perplexity"]}
-        rows.append(own | {"learned_from": step.teacher})
+            rows.append({"name": "teacher", **_row(numbers["teacher"])})
+        student = {"name": step.name, **_row(numbers["distilled"]), "pruned": numbers["pruned"]["perplexity"]}
+        rows.append(student | {"learned_from": step.teacher})
     return rows
 
 

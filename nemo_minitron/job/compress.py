@@ -1,4 +1,4 @@
-"""A Job -> its run folder, whole or as far as a stage."""
+"""A Job -> its run folder, finished or as far as a stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import say
 from nemo_minitron.errors import InputError
-from nemo_minitron.job.chain import check_chain_space, jobs_of, summary, table
+from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
 from nemo_minitron.job.dry_run import check, check_space
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run
 from nemo_minitron.job.stages.compress import stages
@@ -20,10 +20,10 @@ from nemo_minitron.settings.recipe import Job
 
 
 def run_compress(job: Job, out: str | Path | None = None, until: str = "", overwrite: bool = False) -> Path:
-    """`minitron compress`: the run folder, `runs/NAME` unless given; what is done there already is not done again.
+    """`minitron compress`: runs the job and returns its run folder, `out` or `runs/NAME`. Finished stages are skipped.
 
-    Of a chain, a folder with one for each step. `until`: a stage's name; it and all that it rests on are done, the
-    others left to a later call. `overwrite`: stages of another recipe that are done in the folder may be done again.
+    The folder of a chain has a folder for each step. `until`: the name of a stage; only this stage and those that it
+    depends on are run. `overwrite`: stages that another recipe finished in the folder may be redone.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
     job, remark = fit_job(with_resolved_precisions(job))
@@ -46,9 +46,11 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
 
 
 def _run_chain(job: Job, folder: Path, until: str, overwrite: bool) -> Path:
-    """Every step in turn; nothing is written before all of them are checked."""
+    """Runs every step in turn. Nothing is written before all steps are checked."""
     if until:
-        raise InputError(f"a chain has a stage '{until}' in each step; run the recipe.json of one, or the whole chain")
+        raise InputError(
+            f"each step of a chain has a stage '{until}'; run the recipe.json of one step, or the whole chain"
+        )
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)
@@ -56,9 +58,10 @@ def _run_chain(job: Job, folder: Path, until: str, overwrite: bool) -> Path:
     check_chain_space(job, folder)
     with locked(folder):
         write_json(folder / RunFolder.recipe, job.as_dict())
-        for step, made in zip(job.chain, jobs_of(job, folder), strict=True):
+        for step, (step_job, remark) in zip(job.chain, fitted_jobs(job, folder), strict=True):
             print(f"== step {step.name}", flush=True)
-            run_compress(made, folder / step.name, overwrite=overwrite)
+            say(remark)
+            run_compress(step_job, folder / step.name, overwrite=overwrite)
         rows = summary(job, folder)
         write_json(folder / RunFolder.chain, rows)
     print(table(rows), flush=True)

@@ -1,4 +1,4 @@
-"""What a job would do, before anything is loaded: the resolved recipe, sizes, memory, stages."""
+"""What a job would do, without loading anything: the resolved recipe, sizes, memory, stages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.search.sizes import VOCAB, target_of
+from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
@@ -33,21 +34,21 @@ Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face 
 
 
 def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
-    """Of a job that searches, the shape closest to its first target; `loads`: what the teacher's family wants of sizes
-    (`families.multiples_of`). Raises InputError where nothing meets them."""
+    """The shape closest to the first target of a job that searches. `loads`: the multiples that the teacher's family
+    needs (`families.multiples_of`). Raises InputError if no shape meets the targets."""
     if "vocab" in job.keep:
         raise InputError(VOCAB)
     return job.search.run(source, job.keep, loads=loads).candidates[0].architecture
 
 
 def _target(job: Job, source: Architecture, config: Mapping[str, Any]) -> Architecture:
-    """The student's Architecture, of a search the one that stands for all; `config` is the teacher's."""
+    """The student's Architecture; in a search the one closest to the target. `config` is the teacher's."""
     return searched(job, source, multiples_of(config)) if job.search.wanted else target_of(source, job.keep)
 
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
-    """Of the model that the student learns from; `source` is the teacher's. Raises InputError, also where NeMo's class
-    cannot be it."""
+    """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError, also if
+    NeMo's class cannot be that model."""
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)
@@ -56,10 +57,10 @@ def learned(job: Job, source: Architecture, known: Known) -> Architecture:
 
 
 def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Architecture, Architecture]:
-    """(teacher's, student's) Architecture; raises InputError for anything that could not run.
+    """(teacher's, student's) Architecture. Raises InputError for anything that could not run.
 
-    The student of a job that searches is the shape closest to its first target. `offline`: as `teacher_config`.
-    `known`: configs of models that a chain has yet to make.
+    In a search the student is the shape closest to the first target. `offline`: as in `teacher_config`. `known`: the
+    configs of models that a chain has yet to make.
     """
     known = known or {}
     config = known.get(job.teacher) or teacher_config(job, offline=offline)
@@ -89,27 +90,27 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation)
     benchmarks(job.evaluation.benchmarks)
-    if not offline:
+    if not offline:  # lm-eval may be missing on the machine that only plans
         check_tasks(job.evaluation.benchmarks)
     return source, target
 
 
 def check_space(job: Job, folder: str | Path) -> None:
-    """Raises InputError where the disk cannot hold the run: three students and two training checkpoints, in a search
-    a student and a checkpoint of each candidate that is distilled, and what is solved for each candidate.
+    """Raises InputError if the disk cannot hold the run: three students and two training checkpoints. A search
+    also needs a student and a checkpoint of each candidate that is distilled, and the re-fitted matrices of each one.
 
-    A checkpoint holds bf16 weights, their fp32 master copies and two moments. What is there already counts.
+    A checkpoint holds bf16 weights, their fp32 master copies and two moments. Files that exist already count as room.
     """
     need_space(folder, space_left(job, config_of(job.teacher), Path(folder)))
 
 
 def space(job: Job, config: Mapping[str, Any]) -> int:
-    """Bytes of a run of a teacher of this config; between rounds the model that is scored takes them for a while."""
+    """Bytes of a run whose teacher has this config. A model that is scored between rounds uses part of them."""
     return sum(parts_of(job, config).values())
 
 
 def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
-    """Bytes that a run still needs: nothing for stages that are done, else less what lies where they write."""
+    """Bytes that a run still needs. A finished stage needs none; the others need less if their files exist already."""
     manifest = Manifest.open(folder / RunFolder.manifest)
     done = {stage["name"] for stage in manifest.stages}
     parts = {place: size for (stage, place), size in parts_of(job, config).items() if stage not in done}
@@ -117,16 +118,16 @@ def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
 
 
 def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    """(stage, where it writes) -> bytes, of what is large in a run."""
+    """(stage, where it writes) -> bytes, for everything that is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
-    trained = 2 + 2 * 14  # a checkpoint is written before the one before it goes
-    solved = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # and the parts of one
+    trained = 2 + 2 * 14  # a new checkpoint is written before the old one is removed
+    refitted = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # one more: the parts of a file while it is made
     student = 2 * target.parameters()
     return {
         ("prune", RunFolder.pruned): student,
         ("prune", RunFolder.random): student,
-        ("rank" if distilled else "compensate", RunFolder.search): trained * distilled * target.parameters() + solved,
+        ("rank" if distilled else "compensate", RunFolder.search): trained * distilled * target.parameters() + refitted,
         ("distill", RunFolder.distilled): 2 * 14 * target.parameters(),
         ("export", RunFolder.student): student,
     }
@@ -135,7 +136,7 @@ def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
 def training_memory(
     student: Architecture, teacher: Architecture, settings: Distillation, layout: Layout
 ) -> dict[str, int]:
-    """Bytes of a distillation step on the rank that needs most, by purpose (see `costs.training_memory`)."""
+    """Purpose -> bytes of a distillation step, on the rank that needs most (see `costs.training_memory`)."""
     return costs.training_memory(
         student, layout, batch=settings.micro_batch_size, context=settings.sequence_length,
         precision=settings.precision, teacher_precision=settings.teacher_precision,
@@ -146,11 +147,17 @@ def training_memory(
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    return "\n".join([json.dumps(job.as_dict(), indent=1), "", *lines_of(job, {})])
+    fitted, remark = fit_job(job)
+    return "\n".join([json.dumps(fitted.as_dict(), indent=1), *remark_lines(remark), "", *lines_of(fitted, {})])
+
+
+def remark_lines(remark: str) -> list[str]:
+    """The line that says which sizes were derived; none if every default fits."""
+    return [f"remark: {remark}"] if remark else []
 
 
 def lines_of(job: Job, known: Known) -> list[str]:
-    """Sizes, memory, tokens and stages of a job; `known` and refusals as in `check`."""
+    """Sizes, memory, tokens and stages of a job, a line each. `known` and refusals are as in `check`."""
     source, target = check(job, offline=True, known=known)
     config = known.get(job.teacher) or teacher_config(job, offline=True)
     ancestor = learned(job, source, known)
@@ -176,14 +183,14 @@ def lines_of(job: Job, known: Known) -> list[str]:
     trained = f"{settings.steps} steps, {tokens:,} tokens, {settings.loss}, {settings.precision}{taught}"
     lines += ["", f"distillation: {trained}"]
     lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
-    lines += [compute(target, ancestor, settings, job.search).words(layout.processes)]
-    lines += [job.generation.words()] if job.generation.wanted else []
-    lines += [f"calibration: {calibration_of(job, source).words()}", f"layers go by: {job.depth}"]
+    lines += [compute(target, ancestor, settings, job.search).describe(layout.processes)]
+    lines += [job.generation.describe()] if job.generation.wanted else []
+    lines += [f"calibration: {calibration_of(job, source).describe()}", f"criterion of dropped layers: {job.depth}"]
     lines += [*words_of_rounds(job, source), *([why] if why else [])]
     folder = on_disk(job.teacher) if job.teacher not in known else Path(job.teacher)
     lines += ["the teacher is not on this machine: its sizes are the recipe's"] if folder is None else []
     if job.search.wanted:
-        lines += ["", f"search: {job.search.words(source, job.keep, multiples_of(config))}"]
+        lines += ["", f"search: {job.search.describe(source, job.keep, multiples_of(config))}"]
         lines += ["the student above is the shape closest to the first target"]
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in describe_benchmarks(measured))]
@@ -193,7 +200,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
 
 
 def stage_names(job: Job, nemo: bool) -> list[str]:
-    """In order; `nemo`: the teacher is a NeMo checkpoint."""
+    """The names of the stages, in order. `nemo`: whether the teacher is a NeMo checkpoint."""
     solving = ["compensate"] * solves(job)
     cutting = ["candidates", *solving, "measure", "rank", "plan"] if job.search.wanted else ["plan", *solving]
     return [

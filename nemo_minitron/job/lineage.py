@@ -1,4 +1,4 @@
-"""A student that learns from another model than the one that it is cut from: an ancestor of that, along a chain."""
+"""A student that learns from an ancestor of the model that it is cut from, as in a chain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def learned_from(job: Job) -> str:
 
 
 def plan_of_learned(job: Job, cut: CutFolder) -> Path | None:
-    """The file of the plan that makes the student of a cut from what it learns from; None where nothing says it.
+    """The file of the plan that leads from the model that a student learns from to the student; None if it is unknown.
 
     Raises InputError for a lineage whose plans do not follow each other.
     """
@@ -29,14 +29,14 @@ def plan_of_learned(job: Job, cut: CutFolder) -> Path | None:
         return cut.plan
     if not job.lineage:
         return None
-    made = compose(*map(PrunePlan.load, job.lineage), PrunePlan.load(cut.plan))
-    made.save(cut.composed)
+    composed = compose(*map(PrunePlan.load, job.lineage), PrunePlan.load(cut.plan))
+    composed.save(cut.composed)
     return cut.composed
 
 
 def check_lineage(job: Job, student: Architecture, source: Architecture, learned: Architecture) -> None:
-    """`source`: the model that is cut; `learned`: what the student learns from. Raises InputError for another
-    vocabulary, plans that do not lead from it to the source, and intermediate states that need plans."""
+    """Raises InputError if `learned`, the model that the student learns from, has another vocabulary than `source`, the
+    model that is cut, if the plans do not lead from it to the source, and for intermediate states that need plans."""
     if not job.learns_from:
         if job.lineage:
             raise InputError("lineage leads from the model in learns_from to the teacher; set both or neither")
@@ -56,10 +56,11 @@ def check_lineage(job: Job, student: Architecture, source: Architecture, learned
 
 
 def _check_plans(job: Job, source: Architecture, learned: Architecture) -> None:
-    made = compose(*map(PrunePlan.load, job.lineage))
-    for model, sizes, expected in ((job.learns_from, made.source, learned), (job.teacher, made.target, source)):
+    composed = compose(*map(PrunePlan.load, job.lineage))
+    ends = ((job.learns_from, composed.source, learned), (job.teacher, composed.target, source))
+    for model, sizes, expected in ends:
         if sizes != expected:
             raise InputError(
                 f"the plans of lineage do not lead from '{job.learns_from}' to '{job.teacher}': '{model}' has "
-                f"{expected.parameters():,} parameters, the plans say {sizes.parameters():,}"
+                f"{expected.parameters():,} parameters, but the plans say {sizes.parameters():,}"
             )

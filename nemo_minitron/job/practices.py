@@ -1,6 +1,6 @@
-"""The papers' best practices beside a recipe, a line for each: what it does, and what they found.
+"""The papers' best practices beside a recipe, a line for each: what the recipe does, and what the papers found.
 
-Of 2407.14679 (its "best practices") and 2408.11796.
+The practices are those of 2407.14679 (its "best practices") and of 2408.11796.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import dataclasses
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.settings.recipe import Job
 
-SMALL = 15_000_000_000  # parameters of the source: below, the papers cut widths before layers
-HEAVY = 0.25  # of the layers gone: from there on the papers also compare the states between layers
-STEP = 0.5  # of the source's parameters: a student below it is better reached through one between
+SMALL = 15_000_000_000  # parameters of the source; in a smaller one the papers cut widths before layers
+HEAVY = 0.25  # share of dropped layers from which the papers also compare the states between layers
+STEP = 0.5  # share of the source's parameters; a smaller student is better cut from a model between the two
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the lines depend on. `own_data`: the text is what the teacher was trained on; `rounds` of estimation."""
+    """What the lines depend on. `own_data`: the teacher was trained on this text. `rounds`: those of the estimation."""
 
     source: Architecture
     target: Architecture
@@ -30,7 +30,7 @@ class Facts:
 
 
 def facts_of(job: Job, source: Architecture, target: Architecture) -> Facts:
-    """Those of a recipe whose teacher and student are known."""
+    """The facts of a recipe whose teacher and student are known."""
     settings = job.distillation
     return Facts(
         source, target, logits=settings.logits_weight > 0, lm_loss=settings.lm_weight > 0,
@@ -40,7 +40,7 @@ def facts_of(job: Job, source: Architecture, target: Architecture) -> Facts:
 
 
 def practices(facts: Facts) -> list[str]:
-    """One line a practice: what the recipe does, and why the papers would, or would not."""
+    """One line for each practice: what the recipe does, and why the papers would do the same or not."""
     return [_axes(facts), _estimation(facts), _loss(facts), _source(facts), _correction(facts)]
 
 
@@ -48,47 +48,47 @@ def _axes(facts: Facts) -> str:
     source, target = facts.source, facts.target
     size = f"a source of {source.parameters() / 1e9:.3g}B"
     dropped = source.num_layers - target.num_layers
-    depth = f"{dropped} of {source.num_layers} layers go"
+    depth = f"{dropped} of {source.num_layers} layers are dropped"
     narrowed = source.replace(num_layers=target.num_layers, moe_layer_freq=1) != target.replace(moe_layer_freq=1)
     small = source.parameters() < SMALL
     if not dropped:
-        return f"axes: widths alone, of {size}: {'below 15B ' * small}a narrower model loses less than a shallower one"
+        return f"axes: only widths, of {size}: {'below 15B ' * small}a narrower model loses less than a shallower one"
     if not narrowed:
         why = "faster, but below 15B it loses more than width" if small else "the fastest student"
-        return f"axes: {depth}, of {size}, no width: {why}"
-    return f"axes: {depth} and widths, of {size}, in one cut{': below 15B the papers cut widths first' * small}"
+        return f"axes: {depth}, of {size}, and no width is cut: {why}"
+    return f"axes: {depth} and widths cut, of {size}, at once{': below 15B the papers cut widths first' * small}"
 
 
 def _estimation(facts: Facts) -> str:
     if facts.rounds == 1:
-        return "estimation: once, before the cut: in rounds it costs as many passes and ends equal after retraining"
-    return f"estimation: in {facts.rounds} rounds; one is enough, the losses are equal after retraining"
+        return "estimation: once, before the cut: rounds cost one pass each, and the losses are equal after retraining"
+    return f"estimation: in {facts.rounds} rounds: one is enough, since the losses are equal after retraining"
 
 
 def _loss(facts: Facts) -> str:
-    gone = 1 - facts.target.num_layers / facts.source.num_layers
-    cut = f"{gone:.0%} of the layers go" if gone else "no layers go"
+    dropped = 1 - facts.target.num_layers / facts.source.num_layers
+    cut = f"{dropped:.0%} of the layers are dropped" if dropped else "no layers are dropped"
     if not facts.logits:
-        return "loss: of the language model alone: the papers' students learn more from the teacher's logits"
+        return "loss: the language-model loss alone: the papers' students learn more from the teacher's logits"
     extra = " with the LM loss, which the papers leave out" if facts.lm_loss else ""
     if facts.intermediate:
-        fit = "so deep a cut gains by it" if gone >= HEAVY else "for so mild a cut logits alone do as well"
+        fit = "a cut so deep gains by them" if dropped >= HEAVY else "logits alone do as well for a cut so mild"
         return f"loss: KL on logits{extra}, intermediate states and embeddings: {cut}, {fit}"
-    fit = "more than a quarter: intermediate=auto would help" if gone >= HEAVY else "so mild a cut needs no more"
+    fit = "more than a quarter, so intermediate=auto would help" if dropped >= HEAVY else "a cut so mild needs no more"
     return f"loss: KL on logits alone{extra}: {cut}, {fit}"
 
 
 def _source(facts: Facts) -> str:
     share = facts.target.parameters() / facts.source.parameters()
     if share >= STEP:
-        return f"source: the student keeps {share:.0%} of it: cut the nearest larger model that there is"
-    return f"source: the student keeps {share:.0%} of it: a model between the two, cut first, gives a better one"
+        return f"source: the student keeps {share:.0%} of it: cut the smallest model that is larger than the student"
+    return f"source: the student keeps {share:.0%} of it: cut a model between the two first, for a better student"
 
 
 def _correction(facts: Facts) -> str:
     if facts.own_data:
-        used = f", and {facts.correction_tokens:,} tokens are spent" if facts.correction_tokens else ": off"
+        used = f", but {facts.correction_tokens:,} tokens are spent" if facts.correction_tokens else ": off"
         return f"teacher correction: not needed on the teacher's own data{used}"
     if facts.correction_tokens:
-        return f"teacher correction: {facts.correction_tokens:,} tokens first, since the data is not the teacher's own"
-    return "teacher correction: off, though the data is not the teacher's own; distillation.correction_tokens sets it"
+        return f"teacher correction: on {facts.correction_tokens:,} tokens, since the data is not the teacher's own"
+    return "teacher correction: off, but the data is not the teacher's own; set distillation.correction_tokens"

@@ -1,4 +1,4 @@
-"""The order of the stages, and which of them are done: a run folder is resumed, never begun twice."""
+"""Runs the stages in order and notes which are finished, so that a run folder is resumed and never begun twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engin
 
 @dataclasses.dataclass
 class Run:
-    """A run folder and its job. `say` prints a line and writes it to `log.txt`."""
+    """A run folder and its job. `opened`: the models that the job only reads, by their path."""
 
     job: Job
     folder: RunFolder
@@ -35,29 +35,30 @@ class Run:
     opened: dict[Path, ModelSource] = dataclasses.field(default_factory=dict, repr=False)
 
     def open(self, model: str | Path) -> ModelSource:
-        """A model that the job only reads, opened once. Raises InputError as `open_source`."""
+        """A model that the job only reads. It is opened once. Raises InputError as `open_source`."""
         path = resolve(model)
         if path not in self.opened:
             self.opened[path] = open_source(path)
         return self.opened[path]
 
     def path(self, *parts: str) -> Path:
-        """What lies in the folder under a name that a stage gives."""
+        """The path of a file in the run folder, under the name that a stage gives it."""
         return self.folder.path.joinpath(*parts)
 
     def say(self, line: str) -> None:
+        """Prints a line and appends it to `log.txt`."""
         line = visible(line)
         print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:  # a full disk: what it tells is lost
+        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:  # on a full disk the line is printed only
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`inputs(run)`: plain values that decide the result, besides the stages it comes `after`.
+    """A stage of a job. `inputs(run)`: plain values that, with the stages that it comes `after`, decide the result.
 
-    `outputs`: files in the run folder that must be there for the stage to count as done; `also(run)`: what else it
-    has left when it is done, files or whole folders. All of it must be there in full.
+    `outputs`: files of the run folder that must exist for the stage to count as finished. `also(run)`: other files or
+    whole folders that it leaves. A finished stage is redone if any of them is missing or damaged.
     """
 
     name: str
@@ -68,22 +69,22 @@ class Stage:
     also: Callable[[Run], Iterable[str]] = lambda run: ()
 
     def left(self, run: Run) -> list[str]:
-        """Everything that it has left in the run folder."""
+        """Every file or folder that the stage leaves in the run folder."""
         return [*self.outputs, *self.also(run)]
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InputError for a folder that holds something else than a run."""
+    """Raises InputError for a file, and for a folder that holds anything but a run."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the run folder '{folder}' is a file")
-    held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-    if held and RunFolder.recipe not in held:
+    names = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    if names and RunFolder.recipe not in names:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")
 
 
 def check_recipe(job: Job, folder: Path) -> None:
-    """Raises InputError for a folder in which another recipe's stages are done: they would be done anew, and what
-    they have made would go. A layout is no part of a recipe here, a run may go on in another one."""
+    """Raises InputError for a folder in which another recipe has finished stages: redoing them would remove their
+    files. The layout may differ, since a run may resume in another one."""
     if not used(folder):
         return
     differing = _differing(job.as_dict(), _recipe_of(folder))
@@ -91,31 +92,31 @@ def check_recipe(job: Job, folder: Path) -> None:
         raise InputError(
             f"'{folder}' holds a run of another recipe: {differing[0]}"
             + (f", and {len(differing) - 1} more settings" if len(differing) > 1 else "")
-            + "; give another folder with --out, or --overwrite to do again there what rests on them"
+            + "; give another folder with --out, or --overwrite to redo the stages that depend on them"
         )
 
 
 def used(folder: Path) -> bool:
     """Whether a run folder, or one of a chain's steps in it, has finished stages."""
-    found = [folder / RunFolder.manifest, *folder.glob(f"*/{RunFolder.manifest}")]
-    return any(file.is_file() and Manifest.open(file).stages for file in found)
+    manifests = [folder / RunFolder.manifest, *folder.glob(f"*/{RunFolder.manifest}")]
+    return any(file.is_file() and Manifest.open(file).stages for file in manifests)
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
-    """As it is written there; settings that an earlier version did not have are at their defaults."""
+    """The recipe that is written in a folder. Settings that an earlier version lacked are at their defaults."""
     written = read_json(folder / RunFolder.recipe, "the recipe")
     try:
         return Job.from_dict(written).as_dict()
-    except InputError:  # of another version
+    except InputError:  # another version wrote it
         return written if isinstance(written, dict) else {}
 
 
 def _differing(wanted: object, there: object, name: str = "") -> list[str]:
-    """Settings that are not the same, in words."""
+    """The settings that differ, a sentence each."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         names = [key for key in wanted | there if f"{name}{key}" != "layout"]
-        found = [_differing(wanted.get(key), there.get(key), f"{name}{key}.") for key in names]
-        return [line for lines in found for line in lines]
+        groups = [_differing(wanted.get(key), there.get(key), f"{name}{key}.") for key in names]
+        return [line for lines in groups for line in lines]
     if isinstance(wanted, list) and isinstance(there, list) and len(wanted) == len(there):
         pairs = enumerate(zip(wanted, there, strict=True))
         return [line for number, pair in pairs for line in _differing(*pair, f"{name}{number}.")]
@@ -124,7 +125,7 @@ def _differing(wanted: object, there: object, name: str = "") -> list[str]:
 
 
 def _one_place(one: object, other: object) -> bool:
-    """Whether two texts are paths of the same file or folder, one from here, the other absolute."""
+    """Whether two texts are paths of the same file or folder, one of them relative and the other absolute."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return False
     return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
@@ -136,7 +137,7 @@ def _short(value: object) -> str:
 
 
 def open_run(job: Job, folder: str | Path) -> Run:
-    """Creates or reopens a run folder, which the caller holds (`locked`). Raises InputError as `check_folder`."""
+    """Creates or reopens a run folder, whose lock (`locked`) the caller holds. Raises InputError as `check_folder`."""
     files = RunFolder(folder)
     check_folder(files.path)
     files.path.mkdir(parents=True, exist_ok=True)
@@ -147,17 +148,18 @@ def open_run(job: Job, folder: str | Path) -> Run:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    """Package -> version, of the packages that decide a result and are installed."""
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:
-    """Strikes out a stage that is done again, and all that rests on it: their files are about to be stale."""
+    """Strikes a stage that is redone, and all stages that depend on it, from the manifest: their files become stale."""
     stale = {stage.name}
     for later in stages:
         if stale & set(later.after):
@@ -166,21 +168,21 @@ def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:
 
 
 def _done(run: Run, stage: Stage, digest: str, title: str) -> bool:
-    """Whether a stage was done from the same inputs and all that it left is there in full; says what is not."""
+    """Whether a stage was finished from the same inputs and its files are whole. Prints which files are not."""
     if not run.manifest.done(stage.name, digest):
         return False
     wrong = run.manifest.damaged(stage.name, stage.outputs)
     for name, why in wrong.items():
         run.say(f"{title}: done before, but {run.path(name)} {why}")
     take_away(run.folder.path, wrong)
-    if not wrong and not run.manifest.knows(stage.name, stage.outputs):  # of a version that sealed no files
+    if not wrong and not run.manifest.knows(stage.name, stage.outputs):  # a version that sealed no files finished it
         run.manifest.seal(stage.name, stage.left(run))
         run.manifest.save()
     return not wrong
 
 
 def _needed(stages: Sequence[Stage], until: str) -> list[Stage]:
-    """A stage and those that it rests on, in order; all of them where it is not named."""
+    """The stage `until` and the stages that it depends on, in order; all stages if `until` is empty."""
     if not until:
         return list(stages)
     names = {until}
@@ -191,17 +193,18 @@ def _needed(stages: Sequence[Stage], until: str) -> list[Stage]:
 
 
 def execute(run: Run, stages: Sequence[Stage], until: str = "") -> None:
-    """Runs what is not done yet, in order, as far as stage `until`; each is written down as it finishes."""
+    """Runs the unfinished stages in order, as far as stage `until`. The manifest notes each one that finishes."""
     digests: dict[str, str] = {}
-    wanted = _needed(stages, until)
-    for number, stage in enumerate(wanted, 1):
+    needed = _needed(stages, until)
+    for number, stage in enumerate(needed, 1):
+        # The digest of a stage contains those before it, so that a change redoes everything that depends on it.
         upstream = [digests[name] for name in stage.after]
         digests[stage.name] = digest_of([stage.name, stage.inputs(run), upstream])
-        title = f"[{number}/{len(wanted)}] {stage.name}"
+        title = f"[{number}/{len(needed)}] {stage.name}"
         if _done(run, stage, digests[stage.name], title):
             run.say(f"{title}: done before, skipped")
             continue
-        _forget(run, stage, stages)
+        _forget(run, stage, stages)  # before the run: a kill must not leave new files under an old note
         run.say(f"{title} ...")
         start = time.perf_counter()
         stage.run(run)

@@ -1,1 +1,1 @@
-"""A recipe's value, a file a group of settings: plain frozen dataclasses that say what is illegal."""
+"""The settings of a recipe, one file for each group: plain frozen dataclasses that refuse what is not legal."""

@@ -13,54 +13,70 @@ from nemo_minitron.schema import MODEL, OUTPUT, seed_setting, setting
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.validated import ValidatedSettings, precision_setting
 
-SCANS = ("loss", "perplexity", "accuracy")  # of the model without each block of layers
+SCANS = ("loss", "perplexity", "accuracy")  # measured on the model without each block of layers
 DEPTH = (*SCANS, REMOVAL)
-DERIVED = {"hidden": "norms", "query_groups": "heads"}  # scores of one axis that another's statistics give
-STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # what a calibration keeps, to go on from
+DERIVED = {"hidden": "norms", "query_groups": "heads"}  # axis -> the axis whose statistics give its scores
+STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # files that an interrupted run resumes from
 TAYLOR = "taylor"
-RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights or nothing
+RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights, or nothing at all
 METHODS = (*RUNNING, "magnitude", "random")
 NORMS = ("all", "layers")
-CRITERION = "batch,sequence: mean, l2, var or max; several with a semicolon between them, or the option repeated."
-METHOD_HELP = "What scores units: activation, taylor (times gradients), magnitude (of weights) or random."
+CRITERION = "Aggregations over batch,sequence: mean, l2, var, max. Repeat the option for several criteria."
+METHOD_HELP = "What units are scored by: activation, taylor (activation x gradient), magnitude (of weights), random."
 READ = ("sequence_length", "batch_size", "precision", "seed")
 WIDTH = (*READ, "samples", "method", "criterion", "norms", "axes", "save_every")
 ROWS = (*READ, "depth_samples")
+# What is gathered -> the settings that decide it. A change of any other setting keeps the file, so that a run resumes.
 DECIDE = {
     STATISTICS: WIDTH, "loss": (*ROWS, "depth_sizes"), "perplexity": (*ROWS, "depth_sizes"), REMOVAL: (*ROWS, "remove"),
     "accuracy": ("batch_size", "precision", "depth_sizes"),
-}  # fmt: skip  # which settings decide what
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration(ValidatedSettings):
-    """One forward pass over `samples` rows of `sequence_length` tokens, `batch_size` rows a micro-batch.
+    """One forward pass over `samples` rows of `sequence_length` tokens, in micro-batches of `batch_size` rows.
 
-    A row is a window of the corpus, whose documents stand end to end, each closed by its EOS (packing); windows do
-    not overlap, and `seed` says in which order they come: the first `samples` of it, in every layout.
-    `criterion`: batch,sequence aggregations, several with a semicolon between them; the first is shown. `axes`:
-    all that the model has, unless given; `save_every` rows what was gathered is saved, and a killed run goes on
-    from there. `depth`: criteria beside block influence, over `depth_samples` rows of the same corpus and seed:
-    loss, perplexity and accuracy (of the questions in the JSONL file `items`) without each block of `depth_sizes`
-    layers, and removal of `remove` layers one by one. `method`: what the width axes are scored by, to compare:
-    activation, taylor (activation times gradient), magnitude (of weights) or random. Raises InputError for what
-    is unknown.
+    A row is a window of the corpus. The corpus is packed: its documents follow each other, each with an EOS token at
+    its end. Windows do not overlap. `seed` shuffles them, and the first `samples` of that order are read, the same in
+    every layout.
+
+    `criterion`: aggregations over batch,sequence, several separated by semicolons; the first one is shown. `axes`: the
+    axes to score; all axes of the model if it is empty. After every `save_every` rows the state is saved, and an
+    interrupted run resumes from there. `depth`: criteria beside block influence, on `depth_samples` rows of the same
+    corpus and seed: loss, perplexity and accuracy (on the questions in the JSONL file `items`) without each block of
+    `depth_sizes` layers, and the removal of `remove` layers one by one. `method`: what scores the width axes. It is
+    activation; taylor (activation times gradient), magnitude (of weights) and random are there for comparison.
+
+    Raises InputError for a number out of range and an unknown name.
     """
 
-    samples: int = setting(1024, "Rows of the corpus.", derived=True, panel=MODEL)
-    sequence_length: int = setting(4096, "Tokens of a sample.", derived=True, panel=MODEL)
-    batch_size: int = setting(1, "Rows of a micro-batch.")
+    samples: int = setting(
+        1024, "Number of rows that are read, each of --sequence-length tokens.", derived=True, panel=MODEL
+    )
+    sequence_length: int = setting(4096, "Length of a row, in tokens.", derived=True, panel=MODEL)
+    batch_size: int = setting(1, "Rows of a micro-batch, on each rank.")
     criterion: str = setting("l2,mean", CRITERION, repeated=";")
-    norms: str = setting("all", "Which norms `hidden` sums: all, or layers, without the final one.", legal=NORMS)
+    norms: str = setting(
+        "all", "Norms whose scores are summed for hidden: all, or layers (all but the final norm).", legal=NORMS
+    )
     precision: str = precision_setting("fp32")
-    seed: int = seed_setting(help="Which rows are drawn, and in which order.", panel=MODEL)
-    axes: tuple[str, ...] = setting((), "Axes with commas: ffn, heads, hidden, layers ...; all unless given.")
-    save_every: int = setting(64, "Rows between saves, for a run that is killed.", panel=OUTPUT)
-    depth: tuple[str, ...] = setting((), "Criteria beside block influence, with commas: " + ", ".join(DEPTH) + ".")
-    depth_sizes: tuple[int, ...] = setting((1,), "Sizes of the contiguous blocks that are left out, with commas.")
-    depth_samples: int = setting(16, "Rows for the loss, the perplexity and the removal of layers.", derived=True)
-    items: str = setting("", "JSONL of context, choices and answer, for --depth accuracy.", panel=MODEL)
-    remove: int = setting(0, "How many layers --depth removal takes, one by one.", least=0)
+    seed: int = seed_setting(help="The seed of the order in which rows are drawn.", panel=MODEL)
+    axes: tuple[str, ...] = setting(
+        (), "Axes to score, separated by commas: ffn, heads, hidden, layers, ... Default: all axes."
+    )
+    save_every: int = setting(64, "Rows between two saves, from which an interrupted run resumes.", panel=OUTPUT)
+    depth: tuple[str, ...] = setting(
+        (), "Depth criteria beside block influence, separated by commas: " + ", ".join(DEPTH) + "."
+    )
+    depth_sizes: tuple[int, ...] = setting(
+        (1,), "Sizes in layers of the contiguous blocks that --depth leaves out, separated by commas."
+    )
+    depth_samples: int = setting(16, "Rows on which --depth loss, perplexity and removal are measured.", derived=True)
+    items: str = setting(
+        "", "JSONL file of questions for --depth accuracy; each row has context, choices and answer.", panel=MODEL
+    )
+    remove: int = setting(0, "Number of layers that --depth removal removes, one by one.", least=0)
     method: str = setting("activation", METHOD_HELP, legal=METHODS)
 
     def __post_init__(self) -> None:
@@ -76,21 +92,22 @@ class Calibration(ValidatedSettings):
 
     @property
     def criteria(self) -> list[str]:
+        """The criteria of `criterion`, one by one."""
         return [name.strip() for name in self.criterion.split(";")]
 
     @property
     def statistics(self) -> list[str] | None:
-        """The axes whose statistics are gathered for the axes asked for; None for all."""
+        """The axes whose statistics give the scores of `axes`; None for all."""
         return [DERIVED.get(name, name) for name in self.axes] or None
 
     @property
     def runs(self) -> bool:
-        """Whether the model runs for the width axes."""
+        """Whether the model runs to score the width axes."""
         return self.method in RUNNING
 
     def check(self, architecture: Architecture, layout: Layout) -> None:
-        """Raises InputError for axes that the model lacks, blocks that leave no layer, questions that cannot be read,
-        and what would be unused."""
+        """Raises InputError for an axis that the model lacks, blocks that leave no layer, questions that cannot be
+        read, and a setting that would have no effect."""
         legal = axes_of(architecture)
         for axis in self.axes:
             if axis not in legal:
@@ -113,8 +130,8 @@ class Calibration(ValidatedSettings):
 
             read_items(Path(self.items))
 
-    def words(self) -> str:
-        """What is read and gathered, in a line."""
+    def describe(self) -> str:
+        """What is read and gathered, in one line."""
         text = f"{self.samples} rows of {self.sequence_length} tokens, {', '.join(self.axes) or 'all axes'} by "
         text += "; ".join(self.criteria) + (f" of {self.method}" if self.method != "activation" else "")
         sizes = ", ".join(map(str, self.depth_sizes))
@@ -123,27 +140,29 @@ class Calibration(ValidatedSettings):
         return text + (f"; {' and '.join(scans)}, on {self.depth_samples} rows" if scans else "")
 
     def marks(self, *identity: str) -> dict[str, str]:
-        """What is gathered -> a digest of what decides it: its settings and `identity` (of model, data, layout)."""
+        """What is gathered -> the digest of what decides it: its settings and `identity` (of model, data, layout)."""
         from nemo_minitron.artifacts.files import digest_of, file_digest
 
-        found = {}
+        digests = {}
         for name in (STATISTICS, *self.depth):
             settings = [getattr(self, setting) for setting in DECIDE[name]]
             extra = [file_digest(self.items)] if name == "accuracy" else []
-            found[name] = digest_of([name, settings, *extra, *identity])
-        return found
+            digests[name] = digest_of([name, settings, *extra, *identity])
+        return digests
 
     def for_plan(self, depth: str, dropped: int) -> Calibration:
-        """This calibration and what a plan that drops so many layers by the criterion `depth` asks for.
+        """This calibration, extended by what a plan needs that drops `dropped` layers by the criterion `depth`.
 
-        Raises InputError for an unknown criterion, one without layers to drop, and what `Calibration` refuses.
+        Raises InputError for an unknown criterion, for a criterion if no layers are dropped, and as `Calibration` does.
         """
         if depth == BLOCK_INFLUENCE:
             return self
         if depth not in DEPTH:
             raise InputError(f"depth '{depth}' is unknown; {nearest(depth, (BLOCK_INFLUENCE, *DEPTH))}")
         if not dropped:
-            raise InputError(f"depth '{depth}' chooses layers and the recipe cuts none; set keep.layers, or leave it")
+            raise InputError(
+                f"depth '{depth}' chooses layers, but the recipe drops none; set keep.layers, or leave out depth"
+            )
         names = tuple(dict.fromkeys([*self.depth, depth]))
         if depth == REMOVAL:
             return dataclasses.replace(self, depth=names, remove=max(self.remove, dropped))
@@ -151,9 +170,9 @@ class Calibration(ValidatedSettings):
 
 
 def axes_of(architecture: Architecture) -> list[str]:
-    """What the built-in estimators score of a model of one of the families."""
-    found = ["heads", "head_channels", "norms", "layers", *DERIVED]
-    found += ["ffn", "ffn_pre_activation"] if architecture.dense_layers else []
-    found += ["q_norm", "k_norm"] if architecture.qk_norm else []
-    found += ["experts", "expert_ffn"] if architecture.moe_layers else []
-    return found + (["shared_expert_ffn"] if architecture.moe_shared_expert_intermediate_size else [])
+    """The axes that the built-in estimators score in a model of one of the families."""
+    axes = ["heads", "head_channels", "norms", "layers", *DERIVED]
+    axes += ["ffn", "ffn_pre_activation"] if architecture.dense_layers else []
+    axes += ["q_norm", "k_norm"] if architecture.qk_norm else []
+    axes += ["experts", "expert_ffn"] if architecture.moe_layers else []
+    return axes + (["shared_expert_ffn"] if architecture.moe_shared_expert_intermediate_size else [])

@@ -1,4 +1,4 @@
-"""What a job puts in place of a plan's slices."""
+"""What a student gets beyond plain slices of its teacher: re-fitted matrices, folded norms, the residual of heads."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.defaults import RIDGE, SIGNS
 from nemo_minitron.schema import setting
 
-MEMORY = 4.0  # GB of Gram matrices on a rank
-RESIDUAL = "Add pruned heads' differences to those that stay: paper, or laco for the other sign; needs --scores."
+MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
+RESIDUAL = (
+    "Add the residual of pruned heads to the heads that stay: paper, or laco (the other sign). It needs --scores."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
-    """`compensate`: matrices behind cut neurons and heads are solved anew from the calibration's activations, damped
-    by `ridge`; false leaves the papers' pure selection. `memory`: GB of Gram matrices on a rank, ffn^2 x 8 bytes a
-    layer (and expert) over the ranks that share them; the calibration goes through the model once for as many layers
-    as fit, one at least.
-    `fold_norms` and `head_residual` ("paper", "laco" or none) as in `pruning/compensation.py`.
+    """What the student gets beyond plain slices of its teacher.
 
-    Raises InputError for a ridge or a memory that is not above 0 and finite, an unknown residual, and a residual of
-    heads that are compensated too.
+    `compensate`: the matrices that lose inputs to a cut of neurons or heads are re-fitted, by least squares on the
+    calibration's activations, damped by `ridge`; false leaves the papers' pure selection.
+    `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes, divided among the
+    ranks that share it. One pass of the calibration serves as many layers as fit, at least one.
+    `fold_norms` and `head_residual` ("paper", "laco" or none): see `pruning/compensation.py`.
+
+    Raises InputError for a ridge or a memory that is not finite and above 0, an unknown residual, and a head residual
+    together with `compensate`.
     """
 
-    compensate: bool = setting(True, "Fit the matrices behind cut neurons and heads anew; false: pure selection.")
-    ridge: float = setting(RIDGE, "Damping, as a part of the mean squared input.", above_zero=True)
-    memory: float = setting(MEMORY, "GB a rank for Gram matrices: layers at a time.", above_zero=True)
-    fold_norms: bool = setting(False, "Scale norms for the hidden cut.")
+    compensate: bool = setting(True, "Re-fit the matrices that lose inputs to the cut; false: pure selection.")
+    ridge: float = setting(
+        RIDGE, "Damping of the least squares, as a share of the mean squared input.", above_zero=True
+    )
+    memory: float = setting(
+        MEMORY, "GB of Gram matrices on each rank; it limits how many layers one pass serves.", above_zero=True
+    )
+    fold_norms: bool = setting(False, "Scale norms by sqrt(all / kept) for a cut of hidden channels.")
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
 
     def __post_init__(self) -> None:
@@ -40,21 +48,21 @@ class Cutting:
         if self.head_residual and self.head_residual not in SIGNS:
             raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
         if self.head_residual and self.compensate:
-            raise InputError("head_residual changes the heads that compensate solves for; set cutting.compensate=false")
+            raise InputError("head_residual changes the heads that compensate re-fits; set cutting.compensate=false")
 
     def deciding(self) -> dict[str, Any]:
-        """The values that decide the student's weights."""
+        """Name -> value of the settings that decide the student's weights."""
         values = dataclasses.asdict(self)
         for name in ("memory",) if self.compensate else ("memory", "ridge"):
             del values[name]
         return values
 
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
-        """Raises InputError for what this cut leaves no room for; `searched`: its sizes are not known yet."""
+        """Raises InputError for a setting that this cut cannot have. `searched`: a search will find the sizes."""
         from nemo_minitron.pruning.compensation import check_fold, check_residual
 
         if self.head_residual and searched:
-            raise InputError("head_residual needs sizes in keep, and a search tries shapes that keep all heads")
+            raise InputError("head_residual needs sizes in keep; the shapes of a search keep all heads")
         if self.head_residual:
             check_residual(source, target, self.head_residual)
         if self.fold_norms and not searched:

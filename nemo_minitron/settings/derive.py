@@ -1,6 +1,7 @@
-"""Sizes that nobody asked for (`schema.Unasked`): where a default does not fit, what fits takes its place and is said.
+"""Sizes that nobody asked for (`schema.Unasked`): if a default does not fit, a size that fits takes its place, and a
+remark says so.
 
-What somebody asked for is never changed here; the checks refuse it where it does not fit.
+A value that somebody wrote is never changed here. The checks refuse it if it does not fit.
 """
 
 from __future__ import annotations
@@ -16,58 +17,60 @@ from nemo_minitron.settings.recipe import Job
 
 
 class Fit:
-    """Settings of a stage, fitted to its layout first, then to a model, a cache or a text as they become known."""
+    """Settings of a stage, fitted to its layout first, then to a model, a cache or a text as they become known.
+
+    `settings` are the fitted ones, `remark` says what was derived.
+    """
 
     def __init__(self, settings: Any, layout: Layout) -> None:
         self.settings, self.layout = settings, layout
-        self._why: dict[str, str] = {}
+        self._why: dict[str, str] = {}  # name of a derived setting -> the reason, for the remark
         if self._derivable("sequence_length") and settings.sequence_length % self._multiple():
-            self.length(settings.sequence_length, "the layout divides it")
+            self.length(settings.sequence_length, "the layout must divide it")
         if self._derivable("global_batch_size"):
             self._batch()
         if self._derivable("min_learning_rate") and settings.min_learning_rate > settings.learning_rate:
             self._set("min_learning_rate", settings.learning_rate / 10, "a tenth of learning_rate")
 
     def model(self, positions: int | None) -> None:
-        """`positions`: the longest sequence that the model was made for, where its config says so."""
+        """Fits the sequence length to `positions`: the longest sequence, in tokens, that the model's config allows."""
         if positions:
-            self.length(positions, "the model has so many positions")
+            self.length(positions, "the model has no more positions")
 
     def text(self, *corpora: Any) -> None:
-        """`corpora`: the Tokens that are read; a training needs a label behind its last token."""
-        label = 0 if hasattr(self.settings, "samples") else 1
-        self.length(min(corpus.tokens for corpus in corpora) - label, "the text is no longer")
+        """Fits lengths and rows to `corpora`, the Tokens that are read. A training needs one more, the last label."""
+        label = 0 if hasattr(self.settings, "samples") else 1  # a calibration needs no labels
+        self.length(min(corpus.tokens for corpus in corpora) - label, "the text has no more tokens")
         rows = min(corpus.samples(self.settings.sequence_length) for corpus in corpora)
         for name in ("samples", "depth_samples"):
             if self._derivable(name) and 0 < rows < getattr(self.settings, name):
-                self._set(name, rows, "the text gives no more")
+                self._set(name, rows, "the text has no more rows")
 
     def exactly(self, length: int, why: str) -> None:
-        """A sequence length that something else has."""
+        """Sets the sequence length that something else, such as a cache, has."""
         if self._derivable("sequence_length") and length != self.settings.sequence_length:
             self._set("sequence_length", length, why)
 
     def length(self, most: int, why: str) -> None:
-        """The longest legal sequence length of at most so many tokens, where the default is longer."""
+        """Sets the longest legal sequence length of at most `most` tokens, if the default is longer."""
         length = most - most % self._multiple()
         if self._derivable("sequence_length") and 0 < length < self.settings.sequence_length:
             self._set("sequence_length", length, why)
 
     @property
     def remark(self) -> str:
-        """What was derived, in one line; "" where every default fitted."""
-        found = [f"{name} is {getattr(self.settings, name)}, since {why}" for name, why in self._why.items()]
-        return "; ".join(found)
+        """What was derived, in one line; "" if every default fits."""
+        return "; ".join(f"{name} is {getattr(self.settings, name)}, since {why}" for name, why in self._why.items())
 
     def _derivable(self, name: str) -> bool:
-        """Whether nobody asked for this size, or it has been derived before."""
+        """Whether nobody asked for this size, or it was derived before."""
         return name in self._why or not asked_for(getattr(self.settings, name, 0))
 
     def _set(self, name: str, value: Any, why: str) -> None:
         self.settings, self._why[name] = dataclasses.replace(self.settings, **{name: value}), why
 
     def _multiple(self) -> int:
-        """What sequence and context parallelism and FP8 want a sequence to be a multiple of."""
+        """Sequence and context parallelism and FP8 need a sequence length that is a multiple of this."""
         layout = self.layout
         parts = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
         precisions = [self.settings.precision, getattr(self.settings, "teacher_precision", "")]
@@ -83,9 +86,9 @@ class Fit:
 
 
 def fit_job(job: Job) -> tuple[Job, str]:
-    """The job with what its layout derives, and the remark. What depends on a text is derived by the stage that has it.
+    """(the job with the sizes that its layout derives, the remark). What depends on a text is derived when it is read.
 
-    Its sequence lengths are not held against the model's positions: a run's bytes would be others than they were.
+    Sequence lengths are not fitted to the model's positions here: that would change the bytes of existing runs.
     """
     fits = {name: Fit(getattr(job, name), job.layout) for name in ("calibration", "distillation")}
     remark = "; ".join(f"{name}.{fit.remark.replace('; ', f'; {name}.')}" for name, fit in fits.items() if fit.remark)

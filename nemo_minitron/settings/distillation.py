@@ -1,4 +1,4 @@
-"""How a student is retrained, as plain values: what it learns from, for how long, and what is checked on the way."""
+"""How a student is distilled, as plain values: what it learns from, for how long, and how it is validated."""
 
 from __future__ import annotations
 
@@ -19,88 +19,110 @@ STARTS = ("pruned", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(ValidatedSettings):
-    """Retraining from the teacher's outputs; `tokens` are those of all steps. `save_every` counts steps.
+    """Training a student on its teacher's outputs. `tokens` counts all steps together; `save_every` counts steps.
 
-    `precision`: fp32, bf16, fp8-delayed, fp8-current, fp8-blockwise, or auto (bf16 where the machine is good at it);
-    `teacher_precision`: the teacher's, the same where it is left empty; not fp8-delayed under Transformer Engine,
-    whose scales move in training alone. `offload_teacher`: its layers lie in the CPU's memory between steps.
+    `precision`: fp32, bf16, fp8-delayed, fp8-current, fp8-blockwise, or auto (bf16 if the machine is fast at it, else
+    fp32). `teacher_precision`: that of the teacher; empty means the same. It cannot be fp8-delayed under Transformer
+    Engine, whose delayed scales are updated in training only. `offload_teacher`: the teacher's layers stay in the CPU's
+    memory between steps.
 
-    The loss is `logits_weight` * `loss` (a name in `distillation.losses`) + `lm_weight` * the language-model loss;
-    with logits_weight=0 the latter alone, the baseline. `intermediate`: "auto" or pairs of states
-    (`distillation.layer_map`), compared by `intermediate_loss`; `intermediate_weight` 0 is the paper's dynamic alpha.
-    `start`: pruned, or random, the baseline that learns from nothing.
+    The loss is `logits_weight` * `loss` (a name in `distillation.losses`) + `lm_weight` * the language-model loss. With
+    logits_weight=0 only the language-model loss is left, which is the baseline. `intermediate`: "auto" or pairs of
+    states (`distillation.layer_map`), compared by `intermediate_loss`; an `intermediate_weight` of 0 is the paper's
+    dynamic alpha. `start`: pruned, or random, the baseline without the teacher's weights.
 
-    `moe_aux_loss_coeff`, of a mixture of experts: so much of the routers' load-balancing loss is added, summed over
-    layers, as Megatron's setting of that name does; a distillation's own, whatever the model's config says (Mixtral's
-    router_aux_loss_coef), and 0 unless asked for, since a student that learns from its teacher's logits learns its
-    routing from them.
+    `moe_aux_loss_coeff`, for a mixture of experts: the weight of the routers' load-balancing loss, summed over layers,
+    as Megatron's setting of that name. The model's config (Mixtral's router_aux_loss_coef) does not set it: a student
+    that learns from its teacher's logits learns its routing from them, so the default is 0.
 
-    `teacher_cache`: a folder of `minitron cache-logits`, learned from in the place of a teacher and of `loss`, which
-    is a cross-entropy against draws or the KL of the largest, as the cache was made; `temperature` must be its own.
+    `teacher_cache`: a folder of `minitron cache-logits`. It takes the place of the teacher and of `loss`; the loss is
+    then the cross-entropy against the cache's draws, or the KL on its largest logits, whichever it holds. `temperature`
+    must be that of the cache.
 
-    `correction_tokens`: teacher correction, so many tokens of the data are first learned by the teacher itself
-    (LM loss, peak at `correction_learning_rate`, reached over `correction_warmup_steps`, or as the student's where
-    those are 0); the corrected one is distilled. The learning rate rises over
-    `warmup_tokens`, or over `warmup_steps` where those are 0, and falls as a cosine until the last token.
-    `validate_every` steps the LM loss on `validation_batches` global batches of held-out text is taken; where it has
-    not fallen for `patience` times in a row, training ends. 0 leaves either out.
+    `correction_tokens`: teacher correction. The teacher first trains on this many tokens of the data, by the LM loss,
+    and the corrected teacher is distilled. Its learning rate peaks at `correction_learning_rate` after
+    `correction_warmup_steps`, or after the student's warm-up if those are 0. The student's learning rate rises over
+    `warmup_tokens`, or over `warmup_steps` if those are 0, and falls as a cosine until the last token.
+
+    Every `validate_every` steps the LM loss is measured on `validation_batches` global batches of held-out text. If it
+    has not fallen for `patience` validations in a row, training ends. 0 switches either off.
+
+    Raises InputError for a number out of range, an unknown name, and settings that contradict each other.
     """
 
-    tokens: int = setting(1_000_000, "Tokens of all steps together.", most=TOKENS, panel=MODEL)
-    sequence_length: int = setting(4096, "Tokens of a sample.", derived=True, panel=MODEL)
+    tokens: int = setting(1_000_000, "Tokens to train on, in all steps together.", most=TOKENS, panel=MODEL)
+    sequence_length: int = setting(4096, "Length of a row, in tokens.", derived=True, panel=MODEL)
     global_batch_size: int = setting(1, "Rows of a step, over all ranks.", derived=True)
-    micro_batch_size: int = setting(1, "Rows that a rank takes at once.")
-    learning_rate: float = setting(1e-4, "At its peak.", above_zero=True)
-    min_learning_rate: float = setting(1e-5, "At the last token; it falls as a cosine.", derived=True)
-    warmup_steps: int = setting(40, "Steps until the learning rate is at its peak.", least=0)
-    warmup_tokens: int = setting(0, "Tokens until then, instead of steps.", least=0, most=TOKENS)
-    weight_decay: float = setting(0.1, "Of the optimizer.")
-    loss: str = setting("forward_kl", "On logits: " + ", ".join(LOSSES) + ".", legal=LOSSES)
-    temperature: float = setting(1.0, "Of the loss; a cache's must agree.", above_zero=True)
-    top_k: int = setting(100, "Of --loss top_k_kl: tokens of the teacher that are compared one by one.")
-    logits_weight: float = setting(1.0, "Of the loss on logits; 0: the LM loss alone.")
-    lm_weight: float = setting(0.0, "Of the language-model loss.")
-    moe_aux_loss_coeff: float = setting(0.0, "Of routers' load balancing, in a mixture of experts.")
-    intermediate: str = setting("", "States that are compared: auto, or pairs such as block:13:29.")
-    intermediate_loss: str = setting("cosine", "By what they are compared: cosine or mse.", legal=("cosine", "mse"))
-    intermediate_weight: float = setting(0.0, "Of their loss; 0: the paper's dynamic one.")
-    start: str = setting("pruned", "pruned, or random: the baseline that learns from nothing.", legal=STARTS)
-    correction_tokens: int = setting(0, "First learned by the teacher itself.", least=0, most=TOKENS)
-    correction_learning_rate: float = setting(2e-5, "The peak of the teacher's own.", above_zero=True)
-    correction_warmup_steps: int = setting(0, "The teacher's own; 0: as the student's.", least=0)
+    micro_batch_size: int = setting(1, "Rows of a micro-batch, on each rank.")
+    learning_rate: float = setting(1e-4, "Learning rate at its peak.", above_zero=True)
+    min_learning_rate: float = setting(1e-5, "Learning rate at the last token; it falls as a cosine.", derived=True)
+    warmup_steps: int = setting(40, "Steps until the learning rate reaches its peak.", least=0)
+    warmup_tokens: int = setting(
+        0, "Tokens until the learning rate reaches its peak; 0: use --warmup-steps.", least=0, most=TOKENS
+    )
+    weight_decay: float = setting(0.1, "Weight decay of the optimizer.")
+    loss: str = setting("forward_kl", "Loss on logits: " + ", ".join(LOSSES) + ".", legal=LOSSES)
+    temperature: float = setting(
+        1.0, "Temperature of the loss on logits; a cache must have the same one.", above_zero=True
+    )
+    top_k: int = setting(100, "With --loss top_k_kl: the number of the teacher's tokens that are compared one by one.")
+    logits_weight: float = setting(1.0, "Weight of the loss on logits; 0: the LM loss alone.")
+    lm_weight: float = setting(0.0, "Weight of the language-model loss.")
+    moe_aux_loss_coeff: float = setting(0.0, "Weight of the routers' load-balancing loss, for a mixture of experts.")
+    intermediate: str = setting("", "States between layers that are compared: auto, or pairs such as block:13:29.")
+    intermediate_loss: str = setting(
+        "cosine", "Loss that compares these states: cosine or mse.", legal=("cosine", "mse")
+    )
+    intermediate_weight: float = setting(0.0, "Weight of --intermediate-loss; 0: the paper's dynamic weight.")
+    start: str = setting("pruned", "Weights to start from: pruned, or random, a baseline.", legal=STARTS)
+    correction_tokens: int = setting(
+        0, "Tokens that the teacher itself first trains on (teacher correction); 0: none.", least=0, most=TOKENS
+    )
+    correction_learning_rate: float = setting(2e-5, "Peak learning rate of the teacher correction.", above_zero=True)
+    correction_warmup_steps: int = setting(
+        0, "Warm-up steps of the teacher correction; 0: as many as the student's.", least=0
+    )
     precision: str = precision_setting("bf16")
-    teacher_precision: str = setting("", "The teacher's own; as --precision unless given.", legal=("", *PRECISIONS))
-    offload_teacher: bool = setting(False, "The teacher's layers lie in the CPU's memory between steps.")
-    teacher_cache: str = setting("", "Folder of minitron cache-logits, in the teacher's place.", panel=MODEL)
+    teacher_precision: str = setting("", "Precision of the teacher. Default: as --precision.", legal=("", *PRECISIONS))
+    offload_teacher: bool = setting(False, "Keep the teacher's layers in the CPU's memory between steps.")
+    teacher_cache: str = setting("", "Folder of minitron cache-logits, which takes the teacher's place.", panel=MODEL)
     validate_every: int = setting(0, "Steps between two validations; 0: none.", least=0)
-    validation_batches: int = setting(4, "Global batches of held-out text that a validation takes.")
-    patience: int = setting(0, "Validations without a lower loss; then it ends. 0: never.", least=0)
+    validation_batches: int = setting(4, "Global batches of held-out text in a validation.")
+    patience: int = setting(
+        0, "Validations in a row without a lower loss that end the training; 0: it never ends early.", least=0
+    )
     save_every: int = setting(100, "Steps between checkpoints.", panel=OUTPUT)
     seed: int = seed_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.logits_weight or self.lm_weight):
-            raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
+            raise InputError("logits_weight and lm_weight are both 0; at least one must be above 0")
         if self.patience and not self.validate_every:
             raise InputError(f"patience={self.patience} needs validate_every, the steps between two validations")
         for name in ("intermediate", "correction_tokens") if self.teacher_cache else ():
             if getattr(self, name):
-                raise InputError(f"{name} needs a teacher that runs, not one from teacher_cache; leave out one of them")
+                raise InputError(
+                    f"{name} needs a teacher that runs, and teacher_cache takes its place; leave out one of them"
+                )
         if self.teacher_cache and not self.logits_weight:
-            raise InputError("logits_weight is 0: nothing would be learned from teacher_cache; leave out one of them")
+            raise InputError(
+                "logits_weight is 0, so nothing would be learned from teacher_cache; leave out one of them"
+            )
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
         return self.sequence_length * self.global_batch_size
 
     @property
     def steps(self) -> int:
+        """Whole global batches in `tokens`, at least one."""
         return max(1, self.tokens // self.tokens_per_step)
 
     @property
     def warmup(self) -> int:
-        """Steps until the peak of the learning rate."""
+        """Steps until the learning rate reaches its peak."""
         return self.warmup_tokens // self.tokens_per_step if self.warmup_tokens else self.warmup_steps
 
     @property
@@ -109,7 +131,7 @@ class Distillation(ValidatedSettings):
         return not self.teacher_cache and bool(self.logits_weight or self.intermediate)
 
     def check_batch(self, layout: Layout) -> None:
-        """Raises InputError for a global batch that the layout cannot deal out."""
+        """Raises InputError, with the nearest legal size, for a global batch that the layout cannot divide."""
         at_once = layout.pp if layout.vp > 1 else 1  # Megatron's interleaved schedule
         step = self.micro_batch_size * layout.dp * at_once
         if self.global_batch_size % step:
@@ -120,25 +142,25 @@ class Distillation(ValidatedSettings):
             )
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raises InputError for micro-batches that student or teacher cannot multiply in FP8."""
+        """Raises InputError for a micro-batch whose tokens the student or the teacher cannot multiply in FP8."""
         taught = [self.teacher_precision or self.precision] if self.learns_from_teacher else []
         check_tokens(self.sequence_length, self.micro_batch_size, layout, self.precision, *taught)
 
     def check_mixture(self, student: Architecture) -> None:
-        """Raises InputError for a loss of routers where the student has none."""
+        """Raises InputError for a load-balancing loss if the student has no routers."""
         if self.moe_aux_loss_coeff and not student.num_moe_experts:
             raise InputError(
-                f"moe_aux_loss_coeff is {self.moe_aux_loss_coeff:g} and the student is no mixture of experts; the "
+                f"moe_aux_loss_coeff is {self.moe_aux_loss_coeff:g}, but the student is no mixture of experts; the "
                 "nearest legal value is 0"
             )
 
     def check_states(self, student_layers: int, teacher_layers: int) -> None:
-        """Raises InputError for intermediate states that are none of such models."""
+        """Raises InputError for `intermediate` states that models of these depths do not have."""
         if self.intermediate not in ("", AUTO):
             layer_map(self.intermediate, student_layers, teacher_layers)
 
     def check_cache(self, vocab_size: int) -> None:
-        """Raises InputError for a `teacher_cache` that is none, or has other rows, temperature or vocabulary."""
+        """Raises InputError if `teacher_cache` is no cache, or has another row length, temperature or vocabulary."""
         if self.teacher_cache:
             from nemo_minitron.artifacts.logit_cache import CacheHeader
 
@@ -148,7 +170,7 @@ class Distillation(ValidatedSettings):
             )  # fmt: skip
 
     def correction(self) -> Distillation:
-        """The same settings for the teacher itself."""
+        """The settings by which the teacher itself is trained first (teacher correction)."""
         steps, tokens = self.warmup_steps, self.warmup_tokens
         if self.correction_warmup_steps:
             steps, tokens = self.correction_warmup_steps, 0

@@ -1,4 +1,4 @@
-"""How a distilled student is aligned: instruction tuning, as plain values."""
+"""How a distilled student is tuned on instructions, as plain values."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from nemo_minitron.settings.validated import ValidatedSettings, precision_settin
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning(ValidatedSettings):
-    """Supervised fine-tuning on prompts and answers by NeMo's `llm.finetune`; the loss is on the answers alone.
+    """Supervised fine-tuning on prompts and answers by NeMo's `llm.finetune`. The loss counts the answers alone.
 
-    A row longer than `sequence_length` tokens is cut from its prompt. The learning rate rises over `warmup_steps` and
-    falls as a cosine until the last of `steps`; `save_every` counts steps.
+    If a row is longer than `sequence_length` tokens, its prompt is cut. The learning rate rises over `warmup_steps` and
+    falls as a cosine until the last of `steps`. `save_every` counts steps.
+
+    Raises InputError for a number out of range, an unknown name, and a `prompt_template` without its two places.
     """
 
     steps: int = setting(1000, "Steps of the training.")
-    sequence_length: int = setting(4096, "Tokens of a row, at most; a longer one is cut.", derived=True, panel=MODEL)
+    sequence_length: int = setting(
+        4096, "Length of a row in tokens, at most; a longer row loses part of its prompt.", derived=True, panel=MODEL
+    )
     global_batch_size: int = setting(128, "Rows of a step, over all ranks.", derived=True)
-    micro_batch_size: int = setting(1, "Rows that a rank takes at once.")
-    learning_rate: float = setting(1e-5, "At its peak.", above_zero=True)
-    min_learning_rate: float = setting(1e-6, "At the last step; it falls as a cosine.", derived=True)
-    warmup_steps: int = setting(50, "Steps until the learning rate is at its peak.", least=0)
-    weight_decay: float = setting(0.1, "Of the optimizer.")
-    prompt_template: str = setting("{input} {output}", "How a row reads; ends with {output}.", panel=MODEL)
+    micro_batch_size: int = setting(1, "Rows of a micro-batch, on each rank.")
+    learning_rate: float = setting(1e-5, "Learning rate at its peak.", above_zero=True)
+    min_learning_rate: float = setting(1e-6, "Learning rate at the last step; it falls as a cosine.", derived=True)
+    warmup_steps: int = setting(50, "Steps until the learning rate reaches its peak.", least=0)
+    weight_decay: float = setting(0.1, "Weight decay of the optimizer.")
+    prompt_template: str = setting(
+        "{input} {output}", "Template of a row: it has {input} and ends with {output}.", panel=MODEL
+    )
     precision: str = precision_setting("bf16")
     save_every: int = setting(500, "Steps between checkpoints.", panel=OUTPUT)
     seed: int = seed_setting()
@@ -41,11 +47,11 @@ class Finetuning(ValidatedSettings):
 
     @property
     def tokens_per_step(self) -> int:
-        """At most: rows are as long as they are."""
+        """Tokens of a global batch, at most: a shorter row is not filled up."""
         return self.sequence_length * self.global_batch_size
 
     def training(self) -> Distillation:
-        """The same steps as those of a training without a teacher: what optimizer, schedule and logger go by."""
+        """The same steps as a training without a teacher, from which optimizer, schedule and logger are made."""
         return Distillation(
             tokens=self.steps * self.tokens_per_step, sequence_length=self.sequence_length,
             global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size,

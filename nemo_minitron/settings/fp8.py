@@ -1,6 +1,6 @@
-"""Whether a model's matrices can be multiplied in FP8: Transformer Engine wants multiples of 16, on each rank.
+"""Whether a model's matrices can be multiplied in FP8: Transformer Engine needs multiples of 16 on each rank.
 
-Also checked where FP8 is emulated, which could do it all: what runs here then runs on a GPU.
+The emulation of FP8 has no such limit and is checked too, so that what runs here also runs on a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ WIDTHS = ("hidden", "ffn", "heads", "query_groups", "expert_ffn", "shared_expert
 
 
 def check_fp8(architecture: Architecture, layout: Layout, precision: str) -> None:
-    """Raises InputError, with the nearest legal size, where a rank's share of a matrix is no multiple of 16.
+    """Raises InputError, with the nearest legal size, if a rank's share of a matrix is no multiple of 16.
 
-    Under sequence parallelism blocks want a hidden size of whole ones: what is gathered over the ranks goes in FP8.
+    fp8-blockwise under sequence parallelism also needs a hidden size of whole blocks: the ranks gather FP8 values.
     """
     from nemo_minitron.search.space import Divisors
 
@@ -41,8 +41,8 @@ def check_fp8(architecture: Architecture, layout: Layout, precision: str) -> Non
 
 
 def check_tokens(length: int, rows: int, layout: Layout, *precisions: str) -> None:
-    """Raises InputError, with the nearest legal length, where `rows` sequences, a micro-batch, make no matrix that one
-    of these precisions can multiply (`precisions.token_multiple`)."""
+    """Raises InputError, with the nearest legal length, if a micro-batch of `rows` sequences of `length` tokens is no
+    matrix that all of these precisions can multiply (`precisions.token_multiple`)."""
     for precision in precisions:
         multiple = layout.cp * token_multiple(FP8.get(precision), layout.tp if layout.sp else 1)
         if rows * length % multiple:

@@ -1,4 +1,4 @@
-"""A layout over processes, and whether Megatron can run a model in it."""
+"""How processes divide a model and its data, and whether Megatron can run a model so."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import LAYOUT, setting, settings_of
 
-MOST = 1 << 20  # ranks: more than any machine has
+MOST = 1 << 20  # ranks: more than any job has
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions, as Megatron has them.
+    """Sizes of the parallel dimensions, as Megatron defines them.
 
-    `sp` is sequence parallelism within a tensor-parallel group, `etp` the tensor parallelism of experts (as
-    `tp` where it is left 0). Experts are spread over `ep` of the ranks that tensor, context and data
-    parallelism give. `first_stage` and `last_stage`: layers of the first and last pipeline stage where the
-    stages are uneven; 0 for even.
+    `sp` is sequence parallelism within a tensor-parallel group. `etp` is the tensor parallelism of experts; 0 means as
+    `tp`. Experts are spread over `ep` of the tp * cp * dp ranks of a pipeline stage. `first_stage` and `last_stage`:
+    the numbers of layers of the first and the last pipeline stage, if the stages are uneven; 0 means even.
     """
 
     tp: int = setting(1, "Tensor-parallel size.", most=MOST, panel=LAYOUT)
     pp: int = setting(1, "Pipeline stages.", most=MOST, panel=LAYOUT)
-    vp: int = setting(1, "Virtual stages a pipeline stage.", most=MOST, panel=LAYOUT)
+    vp: int = setting(1, "Virtual stages in each pipeline stage.", most=MOST, panel=LAYOUT)
     cp: int = setting(1, "Context-parallel size: ranks that share a sequence.", most=MOST, panel=LAYOUT)
-    ep: int = setting(1, "Expert-parallel size, of mixtures of experts.", most=MOST, panel=LAYOUT)
+    ep: int = setting(1, "Expert-parallel size, for mixtures of experts.", most=MOST, panel=LAYOUT)
     dp: int = setting(1, "Data-parallel size.", most=MOST, panel=LAYOUT)
     sp: bool = setting(False, "Sequence parallelism within tensor-parallel groups.", panel=LAYOUT)
     etp: int = setting(0, "Tensor-parallel size of experts; 0: as --tp.", least=0, most=MOST, panel=LAYOUT)
-    first_stage: int = setting(0, "Layers of the first pipeline stage; 0: even.", least=0, most=MOST, panel=LAYOUT)
-    last_stage: int = setting(0, "Layers of the last pipeline stage; 0: even.", least=0, most=MOST, panel=LAYOUT)
+    first_stage: int = setting(
+        0, "Layers of the first pipeline stage; 0: as the others.", least=0, most=MOST, panel=LAYOUT
+    )
+    last_stage: int = setting(
+        0, "Layers of the last pipeline stage; 0: as the others.", least=0, most=MOST, panel=LAYOUT
+    )
 
     @property
     def processes(self) -> int:
+        """Ranks of the layout; expert parallelism adds none."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
     def expert_tp(self) -> int:
+        """Tensor-parallel size of the experts."""
         return self.etp or self.tp
 
     def check(self, architecture: Architecture, training: bool = False) -> None:
-        """Raises InputError, with the nearest legal value, for a layout in which Megatron cannot run (or train) it."""
+        """Raises InputError, with the nearest legal value, if Megatron cannot run (or train) the model so."""
         for name, known in SIZES.items():
             value, least = getattr(self, name), known.least
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
@@ -68,11 +73,11 @@ class Layout:
             closest = _nearest(stages, [n for n in range(1, layers + 1) if layers % n == 0])
             raise InputError(
                 f"{layers} layers do not divide into {stages} pipeline stages (pp={self.pp}, vp={self.vp}); the "
-                f"nearest legal number of stages is {closest}, or say how many layers the first or last one has"
+                f"nearest legal number of stages is {closest}; or set first_stage or last_stage"
             )
 
     def _check_uneven(self, layers: int) -> None:
-        """Megatron wants the other stages equal, and every stage divisible by its virtual stages."""
+        """Megatron needs the other stages equal, and every stage divisible by its virtual stages."""
         ends = [n for n in (self.first_stage, self.last_stage) if n]
         rest, stages = layers - sum(ends), self.pp - len(ends)
         if self.pp < 2 or stages < 0 or rest < stages or (rest % stages if stages else rest):
@@ -117,35 +122,35 @@ class Layout:
             )
 
     def for_student(self, student: Architecture, teacher: Architecture) -> tuple[Layout, str]:
-        """The layout nearest to this one that runs both models, and a sentence where it is another.
+        """(the layout nearest to this one that runs both models, a sentence if it is another one, else "").
 
-        A teacher's TP need not divide its student: 1024 of 1536 neurons do not divide by 3. The pipeline's stages
-        are the student's; a teacher of another depth divides by its own (`for_depth`).
+        The teacher's TP may not divide the student: 1024 of 1536 neurons do not divide by 3. The pipeline stages are
+        the student's; a teacher of another depth has stages of its own (`for_depth`).
         """
-        own = self.for_depth(student.num_layers)
+        staged = self.for_depth(student.num_layers)
         if legal_tp(student, self.tp):
-            return own, ""
+            return staged, ""
         tp = nearest_tp(self.tp, student, teacher)
-        why = f"tp={self.tp} does not divide the student's {_sizes(student)}: it is distilled at tp={tp}"
-        return dataclasses.replace(own, tp=tp, sp=self.sp and tp > 1), why
+        why = f"tp={self.tp} does not divide the student's {_sizes(student)}, so it is distilled at tp={tp}"
+        return dataclasses.replace(staged, tp=tp, sp=self.sp and tp > 1), why
 
     def for_depth(self, layers: int) -> Layout:
-        """This layout with stages for so many layers: as they are where they fit, even where the layers divide,
-        else with a first and a last stage of another size, as even as Megatron can have them.
+        """This layout with pipeline stages for `layers` layers. The stages stay if they fit. Else they become even if
+        the layers divide evenly. Else the first and the last stage get another size, as even as Megatron can run them.
 
-        Where there is no such layout it is the even one, which `check` refuses.
+        If no layout fits, the result is the even one, which `check` refuses.
         """
         even = dataclasses.replace(self, first_stage=0, last_stage=0)
         for layout in (self, even):
             if layout._has_stages_of(layers):
                 return layout
-        sizes = range(self.vp, layers, self.vp)
+        sizes = range(self.vp, layers, self.vp)  # each stage must divide into its virtual stages
         uneven = [dataclasses.replace(self, first_stage=f, last_stage=z) for f in sizes for z in (0, *sizes)]
         legal = [layout for layout in uneven if layout._has_stages_of(layers)]
         return min(legal, key=lambda layout: layout._spread(layers), default=even)
 
     def _spread(self, layers: int) -> int:
-        """Layers of the largest stage above those of the smallest, where the ends are given."""
+        """Layers of the largest stage minus layers of the smallest."""
         ends = [n for n in (self.first_stage, self.last_stage) if n]
         others = self.pp - len(ends)
         sizes = [*ends, (layers - sum(ends)) // others] if others else ends
@@ -163,13 +168,13 @@ SIZES = {name: known for name, known in settings_of(Layout).items() if name != "
 
 
 def legal_tp(architecture: Architecture, tp: int) -> bool:
-    """Megatron-core 0.15 wants heads, query groups and the MLP's width divisible by TP."""
+    """Whether TP divides heads, query groups and the MLP's width, as Megatron-core 0.15 needs."""
     sizes = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
     return all(size % tp == 0 for size in sizes)
 
 
 def nearest_tp(tp: int, *architectures: Architecture) -> int:
-    """The TP closest to `tp` that is legal for all of them; the smaller of two."""
+    """The TP closest to `tp` that is legal for all of these models; the smaller one of two that are equally close."""
     most = min(architecture.num_query_groups for architecture in architectures)
     return _nearest(tp, [n for n in range(1, most + 1) if all(legal_tp(a, n) for a in architectures)])
 

@@ -1,4 +1,4 @@
-"""What the processes of a stage are told: one order a stage, written by a command and read by a worker."""
+"""What the processes of a stage are told: one order for each stage, written by a command and read by a worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_minitron.settings.recipe import Distillation
 
 
 class Order:
-    """What the launcher asks of an order. Its settings are final: their numbers are plain."""
+    """What the launcher reads of an order. Its settings are final: their numbers are plain."""
 
     stage: ClassVar[str]
     out: Path
@@ -31,17 +31,18 @@ class Order:
 
     @property
     def processes(self) -> int:
+        """Processes to start."""
         return self.layout.processes
 
     @property
     def place(self) -> Path:
-        """Where the stage writes; a failure names it."""
+        """Where the stage writes; the message of a failure names it."""
         return self.out
 
 
 @dataclasses.dataclass(frozen=True)
 class EstimateOrder(Order):
-    """Score the model's rows. `data`: a .bin/.idx prefix; `work`: a folder that keeps what is done."""
+    """Score the units of a model. `data`: a .bin/.idx prefix. `work`: a folder from which a killed run resumes."""
 
     stage: ClassVar[str] = "estimate"
     model: Path
@@ -57,7 +58,7 @@ class EstimateOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class PruneOrder(Order):
-    """Cut a NeMo checkpoint, in one process. `compensation`: the file of what takes the place of the plan's slices."""
+    """Cut a NeMo checkpoint, in one process. `compensation`: a file of matrices that replace slices of the teacher."""
 
     stage: ClassVar[str] = "prune"
     model: Path
@@ -72,8 +73,8 @@ class PruneOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class CompensateOrder(Order):
-    """Fit the matrices that lose inputs to a cut. `plans`: the file of each plan -> that of its Compensation; `memory`:
-    bytes of Gram matrices on a rank. The rows are those of `calibration`."""
+    """Re-fit the matrices that lose inputs to a cut. `plans`: the file of each plan -> the file of its Compensation.
+    `memory`: bytes of Gram matrices on a rank. `calibration` says which rows are read."""
 
     stage: ClassVar[str] = "compensate"
     model: Path
@@ -91,7 +92,7 @@ class CompensateOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class CacheOrder(Order):
-    """Make the shards that the logit cache `out` lacks; its `cache.json` is there."""
+    """Make the shards that the logit cache `out` lacks. Its `cache.json` must exist."""
 
     stage: ClassVar[str] = "cache"
     model: Path
@@ -103,9 +104,9 @@ class CacheOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class DistillOrder(Order):
-    """Train a student in `out`. `teacher` is None where a cache takes its place; `train`, `validation`: prefixes;
-    `index`: a folder for the order of the samples; `stop`: the step after which it ends for now, where it is not the
-    last; `plan`: the file of the plan that made the student."""
+    """Train a student in `out`. `teacher` is None if a cache takes its place. `train`, `validation`: .bin/.idx
+    prefixes. `index`: a folder for the order of the samples. `stop`: the step after which this call ends; None means
+    the last step. `plan`: the file of the plan that made the student."""
 
     stage: ClassVar[str] = "distill"
     student: Path
@@ -122,7 +123,7 @@ class DistillOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOrder(Order):
-    """Align a student on prompts and answers; `data`: a folder with `training.jsonl`."""
+    """Tune a student on prompts and answers. `data`: a folder with `training.jsonl`."""
 
     stage: ClassVar[str] = "finetune"
     student: Path
@@ -139,7 +140,7 @@ ORDERS: dict[str, type[Order]] = {
 
 
 def read_order(stage: str, file: str | Path) -> Order:
-    """The order of a stage from its JSON file. Raises InputError for a stage that there is not, and as `typed`."""
+    """The order of a stage from its JSON file. Raises InputError for an unknown stage, and as `typed`."""
     if stage not in ORDERS:
         raise InputError(f"there is no stage '{stage}'; {nearest(stage, ORDERS)}")
     return typed(ORDERS[stage], read_json(file, "the order"), f"the order '{file}'")

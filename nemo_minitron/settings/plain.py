@@ -1,4 +1,4 @@
-"""Plain values, as a file or the command line has them -> dataclasses of settings, each value of its declared type."""
+"""Plain values of a file or the command line -> dataclasses of settings, each value of its declared type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nemo_minitron.schema import asked_for
 
 
 def build(cls: Any, values: Any, where: str = "") -> Any:
-    """Raises InputError for a key that does not exist (with the nearest), a value of another type, a lacking key."""
+    """An object of the dataclass `cls`; `where` is the key of its group. Raises InputError for an unknown key (with the
+    nearest one), a value of another type, and a missing key."""
     if not isinstance(values, Mapping):
         raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
     hints = get_type_hints(cls)
@@ -34,7 +35,7 @@ def build(cls: Any, values: Any, where: str = "") -> Any:
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
-    """A plain value of the declared type; int serves as float, a list as a tuple, one value as a list of one."""
+    """A plain value as its declared type: int becomes float, a list a tuple, and one value a tuple of one."""
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key)
     plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
@@ -54,20 +55,20 @@ def _value(kind: Any, value: Any, key: str) -> Any:
 
 
 def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
-    """Names to values of a kind; of any kind they are plain, and not nested without end."""
+    """Names -> values of a kind. Values of any kind (`Any`) must be plain and not nested too deep."""
     if not isinstance(value, Mapping):
         raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
     if kind is Any:
         return checked(dict(value), anything(), f"'{key}'")
-    found = {}
-    for name, item in value.items():  # `keep.layers` may list which ones stay
+    values = {}
+    for name, item in value.items():  # `keep.layers` may list the layers that stay
         each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
-        found[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
-    return found
+        values[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
+    return values
 
 
 def _plain(value: Any, key: str) -> Any:
-    """A text that has no control characters: it may be a path, or be printed. Prompts may have lines."""
+    """A value without control characters, since a text may be a path or be printed. Prompts may have several lines."""
     allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
     if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
         raise InputError(f"'{key}' is {shown(value)}; it must be a text without control characters")
@@ -75,12 +76,15 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _number(value: int | float, key: str) -> float:
+    """A number as a float; a default that can be derived keeps its class (`UnaskedRate`)."""
     if not asked_for(value):
         return value
     try:
         return float(value)
     except OverflowError:
-        raise InputError(f"'{key}' is a whole number of {int(value).bit_length()} bits; no float is near it") from None
+        raise InputError(
+            f"'{key}' is a whole number of {int(value).bit_length()} bits, which is too large for a float"
+        ) from None
 
 
 def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:

@@ -1,3 +1,3 @@
-"""What a worker's line of progress begins with; the launcher passes such lines on to the screen."""
+"""The prefix of a worker's lines of progress. The launcher prints such lines on the screen."""
 
 PROGRESS = "  > "

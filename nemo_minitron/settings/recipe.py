@@ -1,4 +1,4 @@
-"""A recipe's value: nested frozen dataclasses of plain values, JSON in and out, overridden by `key=value`."""
+"""A recipe as a value: nested frozen dataclasses of plain values, read and written as JSON, changed by `key=value`."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from nemo_minitron.settings.search import Search
 from nemo_minitron.settings.step import OPEN, Step, check_chain
 from nemo_minitron.settings.validated import ValidatedSettings
 
-ALONE = "only a job has it"
-GIVEN = "a command takes its model as an argument"
+ALONE = "only a job has this setting"
+GIVEN = "commands take their model as an argument"
 PLAN = "minitron plan has an option of this name"
-KEEP = "Axis -> the size that stays; beside a target: axes to hold fixed."
-EXPECTED = "The Hugging Face config that the teacher must have; a dry run goes by it."
+KEEP = "Axis -> the size to keep. Beside a search: axes that are held fixed."
+EXPECTED = "Hugging Face config that the teacher must have; a dry run needs no more than this."
 
 
 @dataclasses.dataclass(frozen=True)
 class Job(ValidatedSettings):
-    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size that stays; with a target in
-    `search` the other sizes are searched for.
+    """The whole job: what `minitron compress` runs. `keep` maps an axis to the size to keep. With a target in `search`,
+    the other sizes are searched for.
 
-    `teacher_config`: the dry run goes by it where the teacher is not on this machine; a teacher of another architecture
-    is refused. `depth`: block_influence, or loss, perplexity, accuracy or removal, which the calibration then gathers
-    too. `cutting`: what is solved or folded in place of the plan's slices. `generation`: text that the teacher writes,
-    for the student to learn. In `rounds` there is no retraining (`job/stages/rounds.py`).
+    `teacher_config`: the dry run reads it if the teacher is not on this machine; a teacher of another architecture is
+    refused. `depth`: block_influence, or loss, perplexity, accuracy or removal, which the calibration then also
+    gathers. `cutting`: which matrices are re-fitted or scaled instead of sliced. `generation`: text that the teacher
+    writes for the student to learn. Between `rounds` there is no retraining (`job/stages/rounds.py`).
 
-    `chain`: each step leaves its student in a folder of its name; every other setting holds for all of them, but for
-    what a Step sets. Raises InputError for a value that is not legal.
+    `chain`: each step leaves its student in a folder of its own. Every other setting holds for all steps, except what a
+    Step sets. Raises InputError for a value that is not legal.
     """
 
-    name: str = dataclasses.field(metadata=known_as("Of the job, and of its folder in runs/.", recipe_only=ALONE))
+    name: str = dataclasses.field(metadata=known_as("Name of the job, and of its folder in runs/.", recipe_only=ALONE))
     teacher: str = dataclasses.field(
         metadata=known_as("Hugging Face folder, hub id or NeMo checkpoint.", recipe_only=GIVEN)
     )
@@ -55,40 +55,45 @@ class Job(ValidatedSettings):
     distillation: Distillation = dataclasses.field(default_factory=Distillation)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     layout: Layout = dataclasses.field(default_factory=Layout)
-    licence: str = setting("unknown", "Of the teacher, on the model card.", recipe_only=CARD)
+    licence: str = setting("unknown", "Licence of the teacher, on the model card.", recipe_only=CARD)
     base_model: str | None = setting(None, "The teacher's name on the model card.", recipe_only=CARD)
-    seed: int = seed_setting(0, "Of the random cut that a job measures beside its own.", recipe_only=ALONE)
-    depth: str = setting(BLOCK_INFLUENCE, "By which criterion layers go.", recipe_only=PLAN)
+    seed: int = seed_setting(0, "The seed of the student that is cut at random, for comparison.", recipe_only=ALONE)
+    depth: str = setting(BLOCK_INFLUENCE, "The criterion that chooses which layers are dropped.", recipe_only=PLAN)
     search: Search = dataclasses.field(default_factory=Search)
     cutting: Cutting = dataclasses.field(default_factory=Cutting)
     teacher_config: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, metadata=known_as(EXPECTED, recipe_only=ALONE)
     )
-    rounds: int = setting(1, "So many times it is scored and cut in turn, in equal steps.", recipe_only=ALONE)
-    chain: tuple[Step, ...] = setting((), "Steps, each of which cuts the student of the one before.", recipe_only=ALONE)
-    learns_from: str = setting("", "The model that the student learns from, if not the teacher.", recipe_only=ALONE)
+    rounds: int = setting(
+        1, "Number of times that the model is scored and cut in turn, in equal steps.", recipe_only=ALONE
+    )
+    chain: tuple[Step, ...] = setting(
+        (), "Steps, each of which cuts the student of the step before.", recipe_only=ALONE
+    )
+    learns_from: str = setting("", "The model that the student learns from. Default: the teacher.", recipe_only=ALONE)
     lineage: tuple[str, ...] = setting(
-        (), "Files of the plans that made the teacher of learns_from, the first one first.", recipe_only=ALONE
+        (), "Files of the plans that made the teacher from learns_from, the first one first.", recipe_only=ALONE
     )
     generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
-        if not WORDS.fullmatch(str(self.name)):  # a folder's name, a batch job's, the card's
+        if not WORDS.fullmatch(str(self.name)):  # it names a folder, a batch job and the model card
             raise InputError(f"'name' is {shown(self.name)}; write letters, digits, '.', '_' and '-', a letter first")
         super().__post_init__()
         if self.search.wanted and self.rounds != 1:
-            raise InputError(f"rounds={self.rounds} needs sizes in keep, and a search finds those of one cut")
+            raise InputError(f"rounds={self.rounds} needs sizes in keep; a search finds the sizes of a single cut")
         alone = {"keep": bool(self.keep), "search": self.search.wanted, "rounds": self.rounds != 1}
         alone |= {"learns_from": bool(self.learns_from), "lineage": bool(self.lineage)}
-        check_chain([step for step in self.chain if isinstance(step, Step)], alone)  # `from_dict` makes them of others
+        # A Python recipe may give plain values for a step; `from_dict` makes a Step of them, and checks it then.
+        check_chain([step for step in self.chain if isinstance(step, Step)], alone)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them; a default that can be derived still knows that nobody asked for it."""
+        """Plain values, as in JSON. A default that can be derived keeps its class (`Unasked`)."""
         return _with_marks(json.loads(json.dumps(dataclasses.asdict(self))), self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """Raises InputError for a key that does not exist (with the nearest) or a value of another type."""
+        """A job from plain values. Raises InputError for an unknown key (with the nearest), a value of another type."""
         return build(cls, values)
 
     def folder(self, out: str | Path | None = None) -> Path:
@@ -96,19 +101,19 @@ class Job(ValidatedSettings):
         return Path(out or Path("runs") / self.name)
 
     def override(self, settings: Iterable[str]) -> Job:
-        """`distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`, and of a chain's steps, counted from 0,
-        `chain.0.keep.ffn=1280` and `chain.1.distillation.tokens=2000`; raises InputError as `from_dict`."""
+        """The job with other settings: `distillation.tokens=2000`, `keep.ffn=1280`, `layout.tp=3`. In a chain, steps
+        count from 0: `chain.0.keep.ffn=1280`, `chain.1.distillation.tokens=2000`. Raises InputError as `from_dict`."""
         values = self.as_dict()
         for override in settings:
             key, separator, text = override.partition("=")
             if not separator:
-                raise InputError(f"'{override}' is no override; write key=value, for example distillation.tokens=2000")
+                raise InputError(f"'{override}' sets nothing; write key=value, for example distillation.tokens=2000")
             _set(values, self, key, text)
         return Job.from_dict(values)
 
 
 def _with_marks(values: dict[str, Any], group: Any) -> dict[str, Any]:
-    """`values` of a group of settings, with its `Unasked` numbers in the place of plain ones."""
+    """`values` of a group of settings, with its `Unasked` numbers instead of plain ones."""
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if dataclasses.is_dataclass(value):
@@ -119,7 +124,7 @@ def _with_marks(values: dict[str, Any], group: Any) -> dict[str, Any]:
 
 
 def with_defaults_unasked(group: Any) -> Any:
-    """Settings of a file that has all of them written out: those at their defaults are taken as not asked for."""
+    """The settings of a file that writes all of them out: a size at its default counts as not asked for."""
     changed = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -152,13 +157,13 @@ def _set(values: dict[str, Any], job: Job, key: str, text: str) -> None:
 
 
 def _open(parents: list[str]) -> bool:
-    """Whether this group takes names that are not in it yet."""
+    """Whether this group takes names that it does not have yet."""
     return parents[-1:] == ["keep"] or (parents[:1] == ["chain"] and parents[2:] in [[name] for name in OPEN])
 
 
 def keys(job: Job) -> list[str]:
     """Every key that an override may name."""
-    found = []
+    names = []
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -167,7 +172,7 @@ def keys(job: Job) -> list[str]:
         elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
             walk(prefix, dict(enumerate(value)))
         else:
-            found.append(prefix)
+            names.append(prefix)
 
     walk("", job.as_dict())
-    return found
+    return names

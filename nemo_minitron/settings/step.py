@@ -1,4 +1,4 @@
-"""One step of a chain, as plain values: how its student is cut, and what is set otherwise than in the job."""
+"""One step of a chain, as plain values: how its student is cut, and which settings differ from the job's."""
 
 from __future__ import annotations
 
@@ -15,30 +15,36 @@ from nemo_minitron.settings.validated import ValidatedSettings
 
 FIRST, PREVIOUS = "first", "previous"
 TEACHERS = (FIRST, PREVIOUS)
-TAKEN = (RunFolder.recipe, RunFolder.chain)  # in the chain's folder, beside a folder for each step
-CHAIN = "a chain is a job of several steps"
-OPEN = ("calibration", "distillation")  # of a step: any setting of these groups
+TAKEN = (RunFolder.recipe, RunFolder.chain)  # files in the chain's folder, beside a folder for each step
+CHAIN = "only a job has a chain"
+OPEN = ("calibration", "distillation")  # groups of which a step may change any setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Step(ValidatedSettings):
-    """One student of a chain: cut from the one before it (the first from the job's teacher), then distilled.
+    """One student of a chain: it is cut from the student before it (the first from the job's teacher), then distilled.
 
-    `keep`, `search` and `rounds` are as in a Job. `teacher`: first is the job's own, the largest
-    along the chain, which the paper found better (2407.14679); previous is the model that is cut.
-    `calibration` and `distillation`: settings of those groups that this step has otherwise than the
-    job, for example {"tokens": 2_000_000}.
+    `keep`, `search` and `rounds` are as in a Job. `teacher`: first is the job's own teacher, the largest model of the
+    chain, which the paper found better (2407.14679); previous is the model that is cut. `calibration` and
+    `distillation`: the settings of those groups that differ from the job's, for example {"tokens": 2_000_000}.
 
-    Raises InputError for a name that is no folder's and an unknown teacher.
+    Raises InputError for a name that cannot be a folder's, and an unknown teacher.
     """
 
-    name: str = dataclasses.field(metadata=known_as("Its folder in the run folder.", recipe_only=CHAIN))
+    name: str = dataclasses.field(
+        metadata=known_as("Name of the step, and of its folder in the run folder.", recipe_only=CHAIN)
+    )
     keep: Mapping[str, int] = dataclasses.field(
-        default_factory=dict, metadata=known_as("As of the job.", recipe_only=CHAIN)
+        default_factory=dict, metadata=known_as("As keep of the job.", recipe_only=CHAIN)
     )
     search: Search = dataclasses.field(default_factory=Search)
-    rounds: int = setting(1, "As of the job.", recipe_only=CHAIN)
-    teacher: str = setting(FIRST, "Whom the student learns from.", legal=TEACHERS, recipe_only=CHAIN)
+    rounds: int = setting(1, "As rounds of the job.", recipe_only=CHAIN)
+    teacher: str = setting(
+        FIRST,
+        "The model that the student learns from: first (the job's teacher) or previous.",
+        legal=TEACHERS,
+        recipe_only=CHAIN,
+    )
     calibration: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, metadata=known_as("Settings that differ from the job's.", recipe_only=CHAIN)
     )
@@ -53,9 +59,9 @@ class Step(ValidatedSettings):
 
 
 def check_chain(steps: Sequence[Step], alone: Mapping[str, Any]) -> None:
-    """`alone`: keys of the job that belong to its steps -> whether they are set.
+    """Raises InputError if two steps have one name, and if the job of a chain sets what belongs to its steps.
 
-    Raises InputError for one that is, and for a name that two steps have.
+    `alone`: keys that belong to the steps of a chain -> whether the job sets them.
     """
     names = [step.name for step in steps]
     for name in names:
@@ -63,4 +69,6 @@ def check_chain(steps: Sequence[Step], alone: Mapping[str, Any]) -> None:
             raise InputError(f"two steps of the chain are named '{name}'; each has a folder of its own name")
     for key, given in alone.items():
         if steps and given:
-            raise InputError(f"a chain's steps say what is cut and whom they learn from; take '{key}' out of the job")
+            raise InputError(
+                f"in a chain each step says what is cut and which model teaches; take '{key}' out of the job"
+            )

@@ -1,5 +1,4 @@
-"""What groups of a recipe's settings have in common: whole numbers count something, numbers are numbers, names are
-known ones."""
+"""What all groups of settings check: whole numbers are in range, other numbers are finite, names are known."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from nemo_minitron.schema import MOST, Setting, described, setting
 
 
 class ValidatedSettings:
-    """Settings whose whole numbers lie between the bounds that their fields name, whose other numbers are finite and
-    not negative, and whose names are legal ones."""
+    """Settings that check themselves: whole numbers lie within the bounds of their fields, other numbers are finite and
+    not negative, and names are legal. Raises InputError."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -30,12 +29,12 @@ class ValidatedSettings:
 
 
 def precision_setting(default: str, legal: Sequence[str] = PRECISIONS) -> Any:
-    """The field of a precision; `auto` is decided before anything is loaded (`settings.precision`)."""
-    return setting(default, f"{', '.join(legal)}, or auto.", legal=(*legal, "auto"))
+    """The field of a precision. `auto` is decided before anything is loaded (`settings.precision`)."""
+    return setting(default, f"Precision of the model: {', '.join(legal)}, or auto.", legal=(*legal, "auto"))
 
 
 def check_whole(name: str, value: int, least: int = 1, most: int = MOST) -> None:
-    """Raises InputError, with the nearest legal value, for a whole number that nothing can have."""
+    """Raises InputError, with the nearest legal value, for what is no whole number, or is out of range."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; it must be a whole number")
     if not least <= value <= most:
@@ -43,7 +42,7 @@ def check_whole(name: str, value: int, least: int = 1, most: int = MOST) -> None
 
 
 def check_number(name: str, value: float, above_zero: bool = False) -> None:
-    """Raises InputError for NaN, an infinity, and a number below 0, or 0 where it has to be above."""
+    """Raises InputError for NaN, an infinity, a number below 0, and for 0 if the number must be above 0."""
     if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
         raise InputError(f"{name} is {_short(value)}; it must be a finite number")
     if value < 0 or (value == 0 and above_zero):
@@ -53,11 +52,11 @@ def check_number(name: str, value: float, above_zero: bool = False) -> None:
 def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float is near
+    except OverflowError:  # a whole number that is too large for a float
         return False
 
 
 def _short(value: Any) -> str:
-    """A number for a sentence: Python refuses to print one of more than 4,300 digits."""
+    """A number for a sentence. Python refuses to print more than 4,300 digits."""
     long = isinstance(value, int) and value.bit_length() > 100
     return f"a whole number of {value.bit_length()} bits" if long else str(value)

@@ -70,7 +70,7 @@ def test_all_of_one_command(folder, whole):
     assert scores.notes["split_half"].keys() == {"ffn", "heads", "query_groups", "hidden", "layers"}
     for remark in scores.notes["remarks"]:
         assert remark in output
-    assert "least missed of 2" in output
+    assert "the least missed among blocks of 2" in output
 
 
 @pytest.mark.slow

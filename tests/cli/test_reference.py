@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
 
 from nemo_minitron.cli import COMMANDS, app
 from nemo_minitron.cli.options import Group
@@ -89,6 +90,13 @@ def test_every_option_has_a_panel_and_words():
             if option.param_type_name == "option":
                 assert option.help, (name, option.name)
                 assert option.rich_help_panel, (name, option.name)
+
+
+def test_help_shows_every_word():
+    """Rich takes `[@SPLIT]` for markup and leaves it out."""
+    for command in BUILT.values():
+        for text in (command.help, *(option.help for option in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "")
 
 
 def test_the_reference_page_is_what_the_settings_say():

@@ -106,6 +106,15 @@ def test_the_dry_run_tells_every_step_and_touches_nothing(pico, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_dry_run_says_which_sizes_the_chain_and_its_steps_derived(pico, tmp_path):
+    changed = pico.override(["layout.dp=2", "chain.1.distillation.learning_rate=1e-6"])
+    before, first, second = describe_chain(changed, tmp_path / "run").split("\nstep ")
+    whole = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
+    assert whole in before.splitlines()
+    assert "remark" not in first
+    assert "remark: distillation.min_learning_rate is 1e-07, since a tenth of learning_rate" in second.splitlines()
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -132,7 +141,7 @@ def test_steps_that_could_not_run_are_refused_before_any_runs(pico, setting, wor
 
 
 def test_a_chain_stops_at_no_single_stage(pico, tmp_path):
-    with pytest.raises(InputError, match="a chain has a stage 'plan' in each step"):
+    with pytest.raises(InputError, match="each step of a chain has a stage 'plan'"):
         run_compress(pico, tmp_path / "run", until="plan")
 
 
@@ -182,7 +191,7 @@ def test_a_students_layers_are_counted_in_what_it_learns_from(chain, plans):
     [
         ({"learns_from": "", "lineage": ("a.json",)}, "set both or neither"),
         ({"lineage": (), "distillation": Distillation(intermediate="auto")}, "intermediate=auto needs to know"),
-        ({"lineage": ("second/plan.json",)}, "'teacher' has .* parameters, the plans say"),
+        ({"lineage": ("second/plan.json",)}, "'teacher' has .* parameters, but the plans say"),
         ({"lineage": ("first/plan.json", "first/plan.json")}, "the plans do not follow each other"),
     ],
 )

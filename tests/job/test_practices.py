@@ -17,26 +17,42 @@ WIDTH = Facts(LLAMA, of_table("llama-3.1-minitron-4b-width"), correction_tokens=
 DEPTH = dataclasses.replace(WIDTH, target=of_table("llama-3.1-minitron-4b-depth"), intermediate=True)
 NEMOTRON = dataclasses.replace(WIDTH, source=of_table("nemotron-4-15b"), target=of_table("minitron-8b"))
 CASES = [
-    (WIDTH, 0, "widths alone, of a source of 8.03B: below 15B a narrower model"),
-    (NEMOTRON, 0, "widths alone, of a source of 15.6B: a narrower"),
-    (DEPTH, 0, "16 of 32 layers go, of a source of 8.03B, no width: faster, but below 15B"),
-    (dataclasses.replace(NEMOTRON, target=NEMOTRON.source.replace(num_layers=16)), 0, "no width: the fastest"),
-    (dataclasses.replace(WIDTH, target=WIDTH.target.replace(num_layers=28)), 0, "4 of 32 layers go and widths"),
+    (WIDTH, 0, "only widths, of a source of 8.03B: below 15B a narrower model"),
+    (NEMOTRON, 0, "only widths, of a source of 15.6B: a narrower"),
+    (DEPTH, 0, "16 of 32 layers are dropped, of a source of 8.03B, and no width is cut: faster, but below 15B"),
+    (dataclasses.replace(NEMOTRON, target=NEMOTRON.source.replace(num_layers=16)), 0, "no width is cut: the fastest"),
+    (
+        dataclasses.replace(WIDTH, target=WIDTH.target.replace(num_layers=28)),
+        0,
+        "4 of 32 layers are dropped and widths cut",
+    ),
     (WIDTH, 1, "once, before the cut"),
-    (dataclasses.replace(WIDTH, rounds=3), 1, "in 3 rounds; one is enough"),
-    (WIDTH, 2, "KL on logits alone: no layers go"),
-    (dataclasses.replace(WIDTH, target=LLAMA.replace(num_layers=28)), 2, "alone: 12% of the layers go, so mild"),
-    (dataclasses.replace(DEPTH, intermediate=False), 2, "alone: 50% of the layers go, .*intermediate=auto would help"),
-    (DEPTH, 2, "intermediate states and embeddings: 50% of the layers go, so deep a cut"),
-    (dataclasses.replace(WIDTH, intermediate=True), 2, "so mild a cut logits alone do as well"),
+    (dataclasses.replace(WIDTH, rounds=3), 1, "in 3 rounds: one is enough"),
+    (WIDTH, 2, "KL on logits alone: no layers are dropped"),
+    (
+        dataclasses.replace(WIDTH, target=LLAMA.replace(num_layers=28)),
+        2,
+        "alone: 12% of the layers are dropped, a cut so mild",
+    ),
+    (
+        dataclasses.replace(DEPTH, intermediate=False),
+        2,
+        "alone: 50% of the layers are dropped, .*intermediate=auto would help",
+    ),
+    (DEPTH, 2, "states and embeddings: 50% of the layers are dropped, a cut so deep"),
+    (dataclasses.replace(WIDTH, intermediate=True), 2, "logits alone do as well for a cut so mild"),
     (dataclasses.replace(WIDTH, lm_loss=True), 2, "with the LM loss, which the papers leave out"),
-    (dataclasses.replace(WIDTH, logits=False), 2, "of the language model alone"),
-    (WIDTH, 3, "keeps 56% of it: cut the nearest larger model"),
-    (dataclasses.replace(NEMOTRON, target=of_table("minitron-4b")), 3, "keeps 27% of it: a model between the two"),
-    (WIDTH, 4, "1,000 tokens first, since the data is not the teacher's own"),
-    (dataclasses.replace(WIDTH, correction_tokens=0), 4, "off, though the data is not the teacher's own"),
+    (dataclasses.replace(WIDTH, logits=False), 2, "the language-model loss alone"),
+    (WIDTH, 3, "keeps 56% of it: cut the smallest model that is larger"),
+    (
+        dataclasses.replace(NEMOTRON, target=of_table("minitron-4b")),
+        3,
+        "keeps 27% of it: cut a model between the two first",
+    ),
+    (WIDTH, 4, "on 1,000 tokens, since the data is not the teacher's own"),
+    (dataclasses.replace(WIDTH, correction_tokens=0), 4, "off, but the data is not the teacher's own"),
     (dataclasses.replace(WIDTH, correction_tokens=0, own_data=True), 4, "not needed on the teacher's own data"),
-    (dataclasses.replace(WIDTH, own_data=True), 4, "not needed .*, and 1,000 tokens are spent"),
+    (dataclasses.replace(WIDTH, own_data=True), 4, "not needed .*, but 1,000 tokens are spent"),
 ]
 
 
@@ -57,8 +73,8 @@ def test_the_facts_are_the_recipes(tmp_path):
     facts = facts_of(job, LLAMA, WIDTH.target)
     assert facts == Facts(LLAMA, WIDTH.target, True, True, True, 7000, True, 1)
     text = describe(job)
-    assert "  axes: 3 of 6 layers go" in text
-    assert "  teacher correction: not needed on the teacher's own data, and 7,000 tokens are spent" in text
+    assert "  axes: 3 of 6 layers are dropped" in text
+    assert "  teacher correction: not needed on the teacher's own data, but 7,000 tokens are spent" in text
 
 
 def test_gpu_hours_by_hand():

@@ -1,4 +1,4 @@
-"""Tensors solved anew beside a plan: least squares, folded norms, the residual of pruned heads."""
+"""Re-fitted tensors beside a plan: least squares, folded norms, the residual of pruned heads."""
 
 import json
 import threading

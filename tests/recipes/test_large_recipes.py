@@ -70,7 +70,7 @@ def fits(student, teacher, settings, layout):
 
 def test_the_search_goes_through_the_papers_space():
     job = find("nemotron4_15b_to_8b_search")
-    assert job.search.words(of_table("nemotron-4-15b"), {}).startswith("160 shapes, 20 with")
+    assert job.search.describe(of_table("nemotron-4-15b"), {}).startswith("160 shapes, 20 with")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -123,7 +123,7 @@ def test_the_dry_run_tells_tokens_steps_and_gpu_hours_and_loads_nothing(tmp_path
 
 def test_a_teacher_of_another_architecture_is_refused(tmp_path):
     job = dataclasses.replace(find("llama31_8b_to_4b_width"), teacher=str(pico_llama(tmp_path / "pico")))
-    words = "has num_layers 6 and the recipe llama31_8b_to_4b_width is for one with 32"
+    words = "has num_layers 6, but the recipe llama31_8b_to_4b_width is for one with 32"
     for offline in (True, False):
         with pytest.raises(InputError, match=words):
             teacher_config(job, offline=offline)

@@ -53,7 +53,7 @@ def test_a_plan_adds_the_blocks_that_it_takes():
     assert Calibration().for_plan("removal", 2) == Calibration(depth=("removal",), remove=2)
     with pytest.raises(InputError, match="depth 'removl' is unknown; did you mean 'removal'"):
         mine.for_plan("removl", 2)
-    with pytest.raises(InputError, match="the recipe cuts none"):
+    with pytest.raises(InputError, match="the recipe drops none"):
         mine.for_plan("loss", 0)
 
 
@@ -65,7 +65,7 @@ def test_recipes_take_lists_and_single_values(job):  # noqa: F811
         job.override(["calibration.depth_sizes=two"])
     assert calibration_of(changed, PICO).depth_sizes == (1, 2)
     text = describe(changed)
-    assert "layers go by: loss" in text
+    assert "criterion of dropped layers: loss" in text
     assert "loss without blocks of 1, 2 layers, on 16 rows" in text
     with pytest.raises(InputError, match="depth 'accuracy' needs 'items'"):
         describe(changed.override(["depth=accuracy"]))

@@ -55,7 +55,7 @@ def test_a_length_by_the_model_and_the_text():
     assert (fit.settings.sequence_length, fit.settings.samples, fit.settings.depth_samples) == (252, 396, 16)
     fit.text(Text(250))
     assert (fit.settings.sequence_length, fit.settings.samples, fit.settings.depth_samples) == (240, 1, 1)
-    assert fit.remark.startswith("sequence_length is 240, since the text is no longer; samples is 1, since the text")
+    assert fit.remark.startswith("sequence_length is 240, since the text has no more tokens; samples is 1, since")
 
 
 def test_fp8_wants_whole_tiles():
@@ -69,8 +69,8 @@ def test_a_training_needs_a_label_behind_its_last_token():
     fit.text(Text(5000), Text(301))
     assert fit.settings.sequence_length == 300
     fit = Fit(Distillation(), Layout())
-    fit.exactly(128, "the cache's rows are so long")
-    assert fit.remark == "sequence_length is 128, since the cache's rows are so long"
+    fit.exactly(128, "the cache's rows have this length")
+    assert fit.remark == "sequence_length is 128, since the cache's rows have this length"
 
 
 def test_what_was_asked_for_stays():

@@ -42,7 +42,7 @@ def run_of(job, folder):
 
 def test_the_dry_run_says_what_is_written(job):
     text = describe(job)
-    assert "writes 6 documents, 5 tokens of the corpus and up to 7 of its own" in text
+    assert "writes 6 documents, each 5 tokens of the corpus and up to 7 tokens of its own" in text
     assert "evaluate, generate, distill" in text
     assert "generate" not in describe(dataclasses.replace(job, generation=Generation())).split("stages: ")[1]
 

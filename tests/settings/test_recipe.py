@@ -44,7 +44,7 @@ def test_overrides_reach_every_depth(job):
     ("setting", "words"),
     [
         ("distillation.token=3", "no key 'distillation.token'.*did you mean 'distillation.tokens'"),
-        ("tokens", "no override; write key=value"),
+        ("tokens", "sets nothing; write key=value"),
         ("distillation=3", "is a group of settings"),
         ("distillation.tokens=many", "'distillation.tokens' is 'many'; it must be an int"),
         ("layout.sp=1", "'layout.sp' is 1; it must be a bool"),
@@ -207,7 +207,7 @@ def test_a_student_that_tp_does_not_divide_is_trained_in_the_nearest_layout():
     student = PICO.replace(ffn_hidden_size=64)
     layout, why = Layout(tp=3, sp=True, dp=2).for_student(student, PICO)
     assert layout == Layout(tp=1, dp=2)
-    assert "an ffn of 64: it is distilled at tp=1" in why
+    assert "an ffn of 64, so it is distilled at tp=1" in why
     assert Layout(tp=3).for_student(PICO, PICO) == (Layout(tp=3), "")
     wide = PICO.replace(num_attention_heads=32, num_query_groups=8)
     narrow = PICO.replace(num_attention_heads=24, num_query_groups=6)
@@ -220,4 +220,13 @@ def test_dry_run_refuses_what_could_not_run(job):
     with pytest.raises(InputError, match="does not exist"):
         describe(dataclasses.replace(job, teacher="/nowhere/model"))
     with pytest.raises(InputError, match="does not divide into micro-batches"):
-        describe(job.override(["layout.dp=2"]))
+        describe(job.override(["layout.dp=2", "distillation.global_batch_size=1"]))
+
+
+def test_dry_run_says_which_sizes_it_derived(job):
+    """The job that is printed has them, so that the printed recipe is the one that runs."""
+    text = describe(job.override(["layout.dp=2"]))
+    remark = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
+    assert remark in text.splitlines()
+    assert json.loads(text[: text.index("\n}\n") + 2])["distillation"]["global_batch_size"] == 2
+    assert "remark" not in describe(job)

@@ -74,7 +74,7 @@ def test_a_criterion_of_depth_is_gathered_for_every_depth(job):
     assert calibration_of(job, source).depth == ()
     scanned = calibration_of(job.override(["depth=loss"]), source)  # three to six of six layers stay
     assert (scanned.depth, scanned.depth_sizes) == (("loss",), (1, 2, 3))
-    with pytest.raises(InputError, match="the recipe cuts none"):
+    with pytest.raises(InputError, match="the recipe drops none"):
         calibration_of(job.override(["depth=loss", "keep.layers=6"]), source)
 
 
@@ -85,7 +85,7 @@ def test_a_criterion_of_depth_is_gathered_for_every_depth(job):
         (["search.params=lots"], "--params=lots is not a size"),
         (["search.param=3"], "no key 'search.param'; did you mean 'search.params'"),
         (["search.latency=3ms", "search.params="], "search.latency needs another target"),
-        (["search.distil=13"], "search.distil is 13 of 12 candidates"),
+        (["search.distil=13"], "search.candidates is 12; the nearest legal search.distil is 12"),
         (["search.steps=61"], "search.steps 61 do not divide into 3 rounds; the nearest legal number is 60"),
         (["search.candidates=0"], "candidates is 0; the nearest legal value is 1"),
         (["search.weights=fp16"], "weights 'fp16' is unknown; did you mean"),

@@ -1,1 +1,1 @@
-"""The stages of a job: what each reads, calls and leaves in the run folder."""
+"""The stages of a job: what each one reads, calls and leaves in the run folder."""

@@ -1,4 +1,4 @@
-"""The stage that measures teacher and student by the papers' benchmarks, where the recipe names some."""
+"""The stage that measures teacher and student on benchmarks, if the recipe names some."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from nemo_minitron.job.teacher import teacher_folder
 
 
 def measure(run: Run) -> None:
-    """Writes stage -> task -> metric -> number, of teacher and student."""
+    """Writes model (teacher, distilled) -> task -> metric -> number, and prints them."""
     from nemo_minitron.evaluation import run_tasks
 
     settings = run.job.evaluation
     options: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
     models = {"teacher": teacher_folder(run), "distilled": run.folder.student}
-    found = {stage: run_tasks(folder, settings.benchmarks, **options) for stage, folder in models.items()}
-    write_json(run.folder.benchmarks, found)
-    for task, row in found["distilled"].items():
+    results = {name: run_tasks(folder, settings.benchmarks, **options) for name, folder in models.items()}
+    write_json(run.folder.benchmarks, results)
+    for task, row in results["distilled"].items():
         for metric, value in row.items():
-            run.say(f"    {task:24} {metric:24} {found['teacher'].get(task, {}).get(metric, '')!s:>8} {value:>8}")
+            run.say(f"    {task:24} {metric:24} {results['teacher'].get(task, {}).get(metric, '')!s:>8} {value:>8}")
 
 
 def _inputs(run: Run) -> object:

@@ -1,4 +1,4 @@
-"""The stage that solves anew what follows a cut of neurons or heads: of a job's plan, or of a search's candidates."""
+"""The stage that re-fits the matrices that lose inputs to the cut, of a job's plan or of a search's candidates."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.tensors import ModelSource
 
-LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # cuts of these axes leave something to solve
+LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # a cut of these axes leaves matrices to re-fit
 
 
 def solves(job: Job) -> bool:
-    """Whether the job has this stage; a search may find that its candidates cut none of these."""
+    """Whether the job has this stage. The candidates of a search may still cut none of these axes."""
     return job.cutting.compensate and (job.search.wanted or not LEAVE_MATRICES.isdisjoint(job.keep))
 
 
 def solved_bytes(student: Architecture) -> int:
-    """Of its Compensation, at most."""
-    solved = [shape for name, shape in student.shapes().items() if follows_a_cut(name)]
-    return 4 * sum(map(math.prod, solved))
+    """Bytes of a student's Compensation, in fp32, at most."""
+    shapes = [shape for name, shape in student.shapes().items() if follows_a_cut(name)]
+    return 4 * sum(map(math.prod, shapes))
 
 
 def compensate(run: Run) -> None:
-    """After the plan: leaves its Compensation beside it."""
+    """The stage after the plan: it leaves the plan's Compensation beside it."""
     solve_cuts(run, [run.folder])
 
 
@@ -42,33 +42,33 @@ SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.ridge, ("pla
 
 
 def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
-    """One pass for all; beside a plan that cuts no neurons or heads lies an empty Compensation."""
-    job, wanted = run.job, {}
+    """Leaves a Compensation beside each plan, all from one pass. It is empty if a plan cuts no neurons or heads."""
+    job, outputs = run.job, {}  # the file of each plan -> the file of its Compensation
     for cut in cuts:
         plan = PrunePlan.load(cut.plan)
         if list(solvable(plan)):
-            wanted[cut.plan] = cut.compensation
+            outputs[cut.plan] = cut.compensation
         else:
             Compensation(plan.digest, {}).save(cut.compensation)
-    if wanted:
+    if outputs:
         teacher = run.open(job.teacher)
         calibration = calibration_of(job, teacher.architecture)
         solve_for(
-            teacher, wanted, corpora.prefix(run, "calibration"), calibration, job.layout,
+            teacher, outputs, corpora.prefix(run, "calibration"), calibration, job.layout,
             ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), log=run.folder.log,
         )  # fmt: skip
-    solved = sum(len(Compensation.load(out).tensors) for out in wanted.values())
-    run.say(f"    {solved} matrices solved anew")
+    count = sum(len(Compensation.load(out).tensors) for out in outputs.values())
+    run.say(f"    {count} matrices re-fitted")
 
 
 def cut_identity(job: Job, cut: CutFolder) -> list[object]:
-    """What decides the weights of a model as cut, as plain values."""
-    solved = solved_of(job, cut)
-    return [PrunePlan.load(cut.plan).as_dict(), job.cutting.fold_norms, file_digest(solved) if solved else None]
+    """Plain values that decide the weights of the cut model."""
+    file = solved_of(job, cut)
+    return [PrunePlan.load(cut.plan).as_dict(), job.cutting.fold_norms, file_digest(file) if file else None]
 
 
 def solved_of(job: Job, cut: CutFolder) -> Path | None:
-    """The file of what was solved for a plan, None where nothing is. Raises InputError where it is gone, or damaged."""
+    """The file of a plan's Compensation; None if the plan needs none. Raises InputError if it is missing or damaged."""
     if not (job.cutting.compensate and list(solvable(PrunePlan.load(cut.plan)))):
         return None
     Compensation.load(cut.compensation)
@@ -76,9 +76,10 @@ def solved_of(job: Job, cut: CutFolder) -> Path | None:
 
 
 def compensation_of_run(run: Run, source: ModelSource, cut: CutFolder) -> Compensation | None:
-    """All that the job's `cutting` asks for; norms are folded where the plan of a search's candidate cuts hidden."""
-    cutting, made = run.job.cutting, PrunePlan.load(cut.plan)
+    """Everything that the job's `cutting` asks for, together; None if it asks for nothing. Norms are folded only if the
+    plan cuts hidden, which not every candidate of a search does. Raises InputError for damaged files."""
+    cutting, plan = run.job.cutting, PrunePlan.load(cut.plan)
     scores = run.folder.scores if cutting.head_residual else None
-    folded = cutting.fold_norms and made.source.hidden_size != made.target.hidden_size
+    folded = cutting.fold_norms and plan.source.hidden_size != plan.target.hidden_size
     extras = Extras(solved_of(run.job, cut), folded, cutting.head_residual or None, scores)
-    return compensation_of(source, made, extras)
+    return compensation_of(source, plan, extras)

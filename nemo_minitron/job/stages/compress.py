@@ -1,4 +1,4 @@
-"""The stages of `minitron compress`: what each reads, calls and leaves in the run folder."""
+"""The stages of `minitron compress`: what each one reads, calls and leaves in the run folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ LAST = f"{RunFolder.distilled}/{TrainingFolder.last}"
 
 
 def stages(job: Job) -> list[Stage]:
-    """In order. Stages name what decides their result; a change anywhere upstream runs them again."""
+    """The stages of a job, in order. Each names what decides its result; if that changes, or a stage before it, it is
+    redone."""
     names = RunFolder
     measured = (names.numbers, names.samples)
     cuts = [names.pruned, *[names.random] * job.evaluation.random_baseline]
@@ -73,7 +74,7 @@ def stages(job: Job) -> list[Stage]:
 
 # -- what a stage leaves besides the files that must be there -----------------------------------------
 def _config(folder: str) -> str:
-    """Without it a folder is no model."""
+    """The file without which a folder is no model."""
     return f"{folder}/config.json"
 
 
@@ -82,7 +83,7 @@ def _made(*folders: str) -> Callable[[Run], tuple[str, ...]]:
 
 
 def _trained(run: Run) -> list[str]:
-    """Of a training's folder the last checkpoint and the records; not the index of its samples, nor the logs."""
+    """Of a training's folder: the last checkpoint and the records, but not the index of the samples and the logs."""
     left = left_by_training(run.folder.distilled)
     return [f"{RunFolder.distilled}/{name}" for name in left] + [RunFolder.composed]
 
@@ -93,9 +94,9 @@ def _convert_inputs(run: Run) -> object:
 
 
 def _data_inputs(run: Run) -> object:
-    held = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
+    contents = {split: corpora.identity(source) for split, source in corpora.sources(run.job.data).items()}
     tokenizer = [file_digest(file) for file in tokenizer_files(run.open(run.job.teacher).folder)]
-    return [dataclasses.asdict(run.job.data), held, tokenizer]
+    return [dataclasses.asdict(run.job.data), contents, tokenizer]
 
 
 def _estimate_inputs(run: Run) -> object:
@@ -118,11 +119,11 @@ def _evaluation_inputs(run: Run) -> object:
 
 
 def _distill_inputs(run: Run) -> object:
-    cache = run.job.distillation.teacher_cache  # what it holds, not where it lies
-    held: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    cache = run.job.distillation.teacher_cache  # its content decides, not its place
+    contents: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
-        held["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
-    return dataclasses.asdict(run.job.distillation) | held
+        contents["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
+    return dataclasses.asdict(run.job.distillation) | contents
 
 
 def _report_inputs(run: Run) -> object:
@@ -155,13 +156,13 @@ def plan(run: Run) -> None:
 
     first = Scores.load(run.folder.scores)
     if run.job.search.wanted:
-        made = last = PrunePlan.load(winner(run).plan)
+        final = last = PrunePlan.load(winner(run).plan)
         scores = first
     else:
-        made, last, scores = cut_of(run, run.job.rounds)
-    made.save(run.folder.plan)
-    run.manifest.digests |= {"scores": first.digest, "plan": made.digest, "model": first.model_digest or ""}
-    run.say(f"    {made.source.parameters():,} -> {made.target.parameters():,} parameters")
+        final, last, scores = cut_of(run, run.job.rounds)
+    final.save(run.folder.plan)
+    run.manifest.digests |= {"scores": first.digest, "plan": final.digest, "model": first.model_digest or ""}
+    run.say(f"    {final.source.parameters():,} -> {final.target.parameters():,} parameters")
     close = threshold_band(scores, last, 1e-5)
     run.say("    units within 1e-5 of their threshold: " + ", ".join(f"{n} of {a}" for a, n in close.items()))
 
@@ -170,15 +171,16 @@ def prune(run: Run) -> None:
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, made = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
-    own = winner(run) if run.job.search.wanted else run.folder
-    compensation = compensation_of_run(run, teacher, own)
+    teacher, plan = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
+    # A search has re-fitted the matrices of each candidate; they lie in the candidate's own folder.
+    cut_folder = winner(run) if run.job.search.wanted else run.folder
+    compensation = compensation_of_run(run, teacher, cut_folder)
     for torn in (run.folder.pruned, run.folder.random):
         clear_torn(torn)
-    cut(teacher, made, run.folder.pruned, compensation=compensation, overwrite=True)
+    cut(teacher, plan, run.folder.pruned, compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
-        chance = random_plan(made.source, keep={**sizes_of(made), **run.job.keep}, seed=run.job.seed)
-        cut(teacher, chance, run.folder.random, overwrite=True)
+        at_random = random_plan(plan.source, keep={**sizes_of(plan), **run.job.keep}, seed=run.job.seed)
+        cut(teacher, at_random, run.folder.random, overwrite=True)
 
 
 def evaluate(run: Run) -> None:

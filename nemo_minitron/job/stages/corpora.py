@@ -1,4 +1,4 @@
-"""The corpora of a run: where each split's tokens lie, and what decides them."""
+"""The corpora of a run: where the tokens of each split are, and what decides them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from nemo_minitron.settings.recipe import Data
 
 
 def sources(data: Data) -> dict[str, str]:
-    """Split -> source, calibration and the held-out text's split filled in."""
+    """Split -> source. The calibration text and the held-out split are filled in if the data leaves them out."""
     from nemo_minitron.data import held_out
 
     return {"train": data.train, "test": held_out(data.test), "calibration": data.calibration or data.train}
 
 
 def tokenise(run: Run, tokenizer: Path, vocab_size: int | None = None) -> None:
-    """Tokens of every split: each source is tokenised once, indexed files are used where they lie.
+    """Tokenises every split. Each source is tokenised once; indexed files are used in place.
 
-    `vocab_size`: of the teacher; tokens beyond it are refused, with InputError.
-    The record keeps split -> prefix, relative to the run folder for what lies in it.
+    The record keeps split -> prefix; a prefix inside the run folder is relative to it. Raises InputError for a token
+    that is not below `vocab_size`, the teacher's.
     """
     from nemo_minitron.data import Tokens, build, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    made: dict[str, Tokens] = {}
+    by_source: dict[str, Tokens] = {}
     record = {}
     for split, source in sources(run.job.data).items():
-        if source not in made:
-            made[source] = build(
+        if source not in by_source:
+            by_source[source] = build(
                 source, loaded, run.folder.data / split, vocab_size=vocab_size,
                 skip_bad_lines=run.job.data.skip_bad_lines,
             )  # fmt: skip
-            if words := left_out(made[source], source):
-                run.say(f"    {words}")
-        tokens = made[source]
+            if remark := left_out(by_source[source], source):
+                run.say(f"    {remark}")
+        tokens = by_source[source]
         record[split] = _written(tokens.prefix, run.folder.path)
         run.say(f"    {split}: {len(tokens):,} documents, {tokens.tokens:,} tokens")
     write_json(run.folder.corpora, record)
@@ -50,29 +50,29 @@ def _written(prefix: Path, folder: Path) -> str:
 
 
 def prefix(run: Run, split: str) -> Path:
-    """Where the tokens of a split lie."""
+    """The .bin/.idx prefix of a split. Raises InputError for a damaged record."""
     record = read_json(run.folder.corpora, "the record of the corpora", CORPORA)
-    return run.path(record[split])  # an absolute path stays
+    return run.path(record[split])  # an absolute prefix stays as it is
 
 
 def outputs(data: Data) -> tuple[str, ...]:
-    """Files of the run folder without which the corpora are not there."""
+    """Files of the run folder that the corpora need."""
     from nemo_minitron.data import prefix_of
 
-    given = sources(data)
-    first = {source: split for split, source in reversed(given.items())}
-    made = [split for source, split in first.items() if prefix_of(source) is None]
-    tokens = (f"{RunFolder.data}/{split}{end}" for split in sorted(made) for end in (".bin", ".idx"))
+    first = {source: split for split, source in reversed(sources(data).items())}  # a source is tokenised for one split
+    tokenised = [split for source, split in first.items() if prefix_of(source) is None]
+    tokens = (f"{RunFolder.data}/{split}{end}" for split in sorted(tokenised) for end in (".bin", ".idx"))
     return (RunFolder.corpora, *tokens)
 
 
 def sidecars(run: Run) -> list[str]:
-    """What says of the tokens in the run folder what they were made of."""
+    """The files that say what the tokens in the run folder were made from."""
     return [f"{RunFolder.data}/{split}.json" for split in sources(run.job.data)]
 
 
 def identity(source: str) -> object:
-    """What a source holds: a file's digest, sizes and times of indexed files or a folder's; a name as it is."""
+    """Plain values for the content of a source: a file's digest, sizes and times of indexed files or of those in a
+    folder, or the name of a `datasets` source."""
     from nemo_minitron.data import prefix_of
     from nemo_minitron.data.text import parted
 

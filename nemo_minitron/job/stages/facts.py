@@ -1,4 +1,4 @@
-"""The facts of a run that its student's model card tells."""
+"""The facts of a run that the student's model card shows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
 
 
 def card_facts(run: Run) -> CardFacts:
-    """Everything is read from the run folder. The base of a chain's student is the model that it learns from."""
+    """The facts of a run's card, read from the run folder. The base of a chain's student is the model that it learns
+    from.
+
+    Raises InputError for damaged files.
+    """
     job, settings = run.job, run.job.distillation
-    own, scores = PrunePlan.load(run.folder.plan), Scores.load(run.folder.scores)
-    plan = PrunePlan.load(run.folder.composed) if job.lineage else own
+    last, scores = PrunePlan.load(run.folder.plan), Scores.load(run.folder.scores)
+    plan = PrunePlan.load(run.folder.composed) if job.lineage else last
     base = resolve(learned_from(job))
-    between = f"It was cut from a student of {own.source.parameters():,} parameters, the teacher in the numbers above."
+    between = f"It was cut from a student of {last.source.parameters():,} parameters, the teacher in the numbers above."
     data = {"name": job.data.name, "license": job.data.licence}
     use = f"calibration and {'prompts, which the teacher continued' if job.generation.wanted else 'distillation'}"
     sentence = remark_on(plan.target, read_config(run.folder.pruned))
@@ -56,26 +60,26 @@ def card_facts(run: Run) -> CardFacts:
 
 
 def _in_place(run: Run) -> str:
-    """What the pruned student has in place of the plan's slices, in words; empty where it has nothing."""
+    """What the pruned student has besides slices of its teacher, in words; "" if it has nothing."""
     record = run.folder.pruned / COMPENSATION
     if not record.is_file():
         return ""
     notes = read_json(record, "the record of the cut", CUT)
-    solved = [name for name in notes["tensors"] if follows_a_cut(name)]
-    found = []
-    if solved and {"ridge", "samples", "sequence_length"} <= notes.keys():
+    refitted = [name for name in notes["tensors"] if follows_a_cut(name)]
+    parts = []
+    if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
         how = f"by least squares, ridge {notes['ridge']}, on {rows}"
-        found.append(f"{len(solved)} matrices behind the cut, solved anew {how}")
+        parts.append(f"{len(refitted)} matrices behind the cut, solved anew {how}")
     if notes.get("folded norms"):
-        found.append("norms scaled for the hidden channels that went")
+        parts.append("norms scaled for the hidden channels that went")
     if notes.get("head residual"):
-        found.append(f"heads with the residual of those that went ({notes['head residual']})")
-    return "; ".join(found)
+        parts.append(f"heads with the residual of those that went ({notes['head residual']})")
+    return "; ".join(parts)
 
 
 def _recipe(run: Run) -> str:
-    """The name of what was run: of a chain's step the chain, in whose folder it lies."""
+    """The name of the recipe. A step of a chain lies in the chain's folder; its recipe is the chain."""
     above = run.folder.path.parent / RunFolder.recipe
     chain = read_json(above, "the recipe", CHAIN) if above.is_file() else {}
     steps = [step["name"] for step in chain.get("chain", [])]

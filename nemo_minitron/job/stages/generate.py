@@ -1,4 +1,4 @@
-"""The stage in which the teacher writes what its student is trained on."""
+"""The stage in which the teacher writes the text that its student is trained on."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
 
 
 def inputs(run: Run) -> list[object]:
+    """[settings, identity of the model that writes]: plain values that decide the text."""
     settings = run.job.generation
     prompts = file_digest(settings.prompts) if settings.prompts else ""
     values = dataclasses.asdict(settings) | {"prompts": prompts, "precision": run.job.evaluation.precision}
@@ -34,7 +35,7 @@ def inputs(run: Run) -> list[object]:
 
 
 def generate(run: Run) -> None:
-    """The stage. Batches that were written before a kill stay. Raises InputError as `prompts_of`, and where the
+    """The stage. Batches that were written before a kill are kept. Raises InputError as `prompts_of`, and if the
     teacher wrote nothing at all."""
     from nemo_minitron.data import Tokens, build, load_tokenizer
 
@@ -49,15 +50,15 @@ def generate(run: Run) -> None:
     written = gather(rows, text)
     tokens = build(text, tokenizer, run.folder.generated, vocab_size=from_hf(teacher_folder(run)).vocab_size)
     settings, model = inputs(run)
-    made = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text)}
-    write_json(run.path(f"{RunFolder.generation}.json"), {**made, **written, "tokens": tokens.tokens})
-    for left in filter(Path.is_dir, run.folder.data.glob(f"{run.folder.generation.name}.*")):  # also of other settings
-        shutil.rmtree(left)
-    run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} without a word left out")
+    origin = {"settings": settings, "model": model, "prompts": digest_of(prompts), "text": file_digest(text)}
+    write_json(run.path(f"{RunFolder.generation}.json"), {**origin, **written, "tokens": tokens.tokens})
+    for batches in filter(Path.is_dir, run.folder.data.glob(f"{run.folder.generation.name}.*")):  # of any settings
+        shutil.rmtree(batches)
+    run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} empty ones left out")
 
 
 def _rows(part: Path) -> list[dict[str, Any]]:
-    """Of one batch. Raises InputError for a damaged file."""
+    """The documents of one batch. Raises InputError for a damaged file."""
     from nemo_minitron.data.lines import json_lines
 
     try:
@@ -69,7 +70,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
 
 
 def prompts_of(settings: Generation, corpus: Tokens, tokenizer: Any) -> list[list[int]]:
-    """Tokens of each document's prompt. Raises InputError for a file without one, and a corpus with too few."""
+    """The tokens of each document's prompt. Raises InputError for a file or a corpus with too few prompts."""
     from nemo_minitron.data import documents
 
     if settings.prompts:
@@ -77,23 +78,23 @@ def prompts_of(settings: Generation, corpus: Tokens, tokenizer: Any) -> list[lis
         return [ids[i % len(ids)] for i in range(settings.documents)]
     import numpy as np
 
-    length, found = settings.prompt_tokens, []
+    length, prompts = settings.prompt_tokens, []
     for window in np.random.default_rng(settings.seed).permutation(corpus.samples(length)):
         row = corpus.stream(int(window) * length, length)
         if tokenizer.eos_token_id not in row:
-            found.append(row.tolist())
-        if len(found) == settings.documents:
-            return found
-    if not found:
+            prompts.append(row.tolist())
+        if len(prompts) == settings.documents:
+            return prompts
+    if not prompts:
         raise InputError(f"no document of the corpus has {length} tokens for a prompt; set a smaller prompt_tokens")
     raise InputError(
-        f"the corpus has {len(found)} prompts of {length} tokens within a document and generation.documents is "
-        f"{settings.documents}; the nearest legal number is {len(found)}"
+        f"the corpus has {len(prompts)} prompts of {length} tokens within a document, but generation.documents is "
+        f"{settings.documents}; the nearest legal number is {len(prompts)}"
     )
 
 
 def write_parts(run: Run, folder: Path, prompts: list[list[int]], parts: Path) -> None:
-    """A file a batch in `parts`, each whole or not there."""
+    """Writes a file for each batch into the folder `parts`. Each file is whole or missing; existing ones are kept."""
     from nemo_minitron.evaluation import sample
 
     settings = run.job.generation
@@ -111,11 +112,12 @@ def write_parts(run: Run, folder: Path, prompts: list[list[int]], parts: Path) -
 
 
 def gather(rows: list[dict[str, str]], out: Path) -> dict[str, int]:
-    """All documents in one JSONL file, but for those of a prompt alone. Raises InputError where none is left."""
+    """Writes the documents that have a continuation into one JSONL file. Gives the numbers of documents and of empty
+    ones. Raises InputError if every one is empty."""
     kept = [{"text": row["prompt"] + row["continuation"]} for row in rows if row["continuation"].strip()]
     if not kept:
         raise InputError(
-            f"the teacher wrote nothing after any of {len(rows)} prompts, it ended each text at once; give others"
+            f"the teacher wrote nothing after any of {len(rows)} prompts: it ended each at once; give other prompts"
         )
     with atomic_file(out) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -123,7 +125,7 @@ def gather(rows: list[dict[str, str]], out: Path) -> dict[str, int]:
 
 
 def trained_on(run: Run) -> Path:
-    """Where the tokens lie that the student is trained on."""
+    """The .bin/.idx prefix of the text that the student is trained on."""
     return run.folder.generated if run.job.generation.wanted else corpora.prefix(run, "train")
 
 

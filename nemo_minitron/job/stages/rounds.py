@@ -1,7 +1,7 @@
-"""A job in rounds: the model cut so far is scored anew, then cut further, without retraining between.
+"""A job in rounds: the model cut so far is scored again, then cut further, without retraining in between.
 
-`rounds/R/`: what round R starts from, as a plan of the teacher (`plan.json`), and what that model scores
-(`scores.safetensors`); the first round's scores are the run's own. The model itself is there only while it is scored.
+`rounds/R/` has the model that round R starts from, as a plan of the teacher (`plan.json`), and the scores of that model
+(`scores.safetensors`). The first round's scores are the run's own. The model itself exists only while it is scored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_minitron.sources.open import open_source
 
 
 def round_stages(job: Job) -> list[Stage]:
-    """The rounds after the first, in order; the plan comes after the last of them."""
+    """The stages of the rounds after the first one, in order. The plan comes after the last of them."""
     return [
         Stage(
             round_name(number), functools.partial(score_again, number=number), _inputs,
@@ -49,15 +49,16 @@ def _inputs(run: Run) -> object:
 
 
 def models_of(job: Job, source: Architecture) -> list[Architecture]:
-    """The model that each round scores, from the teacher on, and the student. Raises InputError as `round_sizes`."""
+    """The models that the rounds score, the teacher first, then the student. Raises InputError as `round_sizes`."""
     sizes = round_sizes(source, job.keep, job.rounds)
     return [source, *(student_architecture(source, keep) for keep in sizes)]
 
 
 def job_of(job: Job, source: Architecture, number: int) -> tuple[Job, Architecture]:
-    """Round `number` (from 1) as a job of its own, and the model that it scores.
+    """(round `number`, counted from 1, as a job of its own, the model that it scores).
 
-    Its layout is the nearest that this model runs in. Where this round drops no layers, no criterion chooses them.
+    Its layout is the nearest one in which this model runs. If the round drops no layers, it needs no criterion for
+    them.
     """
     models = models_of(job, source)
     model, after = models[number - 1], models[number]
@@ -69,7 +70,7 @@ def job_of(job: Job, source: Architecture, number: int) -> tuple[Job, Architectu
 
 
 def check_rounds(job: Job, source: Architecture, config: Mapping[str, Any]) -> None:
-    """Raises InputError for a round whose model could not be written, or scored; `config` is the teacher's."""
+    """Raises InputError for a round whose model cannot be written or scored. `config`: the teacher's."""
     for number in range(2, job.rounds + 1):
         of_round, model = job_of(job, source, number)
         to_hf(model, config)
@@ -78,26 +79,26 @@ def check_rounds(job: Job, source: Architecture, config: Mapping[str, Any]) -> N
 
 
 def words_of_rounds(job: Job, source: Architecture) -> list[str]:
-    """A line for each round: its sizes; none where there is but one."""
+    """A line with the sizes of each round; no line for a single round."""
     if job.rounds == 1:
         return []
-    found = []
+    lines = []
     for number, keep in enumerate(round_sizes(source, job.keep, job.rounds), 1):
         sizes = ", ".join(f"{name} {size}" for name, size in keep.items())
         model = student_architecture(source, keep)
-        found.append(f"round {number} of {job.rounds}: {sizes}, {model.parameters():,} parameters")
-    return found
+        lines.append(f"round {number} of {job.rounds}: {sizes}, {model.parameters():,} parameters")
+    return lines
 
 
 def score_again(run: Run, number: int) -> None:
-    """The stage: the model that the rounds before leave, cut from the teacher in one go and scored."""
+    """The stage of a round: the model that the earlier rounds leave is cut from the teacher at once, and scored."""
     from nemo_minitron.data import Tokens
     from nemo_minitron.pruning import prune
 
     files, teacher = run.folder.round(number), run.open(teacher_folder(run))
     plan = cut_of(run, number - 1)[0]
     plan.save(files.plan)
-    run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored anew")
+    run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored again")
     clear_torn(files.model)
     model = prune(teacher, plan, files.model, overwrite=True)
     job, _ = job_of(run.job, teacher.architecture, number)
@@ -105,18 +106,18 @@ def score_again(run: Run, number: int) -> None:
     calibration = calibration_of(job, plan.target)
     scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
     scores.save(files.scores)
-    shutil.rmtree(model)
+    shutil.rmtree(model)  # the plan makes it again, and the space check counts on its room
     for line in describe_scores(scores):
         run.say(f"    {line}")
 
 
 def cut_of(run: Run, number: int) -> tuple[PrunePlan, PrunePlan, Scores]:
-    """(the teacher's plan after round `number`, the plan of that round alone, the scores that it goes by)."""
+    """(the teacher's plan after round `number`, the plan of that round alone, the scores that it uses)."""
     from nemo_minitron.search import plan
 
     files = run.folder.round(number) if number > 1 else run.folder
     scores, before = Scores.load(files.scores), [PrunePlan.load(files.plan)] if number > 1 else []
     source = before[0].source if before else scores.architecture
     job, _ = job_of(run.job, source, number)
-    own = plan(scores, dict(job.keep), depth=job.depth)
-    return compose(*before, own), own, scores
+    this_round = plan(scores, dict(job.keep), depth=job.depth)
+    return compose(*before, this_round), this_round, scores

@@ -1,8 +1,7 @@
-"""The stages of a job that searches: candidates, cut and measured, the best distilled briefly, the winner's plan.
+"""The stages of a job that searches: candidates are cut and measured, and the best are distilled briefly and ranked.
 
-Each candidate has a folder `search/NAME`: its plan, what is solved anew for it, its numbers, its student for as long as
-it may win, its losses.
-What is there already is not made again, so that a killed search goes on.
+Each candidate has a folder `search/NAME`: its plan, its re-fitted matrices, its numbers, its losses, and its student
+while it may still win. Existing files are kept, so that a killed search resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def search_stages(job: Job) -> list[Stage]:
-    """Between `estimate` and `plan`; the plan comes after `rank`."""
+    """The stages between `estimate` and `plan`, in order."""
     names, each = RunFolder, CandidateFolder
     solve = Stage(
         "compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(each.compensation)
@@ -55,14 +54,14 @@ def search_stages(job: Job) -> list[Stage]:
 
 
 def _each(name: str) -> Callable[[Run], list[str]]:
-    """A stage leaves a file of that name for each candidate, or for those that it chose."""
+    """What a stage leaves: a file of that name for each candidate, or for those that it chose."""
     return lambda run: [
         f"{RunFolder.search}/{row['name']}/{name}" for row in read_json(run.folder.candidates, "the candidates")
     ]  # fmt: skip
 
 
 def _candidates_inputs(run: Run) -> object:
-    later = {"distil", "steps", "rounds", "tokens"}  # what the later stages read
+    later = {"distil", "steps", "rounds", "tokens"}  # only later stages read these
     budget = {name: value for name, value in dataclasses.asdict(run.job.search).items() if name not in later}
     return [budget, dict(run.job.keep), run.job.depth]
 
@@ -80,7 +79,8 @@ def _evaluation(run: Run) -> Evaluation:
 
 
 def _brief(run: Run) -> Distillation:
-    """The job's distillation, so many steps long, saved where a round ends; from the teacher as it is, to the end."""
+    """The job's distillation, but brief: `search.steps` long and saved at the end of each round. The teacher is not
+    corrected, and nothing ends it early."""
     settings, search = run.job.distillation, run.job.search
     return dataclasses.replace(
         settings, tokens=search.steps * settings.tokens_per_step, save_every=search.steps // search.rounds,
@@ -90,33 +90,36 @@ def _brief(run: Run) -> Distillation:
 
 # -- the stages ----------------------------------------------------------------------------------------
 def candidates(run: Run) -> None:
-    """The best shapes by the proxy, and a plan for each."""
+    """The stage: the shapes that the proxy ranks highest, and a plan for each."""
     from nemo_minitron.search import plan
     from nemo_minitron.search.candidates import cut_of
     from nemo_minitron.search.table import rows_of
 
     job, scores = run.job, Scores.load(run.folder.scores)
     config = config_of(job.teacher)
-    found = job.search.run(
+    result = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
         loads=multiples_of(config), depth=job.depth,
     )  # fmt: skip
-    run.say(f"    {found.combinations:,} shapes, {found.fitting:,} within the budget, the best {len(found.candidates)}")
-    for candidate in found.candidates:
+    run.say(
+        f"    {result.combinations:,} shapes, {result.fitting:,} within the budget, {len(result.candidates)} chosen"
+    )
+    for candidate in result.candidates:
         to_hf(candidate.architecture, config)
         keep = {**cut_of(candidate, scores.architecture), **job.keep}
         plan(scores, keep, depth=job.depth).save(run.folder.candidate(candidate.name).plan)
-    rows = rows_of(found, scores.architecture, **job.search.serving)
+    rows = rows_of(result, scores.architecture, **job.search.serving)
     write_json(run.folder.candidates, [row for row in rows if row["rank"] is not None])
 
 
 def solve_all(run: Run) -> None:
-    """What follows each candidate's cut, all from one pass."""
+    """The stage: the re-fitted matrices of every candidate, all from one pass."""
     rows = read_json(run.folder.candidates, "the candidates", records.CANDIDATES)
     solve_cuts(run, [run.folder.candidate(row["name"]) for row in rows])
 
 
 def _latency(run: Run, config: Mapping[str, Any]) -> float:
+    """Seconds of a forward pass of a model of this config, measured on this machine."""
     from nemo_minitron.evaluation import forward_seconds
 
     search = run.job.search
@@ -126,7 +129,7 @@ def _latency(run: Run, config: Mapping[str, Any]) -> float:
 
 
 def measure_all(run: Run) -> None:
-    """Cuts and measures each candidate; students that are among the best so far stay."""
+    """The stage: cuts and measures each candidate, and keeps the students that are among the best so far."""
     rows: list[dict[str, Any]] = []
     for row in read_json(run.folder.candidates, "the candidates", records.CANDIDATES):
         rows.append(row | {"loss": _loss(run, row["name"])})
@@ -141,7 +144,7 @@ def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _loss(run: Run, name: str) -> float:
-    """Of the cut model on held-out text, from its file where it was measured before."""
+    """The cut model's loss on held-out text, in nats a token. It is read from its file if it was measured before."""
     from nemo_minitron.data import Tokens
 
     files, test = run.folder.candidate(name), corpora.prefix(run, "test")
@@ -155,7 +158,7 @@ def _loss(run: Run, name: str) -> float:
 
 
 def _known(path: Path, identity: str, **fields: Kind) -> Any:
-    """What a file holds, if it was made of the same things; a damaged one is made again."""
+    """The content of a file if it was made from the same things; None for another or a damaged one, which is remade."""
     try:
         return read_known(path, identity, **fields)
     except InputError:
@@ -171,7 +174,7 @@ def _cut(run: Run, name: str) -> list[object]:
 
 
 def _student(run: Run, name: str) -> Path:
-    """The candidate as a Hugging Face folder, cut where it is not there in full, or is of another plan."""
+    """The candidate as a Hugging Face folder. It is cut if the folder is missing, damaged or of another plan."""
     from nemo_minitron.pruning import prune
 
     files, identity, teacher = run.folder.candidate(name), digest_of(_cut(run, name)), run.open(teacher_folder(run))
@@ -185,7 +188,7 @@ def _student(run: Run, name: str) -> Path:
 
 
 def rank_all(run: Run) -> None:
-    """Distils the best briefly; ranks over steps, the winner first in the last of them."""
+    """The stage: distils the best candidates briefly, ranks them after each round, and names the winner."""
     from nemo_minitron.search import rank
 
     search = run.job.search
@@ -204,7 +207,7 @@ def rank_all(run: Run) -> None:
 
 
 def _curve(run: Run, name: str, steps: int) -> Curve:
-    """Losses of a candidate's brief distillation up to `steps`; it goes on from where it was."""
+    """(step, loss) of a candidate's brief distillation, as far as `steps`. The training resumes where it ended."""
     files, train, brief = run.folder.candidate(name), corpora.prefix(run, "train"), _brief(run)
     identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
     known = _known(files.curve, identity, losses=listed(anything()))
@@ -218,17 +221,18 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
                 student, learned, (train, train), files.training, brief, layout,
                 run.folder.log, stop=steps, plan=plan_of_learned(run.job, files),
             )  # fmt: skip
-        except DivergedError as error:  # this candidate has lost; the others go on
+        except DivergedError as error:  # this candidate has lost, and the others continue
             run.say(f"    {name}: {error}")
             diverged = True
         known |= {"losses": _losses(TrainingFolder(files.training).losses), "diverged": diverged}
         write_json(files.curve, known)
-    losses = [*known["losses"], *[math.inf] * (steps - len(known["losses"]))]  # of one that diverged
+    # Infinity ranks a diverged candidate last from here on.
+    losses = [*known["losses"], *[math.inf] * (steps - len(known["losses"]))]
     return list(enumerate(losses[:steps], 1))
 
 
 def _texts(run: Run, train: Path) -> object:
-    """Identity of the text; and of the model that is learned from, where it is not the teacher."""
+    """Identity of the text, and of the model that the candidates learn from if it is not the teacher."""
     text = corpus_identity(train)
     return [text, run.open(run.job.learns_from).identity] if run.job.learns_from else text
 
@@ -238,23 +242,23 @@ def _losses(path: Path) -> list[float]:
 
 
 def _clear(run: Run, name: str) -> None:
-    """What nothing goes on from any more; plan, numbers and losses stay."""
+    """Removes the checkpoints and the student of a candidate that is finished. Plan, numbers and losses stay."""
     files = run.folder.candidate(name)
     for part in (files.training, files.student):
         shutil.rmtree(part, ignore_errors=True)
 
 
 def winner(run: Run) -> CandidateFolder:
-    """The candidate that is first at the last step."""
+    """The folder of the candidate that is first at the last step. Raises InputError for damaged ranks."""
     last = max(read_json(run.folder.ranks, "the ranks", records.RANKS), key=lambda row: (row["step"], -row["rank"]))
     return run.folder.candidate(last["candidate"])
 
 
 def sizes_of(plan: PrunePlan) -> Mapping[str, int]:
-    """What a plan keeps, as sizes: of the axes that it cuts."""
-    return {name: AXES[name].length(plan.target) for name in plan.keep if name != "heads" or _own_heads(plan)}
+    """Axis -> the size that a plan keeps, for the axes that it cuts."""
+    return {name: AXES[name].length(plan.target) for name in plan.keep if name != "heads" or _cuts_heads(plan)}
 
 
-def _own_heads(plan: PrunePlan) -> bool:
-    """Whether heads are cut beyond those that go with their groups."""
+def _cuts_heads(plan: PrunePlan) -> bool:
+    """Whether a plan cuts more heads than those of the query groups that it cuts."""
     return plan.target.heads_per_group != plan.source.heads_per_group

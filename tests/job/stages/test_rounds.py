@@ -76,7 +76,7 @@ def test_each_round_gathers_what_its_own_cut_needs(job):
     assert (made.depth, calibration_of(made, model).depth) == ("block_influence", ())
     both = dataclasses.replace(loss, keep={"layers": 2}, rounds=2)
     assert calibration_of(both, source).depth_sizes == (1, 2)
-    with pytest.raises(InputError, match="depth 'loss' chooses layers and the recipe cuts none"):
+    with pytest.raises(InputError, match="depth 'loss' chooses layers, but the recipe drops none"):
         calibration_of(dataclasses.replace(loss, keep={"ffn": 64}), source)
 
 
@@ -102,7 +102,7 @@ def test_the_dry_run_tells_the_rounds(job):
     [
         ("rounds=33", "rounds=33 leaves some round nothing to cut; the nearest legal number is 32"),
         ("keep.layers=[0,1,2]", "the layers that stay are listed"),
-        ("search.params=1M", "rounds=2 needs sizes in keep, and a search finds those of one cut"),
+        ("search.params=1M", "rounds=2 needs sizes in keep; a search finds the sizes of a single cut"),
         ("calibration.depth_sizes=[5]", "depth_sizes 5 is not legal in a model of 5 layers"),
     ],
 )
