@@ -42,7 +42,7 @@ def test_a_damaged_one_goes_and_the_one_before_is_taken(folder, change, said):
     assert said in damage(last)
     kept, (line,) = keep_whole(folder)
     assert kept == {2: folder / "step=1-last"}
-    assert line.startswith(f"the checkpoint {last} is not whole (")
+    assert line.startswith(f"the checkpoint {last} is damaged (")
     assert not last.exists()
 
 
