@@ -123,7 +123,7 @@ def test_a_home_that_is_no_word_is_refused(executors, tmp_path, monkeypatch):
     from nemo_run import config
 
     monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "my $(home)"))
-    with pytest.raises(InputError, match="no plain word for a batch script"):
+    with pytest.raises(InputError, match="would need quotes in a batch script"):
         executors.executor_of("slurm", ["account=lab"], LAYOUT, [tmp_path])
 
 
@@ -139,7 +139,7 @@ def test_a_home_that_is_no_word_is_refused(executors, tmp_path, monkeypatch):
         ("docker", ["container_image=i", "num_gpus=x"], r"executor\.num_gpus is 'x'; it must be int"),
         ("slurm", ["account=lab", "nodes=two"], r"executor\.nodes is 'two'; it must be int"),
         ("slurm", ["account=lab\ntouch ran"], r"executor\.account is 'lab\\ntouch ran'; it must be one line"),
-        ("slurm", ["account=lab", "env_vars.A;id=1"], "names 'A;id'; a variable has letters"),
+        ("slurm", ["account=lab", "env_vars.A;id=1"], "names 'A;id'; a variable must have letters"),
         ("skypilot", [], r"pip install 'nemo_run\[skypilot\]'"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_folder_that_is_not_shared_is_refused(hosts, tmp_path, monkeypatch):
 
 def test_waiting_is_bounded(hosts, tmp_path, monkeypatch):
     monkeypatch.setattr(machines, "MEETING", 1)
-    with pytest.raises(RuntimeError, match="node 0 is not to be found"):
+    with pytest.raises(RuntimeError, match="node 0 was not found"):
         follow_leader(hosts[1], "job", tmp_path / "run", noted([]))
     with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
         pass
