@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: distillation through NeMo's trainer in every layout of that size.
+"""Run by ranks.py, once for each world size: distillation through NeMo's trainer in every layout of that size.
 
 Arguments: folder with models and a corpus, JSON list of cases, output folder, and perhaps the case whose last
 checkpoint a user's own script goes on from. Each case leaves what `minitron distill` leaves of a training: `loss.csv`
@@ -8,13 +8,11 @@ and NeMo's checkpoints.
 import dataclasses
 import functools
 import json
-import multiprocessing
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from ranks import leave_layout
+from workers import leave, process_group, run_cases
 
 
 def mask_some():
@@ -259,28 +257,16 @@ def forget():
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
+    with process_group():
+        mask_some()
+        start_each_time()
+        run_cases(run_case)
+        if len(sys.argv) > 4:  # it comes last, because Lightning ends the process group with a trainer that failed
+            from nemo_minitron.sources.checkpoint import last_checkpoint
 
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    mask_some()
-    start_each_time()
-    for case in cases:
-        run_case(case, folder, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if len(sys.argv) > 4:  # the last: Lightning takes a process group down with a trainer that failed
-        from nemo_minitron.sources.checkpoint import last_checkpoint
-
-        user_script(folder, last_checkpoint(out / sys.argv[4]), out)
-    for helper in multiprocessing.active_children():  # of the checkpoints' writer; it would hold our output open
-        helper.terminate()
-    sys.stdout.flush()
-    os._exit(0)  # Lightning's and NeMo's own exits wait for process groups that are gone
+            folder, out = Path(sys.argv[1]), Path(sys.argv[3])
+            user_script(folder, last_checkpoint(out / sys.argv[4]), out)
+    leave()
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def results(models, tmp_path_factory):
             if case["world"] == world
             for at in [RECIPES[case["recipe"]]]
         ]
-        run_ranks(world, WORKER, models, json.dumps(CACHES), json.dumps(cases), out, ROWS)
+        run_ranks(world, WORKER, models, json.dumps(cases), out, json.dumps(CACHES), ROWS)
 
     def of(name):
         rows = list(csv.DictReader((out / name / "loss.csv").open()))

@@ -1,17 +1,13 @@
-"""Run under torchrun, once for a world size: a mixture of experts, filled, read and saved in every layout.
+"""Run by ranks.py, once for each world size: a mixture of experts, filled, read and saved in every layout.
 
 Arguments: folder of models, JSON list of cases, output folder. Rank 0 writes one result a case.
 """
 
 import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/
+from workers import process_group, run_cases
 
 
 def differing(source, expected):
@@ -97,17 +93,8 @@ def _logits(chunks, tokens):
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
-
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        run_case(case, folder, out)
-    torch.distributed.destroy_process_group()
+    with process_group():
+        run_cases(run_case)
 
 
 if __name__ == "__main__":
