@@ -91,7 +91,7 @@ def run_case(case, folder, out):
 
 
 def mutated(name):
-    import mutations  # beside this file: a script's folder is on the path
+    import mutations
 
     return mutations.MUTATIONS[name]()
 

@@ -64,7 +64,7 @@ def worker(tmp_path, monkeypatch):
 )
 @pytest.mark.slow
 def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
-    """The other rank sleeps for ten minutes."""
+    """The other rank sleeps for ten minutes, and the test must not take so long."""
     start = time.monotonic()
     if stage.startswith(("stopped", "waiting", "unheard")):
         monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
@@ -82,7 +82,7 @@ def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path, monkeypatch
 
 
 def processes(place):
-    """Those whose environment names a folder."""
+    """The processes whose environment names a folder."""
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:

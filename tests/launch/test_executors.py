@@ -1,4 +1,4 @@
-"""`--executor`: what NeMo-Run would be handed, read back; no cluster and no container is there to run it."""
+"""`--executor`: the tests read what NeMo-Run would get. There is no cluster and no container here to run it."""
 
 import io
 import subprocess
@@ -95,7 +95,7 @@ EVIL = "x$(touch ran)`touch ran`;touch ran;' \" touch ran #"
 
 
 def test_values_are_words_of_the_shell(executors, tmp_path):
-    """Each of them would make a file if it were run: an argument, a variable, an account, a folder."""
+    """An argument, a variable, an account and a folder would each make a file if the shell ran them."""
     folder = tmp_path / "a $(touch ran)"
     folder.mkdir()
     settings = [f"account={EVIL}", f"env_vars.A={EVIL}", "container_image=image"]

@@ -1,4 +1,4 @@
-"""Which host of a job this is: options, Slurm's, SkyPilot's and anybody's variables."""
+"""Which node of a job this machine is: options and the variables of Slurm, SkyPilot and other launchers say it."""
 
 import dataclasses
 

@@ -11,7 +11,7 @@ from workers import process_group, run_cases
 
 
 def differing(source, expected):
-    """Names of the tensors that two sources do not agree on, bit by bit."""
+    """The names of the tensors in which two sources differ, bit by bit."""
     from nemo_minitron.sources.tensors import whole
 
     return [
@@ -22,7 +22,7 @@ def differing(source, expected):
 
 
 def fills_with_nan(chunks, teacher):
-    """Whether a router that is no number is filled in, as it would be from a training that diverged."""
+    """Whether a router with NaN, as a training that diverged would have it, is filled in without a refusal."""
     import types
 
     from nemo_minitron.errors import InputError

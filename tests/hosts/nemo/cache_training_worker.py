@@ -13,7 +13,7 @@ from workers import leave, process_group, run_cases
 
 
 def make_caches(folder, caches, samples):
-    """As `minitron cache-logits` does, but in this process."""
+    """Does what `minitron cache-logits` does, but in this process."""
     from nemo_minitron.artifacts.cache_settings import CacheSettings
     from nemo_minitron.commands import cache as command
     from nemo_minitron.hosts import host_of

@@ -1,4 +1,4 @@
-"""Which of a training's checkpoints is whole; only the newest of these stays."""
+"""Of a training's checkpoints, only the newest complete one stays."""
 
 import os
 
