@@ -10,9 +10,16 @@ A second host needs three things:
    `host.train(order)` for "distill" and `host.finetune(order)` for "finetune".
 3. A training loop that calls the hooks of `megatron.distiller.Distiller`, whose docstring says when.
 
-The worker writes the sentence of an InputError to the file `refused-RANK` in the folder that MINITRON_ERRORS names, and
-ends with exit code 2. It ends at once when its standard input closes, if MINITRON_LIFELINE is set; a byte on standard
-input asks it to save a checkpoint and to end with `megatron.shutdown.SAVED`.
+What the launcher expects of a worker (`hosts/nemo/worker.py` is an example):
+
+- It writes the sentence of an InputError to the file `refused-RANK` in the folder that MINITRON_ERRORS names, and ends
+  with exit code 2. It reports the sentence of any other error with `launch.output.tell(rank=..., error=...)`.
+- If MINITRON_LIFELINE is set, its standard input is a pipe from the launcher. It ends at once when the pipe closes. A
+  byte asks it to save a checkpoint and to end: it sets `megatron.shutdown.ASKED`, and the training ends with the exit
+  code `megatron.shutdown.SAVED`.
+- It reports its progress with `launch.output.tell(rank=..., pid=..., layers=..., mark=...)` every
+  `stall_timeout() / EVERY` seconds (`launch.stall`). `mark` is any JSON value that changes when the rank makes
+  progress, and `layers` the number of layers' forward passes that it has done.
 
 Two processes call a host. The process of the command checks the input and starts the stage: it must stay light, so
 importing `host.py` must not import the framework. The worker's processes do the work. "Collective" says that all of
