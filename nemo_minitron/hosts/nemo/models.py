@@ -61,10 +61,10 @@ def nemo_model(config: Mapping[str, Any], *, tokenizer: Any = None, **options: A
     """NeMo's LightningModule for a Hugging Face config. NeMo's strategy builds its Megatron model later. The options
     are those of `nemo_config`, and `optim`, NeMo's optimizer module."""
     optim = options.pop("optim", None)
-    config_of_nemo = nemo_config(config, **options)
+    model_config = nemo_config(config, **options)
     from nemo.collections import llm
 
-    return getattr(llm, family_of(config).nemo_model)(config_of_nemo, tokenizer=tokenizer, optim=optim)
+    return getattr(llm, family_of(config).nemo_model)(model_config, tokenizer=tokenizer, optim=optim)
 
 
 def build(config: Any, layout: Layout) -> list[Any]:
@@ -96,9 +96,9 @@ def build_model(
     errors are those of `nemo_config`.
     """
     layout = layout or Layout()
-    config_of_nemo = nemo_config(config, precision=precision, layout=layout, training=training)
+    model_config = nemo_config(config, precision=precision, layout=layout, training=training)
     start(layout)
-    return build(config_of_nemo, layout)
+    return build(model_config, layout)
 
 
 def load_model(
