@@ -92,4 +92,3 @@ def leave_layout() -> None:
     for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)
     gc.collect()
-

@@ -206,7 +206,7 @@ def test_the_families_table_names_them_all():
 def test_the_mutations_named_exist():
     text = (ROOT / "docs/reductions.md").read_text().split("## How it is tested")[1]
     named = set(re.findall(r"`(\w+)`", text))
-    tree = ast.parse((ROOT / "tests/hosts/nemo/mutations.py").read_text())
+    tree = ast.parse((ROOT / "tests/importance/mutations.py").read_text())
     found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
     assert named == found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("distillation", "importance", "backend", "pruning")
+ROOMS = ("distillation", "importance", "backend", "pruning", "megatron", "hosts")
 FILES = [file for room in ROOMS for file in sorted((ROOT / "nemo_minitron" / room).rglob("*.py"))]
 LEGEND = re.compile(r"^Shapes \(docs/shapes\.md\):(.*?)(?:\n\n|\Z)", re.S | re.M)
 # `logits_NW`, `scratch_3NW`; a constant such as CHUNK_SIZE has no small letter in front.

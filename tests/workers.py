@@ -1,4 +1,4 @@
-"""What every worker of the tests does around its work: it sets the backend up and joins the group of all ranks.
+"""The frame of every worker of the tests: it sets the backend up and joins the group of all ranks.
 
 def main():
     with process_group():
@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SECONDS = 120  # a collective that some rank never calls ends after this time
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """One thread a process, and a gloo group of all of them. All of them leave it together."""
+    """One thread a process, and a gloo group of all processes. They leave it together."""
     import torch
 
     import nemo_minitron.backend as backend
@@ -29,8 +31,9 @@ def process_group() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     yield
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # Lightning ends the group together with a trainer that failed
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def run_cases(run_case: Callable[[dict[str, Any], Path, Path], None]) -> None:
@@ -45,3 +48,12 @@ def run_cases(run_case: Callable[[dict[str, Any], Path, Path], None]) -> None:
         except Exception as error:
             error.add_note(f"in the case {case['name']}")
             raise
+
+
+def leave() -> NoReturn:
+    """Ends a worker that has trained. Lightning's and NeMo's own exits would wait for process groups that are gone, and
+    the helper that saves checkpoints would hold this process's output open."""
+    for helper in multiprocessing.active_children():
+        helper.kill()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,10 +1,10 @@
-"""The frameworks that build and train models: what the package asks of one (`protocol`), and which one does it."""
+"""The frameworks that build and train models. `protocol` says what the package asks of one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a worker's helper imports this package, and nothing heavy with it
+if TYPE_CHECKING:  # saving a checkpoint starts a helper process that imports this package: it must stay light
     from nemo_minitron.hosts.protocol import Host
 
 

@@ -1,1 +1,1 @@
-"""The processes of a job: one, torchrun's, those of other hosts; and one command a folder."""
+"""Starts and ends the processes of a job, on one machine or on many, and keeps other commands out of its folder."""

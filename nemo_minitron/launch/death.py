@@ -1,4 +1,4 @@
-"""What ended a rank, in words: a signal, most often that memory ran out."""
+"""Says which signal ended a rank. Most often it is SIGKILL, because the machine ran out of memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-# The others in torchrun's table of failures are those that it has ended itself, or that have lost their peers.
+# Only the first failure counts in torchrun's table: it has ended the other ranks itself, or they have lost a peer.
 _FIRST = re.compile(r"Root Cause.*?^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE | re.DOTALL)
 
 
 def killed(code: int, lines: Iterable[str], before: int, alone: bool = True) -> str:
-    """The rank that a signal ended, by torchrun's table of failures or the exit code of one process; else nothing.
+    """A sentence about the rank that a signal ended; empty if none did.
 
-    `before`: `oom_kills()` as the stage began. `alone`: the exit code is rank 0's, not torchrun's.
+    `code`: the exit code of rank 0 if it is `alone`, otherwise torchrun's. `lines`: the stage's output, which ends with
+    torchrun's table of failures. `before`: `oom_kills()` when the stage began.
     """
-    found = _FIRST.search("".join(lines))
-    if found and int(found[2]) < 0:
-        who, number = f"rank {found[1]}", -int(found[2])
+    failure = _FIRST.search("".join(lines))
+    if failure and int(failure[2]) < 0:
+        who, number = f"rank {failure[1]}", -int(failure[2])
     elif code < 0:
         who, number = "rank 0" if alone else "torchrun", -code
     else:
@@ -38,13 +39,13 @@ def _reason(number: int, before: int) -> str:
         return ""
     if oom_kills() > before:
         return ": it ran out of memory, and the system's out-of-memory killer ended it"
-    return ", as the system does where memory ran out"
+    return ", as the system does when memory runs out"
 
 
 def oom_kills() -> int:
-    """How many processes Linux has killed for lack of memory since it started; 0 where it does not say."""
+    """The number of processes that Linux has killed for lack of memory since it started. 0 if it does not say."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        count = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     except OSError:
         return 0
-    return int(found[1]) if found else 0
+    return int(count[1]) if count else 0

@@ -1,10 +1,10 @@
-"""`--executor`: a `minitron` command as one task of NeMo-Run, on this machine, in a container, on Slurm or SkyPilot.
+"""`--executor`: runs a `minitron` command as one task of NeMo-Run, here, in a container, on Slurm or on SkyPilot.
 
-One task goes through all stages: they find each other's results in the run folder, and a retry goes on from what is
-there. `minitron` starts the processes of a node itself, so a node has one task, whatever its number of GPUs.
+One task runs all stages. The stages find each other's results in the run folder, and a retry resumes from them.
+`minitron` starts the processes of a node itself, so a node has one task, whatever its number of GPUs.
 
-What goes into a batch script is a word of a shell, or is quoted: NeMo-Run itself writes names, folders and values of
-environment variables there as they are.
+NeMo-Run writes names, folders and the values of environment variables to a batch script without quotes. So this file
+quotes them, or refuses those that are not plain words of a shell.
 """
 
 from __future__ import annotations
@@ -31,29 +31,32 @@ from nemo_minitron.launch.connection import SECRET
 from nemo_minitron.launch.nodes import Nodes
 from nemo_minitron.settings.layout import Layout
 
-GPUS = 8  # of a node
-# No plain values, but of an executor in executors.py.
+GPUS = 8  # of a node, if the settings do not say it
+# Fields that a setting cannot give, because their values are objects. An executor in executors.py can have them.
 OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "job_dir", "dependencies")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Made anew whenever the batch script starts, and written nowhere; srun hands it to all nodes.
+# The batch script makes a new secret at each start and writes it nowhere. srun gives it to all nodes.
 AT_START = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
 SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
 
 
 def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Any:
-    """NeMo-Run's executor of that kind, or of that name in its `executors.py`, with `executor.key=value` settings.
+    """NeMo-Run's executor for `--executor NAME`, with the settings `executor.key=value`.
 
-    Nodes and GPUs are the layout's unless given. A container sees `folders` under their own names. Raises InputError
-    for an executor, a key or a value that does not exist, and for SkyPilot where it is not installed.
+    `name`: a kind in `KINDS`, or the name of an executor in NeMo-Run's `executors.py`. Nodes and GPUs follow from the
+    layout if the settings do not give them. A container sees `folders` under the names that they have here.
+
+    Raises InputError for an executor, a key or a value that does not exist, for a key that is missing, for a layout
+    that does not divide over the nodes, and for SkyPilot if it is not installed.
     """
-    given = [_split(setting) for setting in settings]
+    pairs = [_split(setting) for setting in settings]
     if name not in KINDS:
-        return _ready(_changed(_named(name), given))
+        return _ready(_changed(_named(name), pairs))
     if name == "skypilot" and not _SKYPILOT_AVAILABLE:
         raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
     kind, complete = KINDS[name]
     values: dict[str, Any] = {}
-    for key, text in given:
+    for key, text in pairs:
         _put(values, kind, key, text)
     values = complete(values, layout, [f"{folder}:{folder}" for folder in folders])
     for field in _fields(kind):
@@ -63,12 +66,15 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
 
 
 def _ready(executor: Any) -> Any:
-    """With what the nodes of this job know each other by. Raises InputError for a folder that a batch script would
-    not take as one word."""
+    """The executor with the secret of the job's nodes in its environment. Raises InputError if NeMo-Run's folder would
+    need quotes in a batch script."""
     home = get_nemorun_home()
     if isinstance(executor, run.SlurmExecutor):
         if shlex.quote(home) != home:
-            raise InputError(f"NeMo-Run's folder {shown(home)} is no plain word for a batch script; set NEMORUN_HOME")
+            raise InputError(
+                f"NeMo-Run's folder is {shown(home)}, which would need quotes in a batch script; set NEMORUN_HOME to a "
+                "path of letters, digits, '.', '_', '-' and '/'"
+            )
         executor.env_vars = {SECRET: AT_START, **executor.env_vars}
     elif isinstance(executor, run.SkypilotExecutor):
         executor.env_vars = {SECRET: secrets.token_hex(16), **(executor.env_vars or {})}
@@ -76,18 +82,20 @@ def _ready(executor: Any) -> Any:
 
 
 def _named(name: str) -> Any:
+    """The executor of that name in the user's `executors.py`. Raises InputError if there is none."""
     file = Path(get_nemorun_home(), "executors.py")
     if file.is_file():
         try:
             return import_executor(name)
         except AttributeError:
             pass
-    raise InputError(f"there is no executor '{name}', nor one in {file}; {nearest(name, KINDS)}")
+    raise InputError(f"there is no executor '{name}', and {file} has none of that name; {nearest(name, KINDS)}")
 
 
-def _changed(executor: Any, given: Iterable[tuple[str, str]]) -> Any:
+def _changed(executor: Any, pairs: Iterable[tuple[str, str]]) -> Any:
+    """The executor with these settings. The keys of a dict are added to those that it has."""
     values: dict[str, Any] = {}
-    for key, text in given:
+    for key, text in pairs:
         _put(values, type(executor), key, text)
     for key, value in values.items():
         setattr(executor, key, {**getattr(executor, key), **value} if isinstance(value, dict) else value)
@@ -96,9 +104,10 @@ def _changed(executor: Any, given: Iterable[tuple[str, str]]) -> Any:
 
 # -- settings ------------------------------------------------------------------------------------------
 def _split(setting: str) -> tuple[str, str]:
+    """(key, text) of `executor.key=text`."""
     key, separator, text = setting.removeprefix("executor.").partition("=")
     if not separator:
-        raise InputError(f"'{setting}' is no setting; write executor.key=value, for example executor.account=NAME")
+        raise InputError(f"'{setting}' is not a setting; write executor.key=value, for example executor.account=NAME")
     return key, text
 
 
@@ -107,14 +116,18 @@ def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
-    """`account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`."""
+    """Adds one setting to `values`, such as `account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`.
+
+    `kind`: the class of the executor. Raises InputError for a key that the class does not have, and for a value that
+    the field cannot have or that could add a line to the batch script.
+    """
     fields, (name, _, inner) = {field.name: _kinds(field.type) for field in _fields(kind)}, key.partition(".")
     if name not in fields or (inner and dict not in fields[name]):
         raise InputError(f"the executor has no key '{key}'; {nearest(name, fields)}")
-    if not text.isprintable():  # after a line's end a comment of the batch script is none any more
+    if not text.isprintable():  # in a comment of the batch script, a second line would be a command
         raise InputError(f"executor.{key} is {shown(text)}; it must be one line without control characters")
     if name == "env_vars" and inner and not VARIABLE.fullmatch(inner):
-        raise InputError(f"executor.{name} names {shown(inner)}; a variable has letters, digits and '_'")
+        raise InputError(f"executor.{name} names {shown(inner)}; a variable must have letters, digits and '_' alone")
     if inner:
         quoted = name == "env_vars" and kind is run.SlurmExecutor
         values.setdefault(name, {})[inner] = shlex.quote(text) if quoted else text
@@ -123,13 +136,14 @@ def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
 
 
 def _kinds(hint: Any) -> dict[type, Any]:
-    """The plain types that a field may have -> each in full: `Optional[list[int]]` -> {list: list[int]}."""
+    """The types that a field may have, as {plain type: full type}: `Optional[list[int]]` gives {list: list[int]}."""
     hints = get_args(hint) if get_origin(hint) is Union else (hint,)
     return {get_origin(one) or one: one for one in hints if one is not type(None)}
 
 
 def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
-    """Raises InputError for a text that stands for none of these types; a list may be written with commas."""
+    """The value that a text stands for. A list may be written with commas. Raises InputError if the text stands for
+    none of these types."""
     if list in kinds and not text.startswith("["):
         return [_value(key, _kinds(get_args(kinds[list])[0]), part) for part in text.split(",")]
     try:
@@ -143,13 +157,13 @@ def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
     return text
 
 
-# -- what is not given ---------------------------------------------------------------------------------
+# -- settings that the user did not give -----------------------------------------------------------------
 def _local(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
     return given
 
 
 def _docker(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
-    shared = {"ipc_mode": "host", "ulimits": ["memlock:-1", "stack:67108864"]}  # as NVIDIA's containers ask for
+    shared = {"ipc_mode": "host", "ulimits": ["memlock:-1", "stack:67108864"]}  # NVIDIA's containers ask for these
     values = {"num_gpus": layout.processes, "packager": run.Packager(), **shared, **given}
     return values | {"volumes": [*mounts, *given.get("volumes", [])]}
 
@@ -157,7 +171,8 @@ def _docker(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[st
 def _slurm(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
     nodes, each = _spread(given, layout, "nodes")
     values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), **SLURM, **given}
-    values |= {"ntasks_per_node": 1, "gpus_per_node": values["gpus_per_node"] or None}  # 0: a cluster without
+    # `executor.gpus_per_node=0` is for a cluster without GPUs, whose Slurm refuses a request for them.
+    values |= {"ntasks_per_node": 1, "gpus_per_node": values["gpus_per_node"] or None}
     if "container_image" in given:
         values["container_mounts"] = [*mounts, *given.get("container_mounts", [])]
     return values
@@ -169,13 +184,13 @@ def _skypilot(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[
 
 
 def _spread(given: Mapping[str, Any], layout: Layout, key: str) -> tuple[int, int]:
-    """(nodes, processes a node) of a layout. Raises InputError where they do not divide."""
+    """(nodes, processes of a node) for a layout. Raises InputError if its processes do not divide over the nodes."""
     nodes = given.get(key) or -(-layout.processes // (given.get("gpus_per_node") or GPUS))
     Nodes(nodes).check(layout)
     return nodes, layout.processes // nodes
 
 
-KINDS = {  # name -> NeMo-Run's class, and what it is given
+KINDS = {  # name -> NeMo-Run's class, and the function that completes its settings
     "local": (run.LocalExecutor, _local), "docker": (run.DockerExecutor, _docker),
     "slurm": (run.SlurmExecutor, _slurm), "skypilot": (run.SkypilotExecutor, _skypilot),
 }  # fmt: skip
@@ -183,7 +198,10 @@ KINDS = {  # name -> NeMo-Run's class, and what it is given
 
 # -- the task ------------------------------------------------------------------------------------------
 def script(executor: Any, arguments: Sequence[str]) -> Any:
-    """A `minitron` command as NeMo-Run's script, in this folder; on SkyPilot in the repository's copy."""
+    """NeMo-Run's script for a `minitron` command. It runs in this folder, or on SkyPilot in the copy of the repository.
+
+    `arguments`: the words behind `minitron`.
+    """
     contained = getattr(executor, "container_image", None) or isinstance(executor, run.SkypilotExecutor)
     minitron = "minitron" if contained else f"{shlex.quote(sys.executable)} -m nemo_minitron.cli"
     here = "" if isinstance(executor, run.SkypilotExecutor) else f"cd {shlex.quote(os.getcwd())}\n"
@@ -191,25 +209,27 @@ def script(executor: Any, arguments: Sequence[str]) -> Any:
 
 
 def _check_name(name: str) -> None:
+    """Raises InputError for a task's name that a batch script could not have without quotes."""
     if not WORDS.fullmatch(name):
         raise InputError(f"the task's name {shown(name)} must have letters, digits, '.', '_' and '-' alone")
 
 
 def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
-    """Starts the task and waits for its end; one on Slurm or SkyPilot goes on alone. Raises RuntimeError, and
-    InputError for a name that is no plain word."""
+    """Starts the task and waits for its end. It does not wait for a task on Slurm or SkyPilot, which needs no process
+    here. Raises RuntimeError if the task failed, and InputError for a name that is not a plain word."""
     _check_name(name)
     with run.Experiment(name, executor=executor, log_level="WARN", enable_goodbye_message=False) as experiment:
         experiment.add(script(executor, arguments), name=name)
-        alone = isinstance(executor, (run.SlurmExecutor, run.SkypilotExecutor))
-        experiment.run(detach=alone, tail_logs=not alone)
+        detached = isinstance(executor, (run.SlurmExecutor, run.SkypilotExecutor))
+        experiment.run(detach=detached, tail_logs=not detached)
     state = experiment.jobs[0].state
-    if not alone and state.name != "SUCCEEDED":
+    if not detached and state.name != "SUCCEEDED":
         raise RuntimeError(f"the task ended as {state.name}; its logs are in {experiment._exp_dir}")
 
 
 def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
-    """What `submit` would hand over: the batch script, which is written, a container's command, or the command."""
+    """The text of what `submit` would start: the batch script (its file is written), the container's command, or the
+    command. Raises InputError for a name that is not a plain word."""
     _check_name(name)
     with run.Experiment(name, executor=executor, log_level="ERROR", clean_mode=True) as experiment:
         task = script(executor, arguments)
@@ -225,7 +245,7 @@ def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
 
 
 def docker_command(container: Any, job_folder: str) -> str:
-    """The `docker run` that does what NeMo-Run asks of Docker's engine."""
+    """The `docker run` command that does what NeMo-Run asks Docker's engine for."""
     executor, words = container.executor, ["docker", "run", "--rm", "--name", container.name]
     plain = {"--runtime": executor.runtime, "--shm-size": executor.shm_size, "--ipc": executor.ipc_mode}
     count = executor.num_gpus

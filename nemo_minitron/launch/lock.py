@@ -1,4 +1,4 @@
-"""One command a folder: a lock that the system lets go of however its process ends."""
+"""A lock on a folder: one command works in it at a time. The system releases the lock however the process ends."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Holds `folder` (made where it is not there); raises InputError where another process does. What dead processes
-    have left half-written in it is removed.
+    """Locks `folder` for the block, and makes it if it does not exist. Raises InputError if another process has it.
 
-    The file `.lock` stays and says who was last; the lock is flock's, on machines that share it. A folder that was made
-    here goes again where the block refuses its input before it has written anything.
+    Files that dead processes have left half-written are removed. The lock is flock's, so it also holds on other
+    machines if their file system shares flock's locks. The file `.lock` stays; it has the number of the last process.
+    If the block raises InputError before it has written anything, a folder that was made here is removed.
     """
     folder = Path(folder)
     new = not folder.exists()
@@ -47,7 +47,8 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def _sign(file: int) -> None:
-    """A full disk has no place for who it is, and a command that makes place must run all the same."""
+    """Writes this process's number to the lock file. On a full disk it cannot, but a command that frees space must
+    still run."""
     with contextlib.suppress(OSError):
         os.ftruncate(file, 0)
         os.write(file, f"{os.getpid()}\n".encode())

@@ -1,4 +1,5 @@
-"""The hosts of one job: node 0 goes through the stages and says what to start, the others start their part of it."""
+"""The machines of one job, its nodes. Node 0 runs the stages one after the other and tells the others what to start;
+they start their part of it."""
 
 from __future__ import annotations
 
@@ -18,16 +19,18 @@ from nemo_minitron.launch.connection import SECRET, SILENCE, Connection, Connect
 from nemo_minitron.launch.nodes import Nodes
 from nemo_minitron.launch.visitors import listening, visitors
 
-MEETING = 600  # seconds for all nodes to come: containers are still being pulled
-LAST_WORDS = 5  # seconds for the others to say how a stage that failed here ended there
-AGAIN = "run the same command on all nodes again and it goes on from what was saved"
+MEETING = 600  # seconds that node 0 waits for the next node, which may still be pulling its container
+LAST_WORDS = 5  # seconds that node 0 waits for the other nodes' results of a stage that has failed here
+AGAIN = "run the same command on all nodes again and the job resumes from what was saved"
 
 
 @dataclasses.dataclass(frozen=True)
 class StageOrder:
-    """A stage's processes: `each` of them on every one of `nodes` hosts, which meet at `host` and `port`. `order`: what
-    they are told (`settings.orders`), as the plain values that travel between hosts; `worker`: the module that reads
-    them."""
+    """The processes of a stage: `each` of them on each of `nodes` machines. torchrun's agents meet at `host`:`port`.
+
+    `order`: what the processes are told (`settings.orders`), as plain values, because it travels between machines as
+    JSON. `worker`: the module that reads it. `log`: the path of the log, empty for none.
+    """
 
     stage: str
     worker: str
@@ -41,7 +44,8 @@ class StageOrder:
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
-    """How a host's processes of a stage ended: exit code, a refusal's sentence, what failed first, the log."""
+    """How the processes of a stage ended on one machine. `refusal`: the sentence of an InputError, empty for none;
+    `cause`: what failed first; `log`: the path of the log."""
 
     code: int
     refusal: str = ""
@@ -49,93 +53,101 @@ class StageResult:
     log: str = ""
 
     def check(self, stage: str, where: str = "") -> None:
-        """Raises InputError for a refusal, DivergedError for a training that diverged, RuntimeError for any other
-        failure."""
+        """Raises InputError for a refusal, DivergedError for a training that diverged, and RuntimeError for any other
+        failure. `where`: words that name the machine."""
         if self.refusal:
             raise InputError(self.refusal)
         if self.code:
             log = f"; all of it is in {self.log}" if self.log else ""
-            kind = DivergedError if f"{DivergedError.__name__}: " in self.cause else RuntimeError  # behind its rank
+            # A worker reports the class of its error before the sentence.
+            kind = DivergedError if f"{DivergedError.__name__}: " in self.cause else RuntimeError
             raise kind(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
 
 
-Work = Callable[[StageOrder, int, Callable[[Callable[[], None]], None]], StageResult]  # (order, node, watch) -> its end
+# (order, this node's rank, watch) -> the result. `watch(stop)` has `stop` called when another machine has failed.
+Work = Callable[[StageOrder, int, Callable[[Callable[[], None]], None]], StageResult]
 _leading: ContextVar[Leader | None] = ContextVar("leading", default=None)
 
 
 class Leader:
-    """Node 0 and its lines to the others, in their order."""
+    """Node 0 and its connections to the other nodes, in the order of their ranks."""
 
-    def __init__(self, nodes: Nodes, lines: list[Connection]) -> None:
-        self.nodes, self.lines = nodes, lines
+    def __init__(self, nodes: Nodes, connections: list[Connection]) -> None:
+        self.nodes, self.connections = nodes, connections
 
     def run(self, order: StageOrder, work: Work) -> None:
-        """Does an order on all hosts that share it. Raises as `StageResult.check`, and where a host is gone."""
+        """Runs an order, of `order.each` processes in all, on as many machines as can share it.
+
+        Raises as `StageResult.check`, and RuntimeError if a machine is gone.
+        """
         processes = order.each
         count = self.nodes.sharing(processes)
         order = dataclasses.replace(
             order, each=processes // count, nodes=count, host=self.nodes.host, port=_free_port()
         )  # fmt: skip
-        lines = dict(enumerate(self.lines[: count - 1], 1))
-        for rank, line in lines.items():
-            self._to(rank, line, order=dataclasses.asdict(order))
-        ended = work(order, 0, lambda stop: _watch(list(lines.values()), stop))
-        endings = {rank: self._ending(rank, line, ended) for rank, line in lines.items()}
-        for ending in (ended, *endings.values()):
-            if ending.refusal:
-                ending.check(order.stage)
-        ended.check(order.stage)
-        for rank, ending in endings.items():
-            ending.check(order.stage, f" on node {rank}")
+        connections = dict(enumerate(self.connections[: count - 1], 1))
+        for rank, connection in connections.items():
+            self._send(rank, connection, order=dataclasses.asdict(order))
+        here = work(order, 0, lambda stop: _watch(list(connections.values()), stop))
+        others = {rank: self._result(rank, connection, here) for rank, connection in connections.items()}
+        # A refusal says what to change. It comes before the failures, which may only follow from it.
+        for result in (here, *others.values()):
+            if result.refusal:
+                result.check(order.stage)
+        here.check(order.stage)
+        for rank, result in others.items():
+            result.check(order.stage, f" on node {rank}")
 
-    def _to(self, rank: int, line: Connection, **message: object) -> None:
+    def _send(self, rank: int, connection: Connection, **message: object) -> None:
         try:
-            line.send(**message)
+            connection.send(**message)
         except ConnectionLost:
-            raise RuntimeError(_gone(rank, line)) from None
+            raise RuntimeError(_gone(f"node {rank}", connection)) from None
 
-    def _ending(self, rank: int, line: Connection, own: StageResult) -> StageResult:
-        """Of another host; where this one failed the other is not waited for, it is told to end."""
+    def _result(self, rank: int, connection: Connection, here: StageResult) -> StageResult:
+        """The result of another machine. If this one failed, do not wait for it: it will be told to end."""
         try:
-            return StageResult(**line.receive(LAST_WORDS if own.code else None)["ending"])
+            return StageResult(**connection.receive(LAST_WORDS if here.code else None)["result"])
         except TimeoutError:
             return StageResult(0)
         except ConnectionLost:
-            raise RuntimeError(_gone(rank, line)) from None
+            raise RuntimeError(_gone(f"node {rank}", connection)) from None
 
 
-def _gone(rank: int, line: Connection) -> str:
-    return f"node {rank} ({line.address}) is gone, its minitron or the host itself; {AGAIN}"
+def _gone(node: str, connection: Connection) -> str:
+    return f"{node} ({connection.address}) is gone: its minitron has ended, or the machine itself; {AGAIN}"
 
 
-def _watch(lines: list[Connection], stop: Callable[[], None]) -> None:
-    for line in lines:
-        line.watch(stop)
+def _watch(connections: list[Connection], stop: Callable[[], None]) -> None:
+    for connection in connections:
+        connection.watch(stop)
 
 
 def _free_port() -> int:
+    """A port that is free now. Each stage gets a new one, because the last stage's port may not be free yet."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def leading() -> Leader | None:
-    """The hosts that this process leads; None where it is alone."""
+    """The machines that this process leads. None if the job has one machine."""
     return _leading.get()
 
 
 @contextlib.contextmanager
 def lead(nodes: Nodes, identity: str, out: Path) -> Iterator[None]:
-    """Waits for the other nodes; within, `launch` starts a stage's processes on all of them.
+    """Waits for the other nodes. In the block, `launch` starts a stage's processes on all of them.
 
-    `identity`: a digest of the job; `out`: the file or folder that it makes, on storage that all nodes share. Raises
-    InputError where a node runs another job or does not see that storage, RuntimeError where one does not come.
+    `identity`: a digest of the job. `out`: the file or folder that the job makes, on storage that all nodes share.
+
+    Raises InputError if a node runs another job or does not see that storage, and RuntimeError if a node does not come.
     """
     if nodes.count == 1:
         yield
         return
-    lines = _meet(nodes, identity, out)
-    token = _leading.set(Leader(nodes, [lines[rank] for rank in sorted(lines)]))
+    connections = _meet(nodes, identity, out)
+    token = _leading.set(Leader(nodes, [connections[rank] for rank in sorted(connections)]))
     reason = "node 0 was interrupted"
     try:
         yield
@@ -146,64 +158,69 @@ def lead(nodes: Nodes, identity: str, out: Path) -> Iterator[None]:
     finally:
         _leading.reset(token)
         _shared(out).unlink(missing_ok=True)
-        _dismiss(lines.values(), reason)
+        _dismiss(connections.values(), reason)
 
 
 def _shared(out: Path) -> Path:
-    """What node 0 writes there, the others must see."""
+    """The file by which the nodes check that they share storage: node 0 writes it and the others must see it."""
     return out.parent / f".{out.name}.nodes"
 
 
 def _meet(nodes: Nodes, identity: str, out: Path) -> dict[int, Connection]:
+    """Node 0's connections to the other nodes, by their ranks, once all of them have come."""
     word = secrets.token_hex(8)
     out.parent.mkdir(parents=True, exist_ok=True)
     _shared(out).write_text(word)
-    lines: dict[int, Connection] = {}
+    admitted: dict[int, Connection] = {}
     print(f"node 0 waits for {nodes.count - 1} more at {nodes.host}:{nodes.port}", flush=True)
-    with listening(nodes.port) as server, visitors(server, nodes.secret) as found:
+    with listening(nodes.port) as server, visitors(server, nodes.secret) as arrivals:
         try:
-            while len(lines) < nodes.count - 1:
-                _admit(found.get(timeout=MEETING), nodes, identity, word, lines)
+            while len(admitted) < nodes.count - 1:
+                _admit(arrivals.get(timeout=MEETING), nodes, identity, word, admitted)
         except queue.Empty:
-            missing = ", ".join(str(rank) for rank in range(1, nodes.count) if rank not in lines)
-            _dismiss(lines.values(), f"node {missing} did not come")
-            where = f"{nodes.host}:{nodes.port} within {MEETING} s of the one before"
+            missing = ", ".join(str(rank) for rank in range(1, nodes.count) if rank not in admitted)
+            _dismiss(admitted.values(), f"node {missing} did not come")
+            where = f"{nodes.host}:{nodes.port} within {MEETING} s of the node before"
             raise RuntimeError(f"node {missing} did not come to {where}") from None
         except InputError as error:
-            _dismiss(lines.values(), str(error))
+            _dismiss(admitted.values(), str(error))
             raise
-    print(f"all {nodes.count} nodes are there", flush=True)
-    return lines
+    print(f"all {nodes.count} nodes have come", flush=True)
+    return admitted
 
 
-def _dismiss(lines: Iterable[Connection], reason: str) -> None:
-    """Tells the others that the job is done, or why it ends."""
-    for line in lines:
+def _dismiss(connections: Iterable[Connection], reason: str) -> None:
+    """Tells the other nodes that the job is done, or why it has failed."""
+    for connection in connections:
         with contextlib.suppress(ConnectionLost):
-            line.send(end=reason, failed=bool(reason))
-        line.close()
+            connection.send(end=reason, failed=bool(reason))
+        connection.close()
 
 
 def _admit(
-    visitor: tuple[Connection, dict[str, Any]], nodes: Nodes, identity: str, word: str, lines: dict[int, Connection]
+    arrival: tuple[Connection, dict[str, Any]], nodes: Nodes, identity: str, word: str, admitted: dict[int, Connection]
 ) -> None:
-    """A visitor that is no node of ours is let go; a node of another job ends this one, with a reason on both."""
-    line, hello = visitor
+    """Adds a node that has come to `admitted`. The connection of anybody else is closed.
+
+    Raises InputError for a node of another job, one that does not share storage, or a second one with the same rank.
+    The job cannot go on then, and both ends say why.
+    """
+    connection, hello = arrival
     try:
         rank, same = hello["node"], hello["identity"] == identity
         if type(rank) is not int or not 0 < rank < nodes.count:
             raise KeyError
-        line.send(word=word, same=same)
-        sees = same and line.receive(2 * SILENCE)["sees"]
+        connection.send(word=word, same=same)
+        sees = same and connection.receive(2 * SILENCE)["sees"]
     except (ConnectionLost, TimeoutError, KeyError):
-        line.close()
+        connection.close()
         return
-    if same and sees and rank not in lines:
-        lines[rank] = line
+    if same and sees and rank not in admitted:
+        admitted[rank] = connection
         return
-    line.close()
-    if rank in lines:
-        raise InputError(f"two hosts say that they are node {rank}; give each its own --node-rank")
+    connection.close()
+    if rank in admitted:
+        raise InputError(f"two machines say that they are node {rank}; give each its own --node-rank")
     raise InputError(_another(rank) if not same else _unseen(rank))
 
 
@@ -216,53 +233,60 @@ def _unseen(rank: int) -> str:
 
 
 def follow_leader(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
-    """A node that is not the first: does what node 0 orders until the job is done. Raises as `lead`."""
-    line = _find(nodes)
+    """Runs a node that is not the first: it does what node 0 orders until the job is done. Arguments as for `lead`;
+    `work` runs this machine's processes of an order.
+
+    Raises InputError if this node runs another job or does not see the shared storage, and RuntimeError if node 0 is
+    not found, is gone or has failed.
+    """
+    connection = _find(nodes)
     try:
-        line.send(node=nodes.rank, identity=identity)
-        hello = _answer(line)
+        connection.send(node=nodes.rank, identity=identity)
+        hello = _answer(connection)
         if not hello["same"]:
             raise InputError(_another(nodes.rank))
         sees = _sees(_shared(out), hello["word"])
-        line.send(sees=sees)
+        connection.send(sees=sees)
         if not sees:
             raise InputError(_unseen(nodes.rank))
         print(f"node {nodes.rank} of {nodes.count}, led by {nodes.host}:{nodes.port}", flush=True)
-        while "order" in (message := line.receive()):
+        while "order" in (message := connection.receive()):
             order = StageOrder(**message["order"])
-            ending = work(order, nodes.rank, lambda stop: _watch([line], stop))
-            line.send(ending=dataclasses.asdict(ending), failed=bool(ending.code))
+            result = work(order, nodes.rank, lambda stop: _watch([connection], stop))
+            connection.send(result=dataclasses.asdict(result), failed=bool(result.code))
         if message["end"]:
             raise RuntimeError(f"{message['end']}; {AGAIN}")
     except ConnectionLost:
-        raise RuntimeError(f"node 0 ({line.address}) is gone, its minitron or the host itself; {AGAIN}") from None
+        raise RuntimeError(_gone("node 0", connection)) from None
     finally:
-        line.close()
+        connection.close()
 
 
-def _answer(line: Connection) -> dict[str, Any]:
+def _answer(connection: Connection) -> dict[str, Any]:
+    """Node 0's first message. It answers only machines that know the secret."""
     try:
-        return line.receive()
+        return connection.receive()
     except ConnectionLost:
         why = f"it is gone, or has another {SECRET}; give all nodes the same one"
-        raise RuntimeError(f"node 0 ({line.address}) does not answer: {why}") from None
+        raise RuntimeError(f"node 0 ({connection.address}) does not answer: {why}") from None
 
 
 def _find(nodes: Nodes) -> Connection:
+    """A connection to node 0. It tries again for `MEETING` seconds, because node 0 may start later."""
     deadline = time.monotonic() + MEETING
     while True:
         try:
-            connection = socket.create_connection((nodes.host, nodes.port), timeout=SILENCE)
-            return Connection(connection, nodes.secret, leads=False)
+            peer = socket.create_connection((nodes.host, nodes.port), timeout=SILENCE)
+            return Connection(peer, nodes.secret, leads=False)
         except (OSError, ConnectionLost) as error:
             if time.monotonic() > deadline:
                 where = f"{nodes.host}:{nodes.port} within {MEETING} s"
-                raise RuntimeError(f"node 0 is not to be found at {where}: {error}") from None
+                raise RuntimeError(f"node 0 was not found at {where}: {error}") from None
         time.sleep(0.5)
 
 
 def _sees(file: Path, word: str) -> bool:
-    """Whether the file is there, with this word; a network's file system may show it late."""
+    """Whether the file exists and holds this word. A network's file system may show it late."""
     deadline = time.monotonic() + SILENCE
     while time.monotonic() < deadline:
         if file.is_file() and file.read_text() == word:

@@ -1,4 +1,5 @@
-"""What the processes of a stage print: to the log, lines of progress to the screen, and what says how they end."""
+"""Reads what the processes of a stage print. It goes to the log, lines of progress also go to the screen, and workers'
+own lines say how far they are and what ended them."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ from typing import Any
 from nemo_minitron.errors import visible
 from nemo_minitron.settings.progress import PROGRESS
 
-TAIL = 200  # lines of output that a message may come from
-MARK = "  ~minitron "  # a line of a worker to its launcher: JSON behind it
+TAIL = 200  # last lines of the output in which the cause of a failure is looked for
+MARK = "  ~minitron "  # begins a worker's line for its launcher; JSON follows
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
-_REMARK = re.compile(r"\s|.*Warning:|\[W")  # a warning, the line behind it that it points to, one of torch's
+_REMARK = re.compile(r"\s|.*Warning:|\[W")  # the indented line of code below a warning, a warning, torch's warning
 
 
 @dataclasses.dataclass
 class Rank:
-    """A process of the stage: how far it is, and since when. `layers`: that its model has gone through."""
+    """A process of the stage. `mark` changes when it makes progress; `since`: when it last did (seconds of
+    `time.monotonic`). `layers`: layers' forward passes that it has done."""
 
     pid: int = 0
     mark: Any = None
@@ -33,24 +35,26 @@ class Rank:
 
 
 class Output:
-    """Reads a stage's output to its end whatever happens: processes whose pipe nobody reads hang for ever."""
+    """The output of a stage's processes. It is read to its end even if the log cannot be written, because processes
+    whose pipe nobody reads hang for ever."""
 
     def __init__(self, log: Path | None) -> None:
-        self.log, self.lost = log, ""  # `lost`: why something is not in the log
+        self.log, self.lost = log, ""  # `lost`: why the log is not complete
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self.failures: dict[int, str] = {}  # rank -> its error, in the order in which they came
         self.ranks: dict[int, Rank] = {}
 
     def read(self, stream: Iterable[str]) -> None:
+        """Reads the lines of a stream until the processes close it. It runs in a thread."""
         for line in stream:
             before, mark, message = line.partition(MARK)
-            if mark and self._heard(message):
+            if mark and self._take(message):  # another process's half line may stand before the mark
                 line = before
             if not line:
                 continue
             self._write(line)
             if line.startswith(PROGRESS):
-                with contextlib.suppress(OSError, ValueError):  # nobody looks at the screen any more
+                with contextlib.suppress(OSError, ValueError):  # the screen may be closed
                     print(visible(line[2:].rstrip("\n")), flush=True)
             self.tail.append(line)
 
@@ -63,24 +67,24 @@ class Output:
         except OSError as error:
             self.lost = self.lost or f"its log '{self.log}' could not be written: {error.strerror}"
 
-    def _heard(self, message: str) -> bool:
-        """A worker's own line: how far it is, or what ended it."""
+    def _take(self, message: str) -> bool:
+        """Notes what a worker's line says: its progress, or the error that ended it. False if it is not such a line."""
         try:
-            said = json.loads(message)
-            rank = int(said["rank"])
-        except (ValueError, KeyError, TypeError):  # another process printed in the midst of it
+            report = json.loads(message)
+            rank = int(report["rank"])
+        except (ValueError, KeyError, TypeError):  # another process may have printed in the middle of the line
             return False
-        if "error" in said:
-            self.failures[rank] = str(said["error"])
+        if "error" in report:
+            self.failures[rank] = str(report["error"])
             return True
         known = self.ranks.setdefault(rank, Rank())
-        if said["mark"] != known.mark:
+        if report["mark"] != known.mark:
             known.since = time.monotonic()
-        known.pid, known.mark, known.layers = said["pid"], said["mark"], said["layers"]
+        known.pid, known.mark, known.layers = report["pid"], report["mark"], report["layers"]
         return True
 
     def cause(self) -> str:
-        """Why they ended, as far as they say: the first rank's error, later ones are of ranks that it took along."""
+        """Why the processes ended, as far as they say. The first rank's error counts: it made the others fail."""
         for rank, error in self.failures.items():
             return f"rank {rank}: {error}"
         errors = [line for line in self.tail if _ERROR.match(line)]
@@ -89,6 +93,6 @@ class Output:
 
 
 def tell(**message: object) -> None:
-    """A worker's line to its launcher. One write, newline and all: other ranks print too."""
+    """Prints a worker's line for its launcher, in one write, because other ranks print at the same time."""
     with contextlib.suppress(OSError):
         os.write(1, f"{MARK}{json.dumps(message)}\n".encode())

@@ -1,4 +1,5 @@
-"""Ranks that make no progress: one that is stopped, or waits for what never comes, holds all others for ever."""
+"""Finds ranks that make no progress. A rank that is stopped, or waits for something that never comes, would hold all
+others up for ever."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.launch.output import Rank
 
 VARIABLE = "MINITRON_STALL_TIMEOUT"
-SECONDS = 600
-START = 60  # seconds that processes have to say the first thing
-EVERY = 20  # times that a rank says within the timeout how far it is
+SECONDS = 600  # the timeout, if `--stall-timeout` does not say it
+START = 60  # seconds that processes have at least until their first report
+EVERY = 20  # reports of a rank within the timeout
 
 
 def stall_timeout() -> float:
-    """Seconds without progress of any rank after which a stage is ended; 0: never. `--stall-timeout` sets it.
+    """Seconds without progress of any rank after which a stage is ended; 0 is never. `--stall-timeout` sets it.
 
-    Raises InputError for what is no such number.
+    Raises InputError if the variable is not a whole number.
     """
     text = os.environ.get(VARIABLE, str(SECONDS))
     if not text.isdecimal():
@@ -30,7 +31,7 @@ def stall_timeout() -> float:
 
 
 def stalled(ranks: Mapping[int, Rank], begun: float, timeout: float) -> bool:
-    """Whether none has made progress for so long."""
+    """Whether no rank has made progress for `timeout` seconds. `begun`: when the stage began."""
     return bool(timeout) and _silent(ranks, begun) >= (timeout if ranks else max(timeout, START))
 
 
@@ -40,11 +41,11 @@ def _silent(ranks: Mapping[int, Rank], begun: float) -> float:
 
 
 def words_of(ranks: Mapping[int, Rank], begun: float) -> str:
-    """Which rank holds the others: one that a signal has stopped, else the one whose model has gone through the
-    fewest layers."""
+    """A sentence about the rank that holds the others up: one that a signal has stopped, or else the one whose model
+    has run the fewest layers."""
     silent = _silent(ranks, begun)
     if not ranks:
-        return f"no rank has said how far it is for {silent:.0f} s"
+        return f"no rank has reported its progress for {silent:.0f} s"
     number = min(ranks, key=lambda number: (_state(ranks[number].pid) != "T", ranks[number].layers, number))
     rank = ranks[number]
     stopped = ", a signal has stopped it" if _state(rank.pid) == "T" else ""
@@ -53,19 +54,19 @@ def words_of(ranks: Mapping[int, Rank], begun: float) -> str:
 
 
 def unheard(ranks: Mapping[int, Rank], parent: int) -> dict[int, Rank]:
-    """Ranks that a launcher has started and that have not yet said anything; they may never."""
-    found = {}
+    """The ranks that a launcher has started and that have not reported yet. `parent`: the launcher's process."""
+    started = {}
     for file in Path("/proc").glob("[0-9]*/environ"):
         pid = int(file.parent.name)
         if _parent(pid) == parent:
             with contextlib.suppress(OSError, ValueError):
                 words = dict(item.partition("=")[::2] for item in file.read_text(errors="replace").split("\0"))
-                found[int(words.get("RANK", ""))] = Rank(pid)
-    return {number: rank for number, rank in found.items() if number not in ranks}
+                started[int(words.get("RANK", ""))] = Rank(pid)
+    return {number: rank for number, rank in started.items() if number not in ranks}
 
 
 def _state(pid: int) -> str:
-    """Linux's letter for what a process does: T is stopped."""
+    """Linux's letter for the state of a process. T is stopped. Empty for a process that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -73,7 +74,8 @@ def _state(pid: int) -> str:
 
 
 def kill(ranks: Mapping[int, Rank], parent: int) -> None:
-    """Ends ranks that do not leave by themselves, the stopped ones; those of this stage's launcher alone."""
+    """Kills the ranks. A stopped rank cannot end by itself. Only processes of this stage's launcher are killed: the
+    number of one that has ended may belong to another process by now."""
     for rank in ranks.values():
         if rank.pid == parent or _parent(rank.pid) == parent:
             with contextlib.suppress(OSError):
@@ -81,7 +83,7 @@ def kill(ranks: Mapping[int, Rank], parent: int) -> None:
 
 
 def ask_for_stacks(ranks: Mapping[int, Rank], parent: int) -> None:
-    """Each rank that runs writes where all its threads are into the log."""
+    """Makes each rank write the stacks of all its threads to the log, and waits a second for them."""
     for rank in ranks.values():
         if rank.pid == parent or _parent(rank.pid) == parent:
             with contextlib.suppress(OSError):
@@ -90,6 +92,7 @@ def ask_for_stacks(ranks: Mapping[int, Rank], parent: int) -> None:
 
 
 def _parent(pid: int) -> int:
+    """The process that started this one; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):

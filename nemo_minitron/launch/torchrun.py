@@ -1,7 +1,7 @@
-"""Starting the processes of a stage: one Python process, or torchrun for a layout of several.
+"""Starts the processes of a stage: one Python process, or torchrun for a layout of several processes.
 
-They hang on a lifeline: standard input is a pipe whose other end this process alone holds. However it
-ends, by Ctrl-C, SIGTERM or SIGKILL, the pipe closes and the workers leave: no orphan goes on training.
+Their standard input is a pipe, the lifeline. Only this process holds its other end. When this process ends, by Ctrl-C,
+SIGTERM or SIGKILL, the pipe closes and the workers end too, so that no training goes on without its command.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ from nemo_minitron.launch.stall import ask_for_stacks, kill, stall_timeout, stal
 if TYPE_CHECKING:
     from nemo_minitron.settings.orders import Order
 
-ERRORS = "MINITRON_ERRORS"  # a folder where a rank leaves the sentence of the refusal that ended it
-LIFELINE = "MINITRON_LIFELINE"  # set: standard input is the lifeline
+ERRORS = "MINITRON_ERRORS"  # names a folder, to which a rank writes the sentence of the refusal that ended it
+LIFELINE = "MINITRON_LIFELINE"  # if it is set, standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
-SAVING = ("distill", "finetune")  # stages whose processes save what they have when they are told to stop
-# Slurm sends SIGTERM to every process of a step: torchrun would end its workers before they have saved.
+SAVING = ("distill", "finetune")  # stages whose processes save a checkpoint when they are told to stop
+# Slurm sends SIGTERM to every process of a step. torchrun would then end its workers before they have saved.
 IGNORE_SIGTERM = ("sh", "-c", 'trap "" TERM; exec "$@"', "minitron")
-# Of torch 2.10 and later; before, workers get 30 s to save.
+# The option exists since torch 2.10. With an older torch, workers have 30 s to save.
 FORWARD_SIGNALS = ("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT")
+# Variables by which a launcher describes its own processes.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch(order: Order, worker: str, log: Path | None = None) -> None:
-    """Runs the module `worker` on an order, in the processes of its layout: on this machine, or on all machines that
-    this process leads (`machines.lead`).
+    """Runs the module `worker` on an order, in the processes of its layout, and waits for their end. They run on this
+    machine, or on all machines that this process leads (`machines.lead`).
 
-    Everything the processes print goes to `log`, but for their lines of progress. One rank's failure ends
-    them all. Raises InputError with the sentence of the rank that refused, RuntimeError for any other end.
+    Everything that the processes print goes to `log`; their lines of progress also go to the screen. If one rank fails,
+    all of them end. Raises InputError with the sentence of the rank that refused its input, DivergedError for a
+    training that diverged, and RuntimeError for any other failure.
     """
     stage, leader = StageOrder(order.stage, worker, plain(order), order.processes, log=str(log or "")), leading()
     if leader:
@@ -57,8 +59,8 @@ def launch(order: Order, worker: str, log: Path | None = None) -> None:
 
 
 def run(order: StageOrder, node: int, watch: Callable[[Callable[[], None]], None]) -> StageResult:
-    """This host's processes of an order; `watch` is given a function that ends them. The log of a node that is not
-    the first has its number."""
+    """Runs this machine's processes of an order and waits for their end. A `machines.Work`: `watch` gets a function
+    that ends the processes. The name of the log has the node's number, except on the first node."""
     output, killed_before = Output(_log(order.log, node)), oom_kills()
     with apart() as scratch:
         file = scratch / "order.json"
@@ -81,12 +83,13 @@ def _log(log: str, node: int) -> Path | None:
 
 
 def _alone(order: StageOrder) -> bool:
-    """One process, which needs no torchrun."""
+    """Whether the stage has one process, which needs no torchrun."""
     return order.each * order.nodes == 1
 
 
 def _python(order: StageOrder, node: int) -> list[str]:
-    """Nodes have fixed ranks: the first one has rank 0, which says how far a stage is."""
+    """The words of the command before `-m WORKER`. The nodes' ranks are fixed, so that rank 0, which prints lines of
+    progress, runs on the first node."""
     if _alone(order):
         return [sys.executable]
     command = [*IGNORE_SIGTERM, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(order.each)]
@@ -103,25 +106,29 @@ def _torch() -> tuple[int, ...]:
 
 
 def _environment(order: StageOrder) -> dict[str, str]:
-    """Threads share the cores; one CUDA queue keeps Megatron's overlap of communication in order.
+    """The environment of the processes. A user's own values win over the defaults.
 
-    What launchers say of their own processes is no business of these: Lightning would take one alone for one of
-    srun's tasks.
+    The threads of the processes share the cores. One CUDA queue keeps Megatron's overlap of communication in order.
+    The variables of a launcher around this process are removed, because they describe other processes. Under srun,
+    Lightning would take a single process for one of srun's tasks; Slurm's name of an interactive job prevents that.
     """
     threads = max(1, (os.cpu_count() or 1) // order.each)
-    wanted = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found = wanted | {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    defaults = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    values = defaults | {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if _alone(order) else {}
-    slurm = {"SLURM_JOB_NAME": "interactive"} if "SLURM_NTASKS" in found else {}
-    return found | alone | slurm | {LIFELINE: "1"}
+    slurm = {"SLURM_JOB_NAME": "interactive"} if "SLURM_NTASKS" in values else {}
+    return values | alone | slurm | {LIFELINE: "1"}
 
 
 def _follow(
     command: list[str], environment: dict[str, str], output: Output, watch: Callable[[Callable[[], None]], None],
     saving: int,
 ) -> tuple[int, str]:  # fmt: skip
-    """The exit code, and which rank has held the others for too long, if one has. `saving`: how many processes save
-    what they have when they are told to stop; 0 for none. A terminal's Ctrl-C reaches this process alone."""
+    """Starts the command and waits for its end. Returns the exit code and, if the stage stalled, a sentence about that.
+
+    `saving`: the number of processes that save a checkpoint when they are told to stop. The processes have their own
+    session, so that a terminal's Ctrl-C reaches this process alone, which then tells them.
+    """
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -132,14 +139,15 @@ def _follow(
     try:
         with _saved_when_told(process, saving):
             stall = _wait(process, output)
-            reader.join(PATIENCE)  # a helper of a rank that was killed may hold the output open for ever
+            reader.join(PATIENCE)  # a killed rank's helper may hold the output open for ever
             return (1 if stall else process.returncode), stall
     finally:
         _end(process)
 
 
 def _wait(process: subprocess.Popen[str], output: Output) -> str:
-    """Until they have ended; or until none of them makes progress any more, and then says which holds the others."""
+    """Waits until the processes have ended, and returns nothing. If none of them makes progress any more, ends them and
+    returns a sentence about the rank that holds the others up."""
     timeout, begun = stall_timeout(), time.monotonic()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -156,46 +164,46 @@ def _wait(process: subprocess.Popen[str], output: Output) -> str:
 
 @contextlib.contextmanager
 def _saved_when_told(process: subprocess.Popen[str], saving: int) -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C waits until the processes have saved what they have and ended; a second one does
-    not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    if not saving or not heard or threading.current_thread() is not threading.main_thread():
+    """In the block, the first SIGTERM or Ctrl-C tells the processes to save a checkpoint and to end, and takes effect
+    here only after that. A second one takes effect at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
+    if not saving or not handled or threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked: list[int] = []
+    received: list[int] = []
 
-    def let_go() -> None:
-        for number in heard:
-            signal.signal(number, before[number])
+    def restore() -> None:
+        for number in handled:
+            signal.signal(number, handlers[number])
 
     def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        let_go()
-        print("told to stop: saves a checkpoint first; told again, it ends at once", flush=True)
-        with contextlib.suppress(OSError, ValueError):  # they have ended by themselves
+        received.append(number)
+        restore()
+        print("told to stop: a checkpoint is saved first; a second signal ends the job at once", flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the processes may have ended by themselves
             assert process.stdin
-            os.write(process.stdin.fileno(), b"s" * saving)
+            os.write(process.stdin.fileno(), b"s" * saving)  # each process reads one byte
 
-    for number in heard:
+    for number in handled:
         signal.signal(number, ask)
     try:
         yield
     finally:
-        let_go()
-        if asked:
-            signal.raise_signal(asked[0])
+        restore()
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _let_go(process: subprocess.Popen[str]) -> None:
-    """Lets go of the lifeline: the workers leave at once."""
+    """Closes the lifeline. The workers end at once."""
     assert process.stdin
     with contextlib.suppress(OSError, ValueError):
         process.stdin.close()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Lets go of the lifeline, and waits until all are gone."""
+    """Closes the lifeline and waits until the processes have ended."""
     _let_go(process)
     if process.poll() is None:
         try:

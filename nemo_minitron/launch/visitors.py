@@ -1,4 +1,4 @@
-"""Who comes to node 0's port: the nodes of the job, which know its secret, and whoever else."""
+"""Accepts connections at node 0's port. The job's nodes know its secret; anybody else is turned away."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 from nemo_minitron.errors import InputError
 from nemo_minitron.launch.connection import SILENCE, Connection, ConnectionLost
 
-VISITORS = 64  # that are met at a time
+VISITORS = 64  # connections that are greeted at a time
 
 
 def listening(port: int) -> socket.socket:
+    """A socket that listens at `port` on all addresses. Raises InputError if the port is taken."""
     try:
-        return socket.create_server(("", port))  # a host's own name may be its loopback address
+        return socket.create_server(("", port))  # a machine's own name may resolve to its loopback address
     except OSError as error:
         raise InputError(
             f"node 0 cannot listen at port {port}: {error.strerror}; give a free one with --rendezvous"
@@ -26,39 +27,41 @@ def listening(port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Connection, dict[str, Any]]]]:
-    """Those that know the secret, with what they say first. Each is met in a thread of its own, so many at a time: one
-    that says nothing, or anything else, keeps nobody waiting."""
-    found: queue.Queue[tuple[Connection, dict[str, Any]]] = queue.Queue()
+    """A queue of (connection, its first message) from machines that know the secret.
+
+    A thread greets each connection, so one that sends nothing, or something else, makes nobody wait.
+    """
+    arrivals: queue.Queue[tuple[Connection, dict[str, Any]]] = queue.Queue()
     room = threading.BoundedSemaphore(VISITORS)
 
-    def meet(connection: socket.socket) -> None:
+    def greet(peer: socket.socket) -> None:
         try:
-            line = Connection(connection, secret, leads=True)
+            connection = Connection(peer, secret, leads=True)
             try:
-                found.put((line, line.receive(SILENCE)))
+                arrivals.put((connection, connection.receive(SILENCE)))
             except (ConnectionLost, TimeoutError):
-                line.close()
+                connection.close()
         except ConnectionLost:
             pass
         finally:
             room.release()
 
     def accept() -> None:
-        with contextlib.suppress(OSError):  # the server is closed once all are there
+        with contextlib.suppress(OSError):  # raised when the server is closed below
             while True:
-                connection, _ = server.accept()
+                peer, _ = server.accept()
                 if room.acquire(blocking=False):
-                    threading.Thread(target=meet, args=(connection,), daemon=True).start()
+                    threading.Thread(target=greet, args=(peer,), daemon=True).start()
                 else:
-                    connection.close()
+                    peer.close()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
     try:
-        yield found
+        yield arrivals
     finally:
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)  # ends `accept`
         thread.join(SILENCE)
-        while not found.empty():
-            found.get()[0].close()
+        while not arrivals.empty():
+            arrivals.get()[0].close()

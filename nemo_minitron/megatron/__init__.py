@@ -1,1 +1,1 @@
-"""Canonical tensors <-> live, sharded Megatron models, whatever the host that runs them."""
+"""Live, sharded Megatron models, which any host may have built: they are filled, read, scored, fitted and distilled."""

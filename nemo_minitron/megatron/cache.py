@@ -1,4 +1,4 @@
-"""The stage `cache-logits`: a teacher, loaded by reading in any layout, and text -> a cache of its logits."""
+"""The stage `cache-logits`: the teacher reads the text and leaves a cache of its logits, in any layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from nemo_minitron.sources.open import open_source
 
 
 def cache_logits(order: CacheOrder, host: Builder) -> None:
-    """Makes the shards that the cache lacks."""
+    """Makes the shards that the cache `order.out` lacks. Collective.
+
+    Raises InputError if the cache's header, the text or the model cannot be read, or if the model cannot have this
+    precision or layout.
+    """
     header, tokens = CacheHeader.load(order.out), Tokens(order.data)
     length = header.settings.sequence_length
     source = open_source(order.model)
@@ -27,14 +31,15 @@ def cache_logits(order: CacheOrder, host: Builder) -> None:
 
 
 def _progress(header: CacheHeader) -> Callable[[int, int], None]:
-    start, first = time.perf_counter(), []
+    """A function that is called with (shards that exist, shards in all) and prints the line of progress."""
+    start, counts = time.perf_counter(), []
 
-    def to(done: int, of: int) -> None:
-        first.append(done)
+    def report(done: int, of: int) -> None:
+        counts.append(done)
         line = f"shard {done}/{of}"
-        if len(first) > 1:
-            rate = (done - first[0]) * header.rows_per_shard * header.settings.sequence_length
-            line += f"  {rate / (time.perf_counter() - start):.0f} tokens/s"
+        if len(counts) > 1:  # the first call may count the shards of an earlier run, which took no time now
+            tokens = (done - counts[0]) * header.rows_per_shard * header.settings.sequence_length
+            line += f"  {tokens / (time.perf_counter() - start):.0f} tokens/s"
         say(line)
 
-    return to
+    return report

@@ -1,4 +1,7 @@
-"""The compensate stage: second moments of the uncut model's activations, and the matrices solved from them."""
+"""The compensate stage: it sums the Gram matrices of the uncut model's activations and re-fits matrices with them.
+
+Shapes (docs/shapes.md): D input channels of a matrix.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,14 @@ from nemo_minitron.sources.tensors import ModelSource
 
 
 def compensate(order: CompensateOrder, host: Builder) -> None:
-    """Leaves the Compensation of each plan of the order.
+    """Writes the Compensation of each plan of the order. Collective.
 
-    The rows go through the model once for as many layers as `order.memory` holds the Gram matrices of, on a rank,
-    however many plans there are. What a rank solves waits in files beside the Compensation, which rank 0 puts together:
-    it alone holds all matrices of a plan, and of one plan at a time.
+    One pass of the rows through the model serves all plans. It takes as many layers as have room for their Gram
+    matrices in `order.memory` bytes on a rank; the rows pass again for the next layers. Each rank writes the matrices
+    that it re-fits to files beside the Compensation. Rank 0 joins the files, one plan at a time, so that no rank holds
+    the matrices of several plans.
+
+    Raises InputError if the model, the text or a plan cannot be read, or if they do not belong together.
     """
     source, calibration = open_source(order.model), order.calibration
     cuts = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
@@ -40,14 +46,14 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
         for cut in cuts:
             cut.begin()
     torch.distributed.barrier()
-    batches, origins = own_batches(order), sorted({origin for cut in cuts for origin in cut.wanted})
+    batches, origins = rank_batches(order), sorted({origin for cut in cuts for origin in cut.wanted})
     for layers in passes(source.architecture, origins, order.memory, order.layout):
         grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
         for origin in origins:
-            found = whole(grams, origin)
-            if found is not None:
+            gram_DD = whole(grams, origin)
+            if gram_DD is not None:  # one rank of those that hold the tensor has its Gram matrix and re-fits it
                 for cut in cuts:
-                    cut.solve(source, origin, found, order.ridge)
+                    cut.solve(source, origin, gram_DD, order.ridge)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
@@ -56,7 +62,10 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
 
 
 class Cut:
-    """A plan, and what is solved for it: a file a matrix in `parts`, then one Compensation in `out`."""
+    """A plan and the matrices that are re-fitted for it: one file a matrix in `parts`, then one Compensation in `out`.
+
+    `wanted`: the teacher's tensor whose inputs are cut -> the student's tensor that is re-fitted.
+    """
 
     def __init__(self, plan: PrunePlan, out: Path) -> None:
         self.plan, self.out = plan, out
@@ -64,22 +73,28 @@ class Cut:
         self.parts = out.with_name(f"{out.name}.parts")
 
     def begin(self) -> None:
-        shutil.rmtree(self.parts, ignore_errors=True)  # of a run that was killed
+        """Makes the folder of parts, empty. Rank 0 calls it."""
+        shutil.rmtree(self.parts, ignore_errors=True)  # a run that was killed may have left files
         self.parts.mkdir(parents=True)
 
-    def solve(self, source: ModelSource, origin: str, gram: np.ndarray, ridge: float) -> None:
+    def solve(self, source: ModelSource, origin: str, gram_DD: np.ndarray, ridge: float) -> None:
+        """Re-fits the matrix that reads `origin`'s inputs, if this plan cuts them. `gram_DD`: float64."""
         if origin in self.wanted:
             name = self.wanted[origin]
-            np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
+            np.save(self.parts / name, solve(source, self.plan, name, gram_DD, ridge))
 
     def finish(self, notes: dict[str, Any]) -> None:
+        """Joins the parts to the Compensation. Rank 0 calls it."""
         tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted.values()}
         Compensation(self.plan.digest, tensors, notes).save(self.out)
         shutil.rmtree(self.parts)
 
 
-def own_batches(order: CompensateOrder) -> list[torch.Tensor]:
-    """This data-parallel rank's batches of the rows that the calibration's seed draws from the corpus."""
+def rank_batches(order: CompensateOrder) -> list[torch.Tensor]:
+    """This data-parallel rank's share of the rows that the calibration's seed draws from the corpus.
+
+    Each batch is int64 [batch_size, sequence_length]; the last one may be smaller.
+    """
     from nemo_minitron.data import Tokens
 
     calibration = order.calibration
@@ -89,7 +104,8 @@ def own_batches(order: CompensateOrder) -> list[torch.Tensor]:
 
 
 def passes(source: Architecture, origins: Iterable[str], memory: int, layout: Layout) -> Iterator[list[int]]:
-    """Source layers whose Gram matrices a rank holds at once, at least one."""
+    """Groups of the teacher's layers: a rank has room for the Gram matrices of one group. A group has at least one
+    layer. `memory`: bytes."""
     layers = sorted({int(origin.split(".")[1]) for origin in origins})
     count = max(1, memory // bytes_of_layer(source, layout))
     for first in range(0, len(layers), count):
@@ -97,7 +113,7 @@ def passes(source: Architecture, origins: Iterable[str], memory: int, layout: La
 
 
 def bytes_of_layer(a: Architecture, layout: Layout) -> int:
-    """Of a layer's Gram matrices in fp64, on a rank of the layout: of the largest layer, with all its experts there."""
+    """Bytes of the Gram matrices (fp64) of the largest layer on a rank of the layout, with all experts of that rank."""
     dense = AXES["ffn"].length(a) ** 2 // layout.tp
     experts = AXES["experts"].length(a) // layout.ep * (a.moe_ffn_hidden_size or 0) ** 2 // layout.expert_tp
     return 8 * (max(dense, experts) + (a.num_attention_heads * a.head_dim) ** 2 // layout.tp)

@@ -1,4 +1,4 @@
-"""Megatron's GPT dataset, mended in one place. Imports Megatron: load it through `data_module`."""
+"""Megatron's GPT dataset with two faults mended. The import of this file loads Megatron."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nemo_minitron.artifacts.seals import damaged, sealed
 from nemo_minitron.errors import InputError
 
 NO_TOKEN = -1
-WHOLE = "whole.json"  # at the end of the name of an index' record: sizes and digests of its files
+WHOLE = "whole.json"  # ends the name of an index's record, which holds the sizes and digests of the index's files
 
 
 class PackedDataset(GPTDataset):
     """GPTDataset over packed documents, in which the padding token is a token like any other.
 
-    Megatron takes the tokenizer's padding id as a mark of padding: it puts token 0 in its place and its
-    loss to zero. Where padding and EOS are one id (SmolLM2, Llama 3 and most others) every end of document
-    would turn into token 0. Packed samples have no padding: no token is one.
+    Megatron takes the tokenizer's padding id for padding: it replaces the token by token 0 and sets its loss to zero.
+    Many tokenizers (SmolLM2's, Llama 3's and most others) have one id for padding and EOS, so every end of a document
+    would become token 0. Packed samples have no padding, so no token is treated as padding here.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,35 +30,40 @@ class PackedDataset(GPTDataset):
         self._pad_token_id = NO_TOKEN
 
     def _build_document_sample_shuffle_indices(self) -> Any:
-        """As Megatron, whose files of an index are written in place: a kill leaves half of one, and from then on
-        every start would trip over it, or deal out document 0 again and again. Rank 0 comes first: it trusts only
-        those that are as they were finished, and Megatron builds the others anew."""
+        """Megatron's index of samples, from its files if those are undamaged.
+
+        Megatron writes the files in place. A kill leaves half a file, and every later start would fail on it or deal
+        out document 0 again and again. Rank 0 comes first: it keeps only files with the sizes and digests that were
+        recorded when they were complete, and Megatron builds the others again.
+        """
         if not self.config.path_to_cache or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             return super()._build_document_sample_shuffle_indices()
         folder = Path(self.config.path_to_cache)
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}-"
         record = folder / f"{base}{WHOLE}"
-        if not _is_whole(folder, record):
+        if not _is_undamaged(folder, record):
             for file in folder.glob(f"{glob.escape(base)}*"):
                 file.unlink()
-        found = super()._build_document_sample_shuffle_indices()
+        indices = super()._build_document_sample_shuffle_indices()
         if not record.is_file():
             write_json(record, sealed(folder, [file.name for file in folder.glob(f"{glob.escape(base)}*.npy")]))
-        return found
+        return indices
 
 
-def _is_whole(folder: Path, record: Path) -> bool:
+def _is_undamaged(folder: Path, record: Path) -> bool:
+    """Whether an index's files are those that its record describes."""
     try:
         return not damaged(folder, read_json(record, "the record of an index"))
-    except (InputError, AttributeError, KeyError, TypeError):  # there is none, or it is damaged
+    except (InputError, AttributeError, KeyError, TypeError):  # the record is missing or damaged
         return False
 
 
 def windowed(first: int, samples: int, length: int) -> type[PackedDataset]:
-    """PackedDataset of `length` samples from its sample `first` on; from `samples` on their positions do not count.
+    """A class of PackedDataset with `length` samples: the samples `first` to `samples` - 1 of one epoch, then filling.
 
-    So a calibration goes on where it stopped, and a layout fills up what it cannot divide. The order is that of one
-    epoch, whatever number of samples NeMo asks for: it depends on the corpus, the seed and the sequence's length.
+    `first` lets a calibration resume where it stopped. The filling samples have a `loss_mask` of zeros; they give a
+    layout a number of samples that it can divide. The order is that of one epoch, however many samples the host asks
+    for, so it depends on the corpus, the seed and the sequence length alone.
     """
 
     class Windowed(PackedDataset):
@@ -69,7 +74,7 @@ def windowed(first: int, samples: int, length: int) -> type[PackedDataset]:
             return length
 
         def __getitem__(self, index: int | None) -> dict[str, Any]:
-            place = (index or 0) + first
+            place = (index or 0) + first  # Megatron asks for sample None to read only a batch's shape
             item = super().__getitem__(place if place < samples else 0)
             return item if place < samples else item | {"loss_mask": item["loss_mask"] * 0}
 

@@ -1,4 +1,4 @@
-"""The criteria of depth of a calibration, on a live model; what is there already is not done again."""
+"""The criteria of depth of a calibration, on a live model. A criterion that was saved is not computed again."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ LARGEST = 700.0  # a loss whose perplexity float64 can hold
 class DepthCriteria:
     """The criteria of `calibration.depth` that `out` does not hold yet.
 
-    `source`: the model on disk; `batches()`: this data-parallel rank's rows, with labels. `out` is saved after each
-    criterion: Scores with nothing but depth, and notes. Loss and perplexity are one scan.
+    `source`: the model on disk. `batches()`: this data-parallel rank's micro-batches, with labels, as
+    `Estimation.batches` returns them. `out`: a file of Scores that has only the criteria of depth and notes; rank 0
+    saves it after each criterion, so that a killed run loses at most one. Perplexity is computed from the losses, so
+    both together cost one scan.
     """
 
     def __init__(
@@ -36,7 +38,11 @@ class DepthCriteria:
         self.scores = Scores.load(out) if out.exists() else Scores(source.architecture, {})
 
     def run(self, chunks: list[Any]) -> None:
-        """Collective over the whole job."""
+        """Computes what is missing, on this rank's chunks of the filled model. Collective over all ranks.
+
+        Raises InputError for a loss whose perplexity is too large for a float, and for items of multiple choice that
+        cannot be read.
+        """
         import torch
 
         gather = {
@@ -61,8 +67,8 @@ class DepthCriteria:
         (first, last), most = max(losses.items(), key=lambda item: item[1])
         if most > LARGEST:
             raise InputError(
-                f"the loss without block {first} to {last} is {most:g}, whose perplexity no number holds; take the "
-                "criterion loss"
+                f"the loss without the layers {first} to {last} is {most:g}; its perplexity is too large for a float; "
+                "take the criterion loss"
             )
         return {block: math.exp(loss) for block, loss in losses.items()}
 
@@ -78,15 +84,15 @@ class DepthCriteria:
             check_ids(np.array(ids, np.int64), tokenizer, self.vocab_size, self.calibration.items)
             return ids
 
-        found = multiple_choice(
+        answers = multiple_choice(
             chunks, items, tokens_of,
             self.calibration.depth_sizes, batch_size=self.calibration.batch_size, vocab_size=self.vocab_size,
         )  # fmt: skip
         self.scores.notes["accuracy"] = {
-            "items": found.items, "digest": file_digest(self.calibration.items),
-            "standard_error": found.standard_error[NOTHING],
+            "items": answers.items, "digest": file_digest(self.calibration.items),
+            "standard_error": answers.standard_error[NOTHING],
         }  # fmt: skip
-        return found.accuracy
+        return answers.accuracy
 
     def _removal(self, chunks: list[Any]) -> dict[Block, float]:
         from nemo_minitron.importance.depth import iterative_removal

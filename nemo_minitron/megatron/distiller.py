@@ -1,7 +1,12 @@
-"""A distillation beside any training loop of Megatron models: a host calls these hooks from its own.
+"""A distillation for any training loop of Megatron models. The host calls these hooks from its own loop:
 
-`prepare` before the model is built, `begin` once it is filled; then `forward` and `data_step` take the place of the
-loop's own, `before_step` and `after_step` stand around each step's schedule, and `state` goes into its checkpoints.
+1. `prepare`, before the student is built.
+2. `load`, with the state of the checkpoint from which a training resumes.
+3. `begin`, once the student is filled. Then `forward` and `data_step` replace the loop's own forward and data step.
+4. `before_step` and `after_step`, around each step's schedule of micro-batches. A validation needs neither.
+5. `end`, after the last step.
+
+`state` goes into the host's checkpoints. All hooks are called on every rank.
 """
 
 from __future__ import annotations
@@ -31,25 +36,25 @@ DataStep = Callable[[Any], Any]  # an iterator of micro-batches -> what the forw
 
 @dataclasses.dataclass
 class Distiller:
-    """What the student learns from, and how: the values of `settings.Distillation`, where they are not the host's.
+    """What the student learns from, and how: those values of `settings.Distillation` that do not concern the host.
 
-    `inputs`: what a model is given of a micro-batch, but for the labels. `parts`: those of the last step's loss, by
-    name, once there is more than one, or a cache.
+    `parts`: the parts of the last step's loss by name, means over the tokens of the global batch, the same on every
+    rank. It is empty if the loss has one part and nothing else is measured.
     """
 
-    source: str  # of the teacher
-    objective: Objective  # whose vocabulary is the student's own, and known once that is there
-    build: Build
-    inputs: Inputs
-    precision: str = "bf16"
-    offload: bool = False
-    cache: str = ""
-    aux: float = 0.0
-    pairs: str = ""
-    measure: str = "cosine"
-    weight: float | None = None
-    plan: PrunePlan | None = None
-    seed: int = 1234
+    source: str  # the teacher: a Hugging Face folder, a hub id or a checkpoint; unused with a cache
+    objective: Objective  # `begin` sets its vocabulary to the student's
+    build: Build  # the host's; it builds the teacher
+    inputs: Inputs  # a micro-batch -> the keyword arguments of a model's forward, without the labels
+    precision: str = "bf16"  # the teacher's
+    offload: bool = False  # the teacher's layers lie on the CPU between steps
+    cache: str = ""  # a folder of cached logits, which replaces the teacher
+    aux: float = 0.0  # coefficient of the routers' load-balancing loss
+    pairs: str = ""  # pairs of states between layers, "auto", or nothing
+    measure: str = "cosine"  # how the states are compared
+    weight: float | None = None  # the weight of their loss; None is the paper's dynamic one
+    plan: PrunePlan | None = None  # the plan that made the student
+    seed: int = 1234  # of the linear between states of unlike widths
 
     def __post_init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -60,14 +65,18 @@ class Distiller:
         self._state: dict[str, Any] | None = None
 
     def prepare(self, config: Any) -> None:
-        """Sets the student's live config, before Megatron's DDP reads it."""
-        # Else a rank with few tokens would weigh as much as one with many.
+        """Sets the student's live config (Megatron's TransformerConfig). It must run before Megatron's DDP reads the
+        config. Raises InputError for a routers' loss of a model without routers."""
+        # Without it, a rank with few tokens would have the weight of a rank with many.
         config.calculate_per_token_loss = True
         set_routers_loss(config, self.aux)
 
     def begin(self, student: list[Any]) -> None:
-        """Opens what the filled student learns from. Raises InputError for another vocabulary, and a layout that the
-        teacher cannot run in."""
+        """Loads the teacher or opens the cache. `student`: this rank's chunks, filled. Collective.
+
+        Raises InputError if teacher and student differ in their vocabulary, if the teacher cannot run in the student's
+        layout, or if the teacher or the cache cannot be read.
+        """
         self.objective = dataclasses.replace(self.objective, vocab_size=architecture_of(student[0]).vocab_size)
         if self.cache:
             self._learn_from_cache()
@@ -78,11 +87,12 @@ class Distiller:
 
     @property
     def forward(self) -> Callable[[Any, Any], Tensor]:
-        """The forward step: (model, micro-batch) -> the loss per token, or an earlier stage's states."""
+        """The forward step: (model, micro-batch) -> the loss of each token [B, S] of this rank; on an earlier pipeline
+        stage, the states that it sends on."""
         return distillation_step(self.objective, self.inputs, self.teacher, self._meter)
 
     def data_step(self, original: DataStep) -> DataStep:
-        """The loop's data step, looked at where the loss needs a micro-batch as a whole."""
+        """The loop's data step. It is wrapped if the loss needs a micro-batch before it is cut for this rank."""
         if self._cached is not None:
             from nemo_minitron.distillation.cache.objective import with_targets
 
@@ -93,22 +103,24 @@ class Distiller:
         from nemo_minitron.distillation.cache import CachedTeacher
         from nemo_minitron.distillation.cache.objective import CachedObjective
 
-        self._cached, given = CachedTeacher(self.cache), self.objective
-        self._cached.cache.header.check(self.cache, vocab_size=given.vocab_size)
-        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+        self._cached, objective = CachedTeacher(self.cache), self.objective
+        self._cached.cache.header.check(self.cache, vocab_size=objective.vocab_size)
+        fields = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
         self.objective = CachedObjective(**fields, cached=self._cached)
 
     def _load(self, sp: bool) -> Teacher:
+        """The teacher in the student's layout. `sp`: whether the student runs sequence parallelism."""
         source = open_source(self.source)
         ours, theirs = self.objective.vocab_size, source.architecture.vocab_size
         if ours != theirs:
             raise InputError(f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree")
+        # The teacher has another number of layers, which the pipeline's stages must divide in their own way.
         layout = current_layout(sp=sp).for_depth(source.architecture.num_layers)
         chunks = load(source, build=self.build, precision=self.precision, layout=layout)
         return Teacher(chunks, self.inputs, offload=self.offload)
 
     def _watch(self, student: list[Any]) -> None:
-        """The parts of the loss apart, and those of intermediate states."""
+        """Prepares the meter of the loss's parts and the loss of intermediate states."""
         ours, kept = architecture_of(student[0]), self.plan.keep if self.plan else {}
         pairs: tuple[Any, ...] = ()
         if self.pairs and self.teacher:
@@ -127,16 +139,18 @@ class Distiller:
 
     @property
     def names(self) -> list[str]:
-        """The columns that `parts` has."""
+        """The keys of `parts`, in the order in which a log shows them."""
         extra = ["alpha"] * (self._intermediate is not None) + [ROUTERS] * bool(self.aux)
         return [*self._meter.parts, *extra] if self._meter else []
 
     def before_step(
         self, count: int, micro_batch_size: int, replay: Callable[[], tuple[Any, int]], data_step: DataStep
     ) -> None:
-        """Before the student's schedule of `count` micro-batches: the teacher's, over the same ones.
+        """Runs before the student's schedule of `count` micro-batches. A teacher in pipeline stages runs its whole
+        schedule now, over the same micro-batches; any other teacher runs inside of the student's forward step.
 
-        `replay()`: those micro-batches once more, and their sequence length; `data_step`: the student's.
+        `replay()` returns an iterator of those micro-batches and their sequence length; the student must still get
+        them afterwards. `data_step`: the student's.
         """
         if self.teacher is None:
             return
@@ -148,7 +162,8 @@ class Distiller:
                 self._intermediate.send(count, length, micro_batch_size)
 
     def after_step(self, count: int, learning_rate: float) -> None:
-        """After the student's schedule: the parts of its loss, and the step of what is learned beside it."""
+        """Runs after the student's schedule: it sums up the parts of the loss over the ranks and takes the optimizer
+        step of the linear between intermediate states. `learning_rate`: the one of this step. Collective."""
         if self.teacher is not None:
             self.teacher.leave()
         if self._meter is not None:
@@ -160,17 +175,18 @@ class Distiller:
             self._intermediate.finish(self.parts, learning_rate)
 
     def end(self) -> None:
-        """After the last step: the student's hooks go, since a student that is used further has no teacher's states."""
+        """Runs after the last step. It removes the hooks from the student: if the student is used further, there are no
+        states of a teacher to compare its own with."""
         if self._intermediate is not None:
             self._intermediate.remove()
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint must hold beside the student; None for nothing."""
+        """What a checkpoint must hold in addition to the student: a nested dict of tensors and numbers, or None."""
         return None if self._intermediate is None else self._intermediate.state()
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """The state of a checkpoint, before `begin` or after it."""
+        """Takes `state` from a checkpoint, before `begin` or after it."""
         self._state = state
         if state is not None and self._intermediate is not None:
             self._intermediate.load(state)

@@ -1,4 +1,4 @@
-"""The estimate stage: statistics of a calibration's rows, then the criteria of depth on the same model."""
+"""The estimate stage: it scores a model's units on a calibration's rows, then computes the criteria of depth."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ from nemo_minitron.sources.open import open_source
 
 
 class Runner(Builder, Protocol):
-    """What the stage asks of a host."""
+    """What the stage asks of a host. `hosts/protocol.py` describes each method in full."""
 
     def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
-        """Rows `first` to `samples` of the order's corpus, filled up to `length` with rows that do not count."""
+        """The rows `first` to `samples` - 1 of the order's corpus, then rows that do not count, `length` in all."""
         ...
 
     def validate(self, estimation: Estimation, depth: DepthCriteria) -> None:
-        """Activations of the rows that are left, in the host's own validation; `depth` runs at its end."""
+        """Scores the rows that are left, in the host's own validation loop, and runs `depth` at its end."""
         ...
 
 
 def estimate(order: EstimateOrder, host: Runner) -> None:
-    """Leaves `work/statistics.safetensors` (Scores of the rows, without depth) and `work/depth.safetensors` (Scores
-    with depth alone), and goes on from what it finds of them."""
+    """Writes two files of Scores to `order.work`: `statistics.safetensors` (without depth) and `depth.safetensors`
+    (depth alone). A run that was killed resumes from them. Collective.
+
+    Raises InputError if the model or the text cannot be read, if the text is too short, or if the model cannot have
+    this precision or layout.
+    """
     estimation = Estimation(order, host)
     calibration = order.calibration
     depth = DepthCriteria(estimation.source, calibration, estimation.depth_batches, order.work / SCANNED)
@@ -48,7 +52,11 @@ def estimate(order: EstimateOrder, host: Runner) -> None:
 
 
 class Estimation:
-    """A calibration's rows, and what was done of them. `whole`: rows of all ranks in one step."""
+    """A calibration's rows and how many of them are done.
+
+    `before`: Scores of the rows that an earlier run has done, or None. `done`: their number. `rows_per_step`: rows of
+    all ranks in one step. `save_every`: steps between two saved states.
+    """
 
     def __init__(self, order: EstimateOrder, host: Runner) -> None:
         self.order, self.host = order, host
@@ -57,16 +65,17 @@ class Estimation:
         self.statistics = order.work / STATISTICS
         self.before = Scores.load(self.statistics) if self.statistics.exists() else None
         self.done = self.before.samples if self.before else 0
-        stages = self.layout.pp if self.layout.vp > 1 else 1  # virtual stages want as many micro-batches
-        self.whole = self.calibration.batch_size * self.layout.dp * stages
-        self.save_every = max(1, self.calibration.save_every // self.whole)  # batches
+        # Megatron's schedule of virtual stages needs at least as many micro-batches as there are pipeline stages.
+        micro_batches = self.layout.pp if self.layout.vp > 1 else 1
+        self.rows_per_step = self.calibration.batch_size * self.layout.dp * micro_batches
+        self.save_every = max(1, self.calibration.save_every // self.rows_per_step)
 
     @property
     def rows_left(self) -> int:
         return self.calibration.samples - self.done if self.calibration.runs else 0
 
     def differentiate(self, chunks: list[Any]) -> None:
-        """Taylor scores of the rows that are left, saved as often."""
+        """Taylor scores of the rows that are left. Rank 0 saves them every `save_every` batches. Collective."""
         settings, scores = self.calibration, self.before
         first = torch.distributed.get_rank() == 0
         rows = Rows(settings.samples, settings.sequence_length, self.done) if first else None
@@ -83,13 +92,17 @@ class Estimation:
                 rows.to(scores.samples)
 
     def depth_batches(self) -> list[dict[str, Any]]:
+        """This data-parallel rank's micro-batches for the criteria of depth, as `batches`."""
         return self.batches(0, self.calibration.depth_samples)
 
     def batches(self, first: int, samples: int) -> list[dict[str, Any]]:
-        """Rows `first` to `samples`: this data-parallel rank's micro-batches, as many on every rank."""
-        size, length = self.calibration.batch_size, -(-(samples - first) // self.whole) * self.whole
-        data = self.host.rows(self, first, samples, length)
+        """This data-parallel rank's micro-batches of the rows `first` to `samples` - 1; each rank has as many.
+
+        A micro-batch has the keys of `Host.rows`, each [batch_size, sequence_length].
+        """
+        size, length = self.calibration.batch_size, -(-(samples - first) // self.rows_per_step) * self.rows_per_step
+        dataset = self.host.rows(self, first, samples, length)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         starts = range(rank * size, length, ranks * size)
-        rows = [[data[i] for i in range(start, start + size)] for start in starts]
+        rows = [[dataset[i] for i in range(start, start + size)] for start in starts]
         return [torch.utils.data.default_collate(batch) for batch in rows]

@@ -1,4 +1,4 @@
-"""The process groups between which Megatron divides a model: started for a layout, or read from a running job."""
+"""Megatron's parallel groups: a layout is given to them, or read from those of a running job."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nemo_minitron.settings.layout import Layout
 
 
 def start(layout: Layout | None = None, seed: int = 1234) -> None:
-    """Process group and Megatron's parallel groups, where there are none yet.
+    """Starts the process group and Megatron's parallel groups, if they do not exist yet. Collective.
 
-    Raises InputError where the layout does not fit the number of processes.
+    Raises InputError if the layout does not fit the number of processes.
     """
     backend.setup()
     layout = layout or Layout()
@@ -25,18 +25,34 @@ def start(layout: Layout | None = None, seed: int = 1234) -> None:
         world = torch.distributed.get_world_size()
         if world != layout.processes:
             raise InputError(f"the layout {layout} needs {layout.processes} processes; there are {world}")
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.expert_tp,
-        )
+        parallel_state.initialize_model_parallel(**group_sizes(layout))
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def group_sizes(layout: Layout) -> dict[str, int | None]:
+    """The sizes of a layout's parallel groups under Megatron's names."""
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+    }
+
+
+def model_sizes(layout: Layout) -> dict[str, int | bool | None]:
+    """A layout as the fields of Megatron's model config: the sizes of its groups and what the model does in them."""
+    return {
+        **group_sizes(layout),
+        "num_layers_in_first_pipeline_stage": layout.first_stage or None,
+        "num_layers_in_last_pipeline_stage": layout.last_stage or None,
+        "sequence_parallel": layout.sp and layout.tp > 1,
+    }
+
+
 def _process_group() -> None:
+    """A group of all processes: NCCL on GPUs, gloo without. Each process takes the GPU of its local rank."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     gpu = torch.cuda.is_available()
@@ -50,7 +66,8 @@ def _process_group() -> None:
 
 
 def current_layout(sp: bool = False) -> Layout:
-    """The layout that Megatron's parallel groups of this process have."""
+    """The layout of this process's parallel groups. They do not say whether a model runs sequence parallelism, so the
+    caller does, by `sp`."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     etp = parallel_state.get_expert_tensor_parallel_world_size()
     return Layout(

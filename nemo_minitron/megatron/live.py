@@ -1,4 +1,7 @@
-"""A live Megatron model, in whatever layout, as something to fill and something to read, in canonical terms."""
+"""Writes and reads the weights of a live Megatron model under their canonical names, in any layout.
+
+Shapes (docs/shapes.md): X the dimensions of a tensor or of a block of it, I the bytes of a block.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from nemo_minitron.sources.tensors import RAW, TensorSource, source_digest, whol
 
 
 def this_shard() -> Shard:
-    """Where this rank stands in the groups between which tensors are split."""
+    """This rank's place in the groups that split tensors: tensor, expert and expert-tensor parallelism."""
     return Shard(
         rank=parallel_state.get_tensor_model_parallel_rank(),
         size=parallel_state.get_tensor_model_parallel_world_size(),
@@ -37,7 +40,8 @@ def this_shard() -> Shard:
 
 
 def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under their global names: layers carry their number in the whole model."""
+    """(name, parameter) of this rank. Megatron numbers the layers of each chunk from 0; here a layer's number is its
+    number in the whole model, from 0."""
     for chunk in map(unwrap, chunks):
         first = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
@@ -49,25 +53,29 @@ def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _places(chunks: Iterable[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
-    """Canonical name -> the places of this rank's parameters where it lies. Raises InputError for FP8 parameters: a
-    write of one piece would change the scale of all that is there."""
-    found: dict[str, list[tuple[Tensor, Piece]]] = {}
+    """Canonical name -> the parameters of this rank that hold a part of the tensor, each with its piece.
+
+    Raises InputError for a parameter in FP8: to write one piece would change the scale of the whole parameter.
+    """
+    places: dict[str, list[tuple[Tensor, Piece]]] = {}
     shard = this_shard()
     for name, parameter in named_parameters(chunks):
         if is_float8tensor(parameter):
-            raise InputError(f"'{name}' lies in FP8 and cannot be filled by pieces; build the model without fp8_param")
+            raise InputError(f"'{name}' is in FP8 and cannot be filled by pieces; build the model without fp8_param")
         for piece in pieces(name, architecture, shard):
-            found.setdefault(piece.tensor, []).append((parameter.data, piece))
-    return found
+            places.setdefault(piece.tensor, []).append((parameter.data, piece))
+    return places
 
 
 @torch.no_grad()
 def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = None) -> None:
-    """Fills this rank's shards by reading what the plan (or, without one, the identity) gives them.
+    """Fills this rank's shards of a model by reading `source`; with a `plan`, by reading the parts that it keeps.
 
-    No rank holds more of the source than the rows of one tensor. Rows of a padded vocabulary become zero.
-    Collective. Raises InputError where a tensor of the model is on no rank, or one on no rank is needed, and for a
-    weight that is not finite.
+    A rank reads only what its shards hold, one tensor at a time. From a collective source (`LiveSource`) it holds one
+    whole tensor. Rows that pad the vocabulary become zero. Collective.
+
+    Raises InputError if a tensor of the architecture is on no rank, if a parameter belongs to none of its tensors, and
+    for a weight that is not finite.
     """
     chunks = list(chunks)
     architecture = plan.target if plan else source.architecture
@@ -78,18 +86,19 @@ def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = N
     for name, shape in architecture.shapes().items():
         origin, index = student_index(plan, name) if plan else (name, whole(shape))
         if getattr(source, "collective", False):
-            block = source.read(origin, index)  # every rank takes part, also one that needs nothing of it
+            block_X = source.read(origin, index)  # every rank must take part, also one that needs nothing of it
             for target, piece in places.get(name, ()):
-                _copy(block[_slices(piece.box)], source.dtype(origin), origin, target, piece)
+                _copy(block_X[_slices(piece.box)], source.dtype(origin), origin, target, piece)
             continue
         for target, piece in places.get(name, ()):
             part = tuple(i[first:last] for i, (first, last) in zip(index, piece.box, strict=True))
             _copy(source.read(origin, part), source.dtype(origin), origin, target, piece)
 
 
-def _copy(raw: np.ndarray, dtype: str, name: str, target: Tensor, piece: Piece) -> None:
-    check_finite(raw, dtype, name)
-    target[_slices(piece.place)] = as_tensor(raw, dtype).to(target)
+def _copy(raw_X: np.ndarray, dtype: str, name: str, target_X: Tensor, piece: Piece) -> None:
+    """Writes the raw bits of a piece to its place in a parameter, in the parameter's dtype and on its device."""
+    check_finite(raw_X, dtype, name)
+    target_X[_slices(piece.place)] = as_tensor(raw_X, dtype).to(target_X)
 
 
 def _slices(box: Any) -> tuple[slice, ...]:
@@ -97,18 +106,19 @@ def _slices(box: Any) -> tuple[slice, ...]:
 
 
 def _check_total(places: dict[str, Any], architecture: Architecture) -> None:
-    everywhere = gather_objects(set(places), torch.distributed.group.WORLD)
-    found, shapes = set().union(*everywhere), architecture.shapes()
-    if missing := shapes.keys() - found:
+    """Raises InputError unless the ranks together hold the architecture's tensors and no others. Collective."""
+    names_by_rank = gather_objects(set(places), torch.distributed.group.WORLD)
+    names, shapes = set().union(*names_by_rank), architecture.shapes()
+    if missing := shapes.keys() - names:
         raise InputError(f"the Megatron model has no parameter for the tensor '{min(missing)}'")
-    if surplus := found - shapes.keys():
+    if surplus := names - shapes.keys():
         raise InputError(f"nothing fills the Megatron model's '{min(surplus)}': the architecture lacks it")
 
 
 class LiveSource:
-    """A live, sharded model as a TensorSource. `read` is collective: every rank of the job calls it alike.
+    """A live, sharded model as a TensorSource. All ranks of the job must call `read` with the same arguments.
 
-    Parameters that Transformer Engine keeps in FP8 (`fp8_param_gather`) are read as the values that they stand for.
+    Parameters that Transformer Engine keeps in FP8 (`fp8_param_gather`) are dequantised before they are read.
     """
 
     collective = True
@@ -124,8 +134,11 @@ class LiveSource:
 
     @torch.no_grad()
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Raw bits of the block, the same on every rank; one rank contributes each element."""
-        block = np.zeros([len(i) for i in index], RAW[self.dtype(name)])
+        """The raw bits of the block that `index` selects, the same on every rank. Collective.
+
+        Exactly one rank contributes each element; the others contribute zeros.
+        """
+        block_X = np.zeros([len(i) for i in index], RAW[self.dtype(name)])
         for parameter, piece in self._shards.get(name, ()):
             inside = [np.nonzero((i >= a) & (i < b))[0] for i, (a, b) in zip(index, piece.box, strict=True)]
             local = [
@@ -133,37 +146,38 @@ class LiveSource:
                 for i, at, box, place in zip(index, inside, piece.box, piece.place, strict=True)
             ]
             if all(len(at) for at in inside):
-                values = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
-                block[np.ix_(*inside)] = as_raw(values[torch.meshgrid(*local, indexing="ij")])
-        bits = torch.from_numpy(block.reshape(-1).view(np.uint8)).to(torch.cuda.current_device())
-        torch.distributed.all_reduce(bits)  # bytes of one owner and zeros: exact, whatever they mean
-        return bits.cpu().numpy().view(block.dtype).reshape(block.shape)
+                values_X = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+                block_X[np.ix_(*inside)] = as_raw(values_X[torch.meshgrid(*local, indexing="ij")])
+        bytes_I = torch.from_numpy(block_X.reshape(-1).view(np.uint8)).to(torch.cuda.current_device())
+        torch.distributed.all_reduce(bytes_I)  # a sum of one owner's bytes and zeros is exact, whatever they encode
+        return bytes_I.cpu().numpy().view(block_X.dtype).reshape(block_X.shape)
 
 
 def live_digest(chunks: Iterable[Any], architecture: Architecture) -> str:
-    """The model digest of a live model. Collective."""
+    """The digest of a live model's weights, the same as that of its folder or checkpoint. Collective."""
     return source_digest(LiveSource(chunks, architecture))
 
 
 def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
-    """The places for which this rank, of all that hold a copy, speaks.
+    """Canonical name -> the parameters that this rank contributes to a `read`, each with its piece. Of all ranks that
+    hold a copy of a piece, only one contributes it.
 
-    Copies of an expert lie in its own data-parallel group, which also spans tensor-parallel ranks where experts
+    The copies of an expert lie in its own data-parallel group. That group also spans tensor-parallel ranks if experts
     are sharded over fewer of them.
     """
     copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     expert_copy = parallel_state.get_expert_data_parallel_rank()
     shard, first = this_shard(), parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    found: dict[str, list[tuple[Tensor, Piece]]] = {}
+    places: dict[str, list[tuple[Tensor, Piece]]] = {}
     for name, parameter in named_parameters(chunks):
         if name == "output_layer.weight" and architecture.tied_embeddings and not first:
             continue  # the second copy of a tied embedding
         if expert_copy if is_expert(name) else copy:
             continue
-        mine = pieces(name, architecture, shard)
+        rank_pieces = pieces(name, architecture, shard)
         split_rank = shard.expert.rank if is_expert(name) else shard.rank
-        if split_rank and mine == pieces(name, architecture, shard.first):
-            continue  # replicated over tensor-parallel ranks
-        for piece in mine:
-            found.setdefault(piece.tensor, []).append((parameter, piece))
-    return found
+        if split_rank and rank_pieces == pieces(name, architecture, shard.first):
+            continue  # the parameter is replicated over tensor-parallel ranks, and the first of them contributes it
+        for piece in rank_pieces:
+            places.setdefault(piece.tensor, []).append((parameter, piece))
+    return places

@@ -1,4 +1,4 @@
-"""A live, sharded model of what lies on disk: a host builds it, and each rank fills its shards by reading."""
+"""Loads a model from disk: a host builds it, and each rank fills its shards by reading."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from nemo_minitron.sources.tensors import ModelSource
 
 
 class Builder(Protocol):
-    """What every host does for a stage."""
+    """What every stage asks of a host."""
 
     def build(self, config: Mapping[str, Any], *, precision: str, layout: Layout) -> list[Any]:
-        """This rank's chunks of the model of a Hugging Face config, not filled yet; starts the layout's process groups
-        where there are none."""
+        """This rank's GPTModel chunks for a Hugging Face config, without weights. `hosts/protocol.py` says the rest."""
         ...
 
 
@@ -33,10 +32,13 @@ def load(
     teacher: ModelSource, plan: PrunePlan | None = None, *, build: Build, compensation: Compensation | None = None,
     precision: str = "fp32", layout: Layout | None = None, sp: bool = False,
 ) -> list[Any]:  # fmt: skip
-    """This rank's chunks (one without virtual stages) of a model, or with a `plan` of its student.
+    """This rank's filled chunks of a model, one for each virtual stage; with a `plan`, those of its student.
 
-    A student is read from its teacher but for the tensors of `compensation`. The layout is that of the parallel groups
-    where there are some. Raises InputError for a plan or compensation that is not legal.
+    A student's tensors are read from its teacher, except those that `compensation` has. If Megatron's parallel groups
+    exist and no `layout` is given, the layout is theirs, with sequence parallelism as `sp` says. Collective.
+
+    Raises InputError for a plan or compensation that does not fit the teacher, for a precision or layout that the model
+    cannot have, and for a weight that is not finite.
     """
     config = dict(teacher.config)
     if plan is not None:

@@ -1,4 +1,4 @@
-"""Lines of progress, which the launcher passes on to the screen."""
+"""Lines of progress, which the launcher prints on the screen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import time
 
 from nemo_minitron.settings.progress import PROGRESS
 
-SECONDS = 10
+SECONDS = 10  # at least, between two lines
 
 
 def say(line: str) -> None:
-    sys.stdout.write(f"{PROGRESS}{line}\n")  # one write, newline and all: other ranks print too
+    """Prints a line of progress. Only rank 0 calls it."""
+    sys.stdout.write(f"{PROGRESS}{line}\n")  # one write, because other ranks print at the same time
     sys.stdout.flush()
 
 
 class Rows:
-    """Of `samples` rows `done` were there before; `to(row)` says how far it is, at most every ten seconds."""
+    """Progress of a calibration of `samples` rows, `done` of which an earlier run has done."""
 
     def __init__(self, samples: int, sequence_length: int, done: int) -> None:
         self.samples, self.length, self.done = samples, sequence_length, done
@@ -25,6 +26,7 @@ class Rows:
             say(f"calibration: {done} of {samples} rows were done before, goes on from there")
 
     def to(self, row: int) -> None:
+        """Says that `row` rows are done. Prints a line at most every ten seconds."""
         now = time.perf_counter()
         if now - self._said < SECONDS:
             return

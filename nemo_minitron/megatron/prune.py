@@ -1,4 +1,4 @@
-"""The prune stage of a checkpoint: the student, filled by reading, as a checkpoint of the same kind, in one process."""
+"""The prune stage for a checkpoint. It runs in one process and writes the student as a checkpoint of the same kind."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import TensorSource
 
-PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # by the dtype that the teacher's weights are stored in
+PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # the dtype of the teacher's stored weights -> the student's precision
 
 
 class Writer(Builder, Protocol):
-    """What the stage asks of a host."""
+    """What the stage asks of a host. `hosts/protocol.py` describes each method in full."""
 
     def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
-        """Writes a live student into an empty folder as a checkpoint of its teacher's kind. Collective."""
+        """Writes a live student to an empty folder, as a checkpoint of its teacher's kind. Collective."""
         ...
 
 
 def prune(order: PruneOrder, host: Writer) -> None:
-    """Writes the plan's student to `order.out`.
+    """Writes the plan's student to `order.out`. Its tensors are read from the teacher, chunk by chunk, and from the
+    compensation if there is one.
 
-    It is filled by reading the teacher, chunk by chunk, and the compensation, where one is given.
+    Raises InputError if the teacher, the plan or the compensation cannot be read, or if they do not belong together.
     """
     plan, source = PrunePlan.load(order.plan), open_source(order.model)
     solved = Compensation.load(order.compensation) if order.compensation else None
@@ -39,7 +40,7 @@ def prune(order: PruneOrder, host: Writer) -> None:
 
 
 def precision_of(source: TensorSource) -> str:
-    """That of a source's weights. Raises InputError for one that checkpoints are not written in."""
+    """The precision in which a source stores its weights. Raises InputError if checkpoints cannot have it."""
     stored = source.dtype(next(iter(source.architecture.shapes())))
     if stored not in PRECISIONS:
         raise InputError(f"the teacher stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")

@@ -1,4 +1,4 @@
-"""Rows that are cut once from the stream of tokens, whatever the seed. Imports Megatron: load it late."""
+"""Rows that are cut from the stream of tokens in one way, whatever the seed. The import of this file loads Megatron."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from nemo_minitron.megatron.dataset import PackedDataset
 
 
 def stream_rows(rows: int) -> type[PackedDataset]:
-    """A dataset of the stream's first `rows` rows of `sequence_length` tokens, each with the label behind its last.
+    """A class of PackedDataset with the stream's first `rows` rows of `sequence_length` tokens. The label of a row's
+    last token is the token behind it.
 
-    Megatron shuffles the documents, over all epochs at once, before it cuts them to rows: another seed, or one
-    more epoch, and no row is the same. Here the rows stay and their order is shuffled by the seed, anew in each
-    epoch, all of them before any comes again; so what is known of a row holds in every run. A sample also has
-    `epoch`, int64 []: how often all rows were dealt out before. Validation is as ever.
+    Megatron shuffles the documents of all epochs before it cuts them to rows, so another seed or one more epoch changes
+    every row. A cache of logits needs rows that stay the same. Here the rows are fixed and the seed shuffles their
+    order, once for each epoch; an epoch deals out every row once. A sample also has `epoch`, int64 []: the number of
+    epochs before it. Validation is Megatron's own.
     """
 
     class StreamRows(PackedDataset):
@@ -33,6 +34,7 @@ def stream_rows(rows: int) -> type[PackedDataset]:
         def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if not self.training:
                 return super()._build_document_sample_shuffle_indices()
+            # Megatron's form of an index: documents, (document, offset) of each row's first token, order of the rows.
             documents = np.asarray(self.indices)
             ends = np.cumsum(self.dataset.sequence_lengths[documents], dtype=np.int64)
             starts = np.arange(rows + 1) * self.config.sequence_length

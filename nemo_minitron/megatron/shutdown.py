@@ -1,8 +1,8 @@
-"""Whether this process was asked to save what it has and to end: set by its launcher, through the lifeline."""
+"""Whether this process was asked to save a checkpoint and to end. The worker sets it when its launcher asks."""
 
 from __future__ import annotations
 
 import threading
 
 ASKED = threading.Event()
-SAVED = 143  # the exit code then: as of a process that SIGTERM has ended
+SAVED = 143  # the exit code afterwards, the same as that of a process that SIGTERM has ended

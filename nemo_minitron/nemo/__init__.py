@@ -1,10 +1,10 @@
-"""What NeMo sees: callbacks, model building, live and sharded checkpoints, data. Loads NeMo on first use."""
+"""The import path for a user of NeMo: callbacks, models and connectors. A name loads NeMo when it is first used."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_WHERE = {
+_MODULES = {
     "Importance": "nemo_minitron.hosts.nemo.callbacks",
     "Pruning": "nemo_minitron.hosts.nemo.callbacks",
     "Distillation": "nemo_minitron.hosts.nemo.distill",
@@ -16,8 +16,8 @@ __all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

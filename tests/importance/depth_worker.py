@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: the depth criteria in every layout of that size, on bare Megatron.
+"""Run by ranks.py, once for each world size: the depth criteria in every layout of that size, on bare Megatron.
 
 Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writes one JSON file a case.
 """

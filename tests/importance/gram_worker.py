@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: Gram matrices in every layout of that size.
+"""Run by ranks.py, once for each world size: Gram matrices in every layout of that size.
 
 Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writes one .npz a case.
 """

@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: scores of every kind of model that Megatron's GPTModel can be, in
+"""Run by ranks.py, once for each world size: scores of every kind of model that Megatron's GPTModel can be, in
 every layout of that size, on bare Megatron modules.
 
 Arguments: a folder (masks and the kinds' checkpoints, which the run in one process writes), JSON list of cases,
@@ -7,14 +7,9 @@ output folder. Rank 0 writes the scores of a case.
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hosts" / "nemo")]
-
-from workers import process_group, run_cases  # noqa: E402
+from workers import process_group, run_cases
 
 CRITERIA = ["l2,mean", "mean,l2", "l2,var", "mean,max"]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail

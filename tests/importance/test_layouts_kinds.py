@@ -6,19 +6,16 @@ sequence parallelism is no case: Megatron-core 0.15.3 does not build it.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kinds_worker import CRITERIA, EXTRA, axes_of
 from ranks import run_ranks
 from tolerances import SCORES_FLOAT64, SCORES_FP32
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores, criteria
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hosts" / "nemo"))
-from kinds_worker import CRITERIA, EXTRA, axes_of
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "kinds_worker.py"
@@ -71,7 +68,7 @@ LAYOUTS = {
         ("mla_moe", {"tp": 2, "ep": 2, "etp": 1, **SP}, (PACKED,), {}),
     ],
 }
-# The rows of the reduction table for experts done the other way (../nemo/mutations.py), in a layout where it
+# The rows of the reduction table for experts done the other way (mutations.py), in a layout where it
 # matters: statistic, criterion and kind of batch in which it must show.
 WRONG = [
     ("copies_of_experts_not_merged", "moe-dp2", PLAIN, "experts", "mean,l2"),

@@ -13,7 +13,7 @@ from nemo_minitron.launch.output import Rank
 from nemo_minitron.launch.stall import stalled, words_of
 from nemo_minitron.launch.torchrun import launch
 
-OUT_OF_MEMORY = "was killed by SIGKILL, as the system does where memory ran out"
+OUT_OF_MEMORY = "was killed by SIGKILL, as the system does when memory runs out"
 ENTRY = """
 [0]:
   time      : 2026-11-28_10:00:00
@@ -64,7 +64,7 @@ def worker(tmp_path, monkeypatch):
 )
 @pytest.mark.slow
 def test_the_rank_is_named_soon(stage, words, worker, tmp_path, monkeypatch):
-    """The other rank sleeps for ten minutes."""
+    """The other rank sleeps for ten minutes, and the test must not take so long."""
     start = time.monotonic()
     if stage.startswith(("stopped", "waiting", "unheard")):
         monkeypatch.setenv("MINITRON_STALL_TIMEOUT", "3")
@@ -82,7 +82,7 @@ def test_one_process_that_stalls_is_named_and_gone(worker, tmp_path, monkeypatch
 
 
 def processes(place):
-    """Those whose environment names a folder."""
+    """The processes whose environment names a folder."""
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -129,4 +129,4 @@ def test_any_ranks_progress_counts_and_the_one_behind_is_named():
     assert words_of(ranks, now - 99) == "rank 0 has made no progress for 20 s (process 1), nor has any other rank"
     assert not stalled({}, now - 99, 100)
     assert stalled({}, now - 99, 90)
-    assert words_of({}, now - 99) == "no rank has said how far it is for 99 s"
+    assert words_of({}, now - 99) == "no rank has reported its progress for 99 s"

@@ -1,4 +1,4 @@
-"""`--executor`: what NeMo-Run would be handed, read back; no cluster and no container is there to run it."""
+"""`--executor`: the tests read what NeMo-Run would get. There is no cluster and no container here to run it."""
 
 import io
 import subprocess
@@ -95,7 +95,7 @@ EVIL = "x$(touch ran)`touch ran`;touch ran;' \" touch ran #"
 
 
 def test_values_are_words_of_the_shell(executors, tmp_path):
-    """Each of them would make a file if it were run: an argument, a variable, an account, a folder."""
+    """An argument, a variable, an account and a folder would each make a file if the shell ran them."""
     folder = tmp_path / "a $(touch ran)"
     folder.mkdir()
     settings = [f"account={EVIL}", f"env_vars.A={EVIL}", "container_image=image"]
@@ -123,7 +123,7 @@ def test_a_home_that_is_no_word_is_refused(executors, tmp_path, monkeypatch):
     from nemo_run import config
 
     monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "my $(home)"))
-    with pytest.raises(InputError, match="no plain word for a batch script"):
+    with pytest.raises(InputError, match="would need quotes in a batch script"):
         executors.executor_of("slurm", ["account=lab"], LAYOUT, [tmp_path])
 
 
@@ -139,7 +139,7 @@ def test_a_home_that_is_no_word_is_refused(executors, tmp_path, monkeypatch):
         ("docker", ["container_image=i", "num_gpus=x"], r"executor\.num_gpus is 'x'; it must be int"),
         ("slurm", ["account=lab", "nodes=two"], r"executor\.nodes is 'two'; it must be int"),
         ("slurm", ["account=lab\ntouch ran"], r"executor\.account is 'lab\\ntouch ran'; it must be one line"),
-        ("slurm", ["account=lab", "env_vars.A;id=1"], "names 'A;id'; a variable has letters"),
+        ("slurm", ["account=lab", "env_vars.A;id=1"], "names 'A;id'; a variable must have letters"),
         ("skypilot", [], r"pip install 'nemo_run\[skypilot\]'"),
     ],
 )

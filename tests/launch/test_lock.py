@@ -1,4 +1,4 @@
-"""One command a folder: refused while another process holds it, free however that one ends."""
+"""A folder takes one command at a time: it is refused while a process holds it, and free however that one ends."""
 
 import signal
 import subprocess
@@ -20,7 +20,7 @@ with locked(sys.argv[1]):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_held_folder_is_refused_until_its_holder_is_gone(tmp_path, number):
-    """With a lock that is a file made and removed, the second half fails: a killed process removes nothing."""
+    """A killed process removes nothing: with a lock that is a file, made and removed, the second half would fail."""
     folder = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

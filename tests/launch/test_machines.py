@@ -1,4 +1,4 @@
-"""Node 0 and another over a real connection; what a stage does there is a function of this test."""
+"""Node 0 and a second node over a real connection. A function of the test stands for a stage's processes."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def hosts():
 
 
 def other(host, folder, work, identity="job"):
-    """The second node, in a thread -> its error, once it has ended."""
+    """Runs the second node in a thread. Returns a function that waits for its end and gives its error."""
     errors = []
 
     def run():
@@ -125,7 +125,7 @@ def test_a_folder_that_is_not_shared_is_refused(hosts, tmp_path, monkeypatch):
 
 def test_waiting_is_bounded(hosts, tmp_path, monkeypatch):
     monkeypatch.setattr(machines, "MEETING", 1)
-    with pytest.raises(RuntimeError, match="node 0 is not to be found"):
+    with pytest.raises(RuntimeError, match="node 0 was not found"):
         follow_leader(hosts[1], "job", tmp_path / "run", noted([]))
     with pytest.raises(RuntimeError, match="node 1 did not come"), lead(hosts[0], "job", tmp_path / "run"):
         pass
@@ -133,7 +133,7 @@ def test_waiting_is_bounded(hosts, tmp_path, monkeypatch):
 
 # -- strangers -----------------------------------------------------------------------------------------
 def stranger(host, *said, word=bytes(16)):
-    """Connects and says these bytes, as soon as node 0 listens; the open connection."""
+    """Connects as soon as node 0 listens, sends these bytes, and returns the open connection."""
     for _ in range(200):
         with contextlib.suppress(ConnectionRefusedError):
             connection = socket.create_connection((host.host, host.port), timeout=30)
@@ -151,7 +151,7 @@ HELLO = b'{"node": 1, "identity": "another job", "failed": true}\n'
     "said", [b"", HELLO, b"0" * 64 + b" " + HELLO, b"GET / HTTP/1.0\r\n\r\n", bytes(range(150, 249)), b"x" * (1 << 20)]
 )
 def test_a_stranger_ends_nothing(hosts, tmp_path, said):
-    """One that says nothing, and never leaves; one that says what a node of another job would."""
+    """A stranger sends nothing and stays, or sends what a node of another job would send."""
     here, there, open_ones = [], [], []
     visit = threading.Thread(target=lambda: open_ones.extend([stranger(hosts[0], said), stranger(hosts[0], said)]))
     visit.start()
@@ -180,7 +180,7 @@ def test_a_node_with_another_secret_is_not_heard(hosts, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ends():
-    """Both ends of a connection, not yet lines."""
+    """The sockets at both ends of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         here = socket.create_connection(server.getsockname())
         there, _ = server.accept()
@@ -190,7 +190,7 @@ def ends():
 
 
 def relayed(ends, change):
-    """Two lines, and between them one who passes on what node 0 says, changed; what the node hears."""
+    """What the second node receives if somebody between the two connections changes what node 0 sends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         own = socket.create_connection(server.getsockname())
         inner, _ = server.accept()
@@ -230,7 +230,7 @@ def test_what_another_changes_on_the_way_is_not_heard(ends, change, heard):
 
 
 def test_what_a_node_said_cannot_be_said_back_to_it(ends):
-    """Its own words, with its own marks, in the other direction."""
+    """Its own messages, with their HMACs, are sent to it in the other direction."""
     node = {}
     thread = threading.Thread(target=lambda: node.update(line=Connection(ends[0], WORD, leads=False)))
     thread.start()

@@ -1,4 +1,4 @@
-"""Which host of a job this is: options, Slurm's, SkyPilot's and anybody's variables."""
+"""Which node of a job this machine is: options and the variables of Slurm, SkyPilot and other launchers say it."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def test_refusals(given, environment, words):
 
 @pytest.mark.parametrize("said", [{}, {SECRET: ""}, {SECRET: "short"}])
 def test_nodes_need_a_secret(said):
-    with pytest.raises(InputError, match=rf"MINITRON_SECRET, which has {len(said.get(SECRET, ''))} characters"):
+    with pytest.raises(InputError, match=rf"MINITRON_SECRET has {len(said.get(SECRET, ''))} characters"):
         Nodes.of(environment=SKY | said)
 
 

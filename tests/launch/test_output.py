@@ -1,4 +1,4 @@
-"""A stage's output is read to its end whatever happens to the log and the screen; what ended it is found."""
+"""A stage's output is read to its end even if the log and the screen fail; it says what ended the stage."""
 
 import errno
 import io
@@ -85,7 +85,7 @@ def test_workers_do_not_hang_where_the_log_cannot_be_written(talker, capfd):
 
 
 def test_an_order_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    """A folder of temporary files on a full disk."""
+    """The folder of temporary files lies on a full disk."""
 
     def full(self, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""How far a worker is, said to its launcher, which finds the rank that holds all others."""
+"""A worker tells its launcher about its progress. From that the launcher finds the rank that holds all others up."""
 
 from __future__ import annotations
 
@@ -14,54 +14,59 @@ from typing import Any
 from nemo_minitron.launch.output import tell
 from nemo_minitron.launch.stall import EVERY, stall_timeout
 
-_layers = [0]
+_layers = [0]  # layers' forward passes so far; a list, so that the patched forward can change it
 
 
 def begin() -> None:
-    """Says it now, and from now on in a thread."""
+    """Reports the progress now, and from now on in a thread. Does nothing if `--stall-timeout` is 0."""
     timeout = stall_timeout()
     if timeout:
-        _tell(0)
-        threading.Thread(target=_say, args=(timeout / EVERY,), daemon=True).start()
+        _report(0)
+        threading.Thread(target=_report_again, args=(timeout / EVERY,), daemon=True).start()
 
 
-def _say(seconds: float) -> None:
-    changes, before = 0, None
+def _report_again(seconds: float) -> None:
+    """Reports every `seconds`, for as long as the process lives."""
+    changes, stack_before = 0, None
     while True:
-        place = _place()
-        changes, before = changes + (place != before), place
-        _tell(changes)
+        stack = _main_stack()
+        changes, stack_before = changes + (stack != stack_before), stack
+        _report(changes)
         time.sleep(seconds)
 
 
-def _tell(changes: int) -> None:
-    mark = [changes, len(sys.modules), _layers[0], *_moved()]
+def _report(changes: int) -> None:
+    """Sends the launcher one line. A rank makes progress if its `mark` changes: its main thread has moved (`changes`),
+    it has imported a module, a layer has run, or bytes have gone to or from a disk."""
+    mark = [changes, len(sys.modules), _layers[0], *_disk_bytes()]
     tell(rank=int(os.environ.get("RANK", "0")), pid=os.getpid(), layers=_layers[0], mark=mark)
 
 
-def _place() -> Any:
-    """Where the main thread is: one that waits in a collective stays where it is."""
-    frame, found = sys._current_frames().get(threading.main_thread().ident or 0), []
+def _main_stack() -> list[tuple[str, str, int]]:
+    """(file, function, instruction) of each frame of the main thread. It does not change while the thread waits in a
+    collective."""
+    frame, stack = sys._current_frames().get(threading.main_thread().ident or 0), []
     while frame is not None:
-        found.append((frame.f_code.co_filename, frame.f_code.co_name, frame.f_lasti))
+        stack.append((frame.f_code.co_filename, frame.f_code.co_name, frame.f_lasti))
         frame = frame.f_back
-    return found
+    return stack
 
 
-def _moved() -> list[str]:
-    """Bytes that this process and its children, which save checkpoints, have read from disks and written to them;
-    nothing where the system does not say."""
-    found = []
+def _disk_bytes() -> list[str]:
+    """The lines of Linux that count the bytes that this process and its children have read from disks and written to
+    them. Children save checkpoints. Empty on a system without these lines."""
+    counts = []
     with contextlib.suppress(OSError):
         children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
         for pid in ("self", *children):
             lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-            found += [line for line in lines if line.startswith(("read_bytes", "write_bytes"))]
-    return found
+            counts += [line for line in lines if line.startswith(("read_bytes", "write_bytes"))]
+    return counts
 
 
 def count_layers() -> None:
-    """Each layer that a model goes through counts: a step takes long, and its main thread may wait in one place."""
+    """Counts each layer's forward pass from now on. A step may take long, and its main thread may wait in one place
+    while the layers run."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     original = TransformerLayer.forward

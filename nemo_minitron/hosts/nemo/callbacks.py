@@ -1,4 +1,4 @@
-"""The callbacks that work in anyone's own NeMo script: Importance and Pruning, on `trainer.validate`."""
+"""The callbacks Importance and Pruning, for a user's own NeMo script. They work on `trainer.validate`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ from nemo_minitron.megatron.live import live_digest
 
 
 class Importance(Callback):
-    """Scores of the model that `trainer.validate` runs, over its validation batches.
+    """Scores the units of the model that `trainer.validate` runs, on its validation batches.
 
-    `out`: where rank 0 saves them (None: they are only kept as `.scores`, the same on every rank). Of several
-    criteria the first is shown, `Scores.under` gives the others; `axes`: all that the model has, unless given.
-    `save_every` batches what is gathered so far is merged, and written to `partial`, from which another run over
-    the samples behind them goes on: `previous`, Scores of other samples of the same model. A run that was broken
-    off after such a batch and went on ends with the same bits as one that was not. Positions whose `loss_mask` is
-    0 do not count, `cu_seqlens` keep samples apart. Hooks go when validation ends or fails; a model with hooks
-    gives the same outputs, bit for bit.
+    Arguments:
+    - `out`: the file to which rank 0 saves the scores. Without it they are only in the attribute `scores`, which is the
+      same on every rank.
+    - `criterion`: one criterion or several. `scores` shows the first one; `Scores.under` gives the others.
+    - `axes`: what to score; all axes that the model has by default.
+    - `save_every`: after so many batches, what was gathered is merged into `scores` and saved to `partial`. A run that
+      was killed later can resume from that file.
+    - `previous`: Scores of other samples of the same model, to which those of this validation are added. A run that
+      resumes with the saved file, on the samples that are left, ends with the same bits as a run that was not killed.
+
+    Positions whose `loss_mask` is 0 do not count. `cu_seqlens` marks where the samples of a packed row begin. The hooks
+    are removed when the validation ends or fails. They do not change the model's outputs by a bit.
+
+    Raises InputError for a criterion, an axis or `norms` that does not exist.
     """
 
     def __init__(
@@ -43,9 +50,9 @@ class Importance(Callback):
         self.save_every, self.partial, self.previous = save_every, partial, previous
         self.scores: Scores | None = None
         self._collector: Collector | None = None
-        self._batches = 0  # that the collector has seen
+        self._batches = 0  # batches that the collector has seen
         self._digest: str | None = None
-        self._seen: DataStep | None = None
+        self._data_step: DataStep | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)
@@ -56,27 +63,27 @@ class Importance(Callback):
         chunks = chunks_of(trainer)
         self.scores, self._batches = self.previous, 0
         self._digest = live_digest(chunks, architecture_of(chunks[0]))
-        self._seen = DataStep(trainer, self._open(chunks))
+        self._data_step = DataStep(trainer, self._open(chunks))
 
     def on_validation_batch_start(self, *_: Any) -> None:
-        if self._seen is not None:
-            self._seen.begin()
+        if self._data_step is not None:
+            self._data_step.begin()
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
-        if self._collector is None or self._seen is None:
+        if self._collector is None or self._data_step is None:
             return
         self._batches += 1
         if self.save_every and self._batches == self.save_every:
-            self._take()
-            self._seen.collector = self._open(chunks_of(trainer))
+            self._merge()
+            self._data_step.collector = self._open(chunks_of(trainer))
             self._save(self.partial)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self._collector is None:
             return
-        self._take()
+        self._merge()
         self._close()
         self._save(self.partial)
         self._save(self.out)
@@ -87,11 +94,12 @@ class Importance(Callback):
 
     def _open(self, chunks: list[Any]) -> Collector:
         collector = Collector(chunks, architecture_of(chunks[0]), self.criteria, self.axes)
-        self._collector = collector.__enter__()  # a refusal leaves nothing open
+        # If the collector refuses the model here, `_collector` stays None and `on_exception` has nothing to close.
+        self._collector = collector.__enter__()
         return self._collector
 
-    def _take(self) -> None:
-        """Merges what the collector has gathered into `scores`. Collective."""
+    def _merge(self) -> None:
+        """Merges what the collector has gathered into `scores`, and closes the collector. Collective."""
         assert self._collector is not None
         self._collector.__exit__()
         if not self._batches:
@@ -110,16 +118,17 @@ class Importance(Callback):
     def _close(self) -> None:
         collector, self._collector = self._collector, None
         assert collector is not None
-        assert self._seen is not None
+        assert self._data_step is not None
         collector.__exit__()
-        self._seen.remove()
+        self._data_step.remove()
 
 
 class DataStep:
-    """Shows a Collector each batch before NeMo's data step cuts it: masks and boundaries on every stage.
+    """Shows a Collector each batch before NeMo's data step cuts it. The collector needs the masks and the boundaries of
+    the samples on every pipeline stage, and NeMo drops them on the middle ones.
 
-    Each virtual stage is a module of its own, with a data step of its own. Several may look at one trainer's batches
-    and go in any order.
+    Each virtual stage is a module with a data step. Several DataSteps may watch one trainer, and they may be removed in
+    any order.
     """
 
     def __init__(self, trainer: Any, collector: Collector) -> None:
@@ -129,47 +138,50 @@ class DataStep:
         first = self._modules[0]
         self.name = "validation_data_step" if hasattr(first, "validation_data_step") else "data_step"
         for module in self._modules:
-            setattr(module, self.name, _Seen(self, getattr(module, self.name), self.name in vars(module)))
+            setattr(module, self.name, _WatchedStep(self, getattr(module, self.name), self.name in vars(module)))
 
     def begin(self) -> None:
-        """A new global batch: the first chunk's iterator comes first."""
+        """Called before each global batch: Megatron's schedule reads the first chunk's iterator first."""
         self._first = None
 
     def see(self, batch: Any, iterator: Any) -> None:
+        """Shows the collector a batch and says whether the first chunk of this rank reads it."""
         self._first = self._first or iterator
         if self.collector is not None:
             self.collector.expect(batch, first=iterator is self._first)
 
     def remove(self) -> None:
-        """Afterwards each module has the data step that it had; one that another still looks at, when that goes."""
+        """Gives each module its own data step back. If another DataStep still watches the module, that one does it when
+        it is removed."""
         self.collector = None
         for module in self._modules:
-            step, last = vars(module).get(self.name), None
-            while isinstance(step, _Seen) and step.by.collector is None:
-                step, last = step.original, step
-            if last is not None and last.own:
+            step, outermost = vars(module).get(self.name), None
+            while isinstance(step, _WatchedStep) and step.watcher.collector is None:
+                step, outermost = step.original, step
+            if outermost is not None and outermost.on_instance:
                 setattr(module, self.name, step)
-            elif last is not None:
+            elif outermost is not None:
                 delattr(module, self.name)
 
 
 @dataclasses.dataclass
-class _Seen:
-    """NeMo's data step, looked at; `own`: the module had it as an attribute of its own, not of its class."""
+class _WatchedStep:
+    """A data step that shows each batch to its watcher first. `on_instance`: the original is an attribute of the module
+    itself, not of its class."""
 
-    by: DataStep
+    watcher: DataStep
     original: Any
-    own: bool
+    on_instance: bool
 
     def __call__(self, iterator: Any) -> Any:
-        source, item = iterator.source if isinstance(iterator, _Again) else iterator, next(iterator)
-        self.by.see(item[0] if isinstance(item, tuple) else item, source)
-        return self.original(_Again(source, item))
+        source, item = iterator.source if isinstance(iterator, _Replay) else iterator, next(iterator)
+        self.watcher.see(item[0] if isinstance(item, tuple) else item, source)
+        return self.original(_Replay(source, item))
 
 
 @dataclasses.dataclass
-class _Again:
-    """The batch once more, and the iterator that it came from."""
+class _Replay:
+    """An iterator that returns the batch again, with the iterator that the batch came from."""
 
     source: Any
     item: Any
@@ -179,18 +191,21 @@ class _Again:
 
 
 def _lightning_module(chunk: Any) -> LightningModule:
+    """The LightningModule inside of the wrappers of a chunk of `megatron_parallel`."""
     while not isinstance(chunk, LightningModule):
         chunk = chunk.module
     return chunk
 
 
 class Pruning(Importance):
-    """At the end of `trainer.validate`: `out/scores.safetensors`, `out/plan.json` and `out/student`.
+    """Scores a model and cuts it: `trainer.validate` ends with `out/scores.safetensors`, `out/plan.json` and
+    `out/student`.
 
-    `keep` maps an axis to the size that stays, as in `search.plan`. The student is a NeMo checkpoint of the
-    model's own class, filled by reading `teacher` (a NeMo checkpoint or Hugging Face folder) through the
-    plan, or, without one, the live model itself. Raises InputError for sizes that are not legal, before
-    the first batch.
+    `keep` maps an axis to the size that stays, as in `search.plan`. The student is a NeMo checkpoint of the model's own
+    class. Its weights are read from `teacher` (a NeMo checkpoint or a Hugging Face folder), or from the live model if
+    no teacher is given. The other options are those of `Importance`.
+
+    Raises InputError for sizes that are not legal, before the first batch.
     """
 
     def __init__(self, out: str, keep: Mapping[str, int], teacher: str | None = None, **options: Any) -> None:
@@ -211,9 +226,9 @@ class Pruning(Importance):
         from nemo_minitron.search import plan
 
         assert self.scores is not None
-        made = plan(self.scores, keep=self.keep)
+        cut = plan(self.scores, keep=self.keep)
         files = RunFolder(self.folder)
         if torch.distributed.get_rank() == 0:
             self.scores.save(files.scores)
-            made.save(files.plan)
-        save_student(trainer, pl_module, made, files.student, self.teacher)
+            cut.save(files.plan)
+        save_student(trainer, pl_module, cut, files.student, self.teacher)

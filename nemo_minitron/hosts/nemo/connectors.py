@@ -1,6 +1,7 @@
-"""The connector `minitron` of NeMo's `llm.import_ckpt` and `llm.export_ckpt`, the same for every family.
+"""The connector `minitron` for NeMo's `llm.import_ckpt` and `llm.export_ckpt`. It is the same for every family.
 
-It goes by the canonical mapping and the model's own vocabulary; NeMo's connector `hf` has faults in some families.
+It uses the canonical mapping of tensors and the model's own vocabulary. NeMo's connector `hf` is wrong for some
+families.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ NAME = "minitron"
 
 
 class Importer(io.ModelConnector):
-    """`llm.import_ckpt(model, "minitron://TEACHER", out, plan="plan.json")`: the plan's student, or all of the model.
+    """`llm.import_ckpt(model, "minitron://TEACHER", out, plan="plan.json")` writes the plan's student as a NeMo
+    checkpoint; without a plan it writes the whole model.
 
-    TEACHER: a Hugging Face folder or a NeMo checkpoint, of which only what the plan keeps is read. The checkpoint is
-    of NeMo's class of the teacher's family, in one process. Raises InputError for a source or a plan that is not legal.
+    TEACHER is a Hugging Face folder or a NeMo checkpoint. Only what the plan keeps is read from it. The checkpoint is
+    of NeMo's class for the teacher's family. The import runs in one process.
+
+    Raises InputError if the source or the plan cannot be read, or if they do not belong together.
     """
 
     def apply(self, output_path: Path, plan: PrunePlan | str | Path | None = None) -> Path:
@@ -48,9 +52,10 @@ class Importer(io.ModelConnector):
 
 
 class Exporter(io.ModelConnector):
-    """`llm.export_ckpt(CHECKPOINT, "minitron", out)`: a Hugging Face folder with the tokenizer, in the weights' dtype.
+    """`llm.export_ckpt(CHECKPOINT, "minitron", out)` writes a Hugging Face folder with the tokenizer, in the dtype of
+    the checkpoint's weights.
 
-    Raises InputError for a damaged checkpoint or one without its tokenizer.
+    Raises InputError if the checkpoint is damaged or has no tokenizer.
     """
 
     def apply(self, output_path: Path) -> Path:
@@ -58,7 +63,7 @@ class Exporter(io.ModelConnector):
 
 
 def connect(llm: Any) -> None:
-    """Registers both with NeMo's class of each family."""
+    """Registers both connectors with NeMo's class of each family. `llm`: the module `nemo.collections.llm`."""
     for family in FAMILIES:
         kind = getattr(llm, family.nemo_model)
         kind.register_importer(NAME)(Importer)

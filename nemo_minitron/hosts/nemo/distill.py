@@ -1,4 +1,4 @@
-"""Distillation under NeMo's trainer: the frozen teacher beside the student, its outputs as the target."""
+"""Distillation in NeMo's trainer: a frozen teacher runs beside the student, which learns from its outputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from nemo_minitron.schema import SEEDS
 from nemo_minitron.settings.validated import check_number, check_whole
 from nemo_minitron.sources.tensors import ModelSource
 
-STATE = "minitron_distillation"  # in a checkpoint's common state, beside what NeMo puts there
+STATE = "minitron_distillation"  # the key in a checkpoint's common state, where NeMo has its own keys
 
 
 class FillStudent(Callback):
-    """Fills the model of a fresh fit by reading `source`; a fit that resumes keeps its own weights.
+    """Fills the model with the weights of `source` when a fit or a validation starts. A fit that resumes from a
+    checkpoint keeps the checkpoint's weights.
 
-    `random`: a seed; the model starts with random weights instead, the same in every layout.
+    `random`: a seed; a fit then starts with random weights instead, the same in every layout. Raises InputError as
+    `megatron.live.fill`.
     """
 
     def __init__(self, source: ModelSource, random: int | None = None) -> None:
@@ -50,29 +52,35 @@ class FillStudent(Callback):
 
 
 class Distillation(Callback):
-    """On `trainer.fit`: the loss becomes one against the teacher's outputs (2407.14679, section 3).
+    """Makes `trainer.fit` learn from a teacher's outputs (2407.14679, section 3).
 
-    `teacher`: a Hugging Face folder, a hub id or a NeMo checkpoint, loaded by reading in the student's
-    layout, its layers divided over the pipeline by their own number: frozen, in eval mode, without gradients,
-    optimizer state or gradient buffers, and outside the student's module tree, so that no checkpoint sees it.
-    `precision` is the teacher's; `offload` keeps its layers on the CPU between steps.
+    The teacher: `teacher` is a Hugging Face folder, a hub id or a NeMo checkpoint. It is loaded in the student's
+    layout; the pipeline's stages divide its own number of layers. It is frozen and in eval mode, and has no gradients,
+    optimizer state or gradient buffers. It is not in the student's module tree, so no checkpoint contains it.
+    `precision` is the teacher's. `offload` keeps its layers on the CPU between steps.
 
-    The loss is logits_weight * `loss` (a name in `distillation.losses`; `top_k` is that of `top_k_kl`) +
-    lm_weight * the language-model loss, the mean over the tokens of the global batch (Megatron's
-    `calculate_per_token_loss`), so that masks may be of any length. With logits_weight 0 it is the LM loss alone,
-    and without `intermediate` no teacher is loaded. `intermediate`: "auto" or pairs of states
-    (`distillation.layer_map`), compared by `intermediate_loss` after one learned linear where widths differ;
-    `intermediate_weight` None is the paper's dynamic alpha (`distillation.intermediate`). `plan`: where the student
-    comes from, a PrunePlan's file, which "auto" and the linear's start need.
-    `cache`: a folder of `minitron cache-logits`; then no teacher is loaded, and the loss is the cache's own, at its
-    temperature. Training's rows must be the cache's (`megatron.rows`), in any order.
-    `moe_aux_loss_coeff`: of the load-balancing loss of a mixture's routers, in the place of what the model's config
-    has, for as long as it is distilled: a loss is what it says it is (`distillation.routers`). Its z-loss is off.
-    `parts` are the parts of the last step's loss, by name, once there is more than one, or a cache; NeMo's logger
-    has them too.
+    The loss: logits_weight * `loss` + lm_weight * the language-model loss. `loss` is a name in `distillation.losses`;
+    `top_k` belongs to `top_k_kl`. The loss is the mean over the tokens of the global batch (Megatron's
+    `calculate_per_token_loss`), so the samples' masks may differ in length. With logits_weight 0 it is the
+    language-model loss alone; without `intermediate`, no teacher is loaded then.
 
-    Raises InputError for names that are unknown, numbers that are none, a routers' loss without routers, another
-    vocabulary, a layout that the teacher cannot run in, or gradients that are averaged in the collective.
+    States between layers: `intermediate` is "auto" or pairs of states (`distillation.layer_map`). They are compared by
+    `intermediate_loss`, after a learned linear if their widths differ; `seed` is the seed of its start.
+    `intermediate_weight` None is the paper's dynamic alpha (`distillation.intermediate`). `plan` is the file of the
+    PrunePlan that made the student; "auto" and the start of the linear need it.
+
+    A cache: `cache` is a folder of `minitron cache-logits`. No teacher is loaded then, and the loss is the one that the
+    cache was made for, at its temperature. The training must use the cache's rows (`megatron.rows`), in any order.
+
+    Mixtures: `moe_aux_loss_coeff` is the coefficient of the routers' load-balancing loss (`distillation.routers`). It
+    replaces what the model's config says while the student is distilled, so that the loss is what was asked for. The
+    routers' z-loss is off.
+
+    `parts` has the parts of the last step's loss by name, if there is more than one part or a cache. NeMo's logger gets
+    them too.
+
+    Raises InputError for an unknown name, a number out of its range, a routers' loss of a model without routers, a
+    teacher with another vocabulary, a layout in which the teacher cannot run, and for `average_in_collective`.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class Distillation(Callback):
 
     @property
     def names(self) -> list[str]:
-        """The columns that `parts` has."""
+        """The keys of `parts`, in the order in which a log shows them."""
         return self.distiller.names
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -118,7 +126,7 @@ class Distillation(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self.distiller.begin(chunks_of(trainer))
-        # Set on the live config, after NeMo recorded its arguments: a checkpoint's context has NeMo's own.
+        # NeMo has recorded the config's arguments by now, so a checkpoint's context has NeMo's own functions.
         config = pl_module.config
         config.forward_step_fn = self.distiller.forward
         config.data_step_fn = self.distiller.data_step(config.data_step_fn)
@@ -149,9 +157,10 @@ class Distillation(Callback):
 
 
 def replay(step: Any) -> tuple[Any, int]:
-    """The micro-batches of NeMo's MegatronStep, once more, as it gives them to Megatron's schedule, and their length.
+    """A second copy of the micro-batches of NeMo's MegatronStep, as it gives them to Megatron's schedule, and their
+    sequence length.
 
-    They are drawn here, ahead of the step, which then finds the same ones.
+    The step has not read its micro-batches yet. They are read here, and the step then gets the same ones.
     """
     items = [next(step.data) for _ in range(1 if step.has_global_batch_sampler else step.num_microbatches)]
     step.data = iter(items)
@@ -161,11 +170,11 @@ def replay(step: Any) -> tuple[Any, int]:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What NeMo's forward step gives a model of such a batch, but for the labels."""
-    given = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
-    given["attention_mask"] = batch.get("attention_mask")
+    """The keyword arguments with which NeMo's forward step calls a model for such a batch, without the labels."""
+    arguments = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
+    arguments["attention_mask"] = batch.get("attention_mask")
     if "cu_seqlens" in batch:
         from nemo.collections.llm.gpt.model.base import get_packed_seq_params
 
-        given["packed_seq_params"] = get_packed_seq_params(batch)
-    return given
+        arguments["packed_seq_params"] = get_packed_seq_params(batch)
+    return arguments

@@ -1,4 +1,4 @@
-"""Epochs of NeMo's fine-tuning data, so that a training that was interrupted goes on with the rows that come next."""
+"""Gives NeMo's fine-tuning data twice the samples, so that an interrupted training resumes with the right rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from nemo_minitron.hosts.nemo.trainer import leave_context
 
 
 class TwiceTheSamples(Callback):
-    """NeMo's module has as many samples as the steps take: one epoch. Lightning counts the batches of a resumed epoch
-    on from where it was, and would end it early, at rows that were seen."""
+    """NeMo's module has as many samples as the steps need, which is one epoch. When a training resumes, Lightning
+    continues the old count of the epoch's batches; the count would end the epoch too early, and the next epoch would
+    repeat rows. With twice the samples the epoch does not end before the training."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)

@@ -1,4 +1,4 @@
-"""What ended a worker, in one line: a full disk and its path, memory, or the error as it is."""
+"""One line that says what ended a worker: a full disk and its path, a lack of memory, or the error itself."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 
 from nemo_minitron.errors import DISK, first_line
 
-FULL = 1 << 20  # free bytes under which a disk is full
+FULL = 1 << 20  # a disk with fewer free bytes counts as full
 LONGEST = 1000  # characters: a line of this length reaches the launcher in one piece
 _MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
 _WRITES = re.compile(r"No space left|PytorchStreamWriter|os error 28|Disk quota|File too large")
 
 
 def words(error: BaseException, place: str | Path) -> str:
-    """Of an error and all that led to it; `place`: where the stage writes."""
+    """The sentence for an error and the errors that led to it. `place`: where the stage writes.
+
+    The errors' whole chain matters: NeMo and Megatron often raise an error of their own, from that of a full disk.
+    """
     chain = list(_chain(error))
     for one in chain:
         if isinstance(one, OSError) and one.errno in DISK:
@@ -32,6 +35,7 @@ def words(error: BaseException, place: str | Path) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, its cause, the cause of that, and so on. Two errors may name each other as their cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -40,8 +44,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _why(place: str | Path) -> str:
-    """That the disk is full, where it is."""
-    there = Path(place).absolute()
-    while not there.exists():
-        there = there.parent
-    return "No space left on device" if shutil.disk_usage(there).free < FULL else ""
+    """Says that the disk is full, if it is; empty otherwise."""
+    folder = Path(place).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return "No space left on device" if shutil.disk_usage(folder).free < FULL else ""

@@ -1,4 +1,4 @@
-"""The alignment of a student as NeMo runs it: `llm.finetune` on prompts and answers."""
+"""The finetune stage: NeMo's `llm.finetune` trains a student on prompts and answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nemo_minitron.settings.orders import FinetuneOrder
 
 
 def finetune(order: FinetuneOrder) -> None:
-    """Trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
+    """Trains the order's student, from its last checkpoint if there is one. `hosts.protocol.Host.finetune` says what it
+    leaves and raises."""
     backend.setup()
     from nemo.collections import llm
 
@@ -47,8 +48,8 @@ def finetune(order: FinetuneOrder) -> None:
 
 
 def _data(folder: str, tokenizer: Any, recipe: Finetuning) -> Any:
-    """NeMo's module over prompts and answers, whose loss mask leaves the prompts out; padded to one length, since
-    sequence parallelism and pipelines want it."""
+    """NeMo's module over prompts and answers. Its loss mask leaves the prompts out. The rows are padded to one length,
+    because sequence parallelism and pipelines need that."""
     from nemo.collections import llm
 
     return llm.FineTuningDataModule(

@@ -1,4 +1,4 @@
-"""A training ends at the step at which a number is none: on all ranks, before its weights are changed or saved."""
+"""Ends a training on all ranks when a number is not finite, before it reaches the weights or a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ EARLY = (
     "fp32"
 )
 LATER = "a learning rate that is too high for this model; give a lower one, or more steps of warm-up"
-NORMS = ("get_grad_norm", "clip_grad_norm")  # what Megatron's optimizers call before they take a step: chained, single
+# Megatron's optimizers compute the gradients' norm by one of these before a step: chained ones by the first.
+NORMS = ("get_grad_norm", "clip_grad_norm")
 
 
 class StopWhenNotFinite(Callback):
-    """Raises DivergedError on every rank where a loss, the gradients' norm or a weight to be saved is NaN or infinite.
+    """Raises DivergedError on every rank if a loss, the gradients' norm or a weight is NaN or infinite on any rank.
 
-    The norm is Megatron's own, so that no gradient is read once more; weights are looked through when they are saved.
-    What was saved last stays. Belongs before the callbacks that log and save.
+    The norm is the one that Megatron computes anyway, so no gradient is read twice. The weights are checked when they
+    are saved. The last checkpoint stays. This callback must stand before those that log and save.
     """
 
     def __init__(self) -> None:
         self._loss = 0.0
         self._first = 0
-        self._good = ""  # the checkpoint that was saved last
+        self._last_good = ""  # the checkpoint that was saved last
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._first, self._good = trainer.global_step, str(trainer.ckpt_path or "")
+        self._first, self._last_good = trainer.global_step, str(trainer.ckpt_path or "")
         for optimizer in trainer.optimizers:
             inner = optimizer.mcore_optimizer
             for name in NORMS:
@@ -48,7 +49,7 @@ class StopWhenNotFinite(Callback):
     def on_megatron_reduce_microbatches_end(
         self, step: Any, microbatch_outputs: Any, loss_reduction: Any, reduced: Any
     ) -> None:
-        """The loss as it is logged; ranks of other pipeline stages have none."""
+        """Keeps the loss that is logged. Only the last pipeline stage has one."""
         self._loss = float(reduced) if not step.forward_only and torch.is_tensor(reduced) else 0.0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -56,24 +57,29 @@ class StopWhenNotFinite(Callback):
             self._check(trainer, trainer.global_step, {"held-out loss": float(trainer.callback_metrics["val_loss"])})
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Before anything is written; by then NeMo's callback has the name of what it is about to write."""
+        """Checks the weights before anything is written. NeMo's callback already knows the name of the checkpoint."""
         parameters = (p.detach() for chunk in chunks_of(trainer) for p in chunk.parameters() if p.numel())
         extremes = [float(extreme) for p in parameters for extreme in torch.aminmax(p)]
         self._check(trainer, trainer.global_step, {"weights' extreme": _worst(extremes)})
-        self._good = getattr(trainer.checkpoint_callback, "last_model_path", "") or self._good
+        self._last_good = getattr(trainer.checkpoint_callback, "last_model_path", "") or self._last_good
 
     def _watched(self, trainer: Any, norm: Callable[..., Any]) -> Callable[..., Any]:
+        """An optimizer's function of the gradients' norm that also checks the norm and the loss."""
+
         @functools.wraps(norm)
         def watched(*arguments: Any, **options: Any) -> Any:
-            found = norm(*arguments, **options)
-            numbers = {"loss": self._loss, "gradients' norm": float(found or 0.0)}
+            value = norm(*arguments, **options)
+            numbers = {"loss": self._loss, "gradients' norm": float(value or 0.0)}
             self._check(trainer, trainer.global_step + 1, numbers)
-            return found
+            return value
 
         return watched
 
     def _check(self, trainer: Any, step: int, numbers: dict[str, float]) -> None:
-        """Raises DivergedError on all ranks where one of them has a number that is none. Collective."""
+        """Raises DivergedError on all ranks if any rank has a number that is not finite. Collective.
+
+        `numbers`: name -> this rank's number. All ranks give the same names.
+        """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kinds = torch.tensor([math.isinf(x) + 2 * math.isnan(x) for x in numbers.values()], device=device)
         torch.distributed.all_reduce(kinds, torch.distributed.ReduceOp.MAX)
@@ -82,7 +88,9 @@ class StopWhenNotFinite(Callback):
             return
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         likely = EARLY if step <= self._first + 1 else LATER
-        kept = f"the last good checkpoint stays: {self._good}" if self._good else "no checkpoint was saved before"
+        kept = "no checkpoint was saved before"
+        if self._last_good:
+            kept = f"the last good checkpoint stays: {self._last_good}"
         raise DivergedError(
             f"training stopped at step {step}: {' and '.join(bad)}, at learning rate {rate:.3g}. Likely cause: "
             f"{likely}; {kept}"
@@ -90,5 +98,5 @@ class StopWhenNotFinite(Callback):
 
 
 def _worst(numbers: list[float]) -> float:
-    """One that is not finite, where there is one."""
+    """The first number that is not finite; 0 if all of them are."""
     return next((x for x in numbers if not math.isfinite(x)), 0.0)

@@ -1,4 +1,4 @@
-"""NeMo 2 as a host (`hosts.protocol`); it is loaded when it is asked for something."""
+"""NeMo 2 as a host (`hosts.protocol`). Each method loads NeMo when it is called, because commands import this file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class NeMo:
+    """`hosts.protocol.Host` says what each method gets, returns and raises."""
+
     name = "nemo"
     worker = "nemo_minitron.hosts.nemo.worker"
 

@@ -1,4 +1,4 @@
-"""What a training leaves beside its checkpoints: the loss of each step, and a line of progress."""
+"""Writes the loss of each step of a training to a file and prints lines of progress."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nemo_minitron.megatron.progress import say
 
 
 class LossLog(Callback):
-    """`loss.csv` (step, tokens, loss, seconds, then the parts of the loss) and a line of progress; rank 0 writes.
+    """Writes `loss.csv` (step, tokens, loss, seconds, then the parts of the loss), and `validation.csv` (step, tokens,
+    loss) beside it for validations during the fit. Rank 0 writes.
 
-    `parts`: a Distillation callback, whose parts are written where there is more than one. A validation during the
-    fit goes to `validation.csv` (step, tokens, loss) beside it. Rows of steps that are done again after a resume are
-    replaced; seconds go on from the last kept row.
+    `every`: steps between two lines of progress. `parts`: a Distillation callback, whose parts become columns. After a
+    resume the rows of steps that are done again are replaced, and the seconds continue from the last row that stays.
     """
 
     HEADER = "step,tokens,loss,seconds"
@@ -28,7 +28,7 @@ class LossLog(Callback):
     def __init__(self, path: str, tokens_per_step: int, every: int = 10, parts: Any = None) -> None:
         self.path, self.tokens, self.every, self.parts = Path(path), tokens_per_step, every, parts
         self.validation = self.path.with_name(TrainingFolder.validation)
-        self._before = self._start = 0.0
+        self._seconds_before = self._start = 0.0
         self._first = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -42,7 +42,7 @@ class LossLog(Callback):
         self._start, self._first = time.perf_counter(), trainer.global_step
         header = ",".join([self.HEADER, *self._names])
         kept = _kept(self.path, header, trainer.global_step)
-        self._before = float(kept[-1].split(",")[3]) if kept else 0.0
+        self._seconds_before = float(kept[-1].split(",")[3]) if kept else 0.0
         held_out = _kept(self.validation, "step,tokens,loss", trainer.global_step)
         if trainer.is_global_zero:
             _write(self.path, [header, *kept])
@@ -54,7 +54,7 @@ class LossLog(Callback):
         if not trainer.is_global_zero:
             return
         step, spent = trainer.global_step, time.perf_counter() - self._start
-        row = f"{step},{step * self.tokens},{float(loss):.6f},{self._before + spent:.2f}"
+        row = f"{step},{step * self.tokens},{float(loss):.6f},{self._seconds_before + spent:.2f}"
         row = ",".join([row, *(f"{self.parts.parts[name]:.6f}" for name in self._names)])
         with open(self.path, "a") as file:
             file.write(row + "\n")
@@ -75,15 +75,16 @@ class LossLog(Callback):
 
 
 def _kept(path: Path, header: str, step: int) -> list[str]:
-    """The whole rows of an earlier part of this training, up to a step; none of other columns."""
+    """The complete rows that an earlier part of this training has written, up to a step. There are none if the file has
+    other columns."""
     rows = path.read_text(errors="replace").splitlines() if path.exists() else []
     if rows[:1] != [header]:
         return []
-    return [row for row in rows[1:] if _whole(row, header) and float(row.split(",")[0]) <= step]
+    return [row for row in rows[1:] if _is_complete(row, header) and float(row.split(",")[0]) <= step]
 
 
-def _whole(row: str, header: str) -> bool:
-    """Whether it has all columns: a kill may leave a part of a row."""
+def _is_complete(row: str, header: str) -> bool:
+    """Whether a row has all columns. A kill may leave a part of a row."""
     cells = row.split(",")
     try:
         seconds = [float(cell) for cell in cells[3:4]]

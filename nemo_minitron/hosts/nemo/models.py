@@ -1,4 +1,4 @@
-"""Building NeMo's own model of a family, in this process's layout."""
+"""Builds NeMo's own model of a family, in a layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nemo_minitron.backend as backend
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.families import family_of
-from nemo_minitron.megatron.groups import start
+from nemo_minitron.megatron.groups import model_sizes, start
 from nemo_minitron.megatron.load import load
 from nemo_minitron.precisions import weights_in
 from nemo_minitron.settings.fp8 import check_fp8
@@ -29,12 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def nemo_config(
     config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None, training: bool = False
 ) -> Any:
-    """NeMo's config object of the family of a Hugging Face config.
+    """NeMo's config object for a Hugging Face config, of the class of its family.
 
-    NeMo serialises what the config was constructed with: the true vocabulary and Transformer Engine's
-    defaults. What this layout needs on top (a padded vocabulary, the sizes of the parallel groups) and FP8 are set
-    afterwards and never saved. `training`: see `backend.precision.apply`. Raises InputError for models or precisions
-    that NeMo's class cannot be.
+    NeMo saves the arguments with which the config was constructed: the true vocabulary and Transformer Engine's
+    defaults. The padded vocabulary, the sizes of the parallel groups and FP8 belong to this run alone; they are set
+    afterwards, so they are never saved. `training`: see `backend.precision.apply`.
+
+    Raises InputError for a family or a precision that NeMo's class does not have, and for a layout that does not fit
+    the model.
     """
     backend.setup()
     from nemo.collections import llm
@@ -45,7 +47,8 @@ def nemo_config(
     layout.check(architecture)
     check_fp8(architecture, layout, precision)
     name, fields = family_of(config).nemo_config(config)
-    home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]  # llm itself lacks some config classes
+    # `llm` does not export all config classes, but the module of the family's model class has its own.
+    home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]
     if "activation_func" in fields:
         fields["activation_func"] = pkgutil.resolve_name(fields["activation_func"])
     result = getattr(home, name)(**fields, bf16=weights == "bf16", fp16=False, params_dtype=DTYPES[weights])
@@ -55,28 +58,23 @@ def nemo_config(
 
 
 def nemo_model(config: Mapping[str, Any], *, tokenizer: Any = None, **options: Any) -> Any:
-    """NeMo's LightningModule of the family, not yet built; options as for `nemo_config`, and `optim`."""
+    """NeMo's LightningModule for a Hugging Face config. NeMo's strategy builds its Megatron model later. The options
+    are those of `nemo_config`, and `optim`, NeMo's optimizer module."""
     optim = options.pop("optim", None)
-    built = nemo_config(config, **options)
+    model_config = nemo_config(config, **options)
     from nemo.collections import llm
 
-    return getattr(llm, family_of(config).nemo_model)(built, tokenizer=tokenizer, optim=optim)
+    return getattr(llm, family_of(config).nemo_model)(model_config, tokenizer=tokenizer, optim=optim)
 
 
 def build(config: Any, layout: Layout) -> list[Any]:
-    """Megatron's GPTModel chunks of this rank for a NeMo config; frozen nothing, initialised at random.
+    """This rank's GPTModel chunks for a NeMo config: one for each virtual stage, with weights that are not initialised.
 
-    Parameters lie in `params_dtype`, also where an FP8 run of NeMo's would keep them in FP8: they are filled by pieces.
+    The parameters are in `params_dtype`, even if an FP8 run of NeMo's would keep them in FP8, because they are filled
+    piece by piece. Megatron's parallel groups must exist.
     """
-    config.tensor_model_parallel_size = layout.tp
-    config.pipeline_model_parallel_size = layout.pp
-    config.virtual_pipeline_model_parallel_size = layout.vp if layout.vp > 1 else None
-    config.context_parallel_size = layout.cp
-    config.expert_model_parallel_size = layout.ep
-    config.expert_tensor_parallel_size = layout.expert_tp
-    config.num_layers_in_first_pipeline_stage = layout.first_stage or None
-    config.num_layers_in_last_pipeline_stage = layout.last_stage or None
-    config.sequence_parallel = layout.sp and layout.tp > 1
+    for name, size in model_sizes(layout).items():
+        setattr(config, name, size)
     config.microbatch_group_size_per_vp_stage = layout.pp
     config.pipeline_dtype = config.params_dtype
     config.perform_initialization = config.fp8_param = False
@@ -92,14 +90,15 @@ def build(config: Any, layout: Layout) -> list[Any]:
 def build_model(
     config: Mapping[str, Any], *, precision: str = "fp32", layout: Layout | None = None, training: bool = False
 ) -> list[Any]:
-    """The chunks of this rank for a Hugging Face config, not filled yet; options and refusals as `nemo_config`.
+    """This rank's chunks for a Hugging Face config, without weights. Collective.
 
-    Without parallel groups it starts those of the layout (one process by default).
+    If Megatron's parallel groups do not exist, those of the layout are started (one process by default). Options and
+    errors are those of `nemo_config`.
     """
     layout = layout or Layout()
-    made = nemo_config(config, precision=precision, layout=layout, training=training)
+    model_config = nemo_config(config, precision=precision, layout=layout, training=training)
     start(layout)
-    return build(made, layout)
+    return build(model_config, layout)
 
 
 def load_model(
@@ -111,11 +110,14 @@ def load_model(
     layout: Layout | None = None,
     sp: bool = False,
 ) -> list[Any]:
-    """A live Megatron model: this rank's list of chunks (one without virtual stages), filled by reading.
+    """A live Megatron model with its weights: this rank's chunks, one for each virtual stage. Collective.
 
-    `source`: a Hugging Face folder, a hub id or a NeMo checkpoint. With a `plan` the model is the plan's
-    student, read from its teacher but for the tensors of `compensation`. Without parallel groups it starts those of
-    `layout` (one process by default). Raises InputError for a source, plan or compensation that is not legal.
+    `source`: a Hugging Face folder, a hub id or a NeMo checkpoint. With a `plan` the model is the plan's student. Its
+    tensors are read from the teacher, except those that `compensation` has. If Megatron's parallel groups do not exist,
+    those of `layout` are started (one process by default); if they do, `sp` says whether the model runs sequence
+    parallelism.
+
+    Raises InputError if the source, the plan or the compensation cannot be read, or if they do not belong together.
     """
     backend.setup()
     plan = PrunePlan.load(plan) if isinstance(plan, (str, Path)) else plan

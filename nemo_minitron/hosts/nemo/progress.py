@@ -1,4 +1,4 @@
-"""How far a validation is, said by rank 0."""
+"""Prints the progress of a calibration that runs as a validation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from nemo_minitron.megatron.progress import Rows
 
 
 class Progress(Callback):
-    """On `trainer.validate`, whose batches have `whole` rows: rank 0 says how far it is."""
+    """Rank 0 prints lines of progress during `trainer.validate`. `done`: rows of an earlier run; `rows_per_step`: rows
+    of a global batch."""
 
-    def __init__(self, samples: int, sequence_length: int, done: int, whole: int) -> None:
-        self.settings, self.done, self.whole = (samples, sequence_length, done), done, whole
+    def __init__(self, samples: int, sequence_length: int, done: int, rows_per_step: int) -> None:
+        self.settings, self.done, self.rows_per_step = (samples, sequence_length, done), done, rows_per_step
         self._rows: Rows | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -28,4 +29,4 @@ class Progress(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
         if self._rows is not None:
-            self._rows.to(self.done + (index + 1) * self.whole)
+            self._rows.to(self.done + (index + 1) * self.rows_per_step)

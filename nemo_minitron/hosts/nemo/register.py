@@ -1,4 +1,4 @@
-"""What this package adds to NeMo's own model classes."""
+"""Adds this package's estimators and connectors to NeMo's own model classes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import nemo_minitron.backend as backend
 
 
 def register() -> None:
-    """Teaches NeMo's model classes what this package adds; explicit and idempotent.
+    """Registers this package with NeMo's model classes. A second call changes nothing.
 
-    Afterwards `llm.GPTModel` and its subclasses answer `minitron_estimators()`: which estimator watches
-    which Megatron module type; and `llm.import_ckpt(model, "minitron://TEACHER", out, plan=...)` reads a teacher
-    through a plan, `llm.export_ckpt(checkpoint, "minitron", out)` writes a Hugging Face folder.
+    Afterwards `minitron_estimators()` of `llm.GPTModel` and its subclasses returns {Megatron module type: estimators
+    that watch it}. `llm.import_ckpt(model, "minitron://TEACHER", out, plan=...)` writes a plan's student as a
+    checkpoint, and `llm.export_ckpt(checkpoint, "minitron", out)` writes a Hugging Face folder.
     """
     backend.setup()
     from nemo.collections import llm

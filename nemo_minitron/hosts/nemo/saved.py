@@ -1,4 +1,4 @@
-"""The checkpoints that a training has saved: which of them are whole, after a kill while one was saved or removed."""
+"""The checkpoints of a training: which of them are complete after a kill while one was saved or removed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.sources.checkpoint import read_metadata
 
 _LAST = re.compile(r"step=(\d+)-last")
-UNFINISHED = "-unfinished"  # NeMo's mark beside a checkpoint that it is saving, or removing; it refuses to resume then
+UNFINISHED = "-unfinished"  # NeMo's mark beside a checkpoint that it saves or removes; NeMo does not resume with it
 
 
 def keep_whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """Steps done -> the newest whole checkpoint of `folder`, the only one that stays: NeMo would go on from the one
-    that was changed last, which may be one that a kill left half-removed. And a line for each that was damaged."""
+    """Removes all checkpoints but the newest complete one, as `hosts.protocol.Host.keep_whole` says.
+
+    NeMo resumes from the checkpoint that was changed last. After a kill that may be one that was half-removed.
+    """
     for marker in folder.glob(f"*{UNFINISHED}"):
         shutil.rmtree(folder / marker.name.removesuffix(UNFINISHED), ignore_errors=True)
         marker.unlink()
-    steps = {int(found[1]) + 1: path for path in folder.iterdir() if (found := _LAST.fullmatch(path.name))}
+    # NeMo counts steps from 0: the checkpoint `step=9-last` has done ten.
+    steps = {int(match[1]) + 1: path for path in folder.iterdir() if (match := _LAST.fullmatch(path.name))}
     kept: dict[int, Path] = {}
     lines = []
-    for step in sorted(steps, reverse=True):  # NeMo counts steps from 0
+    for step in sorted(steps, reverse=True):
         if not kept and not (why := damage(steps[step])):
             kept[step] = steps[step]
             continue
         if not kept:
-            lines.append(f"the checkpoint {steps[step]} is not whole ({why}); it goes, and an older one is taken")
+            lines.append(f"the checkpoint {steps[step]} is damaged ({why}); it is removed, and an older one is taken")
         shutil.rmtree(steps[step], ignore_errors=True)
     return kept, lines
 
 
 def damage(checkpoint: Path) -> str:
-    """What a NeMo checkpoint lacks, in words; empty for a whole one. Looks at sizes, not at numbers."""
+    """What is wrong with a NeMo checkpoint, in words; empty if it is complete. It checks sizes and not numbers."""
     weights = checkpoint / "weights"
     try:
         ends: dict[str, int] = {}

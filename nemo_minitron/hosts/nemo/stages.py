@@ -1,4 +1,4 @@
-"""A Job's heaviest stage as NeMo runs it: distill is `llm.train`."""
+"""The distill stage: NeMo's `llm.train` trains a student on its teacher's outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from nemo_minitron.sources.tensors import ModelSource
 
 
 def distill(order: DistillOrder) -> None:
-    """Trains to `out/last.json`'s NeMo checkpoint, with `out/loss.csv`; goes on where it stopped."""
+    """Trains the order's student, from its last checkpoint if there is one. `hosts.protocol.Host.train` says what it
+    leaves and raises."""
     backend.setup()
     from nemo.collections import llm
 
@@ -41,13 +42,14 @@ def distill(order: DistillOrder) -> None:
     model = nemo_model(
         student.config, tokenizer=data.tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    trainer.callbacks[:0] = _callbacks(order, student)  # before NeMo's of checkpoints: a saved step is a logged step
+    # They stand before NeMo's callback of checkpoints, so that each step that is saved has been logged.
+    trainer.callbacks[:0] = _callbacks(order, student)
     llm.train(model, data, trainer, log=logger(str(out), recipe), resume=resume(str(out)), optim=optim)
     mark_last(trainer, out, order.stop or recipe.steps)
 
 
 def _rows_of(cache: str) -> Any:
-    """The dataset whose rows a cache has."""
+    """The class of the dataset whose rows a cache has."""
     from nemo_minitron.artifacts.logit_cache import CacheHeader
     from nemo_minitron.megatron.rows import stream_rows
 
@@ -55,6 +57,7 @@ def _rows_of(cache: str) -> Any:
 
 
 def _callbacks(order: DistillOrder, student: ModelSource) -> list[Any]:
+    """The callbacks of a distillation, in the order in which they must run."""
     from lightning.pytorch.callbacks import EarlyStopping
 
     from nemo_minitron.hosts.nemo.distill import Distillation as DistillationCallback
@@ -84,7 +87,8 @@ def _callbacks(order: DistillOrder, student: ModelSource) -> list[Any]:
 
 
 def mark_last(trainer: Any, out: Path, steps: int) -> None:
-    """Writes down where the last checkpoint lies, for the stage that comes after, and whether training ended early."""
+    """Writes `last.json` for the stage that comes next: the last checkpoint's path, relative to `out`, and the number
+    of steps if the training ended before `steps`. Rank 0 writes."""
     if trainer.is_global_zero:
         from nemo.lightning.ckpt_utils import ckpt_to_dir
 

@@ -1,4 +1,4 @@
-"""Stopping a training before its last step, to go on later: the schedule and the data stay those of all steps."""
+"""Stops a training before its last step, to be resumed later. The schedule and the data stay those of all steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_minitron.megatron.shutdown import ASKED, SAVED
 
 
 class StopAfter(Callback):
-    """Ends `trainer.fit` after step `step`, which the checkpoint callback has saved if it is one of its own."""
+    """Ends `trainer.fit` after step `step`. It saves nothing itself."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -28,8 +28,9 @@ class StopAfter(Callback):
 
 
 class SaveWhenAsked(Callback):
-    """Saves a checkpoint and ends the process, exit code 143, after the step in which any rank was asked to: by
-    SIGTERM, as Slurm sends it to all of a job, or by its launcher. A later `fit` goes on from there."""
+    """Saves a checkpoint and ends the process with exit code 143, after the step in which any rank was asked to. A rank
+    is asked by SIGTERM, which Slurm sends to all processes of a job, or by its launcher. A later `fit` resumes from the
+    checkpoint."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)
@@ -39,13 +40,15 @@ class SaveWhenAsked(Callback):
             signal.signal(signal.SIGTERM, lambda number, frame: ASKED.set())
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        asked = torch.tensor(float(ASKED.is_set()), device="cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if not asked or trainer.global_step >= trainer.max_steps:
+        # Any rank may have been asked, and all of them must save together.
+        any_asked = torch.tensor(float(ASKED.is_set()), device="cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(any_asked, torch.distributed.ReduceOp.MAX)
+        if not any_asked or trainer.global_step >= trainer.max_steps:
             return
-        checkpoints = trainer.checkpoint_callback  # as NeMo's PreemptionCallback, which rank 0 alone can start
+        checkpoints = trainer.checkpoint_callback
+        # NeMo's PreemptionCallback saves in this way too, but only rank 0 can start it.
         checkpoints._save_last_checkpoint(trainer, checkpoints._monitor_candidates(trainer))
-        torch.distributed.barrier()  # torchrun ends the others once one has left
+        torch.distributed.barrier()  # torchrun ends the other ranks as soon as one has left
         if trainer.is_global_zero:
             say(f"step {trainer.global_step}: told to stop, saved")
         raise SystemExit(SAVED)

@@ -1,4 +1,4 @@
-"""A student as a NeMo checkpoint of the teacher's own class, written from inside a user's job."""
+"""Writes a student as a NeMo checkpoint of the teacher's own class, from a user's job or from the prune stage."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from nemo_minitron.sources.context import resize_context
 from nemo_minitron.sources.mapping import padded_vocab
 from nemo_minitron.sources.open import open_source
 
-KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")  # as the teacher has them
+# Fields of the config that stay as the teacher has them.
+KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")
 
 
 def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:
-    """Writes `path` (weights/ and context/): the plan's student, in the layout of the running job.
+    """Writes the plan's student to `path` (weights/ and context/), in the layout of the running job. Collective.
 
-    It is filled by reading `teacher`, or, where that is None, the live model. Collective. An older
-    checkpoint at `path` is replaced only once the new one is whole.
+    Its weights are read from `teacher`, or from the live model without one. An older checkpoint at `path` is replaced
+    only when the new one is complete. Raises InputError if the teacher cannot be read or does not fit the plan.
     """
     live = chunks_of(trainer)
     layout = current_layout(sp=live[0].config.sequence_parallel)
@@ -39,7 +40,7 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
         if partial is not None:
             (partial / "weights").mkdir()
         place = [str(partial)]
-        torch.distributed.broadcast_object_list(place, 0)
+        torch.distributed.broadcast_object_list(place, 0)  # only rank 0 knows the name of the temporary folder
         state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
         dist_checkpointing.save(state, str(Path(place[0], "weights")))
         torch.distributed.barrier()
@@ -49,9 +50,10 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
 
 
 def save_like(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -> None:
-    """Writes a student into `folder` (weights/ and context/).
+    """Writes a student's chunks to `folder` (weights/ and context/). Collective.
 
-    Its context is the teacher's with other sizes, as data.
+    The context is a copy of the teacher's with the plan's sizes. It is changed as data: the teacher's class need not be
+    built.
     """
     (folder / "weights").mkdir()
     state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
@@ -61,9 +63,10 @@ def save_like(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -
 
 
 def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
-    """NeMo's LightningModule of the teacher's class with the plan's sizes, from what NeMo recorded of it.
+    """NeMo's LightningModule of the teacher's class with the plan's sizes, made from the arguments that NeMo recorded.
 
-    What the running job set on the teacher's config beyond that (a padded vocabulary) is set anew.
+    The record does not have what the running job set later on the teacher's config. The padded vocabulary is set again
+    here; `tp` is the tensor-parallel size.
     """
     import copy
 
@@ -79,7 +82,7 @@ def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
 
 
 def sharded_state(chunks: list[Any]) -> dict[str, Any]:
-    """As NeMo names them: under `module.`, one entry a virtual stage."""
+    """The chunks' sharded state under NeMo's names: with the prefix `module.`, one entry for each virtual stage."""
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     states = [chunk.sharded_state_dict(prefix="module.", metadata=metadata) for chunk in chunks]
     return states[0] if len(states) == 1 else {f"model_{i}": state for i, state in enumerate(states)}

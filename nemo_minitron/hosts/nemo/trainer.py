@@ -1,4 +1,4 @@
-"""NeMo's Trainer, strategy, optimizer and logger as the stages use them, and a running trainer's models."""
+"""NeMo's Trainer, strategy, optimizer and logger with the settings of the stages, and a running trainer's models."""
 
 from __future__ import annotations
 
@@ -14,27 +14,22 @@ from nemo_minitron.settings.recipe import Distillation
 
 
 def make_trainer(layout: Layout, precision: str, *, training: bool = False, **options: Any) -> Any:
-    """NeMo's Trainer with Megatron's strategy in this layout; one code path for CPU and GPU.
+    """NeMo's Trainer with Megatron's strategy in this layout, on CPUs or GPUs.
 
-    `training`: whether steps are taken. Raises InputError for a precision that cannot run here.
+    `training`: whether the trainer takes steps. `options`: arguments of NeMo's Trainer; `strategy` has those of the
+    strategy. Raises InputError for a precision that cannot run here.
     """
     import torch
     from nemo import lightning as nl
 
     from nemo_minitron.hosts.nemo.models import DTYPES
+    from nemo_minitron.megatron.groups import model_sizes
 
     gpu = torch.cuda.is_available()
-    here = min(layout.processes, int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes)))  # torchrun's, of this host
+    # torchrun sets LOCAL_WORLD_SIZE to the number of processes on this machine.
+    here = min(layout.processes, int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes)))
     strategy = nl.MegatronStrategy(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.expert_tp,
-        num_layers_in_first_pipeline_stage=layout.first_stage or None,
-        num_layers_in_last_pipeline_stage=layout.last_stage or None,
-        sequence_parallel=layout.sp and layout.tp > 1,
+        **model_sizes(layout),
         pipeline_dtype=DTYPES[weights_in(precision)],
         ckpt_async_save=False,
         **options.pop("strategy", {}),
@@ -53,9 +48,10 @@ def make_trainer(layout: Layout, precision: str, *, training: bool = False, **op
 
 
 def _precision(precision: str, training: bool) -> Any:
-    """As NeMo's own `bf16_mixed` recipe: weights in bf16, so that its exporter finds what the context says.
+    """NeMo's plugin of precision. bf16 has the values of NeMo's own `bf16_mixed` recipe, with the weights in bf16, so
+    that its exporter finds the dtype that the context names.
 
-    NeMo's plugin has the last word on the config's FP8 fields, and sets those that it is not given to None.
+    The plugin overwrites the config's FP8 fields and sets those that it does not get to None, so it gets all of them.
     """
     import torch
     from nemo import lightning as nl
@@ -70,7 +66,7 @@ def _precision(precision: str, training: bool) -> Any:
 
 
 def optimizer(recipe: Distillation) -> Any:
-    """Adam in Megatron's distributed optimizer, cosine schedule with warm-up (2408.11796, table 4)."""
+    """Adam in Megatron's distributed optimizer, with a cosine schedule and warm-up (2408.11796, table 4)."""
     from megatron.core.optimizer import OptimizerConfig
     from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 
@@ -89,23 +85,25 @@ def optimizer(recipe: Distillation) -> Any:
 
 
 def training_strategy() -> dict[str, Any]:
+    """The arguments of NeMo's strategy for a trainer that takes steps."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
     return {
         "ddp": DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
         ),
-        # Any layout can resume any other; the other format also trips over the step counter of torch's Adam.
+        # A training can resume in another layout. The other format also fails on the step counter of torch's Adam.
         "ckpt_optim_fully_reshardable": True,
     }
 
 
 def logger(out: str, recipe: Distillation) -> Any:
+    """NeMo's logger, which also saves a checkpoint every `recipe.save_every` steps and keeps the last one."""
     from lightning.pytorch.loggers import TensorBoardLogger
     from nemo import lightning as nl
 
     return nl.NeMoLogger(
-        explicit_log_dir=f"{out}/nemo",  # a folder of its own: NeMo moves what it finds there into run_N
+        explicit_log_dir=f"{out}/nemo",  # nothing else lies there, because NeMo moves what it finds into run_N
         tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
         update_logger_directory=False,
         ckpt=nl.ModelCheckpoint(
@@ -116,8 +114,8 @@ def logger(out: str, recipe: Distillation) -> Any:
 
 
 def resume(out: str) -> Any:
-    """What makes NeMo go on from the last checkpoint in `out`, if there is one. Raises InputError as
-    `check_resumable`."""
+    """NeMo's setting to resume from the last checkpoint in `out`, if there is one. Raises InputError if that checkpoint
+    cannot be resumed (`check_resumable`)."""
     from nemo import lightning as nl
 
     from nemo_minitron.sources.checkpoint_files import check_resumable
@@ -127,24 +125,22 @@ def resume(out: str) -> Any:
 
 
 def chunks_of(trainer: Any) -> list[Any]:
-    """This rank's Megatron models under NeMo's strategy."""
+    """This rank's GPTModel chunks of a running trainer, without their wrappers."""
     return [unwrap(chunk) for chunk in trainer.strategy.megatron_parallel]
 
 
 def share_config(module: Any) -> None:
-    """Virtual stages after the first get the first one's config: what was set on it live holds for all of them.
+    """Gives the virtual stages after the first one the config of the first, with what was set on it while running.
 
-    NeMo would build them anew from what it recorded for the checkpoint's context, which has neither a padded
-    vocabulary nor this package's forward step.
+    NeMo would build them from the arguments that it recorded for the checkpoint's context. The record has neither the
+    padded vocabulary nor this package's forward step.
     """
     module.reinit = lambda: type(module)(module.config, optim=module.optim, tokenizer=module.tokenizer)
 
 
 def leave_context(trainer: Any) -> None:
-    """Takes this package's callbacks out of what NeMo writes as a checkpoint's context.
-
-    NeMo records the trainer's arguments there; a student must load where this package is not installed.
-    """
+    """Removes this package's callbacks from the trainer's arguments that NeMo writes to a checkpoint's context. A
+    student must load where this package is not installed."""
     config = getattr(trainer, "__io__", None)
     recorded = getattr(config, "callbacks", None)
     if config is not None and isinstance(recorded, (list, tuple)):
@@ -152,5 +148,6 @@ def leave_context(trainer: Any) -> None:
 
 
 def _is_ours(recorded: Any) -> bool:
+    """Whether a recorded callback, an object or fiddle's record of one, is of a class of this package."""
     kind = getattr(recorded, "__fn_or_cls__", type(recorded))
     return kind.__module__.startswith("nemo_minitron.")

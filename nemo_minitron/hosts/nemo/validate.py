@@ -1,4 +1,4 @@
-"""The estimate stage as NeMo runs it: statistics are `trainer.validate`, the criteria of depth follow on its model."""
+"""The estimate stage in NeMo: `trainer.validate` gathers the statistics; the criteria of depth then use its model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_minitron.megatron.estimate import Estimation
 
 
 class DepthAfterwards(Callback):
-    """The criteria of depth, on the model that `trainer.validate` ran."""
+    """Computes the criteria of depth on the model that `trainer.validate` has run."""
 
     def __init__(self, depth: DepthCriteria) -> None:
         self.depth = depth
@@ -32,10 +32,11 @@ class DepthAfterwards(Callback):
 
 
 def validate(estimation: Estimation, depth: DepthCriteria) -> None:
-    """Activations of the rows that are left, by the `Importance` callback; `depth` runs at the end."""
-    settings, layout, whole = estimation.calibration, estimation.layout, estimation.whole
-    batches = -(-estimation.rows_left // whole)
-    data = _data(estimation, estimation.done, settings.samples, batches * whole)
+    """Scores the rows that are left by the `Importance` callback and runs `depth` afterwards. As
+    `hosts.protocol.Host.validate`."""
+    settings, layout, rows_per_step = estimation.calibration, estimation.layout, estimation.rows_per_step
+    batches = -(-estimation.rows_left // rows_per_step)
+    data = _data(estimation, estimation.done, settings.samples, batches * rows_per_step)
     trainer = make_trainer(
         layout, settings.precision, limit_val_batches=batches, logger=False, max_steps=1, enable_checkpointing=False
     )
@@ -43,7 +44,7 @@ def validate(estimation: Estimation, depth: DepthCriteria) -> None:
         None, settings.criteria, settings.norms, settings.statistics, estimation.save_every,
         str(estimation.statistics), estimation.before,
     )  # fmt: skip
-    progress = Progress(settings.samples, settings.sequence_length, estimation.done, whole)
+    progress = Progress(settings.samples, settings.sequence_length, estimation.done, rows_per_step)
     fill = FillStudent(estimation.source)
     trainer.callbacks.extend([fill, importance, progress, DepthAfterwards(depth)])
     model = nemo_model(estimation.source.config, tokenizer=data.tokenizer, precision=settings.precision, layout=layout)
@@ -51,23 +52,23 @@ def validate(estimation: Estimation, depth: DepthCriteria) -> None:
 
 
 def rows(estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
-    """As `megatron.estimate.Runner.rows`."""
+    """The rows of NeMo's validation dataset. As `hosts.protocol.Host.rows`."""
     data = _data(estimation, first, samples, length)
-    data.build(1, 1, length // estimation.whole, 0)
+    data.build(1, 1, length // estimation.rows_per_step, 0)
     return data._validation_ds
 
 
 def _data(estimation: Estimation, first: int, samples: int, length: int) -> Any:
-    """NeMo's data module over rows `first` to `samples`, filled up to `length` with rows that do not count.
+    """NeMo's data module over the rows `first` to `samples` - 1, then rows that do not count, `length` in all.
 
-    Raises InputError for a corpus that is too short.
+    Raises InputError if the corpus is too short.
     """
     settings, prefix = estimation.calibration, estimation.tokens.prefix
-    estimation.tokens.windows(settings.sequence_length + 1, samples)
+    estimation.tokens.windows(settings.sequence_length + 1, samples)  # refuses a corpus that is too short
     module = data_module(
         prefix, prefix, tokenizer=str(estimation.source.folder), seed=settings.seed,
         sequence_length=settings.sequence_length, micro_batch_size=settings.batch_size,
-        global_batch_size=estimation.whole, index_folder=estimation.order.work / "index",
+        global_batch_size=estimation.rows_per_step, index_folder=estimation.order.work / "index",
     )  # fmt: skip
     module.dataset_cls = windowed(first, samples, length)
     return module

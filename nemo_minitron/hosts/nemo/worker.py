@@ -1,6 +1,6 @@
-"""The processes of a stage: `python -m nemo_minitron.hosts.nemo.worker STAGE ORDER.json`, under torchrun or alone.
+"""A process of a stage: `python -m nemo_minitron.hosts.nemo.worker STAGE ORDER.json`, started by torchrun or alone.
 
-Nothing heavy is imported at module level: saving a checkpoint starts a helper that imports this module again.
+Nothing heavy is imported at module level, because saving a checkpoint starts a helper that imports this module again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 
 
 def main() -> None:
-    """Runs one stage; a refusal is left as a file for the process that launched this one, exit code 2."""
+    """Runs one stage. The exit code is 2 for a refusal, whose sentence is written to a file for the launcher."""
     stage, file = sys.argv[1:3]
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun, which ignores it, sends it to end this process
+    # torchrun ignores SIGTERM here, and this process inherits that; but torchrun sends it to end this process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if "MINITRON_LIFELINE" in os.environ:
-        threading.Thread(target=_hold_the_lifeline, daemon=True).start()
-    faulthandler.register(signal.SIGUSR1)  # the launcher of a stage that has stalled asks where all threads are
+        threading.Thread(target=_watch_lifeline, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1)  # the launcher asks for the stacks of all threads of a stalled stage
     from nemo_minitron.errors import DivergedError, InputError
     from nemo_minitron.hosts.nemo.beat import begin
     from nemo_minitron.settings.orders import Order, read_order
@@ -52,19 +53,22 @@ def main() -> None:
 
 
 def _tell(error: str) -> None:
-    """The launcher what ended this rank."""
+    """Tells the launcher what ended this rank."""
     from nemo_minitron.launch.output import tell
 
     tell(rank=int(os.environ.get("RANK", "0")), error=error)
 
 
 def _stages() -> dict[str, Callable[[Any], None]]:
-    """Loaded without the garbage collector: NeMo brings a million objects that stay, and looking through them again
-    and again takes a seventh of the time."""
+    """Stage -> the function that runs its order. It loads NeMo.
+
+    The garbage collector is off meanwhile: NeMo brings a million objects that stay, and to search them again and again
+    takes a seventh of the time.
+    """
     gc.disable()
     import nemo_minitron.backend as backend
 
-    backend.setup()  # first: a Transformer Engine that cannot run ends Megatron's import
+    backend.setup()  # it comes first, because a Transformer Engine that cannot run makes Megatron's import fail
     from nemo_minitron.hosts.nemo import beat, finetune, stages, validate  # noqa: F401 (loaded before `gc.freeze`)
     from nemo_minitron.hosts.nemo.host import NEMO
     from nemo_minitron.megatron import cache, compensate, estimate, prune
@@ -82,9 +86,9 @@ def _stages() -> dict[str, Callable[[Any], None]]:
     }
 
 
-def _hold_the_lifeline() -> None:
-    """Standard input is a pipe of the process that launched this one: a byte asks to save and to end, and it closes
-    when that process ends, however it ends."""
+def _watch_lifeline() -> None:
+    """Reads standard input, a pipe from the process that launched this one. A byte asks to save and to end. The pipe
+    closes when that process ends, in whatever way; this one must then end too."""
     from nemo_minitron.megatron.shutdown import ASKED
 
     while os.read(0, 1):
@@ -93,7 +97,8 @@ def _hold_the_lifeline() -> None:
 
 
 def _leave(code: int) -> None:
-    """At once: no clean-up that could wait for other ranks; the helper of saved checkpoints would stay for ever."""
+    """Ends this process at once, without a clean-up that could wait for other ranks. The helper that saves checkpoints
+    is killed, because it would stay for ever."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)

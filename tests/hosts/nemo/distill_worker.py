@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: distillation through NeMo's trainer in every layout of that size.
+"""Run by ranks.py, once for each world size: distillation through NeMo's trainer in every layout of that size.
 
 Arguments: folder with models and a corpus, JSON list of cases, output folder, and perhaps the case whose last
 checkpoint a user's own script goes on from. Each case leaves what `minitron distill` leaves of a training: `loss.csv`
@@ -8,17 +8,16 @@ and NeMo's checkpoints.
 import dataclasses
 import functools
 import json
-import multiprocessing
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from ranks import leave_layout
+from workers import leave, process_group, run_cases
 
 
 def mask_some():
-    """Samples whose first tokens, up to all but one, do not count: data-parallel ranks have unequal numbers."""
+    """Masks the first tokens of the samples, at most all but one, so that data-parallel ranks have unequal numbers of
+    tokens that count."""
     import torch
 
     from nemo_minitron.megatron.dataset import PackedDataset
@@ -35,7 +34,7 @@ def mask_some():
 
 
 def run_case(case, folder, out):
-    """`stops`: steps after which the training ends, to go on in a trainer of its own; else it ends after the last."""
+    """Runs the training of a case. `stops`: the steps after which it stops, to be resumed by a new trainer."""
     from nemo_minitron.hosts.nemo import stages
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.settings.orders import DistillOrder
@@ -65,8 +64,8 @@ def run_case(case, folder, out):
 
 
 def diverge(case, order, made):
-    """The last rank's numbers of step 3 become NaN: its loss, its gradients, or a weight after the step. Leaves what
-    each rank says. Lightning takes the process group down with it, so this is a worker's last case."""
+    """Makes the last rank's numbers of step 3 NaN: its loss, its gradients, or a weight after the step. Writes each
+    rank's error. Lightning ends the process group with it, so this must be a worker's last case."""
     import torch
 
     from nemo_minitron.distillation import step as steps
@@ -115,7 +114,7 @@ def diverge(case, order, made):
 
 
 def keep_the_first_step(made, architecture):
-    """Its gradients, whole and by canonical name, as the optimizer gets them, and the micro-batches of one process."""
+    """Writes the optimizer's gradients, unsharded and by canonical name, and the micro-batches of one process."""
     import numpy as np
     import torch
 
@@ -146,8 +145,8 @@ def keep_the_first_step(made, architecture):
 
 
 def gradients_of(trainer, architecture):
-    """The sums that Megatron's distributed optimizer reads, as a live model: each data-parallel rank has a part of
-    them, which is gathered first."""
+    """The gradients that Megatron's distributed optimizer reads, as a live model. Each data-parallel rank has a part of
+    the sums, so they are gathered first."""
     import torch
 
     from nemo_minitron.hosts.nemo.trainer import chunks_of
@@ -159,8 +158,9 @@ def gradients_of(trainer, architecture):
         for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                own = bucket.grad_data.chunk(torch.distributed.get_world_size(group))[torch.distributed.get_rank(group)]
-                torch.distributed.all_gather_into_tensor(bucket.grad_data, own.clone(), group=group)
+                parts = bucket.grad_data.chunk(torch.distributed.get_world_size(group))
+                part = parts[torch.distributed.get_rank(group)].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, part, group=group)
     source = LiveSource(chunks_of(trainer), architecture)
     shards = source._shards.items()
     source._shards = {name: [(p.main_grad, piece) for p, piece in places] for name, places in shards}
@@ -168,7 +168,8 @@ def gradients_of(trainer, architecture):
 
 
 def ways_of_the_head(several):
-    """One process keeps the fused head's gradient apart, `several` add it to main_grad; what is asked, as a set."""
+    """One process keeps the fused head's gradient apart; `several` processes add it to main_grad. Returns a set that
+    gets each answer that the step was given."""
     from nemo_minitron.distillation import fused_head, step
 
     asked = set()
@@ -182,7 +183,7 @@ def ways_of_the_head(several):
 
 
 def user_script(folder, checkpoint, out):
-    """A NeMo user's own `llm.train`, with one callback of this package: the losses that it logs, and a refusal."""
+    """A user's own `llm.train` with one callback of this package. Writes the losses that it logs, and a refusal."""
     from lightning.pytorch.callbacks import Callback
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
@@ -230,7 +231,8 @@ def user_script(folder, checkpoint, out):
 
 
 def start_each_time():
-    """NeMo's strategy makes Megatron's groups along with the process group, which several trainings share here."""
+    """Makes NeMo's strategy start Megatron's groups for each training. It would start them only with the process group,
+    which several trainings share here."""
     from megatron.core import parallel_state
     from nemo.lightning._strategy_lib import init_model_parallel
     from nemo.lightning.pytorch.strategies import MegatronStrategy
@@ -248,7 +250,7 @@ def start_each_time():
 
 
 def forget():
-    """What Megatron and NeMo keep of a layout between two trainings in one process."""
+    """Clears what Megatron and NeMo keep of a layout between two trainings in one process."""
     from megatron.core import num_microbatches_calculator
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
@@ -259,28 +261,16 @@ def forget():
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
+    with process_group():
+        mask_some()
+        start_each_time()
+        run_cases(run_case)
+        if len(sys.argv) > 4:  # it comes last, because Lightning ends the process group with a trainer that failed
+            from nemo_minitron.sources.checkpoint import last_checkpoint
 
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    mask_some()
-    start_each_time()
-    for case in cases:
-        run_case(case, folder, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if len(sys.argv) > 4:  # the last: Lightning takes a process group down with a trainer that failed
-        from nemo_minitron.sources.checkpoint import last_checkpoint
-
-        user_script(folder, last_checkpoint(out / sys.argv[4]), out)
-    for helper in multiprocessing.active_children():  # of the checkpoints' writer; it would hold our output open
-        helper.terminate()
-    sys.stdout.flush()
-    os._exit(0)  # Lightning's and NeMo's own exits wait for process groups that are gone
+            folder, out = Path(sys.argv[1]), Path(sys.argv[3])
+            user_script(folder, last_checkpoint(out / sys.argv[4]), out)
+    leave()
 
 
 if __name__ == "__main__":

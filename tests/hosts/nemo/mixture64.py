@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 
 def first_step(student, teacher, batches, top_k=None, aux=0.0):
-    """Canonical name -> gradient, float64, and the routers' loss; `batches`: arrays [micro-batches, S] by name.
+    """({canonical name: gradient in float64}, the routers' loss). `batches`: arrays [micro-batches, S] by name.
 
-    The loss is the KL's mean over the tokens of all micro-batches that count, plus `aux` times the routers' losses,
-    each micro-batch's by its tokens.
+    The loss is the mean of the KL over the tokens that count, of all micro-batches, plus `aux` times the routers'
+    losses; a micro-batch's routers' loss is weighted by its tokens.
     """
     from nemo_minitron.pruning import HFSource
 
@@ -31,7 +31,8 @@ def first_step(student, teacher, batches, top_k=None, aux=0.0):
 
 
 def _kl(student, teacher, top_k):
-    """Of the teacher to the student [S, V] -> [S]; of its `top_k` likeliest tokens and the rest as one."""
+    """The KL of the teacher to the student, [S, V] -> [S]; with `top_k`, over the teacher's likeliest tokens and all
+    others as one."""
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     if top_k:
         first = teacher.topk(top_k, -1).indices
@@ -54,7 +55,7 @@ def _float64(folder):
 
 
 def _balance(logits, top_k):
-    """Of the Switch Transformer (2101.03961): experts x sum of (share of tokens x mean probability)."""
+    """The loss of the Switch Transformer (2101.03961): experts x sum of (share of tokens x mean probability)."""
     tokens, experts = logits.shape
     chosen = logits.topk(top_k, -1).indices.flatten().bincount(minlength=experts)
     return experts * (chosen / (tokens * top_k) * logits.softmax(-1).mean(0)).sum()

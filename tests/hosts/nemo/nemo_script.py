@@ -15,7 +15,8 @@ KEEP = {"ffn": 64, "hidden": 40, "layers": 5}
 
 
 def example(name: str, *arguments: Path) -> None:
-    """As `python examples/NAME` runs it: its name is __main__, which the helpers of a saved checkpoint import."""
+    """Runs an example as `python examples/NAME` does: under the name __main__, which the helpers that save a checkpoint
+    import."""
     sys.argv = [str(EXAMPLES / name), *map(str, arguments)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -77,7 +77,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
-    """Name of a case -> its loss.csv by column; one torchrun for all layouts of a world size, one process first."""
+    """Name of a case -> its loss.csv by column. One worker runs all layouts of a world size, one process first."""
     out = tmp_path_factory.mktemp("trained")
     for world in LAYOUTS:
         cases = [
@@ -86,7 +86,7 @@ def results(models, tmp_path_factory):
             if case["world"] == world
             for at in [RECIPES[case["recipe"]]]
         ]
-        run_ranks(world, WORKER, models, json.dumps(CACHES), json.dumps(cases), out, ROWS)
+        run_ranks(world, WORKER, models, json.dumps(cases), out, json.dumps(CACHES), ROWS)
 
     def of(name):
         rows = list(csv.DictReader((out / name / "loss.csv").open()))
@@ -124,7 +124,7 @@ def reference(models, name):
     ("case", "cache", "column"), [("still", "sampled", "cross_entropy"), ("still-largest", "largest", "top_k_kl")]
 )
 def test_losses_are_those_of_the_cache_in_float64(case, cache, column, results, models):
-    """The right rows, positions, masks and sets; called a cross-entropy where it is one."""
+    """The rows, positions, masks and sets of draws are the right ones, and a cross-entropy has that name."""
     found = results(case)
     assert list(found) == ["step", "tokens", "loss", "seconds", column]
     np.testing.assert_allclose(found["loss"], reference(models, cache), rtol=LOSS_LAYOUT_FP32)
@@ -132,7 +132,7 @@ def test_losses_are_those_of_the_cache_in_float64(case, cache, column, results, 
 
 
 def test_the_student_learns(results):
-    """Against the same targets of the same rows, the student that stays as it was."""
+    """Its losses are compared with those of an untrained student on the same targets of the same rows."""
     for name, still, column in (("sampled", "still", "cross_entropy"), ("both", "still-largest", "top_k_kl")):
         assert results(name)[column][0] == pytest.approx(results(still)[column][0], rel=LOSS_LAYOUT_FP32)
         assert (results(name)[column][2:] < results(still)[column][2:]).all()

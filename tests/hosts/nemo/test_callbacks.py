@@ -1,4 +1,4 @@
-"""The callbacks by themselves; what they gather is tested in a NeMo script."""
+"""The callbacks alone. `test_nemo_script.py` tests what they gather."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""The look at NeMo's batches: every virtual stage's module, several lookers at once, gone in any order."""
+"""DataStep shows NeMo's batches to a collector: for the modules of all virtual stages, for several collectors at once,
+and it may be removed in any order."""
 
 import itertools
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ class Module(LightningModule):
 
 
 class Seen:
-    """In the place of a Collector."""
+    """Stands for a Collector."""
 
     def __init__(self):
         self.batches = []
@@ -35,7 +36,8 @@ def batches(*numbers):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_each_sees_all_and_they_go_in_any_order(order):
-    """With `delattr` alone the second one to go raises, and a restored original brings back one that went."""
+    """If `remove` only called `delattr`, the second call would raise; if it only restored what it had found, it would
+    bring back a step that was removed."""
     modules = [Module(), Module()]
     own = modules[1].data_step = lambda iterator: -next(iterator)["tokens"]  # a user's own
     lookers = [Seen(), Seen(), Seen()]

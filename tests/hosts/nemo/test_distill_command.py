@@ -1,4 +1,4 @@
-"""`minitron distill` with most of what it can be told, over two pipeline stages that divide the depths unevenly."""
+"""`minitron distill` with most of its settings, over two pipeline stages that divide the layers unevenly."""
 
 import csv
 import json

@@ -118,7 +118,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
-    """Case -> its folder; one torchrun for all layouts of a world size."""
+    """Case -> its folder. One worker runs all layouts of a world size."""
     done = {}
 
     def of(case):
@@ -143,7 +143,7 @@ FUSED = [c for c in CASES if not {"lm_weight", "loss"} & c["recipe"].keys()]
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda c: c["name"])
 def test_the_heads_gradient_goes_into_main_grad_but_for_one_process(case, results):
-    """So that `test_losses_equal_one_process` compares the two ways, of tied heads and others, under TP, PP and DP."""
+    """`test_losses_equal_one_process` then compares the two ways, for tied heads and others, under TP, PP and DP."""
     assert json.loads((results(case) / "main_grad.json").read_text()) == [case["world"] > 1]
 
 
@@ -154,7 +154,7 @@ def columns(folder):
 
 @each_layout
 def test_losses_equal_one_process(case, results, one):
-    """Also each part apart, and alpha, which scales the gradients of the next step."""
+    """Each part of the loss is compared too, and alpha, which scales the gradients of the next step."""
     found, expected = columns(results(case)), columns(one(case))
     assert found.keys() == expected.keys()
     assert len(found["loss"]) == 4
@@ -179,7 +179,7 @@ def by_the_book(models, results):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["gradients"]], ids=lambda case: case["name"])
 def test_a_mixtures_first_gradients_are_those_of_the_loss_that_was_asked_for(case, results, by_the_book):
-    """Routers included: with the model's own router_aux_loss_coef, 0.5 here, theirs would be another by far."""
+    """The routers' gradients too: with the model's own router_aux_loss_coef, 0.5 here, they would be far off."""
     gradients, balance = by_the_book(case["one"].removeprefix("moe-"))
     found = dict(np.load(results(case) / "gradients.npz"))
     worst = farthest(found, gradients)
@@ -211,7 +211,7 @@ def test_parts_make_up_the_loss(case, results):
 
 @pytest.mark.parametrize("world", DIVERGING)
 def test_a_training_that_diverges_stops_at_that_step_on_all_ranks(world, results):
-    """Its weights of step 3 are not saved; those of step 2 are there, and loss.csv holds numbers alone."""
+    """The weights of step 3 are not saved, those of step 2 stay, and loss.csv holds only finite numbers."""
     case = DIVERGING[world]
     folder = results({"world": world, "name": case["name"]})
     said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world)]
@@ -235,7 +235,8 @@ def test_a_training_that_diverges_stops_at_that_step_on_all_ranks(world, results
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_a_checkpoint_is_the_students_alone(case, results, models):
-    """A plain checkpoint of NeMo's class: neither the teacher nor this package in it, and total in both directions."""
+    """It is a plain checkpoint of NeMo's class without the teacher or this package. It has all of the student's tensors
+    and no others."""
     from nemo_minitron.sources.checkpoint import CheckpointSource, last_checkpoint
     from nemo_minitron.sources.tensors import whole
 

@@ -1,4 +1,4 @@
-"""What a training may be told beside its layout: to stop and go on, to validate, to learn from something else."""
+"""Settings of a training besides its layout: it stops and resumes, it validates, it learns from something else."""
 
 import csv
 import json
@@ -91,7 +91,8 @@ def leaves(value, path=""):
 
 
 def test_three_steps_and_three_more_are_six_bit_by_bit(out):
-    """Losses with all their parts, weights, masters, moments, scheduler, the projection and its moments, alpha."""
+    """This holds for losses with all their parts, weights, masters, moments, the scheduler, the projection and its
+    moments, and alpha."""
     import torch
 
     straight, halted = (list(csv.DictReader((out / run / "loss.csv").open())) for run in ("straight", "halted"))
@@ -110,7 +111,7 @@ def test_three_steps_and_three_more_are_six_bit_by_bit(out):
 
 
 def test_validation_is_the_lm_loss_on_held_out_text(out):
-    """It falls under training, and before any of it is that of `early`, whose learning rate is nothing."""
+    """It falls during training. Before the first step it is the loss of `early`, whose learning rate is 0."""
     assert rows(out / "straight" / "validation.csv", "step") == ["2", "4", "6"]
     trained = [float(v) for v in rows(out / "straight" / "validation.csv", "loss")]
     still = [float(v) for v in rows(out / "early" / "validation.csv", "loss")]
@@ -129,7 +130,7 @@ def test_an_offloaded_teacher_gives_the_same_losses(out):
 
 
 def test_the_teachers_precision_is_its_own(out):
-    """In bf16 it differs from fp32 by rounding: seen, and small."""
+    """A teacher in bf16 changes the losses by its rounding: the difference exists and is small."""
     difference = np.abs(losses(out / "mixed") / losses(out / "plain") - 1)
     assert 0 < difference.max() < LOSS_BF16_TEACHER
 

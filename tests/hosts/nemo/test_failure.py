@@ -1,4 +1,4 @@
-"""What ended a worker, in one line."""
+"""The line that says what ended a worker."""
 
 import errno
 import os

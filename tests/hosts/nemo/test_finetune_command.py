@@ -53,7 +53,7 @@ def rows(file):
 
 
 def loss_of_the_answer(folder):
-    """In float64, of the answer's tokens and the EOS behind it, given all before them."""
+    """The loss, in float64, of the answer's tokens and the EOS behind it, given all tokens before them."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -68,8 +68,8 @@ def loss_of_the_answer(folder):
 
 @pytest.mark.slow
 def test_a_student_is_aligned_and_stays_a_plain_folder(world):
-    """Told to stop on the way, it saves and goes on: no step but the last would be saved without that, and the second
-    run would write all rows anew."""
+    """The training is told to stop, saves a checkpoint, and the second run resumes. Without that checkpoint only the
+    last step would be saved, and the second run would write all rows again."""
     first, losses = finetune(world), world / ".out.work" / "training" / "loss.csv"
     deadline = time.monotonic() + 300
     while len(rows(losses)) < 3 and first.poll() is None and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Which of a training's checkpoints is whole; only the newest of these stays."""
+"""Of a training's checkpoints, only the newest complete one stays."""
 
 import os
 
@@ -42,7 +42,7 @@ def test_a_damaged_one_goes_and_the_one_before_is_taken(folder, change, said):
     assert said in damage(last)
     kept, (line,) = keep_whole(folder)
     assert kept == {2: folder / "step=1-last"}
-    assert line.startswith(f"the checkpoint {last} is not whole (")
+    assert line.startswith(f"the checkpoint {last} is damaged (")
     assert not last.exists()
 
 

@@ -1,7 +1,7 @@
-"""Rows of the stream as training with a cached teacher deals them out: the same rows for every seed and epoch.
+"""The rows that a training with a cached teacher reads are the same for every seed and epoch.
 
-Mutations tried by hand, each of which makes tests here fail: a row's offset counted from the stream's start, not
-its document's; one permutation for all epochs.
+Two mutations were tried by hand, and each makes tests here fail: a row's offset counted from the stream's start instead
+of its document's; one permutation for all epochs.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ LENGTHS, LENGTH = (3, 21, 8, 1, 8, 0, 30), 8  # rows that begin within, at the e
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Makes a dataset of `rows` rows for so many samples; and the whole stream."""
+    """A function that makes a dataset of `rows` rows for so many samples, and the whole stream."""
     backend.setup()
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -23,7 +23,7 @@ def dataset(tmp_path_factory):
     from nemo_minitron.megatron.rows import stream_rows
 
     prefix = tmp_path_factory.mktemp("rows") / "text"
-    stream = np.arange(sum(LENGTHS))  # every token another: a row is where it comes from
+    stream = np.arange(sum(LENGTHS))  # each token is its own position, so a row says where it comes from
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in np.split(stream, np.cumsum(LENGTHS)[:-1]):
         builder.add_document(document.tolist(), [len(document)])
@@ -49,8 +49,8 @@ def dataset(tmp_path_factory):
 def test_each_epoch_deals_out_every_row_of_the_stream_once(dataset):
     make, stream = dataset
     rows = (len(stream) - 1) // LENGTH
-    held = make(rows, 2 * rows + 1)
-    samples = [held[i] for i in range(len(held))]
+    dataset = make(rows, 2 * rows + 1)
+    samples = [dataset[i] for i in range(len(dataset))]
     assert len(samples) == 3 * rows  # whole epochs, at least as many samples as are asked for
     assert [int(sample["epoch"]) for sample in samples] == [0] * rows + [1] * rows + [2] * rows
     orders = [[int(s["tokens"][0]) // LENGTH for s in samples[i * rows : (i + 1) * rows]] for i in range(3)]
@@ -66,7 +66,7 @@ def test_each_epoch_deals_out_every_row_of_the_stream_once(dataset):
 
 def test_a_seed_and_the_number_of_rows_choose_the_order_and_the_samples_do_not(dataset):
     make, _ = dataset
-    order = [list(held.shuffle_index) for held in (make(8, 8), make(8, 20), make(8, 8, seed=2), make(8))]
+    order = [list(rows.shuffle_index) for rows in (make(8, 8), make(8, 20), make(8, 8, seed=2), make(8))]
     assert order[1][:8] == order[0] == order[3]
     assert order[2] != order[0]
     assert {int(make(5)[i]["tokens"][0]) for i in range(5)} == {0, 8, 16, 24, 32}  # the first rows of the stream

@@ -1,21 +1,17 @@
-"""Run under torchrun, once for a world size: a mixture of experts, filled, read and saved in every layout.
+"""Run by ranks.py, once for each world size: a mixture of experts, filled, read and saved in every layout.
 
 Arguments: folder of models, JSON list of cases, output folder. Rank 0 writes one result a case.
 """
 
 import json
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/
+from workers import process_group, run_cases
 
 
 def differing(source, expected):
-    """Names of the tensors that two sources do not agree on, bit by bit."""
+    """The names of the tensors in which two sources differ, bit by bit."""
     from nemo_minitron.sources.tensors import whole
 
     return [
@@ -26,7 +22,7 @@ def differing(source, expected):
 
 
 def fills_with_nan(chunks, teacher):
-    """Whether a router that is no number is filled in, as it would be from a training that diverged."""
+    """Whether a router with NaN, as a training that diverged would have it, is filled in without a refusal."""
     import types
 
     from nemo_minitron.errors import InputError
@@ -97,17 +93,8 @@ def _logits(chunks, tokens):
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
-
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        run_case(case, folder, out)
-    torch.distributed.destroy_process_group()
+    with process_group():
+        run_cases(run_case)
 
 
 if __name__ == "__main__":

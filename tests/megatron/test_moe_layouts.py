@@ -1,4 +1,4 @@
-"""A mixture of experts in every layout: what is filled, cut and saved is the Hugging Face folder, bit by bit.
+"""A mixture of experts in every layout: the filled, cut and saved models equal the Hugging Face folder, bit by bit.
 
 Mutations tried, each of which fails here: experts numbered by their place on the rank alone; every copy of an
 expert contributing (an all-reduce of bytes then overflows); experts sharded by the dense layers' tensor
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory):
-    """One torchrun for all layouts."""
+    """One worker runs all layouts."""
     out = tmp_path_factory.mktemp("world2")
     run_ranks(2, WORKER, folder, json.dumps(CASES), out)
     return out

@@ -1,7 +1,7 @@
-"""The compensate stage on a mixture of experts: each is solved for by a rank that holds it. Dense models and pipeline
-stages: tests/cli/test_compensate_command.py.
+"""The compensate stage on a mixture of experts: a rank that holds an expert re-fits its matrix. Dense models and
+pipeline stages are tested in tests/cli/test_compensate_command.py.
 
-Mutations tried, each of which fails here: the dense layers' first rank alone solving; a pass that forgets a layer.
+Two mutations were tried, and each fails here: only the dense layers' first rank re-fits; a pass forgets a layer.
 """
 
 from pathlib import Path
@@ -36,19 +36,19 @@ LAYOUTS = [Layout(ep=2, dp=2), Layout(tp=2, etp=1)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("models")
-    pico_mixtral(made / "teacher", num_attention_heads=8, num_key_value_heads=4)
-    save_tokenizer(made / "teacher", TEXTS, 509)
-    (made / "corpus.txt").write_text("\n".join(TEXTS))
-    build(made / "corpus.txt", load_tokenizer(made / "teacher"), made / "corpus")
+    models = tmp_path_factory.mktemp("models")
+    pico_mixtral(models / "teacher", num_attention_heads=8, num_key_value_heads=4)
+    save_tokenizer(models / "teacher", TEXTS, 509)
+    (models / "corpus.txt").write_text("\n".join(TEXTS))
+    build(models / "corpus.txt", load_tokenizer(models / "teacher"), models / "corpus")
     keep = {"expert_ffn": 24, "experts": 3, "heads": 4, "layers": 5}
-    random_plan(from_hf(made / "teacher"), keep=keep).save(made / "plan.json")
-    return made
+    random_plan(from_hf(models / "teacher"), keep=keep).save(models / "plan.json")
+    return models
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["ep2-dp2", "tp2-etp1"])
 def test_experts_over_ranks(folder, layout):
-    """In passes of two layers; the numbers are those of float64."""
+    """A pass takes two layers. The matrices equal those that float64 gives."""
     out, plan, source = folder / "solved", PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
     memory, plans = 2 * bytes_of_layer(plan.source, layout), {folder / "plan.json": out}
     order = CompensateOrder(folder / "teacher", plans, folder / "corpus", 0.01, memory, Calibration(**ROWS), layout)

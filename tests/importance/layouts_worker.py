@@ -1,4 +1,4 @@
-"""Run under torchrun, once for a world size: every layout of that size, on bare Megatron modules.
+"""Run by ranks.py, once for each world size: every layout of that size, on bare Megatron modules.
 
 Arguments: folder of pico models, JSON list of cases, output file. Rank 0 writes the results of a case.
 """
@@ -6,11 +6,11 @@ Arguments: folder of pico models, JSON list of cases, output file. Rank 0 writes
 import itertools
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
+from workers import process_group, run_cases
 
 CRITERIA = ["l2,mean", *(",".join(p) for p in itertools.product(("mean", "l2", "var", "max"), repeat=2))]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
@@ -91,7 +91,7 @@ def run_case(case, folder, out):
 
 
 def mutated(name):
-    import mutations  # beside this file: a script's folder is on the path
+    import mutations
 
     return mutations.MUTATIONS[name]()
 
@@ -107,18 +107,9 @@ def _logits(chunks, tokens, vocab_size):
 
 
 def main():
-    folder, cases, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    import torch
-
-    import nemo_minitron.backend as backend
-
-    backend.setup()
-    register_own_estimator()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
-        run_case(case, folder, out)
-    torch.distributed.destroy_process_group()
+    with process_group():
+        register_own_estimator()
+        run_cases(run_case)
 
 
 if __name__ == "__main__":

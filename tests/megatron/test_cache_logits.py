@@ -1,4 +1,5 @@
-"""`minitron cache-logits`: killed and resumed bit by bit; what it refuses, it refuses before a process is started."""
+"""`minitron cache-logits`: a killed run resumes and ends with the same bits, and bad input is refused before a process
+starts."""
 
 import csv
 import json
@@ -40,7 +41,8 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A teacher, one with another rotary base, two texts, and the cache of the first by the command."""
+    """A teacher, another one with another rotary base, two texts, and a cache that the command made of the first
+    teacher."""
     folder = tmp_path_factory.mktemp("cache")
     pico_llama(folder / "teacher", vocab_size=512)
     save_tokenizer(folder / "teacher", TEXTS, 512)
@@ -152,7 +154,7 @@ def test_training_refuses_a_cache_of_something_else(world, change, words, monkey
 
 @pytest.mark.slow
 def test_a_student_learns_from_it_by_the_command(world):
-    """Without the teacher: the teacher's own weights are the student here, whose cross-entropy is near its floor."""
+    """The student has the teacher's own weights here, so its cross-entropy is near the lowest possible one."""
     arguments = ["teacher", "--teacher-cache", "whole", "--data", "corpus.jsonl", "--out", "distilled"]
     options = ["--tokens", LENGTH * 4 * 3, "--sequence-length", LENGTH, "--global-batch-size", 4, "--precision", "fp32"]
     finish(start(world, *arguments, *options, command="distill"))
