@@ -86,6 +86,6 @@ def settled(settings: Any) -> Any:
     A framework that writes settings down, as NeMo does into a checkpoint's context, knows plain numbers only.
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    plain = {name: int(value) for name, value in values.items() if isinstance(value, Unasked)}
+    plain: dict[str, Any] = {name: int(value) for name, value in values.items() if isinstance(value, Unasked)}
     plain |= {name: float(value) for name, value in values.items() if isinstance(value, UnaskedRate)}
     return dataclasses.replace(settings, **plain)
