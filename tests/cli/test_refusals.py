@@ -244,7 +244,7 @@ def test_a_nemo_checkpoint_is_cut_into_one_or_refused_before_nemo_is_loaded(worl
     refused(minitron("prune", model, world / "plan.json", model / "student"), "overlaps the teacher's")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("mine")
-    refused(minitron("prune", model, world / "plan.json", tmp_path / "mine", "--overwrite"), "is there already")
+    refused(minitron("prune", model, world / "plan.json", tmp_path / "mine", "--overwrite"), "already exists")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
 
 
