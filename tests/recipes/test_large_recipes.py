@@ -56,10 +56,10 @@ def test_the_chain_ends_at_the_published_student_and_keeps_its_teacher(tmp_path)
     job = find(CHAIN)
     first, second = checked(job, tmp_path, offline=True)
     models = [of_table(name) for name in ("nemotron-4-15b", "minitron-8b", "minitron-4b")]
-    assert [first[1], first[2], second[2]] == models
-    assert second[1] == models[1]
-    assert second[0].learns_from == job.teacher
-    for student, step in ((models[1], first[0]), (models[2], second[0])):
+    assert [first.source, first.target, second.target] == models
+    assert second.source == models[1]
+    assert second.job.learns_from == job.teacher
+    for student, step in ((models[1], first.job), (models[2], second.job)):
         assert step.layout.for_student(student, models[0]) == (job.layout, "")
         assert fits(student, models[0], step.distillation, step.layout)
 
