@@ -154,7 +154,7 @@ def test_vocabulary(world):
         (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
         (["prune", "teacher", "layers.json", "s", "--compensation", "c.safetensors"], "made for another plan"),
         (["prune", "teacher", "layers.json", "s", "--fold-norms"], "cuts no hidden channels"),
-        (["prune", "teacher", "compensated.json", "s", "--head-residual", "paper"], "--head-residual and --scores need each other"),
+        (["prune", "teacher", "compensated.json", "s", "--head-residual", "paper"], "--scores need each other"),
         (["rank-tokens", "teacher", "--data", "corpus.jsonl", "--out", "c.safetensors"], "is no file of scores"),
     ],
 )
