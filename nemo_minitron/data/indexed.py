@@ -190,11 +190,15 @@ class Tokens:
         """Tokens start to start + length of the whole stream: int64 [length]."""
         return self._stream[start : start + length].astype(np.int64)
 
-    def _refuse_short(self, sequence_length: int, total: int, samples: int | None) -> None:
+    def check_rows(self, sequence_length: int, samples: int) -> None:
+        """Raises InputError if the corpus has fewer than `samples` rows of that length, each with its last label."""
+        self._refuse_short(sequence_length, self.samples(sequence_length + 1), samples, label=1)
+
+    def _refuse_short(self, sequence_length: int, total: int, samples: int | None, label: int = 0) -> None:
         if total == 0:
             raise InputError(
                 f"the corpus gives no sample of {sequence_length} tokens, it has {self.tokens}: "
-                f"give --sequence-length {self.tokens} or less, or a larger corpus"
+                f"give --sequence-length {max(1, self.tokens - label)} or less, or a larger corpus"
             )
         if samples is not None and not 0 < samples <= total:
             raise InputError(

@@ -38,10 +38,9 @@ class Fit:
             self.length(positions, "the model has no more positions")
 
     def text(self, *corpora: Any) -> None:
-        """Fits lengths and rows to `corpora`, the Tokens that are read. A training needs one more, the last label."""
-        label = 0 if hasattr(self.settings, "samples") else 1  # a calibration needs no labels
-        self.length(min(corpus.tokens for corpus in corpora) - label, "the text has no more tokens")
-        rows = min(corpus.samples(self.settings.sequence_length) for corpus in corpora)
+        """Fits lengths and rows to `corpora`, the Tokens that are read. A row needs one token more, its last label."""
+        self.length(min(corpus.tokens for corpus in corpora) - 1, "the text has no more tokens")
+        rows = min(corpus.samples(self.settings.sequence_length + 1) for corpus in corpora)
         for name in ("samples", "depth_samples"):
             if self._derivable(name) and 0 < rows < getattr(self.settings, name):
                 self._set(name, rows, "the text has no more rows")

@@ -136,6 +136,12 @@ def test_a_corpus_too_short_is_refused_with_what_it_can_give(built):
         built.windows(built.tokens + 1)
 
 
+def test_a_row_needs_its_last_label(built):
+    built.check_rows(built.tokens - 1, 1)
+    with pytest.raises(InputError, match=f"--sequence-length {built.tokens - 1} or less"):
+        built.check_rows(built.tokens, 1)
+
+
 def test_what_is_not_there_or_does_not_fit_is_refused(built, tmp_path):
     with pytest.raises(InputError, match="not a Megatron prefix"):
         Tokens(tmp_path / "nothing")

@@ -52,10 +52,16 @@ def test_a_length_by_the_model_and_the_text():
     fit.model(256)
     assert fit.settings.sequence_length == 252
     fit.text(Text(100_000))
-    assert (fit.settings.sequence_length, fit.settings.samples, fit.settings.depth_samples) == (252, 396, 16)
+    assert (fit.settings.sequence_length, fit.settings.samples, fit.settings.depth_samples) == (252, 395, 16)
     fit.text(Text(250))
     assert (fit.settings.sequence_length, fit.settings.samples, fit.settings.depth_samples) == (240, 1, 1)
     assert fit.remark.startswith("sequence_length is 240, since the text has no more tokens; samples is 1, since")
+
+
+def test_a_calibration_needs_a_label_too():
+    fit = Fit(Calibration(), Layout())
+    fit.text(Text(1022))
+    assert (fit.settings.sequence_length, fit.settings.samples) == (1021, 1)
 
 
 def test_fp8_wants_whole_tiles():

@@ -64,7 +64,7 @@ def _data(estimation: Estimation, first: int, samples: int, length: int) -> Any:
     Raises InputError if the corpus is too short.
     """
     settings, prefix = estimation.calibration, estimation.tokens.prefix
-    estimation.tokens.windows(settings.sequence_length + 1, samples)  # refuses a corpus that is too short
+    estimation.tokens.check_rows(settings.sequence_length, samples)
     module = data_module(
         prefix, prefix, tokenizer=str(estimation.source.folder), seed=settings.seed,
         sequence_length=settings.sequence_length, micro_batch_size=settings.batch_size,

@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from nemo_minitron.commands.distill import export_student, left_by_training, run_training
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.commands.evaluate import measure
+from nemo_minitron.data import Tokens
 from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
@@ -28,6 +29,7 @@ from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
+from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
 
@@ -200,8 +202,16 @@ def distill(run: Run) -> None:
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
+    fit = Fit(job.distillation, layout)
+    if job.distillation.teacher_cache:
+        cache = CacheHeader.load(job.distillation.teacher_cache)
+        fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
+    else:
+        fit.text(Tokens(train), Tokens(held_out))
+    if fit.remark:
+        run.say(f"    remark: {fit.remark}")
     run_training(
-        student, learned, (train, held_out), run.folder.distilled, job.distillation, layout,
+        student, learned, (train, held_out), run.folder.distilled, fit.settings, layout,
         run.folder.log, plan=plan_of_learned(job, run.folder),
     )  # fmt: skip
 
