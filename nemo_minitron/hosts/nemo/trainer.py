@@ -102,12 +102,13 @@ def logger(out: str, recipe: Distillation) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
     from nemo import lightning as nl
 
+    every = 1 if recipe.steps == 1 else recipe.save_every  # NeMo saves nothing at the end of a training of one step
     return nl.NeMoLogger(
         explicit_log_dir=f"{out}/nemo",  # nothing else lies there, because NeMo moves what it finds into run_N
         tensorboard=TensorBoardLogger(save_dir=out, name="tensorboard"),
         update_logger_directory=False,
         ckpt=nl.ModelCheckpoint(
-            monitor=None, save_last=True, save_top_k=0, every_n_train_steps=recipe.save_every,
+            monitor=None, save_last=True, save_top_k=0, every_n_train_steps=every,
             save_on_train_epoch_end=False, save_optim_on_train_end=False, filename="{step}",
         ),
     )  # fmt: skip

@@ -72,3 +72,11 @@ def test_refusals(world, options, said):
     done = distill(world[0], "no", options)
     assert done.returncode == 2, done.stderr[-3000:]
     assert said in " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_training_of_one_step_is_saved(world):
+    folder, plan = world
+    done = distill(folder, "one", {"tokens": 96})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((folder / "one" / "loss.csv").read_text().splitlines()) == 1 + 1
+    assert from_hf(folder / "one") == plan.target
