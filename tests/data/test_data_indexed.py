@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from corpora import write_indexed
 
 from nemo_minitron.data import Tokens, build, prefix_of
 from nemo_minitron.errors import InputError
@@ -173,13 +174,8 @@ def test_a_token_beyond_the_embedding_is_refused(jsonl, byte_level, built, tmp_p
     for prefix in (tmp_path / "a", built.prefix):  # made before, by the same command and given as it is
         with pytest.raises(InputError, match=f"holds the token {largest}, at place"):
             build(jsonl if prefix != built.prefix else prefix, byte_level, prefix, vocab_size=largest)
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
-    builder.add_document(np.array([5, 6, -1, 7]), [4])
-    builder.finalize(str(tmp_path / "c.idx"))
     with pytest.raises(InputError, match="holds the token -1, at place 2"):
-        build(tmp_path / "c", byte_level, tmp_path / "unused", vocab_size=400)
+        build(write_indexed(tmp_path / "c", [[5, 6, -1, 7]]), byte_level, tmp_path / "unused", vocab_size=400)
 
 
 def test_ids_with_holes_decide_the_dtype(jsonl, byte_level, texts, tmp_path):

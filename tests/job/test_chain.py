@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from corpora import write_indexed
 from pico import SIZES, pico_llama
 
 from nemo_minitron.artifacts import PrunePlan, compose
@@ -214,7 +215,8 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
         asked.update(teacher=teacher.path, plan=plan)
 
     monkeypatch.setattr(stages, "run_training", run_training)
-    monkeypatch.setattr(stages, "trained_on", lambda run: tmp_path)
+    text = write_indexed(tmp_path / "text", [range(5_000)])
+    monkeypatch.setattr(stages, "trained_on", lambda run: text)
     for name in ("teacher", "run/checkpoints/pruned"):
         pico_llama(tmp_path / name)
     job = Job(

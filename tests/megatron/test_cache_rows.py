@@ -6,6 +6,7 @@ of its document's; one permutation for all epochs.
 
 import numpy as np
 import pytest
+from corpora import write_indexed
 
 import nemo_minitron.backend as backend
 
@@ -17,17 +18,14 @@ def dataset(tmp_path_factory):
     """A function that makes a dataset of `rows` rows for so many samples, and the whole stream."""
     backend.setup()
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
     from nemo_minitron.megatron.rows import stream_rows
 
     prefix = tmp_path_factory.mktemp("rows") / "text"
     stream = np.arange(sum(LENGTHS))  # each token is its own position, so a row says where it comes from
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for document in np.split(stream, np.cumsum(LENGTHS)[:-1]):
-        builder.add_document(document.tolist(), [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    write_indexed(prefix, np.split(stream, np.cumsum(LENGTHS)[:-1]))
 
     class Tokenizer:
         eod, pad = 0, 0
