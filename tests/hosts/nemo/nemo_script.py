@@ -10,6 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from nemo_importer import import_from_hf
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 KEEP = {"ffn": 64, "hidden": 40, "layers": 5}
 
@@ -52,7 +54,7 @@ def main(folder: Path, sizes: dict) -> None:
     from nemo_minitron.nemo import Importance, Pruning, register
 
     teacher = folder / "nemo-teacher"
-    llm.import_ckpt(llm.LlamaModel(llm.Llama2Config7B()), f"hf://{folder / 'pico'}", output_path=teacher)
+    import_from_hf(folder / "pico", teacher)
     corpus = build(folder / "corpus.jsonl", load_tokenizer(folder / "pico"), folder / "corpus").prefix
     data = data_module(
         corpus, corpus, tokenizer=str(folder / "pico"), sequence_length=32, micro_batch_size=2, global_batch_size=2

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from nemo_importer import import_from_hf
+
 
 def main(folder: Path, scratch: Path) -> None:
     import numpy as np
@@ -33,10 +35,8 @@ def main(folder: Path, scratch: Path) -> None:
         return [name for name, at in blocks if not np.array_equal(source.read(name, at), stored.read(name, at))]
 
     round_trip = differing(live)  # before NeMo's importer takes the process groups down
-    from nemo.collections import llm
-
     imported = scratch / "imported"
-    llm.import_ckpt(llm.LlamaModel(llm.Llama2Config7B()), f"hf://{folder}", output_path=imported)
+    import_from_hf(folder, imported)
     importer = CheckpointSource(imported)
     result = {
         "logits": (ours - theirs).abs().max().item(),
