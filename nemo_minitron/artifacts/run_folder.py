@@ -82,7 +82,9 @@ class TrainingFolder(Folder):
 class RunFolder(CutFolder):
     """All that one `minitron compress` leaves, and goes on from; of a chain `chain` and a folder for each step."""
 
-    recipe = Name("recipe.json")
+    recipe = Name("recipe.json")  # every setting; the next two have those that are not at their defaults
+    recipe_yaml = Name("recipe.yaml")
+    recipe_python = Name("recipe.py")
     manifest = Name("manifest.json")
     log = Name("log.txt")
     data = Name("data")

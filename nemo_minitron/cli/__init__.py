@@ -21,6 +21,7 @@ from nemo_minitron.cli.options import with_options
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
 from nemo_minitron.cli.rank_tokens import rank_tokens
+from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
@@ -28,7 +29,7 @@ from nemo_minitron.schema import OUTPUT
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
-    report, doctor,
+    report, recipes, doctor,
 )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,12 +16,16 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import MACHINES, OUTPUT
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.own_model import OwnModel
+from nemo_minitron.settings.written import as_yaml
 
 if TYPE_CHECKING:
     from nemo_minitron.job import Job
 
+RECIPE = "Name of a recipe, its file (.py, .yaml or .json), or your own model: a folder, a hub id, a NeMo checkpoint."
 FOLDER = "The run folder. Default: runs/NAME."
-DRY = "Print the recipe, sizes, memory and stages; load and write nothing."
+DRY = "Print sizes, memory, stages and the recipe; load and write nothing."
+JSON = "With --dry-run: print nothing but the recipe, every setting of it, as JSON."
 OVERWRITE = "Redo stages in a run folder of another recipe."
 EXECUTOR = (
     "Executor of NeMo-Run: local, docker, slurm, skypilot, or a name in its executors.py. executor.key=value sets it."
@@ -27,7 +33,8 @@ EXECUTOR = (
 
 
 def compress(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or its file: .py, .yaml or .json.")],
+    recipe: Annotated[str, typer.Argument(help=RECIPE)],
+    own: OwnModel,
     layout: Annotated[dict[str, Any], Overriding(Layout, "layout")],
     machines: Machines,
     overrides: Annotated[
@@ -37,44 +44,71 @@ def compress(
     stall_timeout: Stall = SECONDS,
     out: Annotated[Optional[Path], typer.Option("--out", help=FOLDER, rich_help_panel=OUTPUT)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY, rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON, rich_help_panel=OUTPUT)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE, rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Run the whole job of a recipe, in one run folder. Run the command again to resume."""
-    from nemo_minitron.cli.find import find
+    """Run the whole job of a recipe, or of your own model, in one run folder. Run the command again to resume.
 
+    minitron compress smollm2_135m_to_108m_width
+
+    minitron compress path/to/model --data text.jsonl --params 0.7x
+    """
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items()]
     settings = [*(overrides or []), *chosen]
     of_job = [setting for setting in settings if not setting.startswith("executor.")]
     of_executor = [setting for setting in settings if setting not in of_job]
+    if as_json and not dry_run:
+        raise InputError("--json prints the recipe of a --dry-run; give both")
     if of_executor and not executor:
         raise InputError("executor.key=value needs an executor; give --executor, or leave these settings out")
-    job = find(recipe).override(of_job)
+    job = _job(recipe, own, layout).override(of_job)
     folder = job.folder(out)
     backend = _executor(executor, of_executor, job, folder) if executor else None
     if dry_run or executor:  # a job that would be refused on the cluster is refused here
-        text = _describe(job, folder)
+        text = _describe(job, folder, as_json)
         if dry_run:
-            print(text if executor else f"{text}\nnothing was loaded or written")
+            print(text if executor or as_json else f"{text}\n\nnothing was loaded or written")
         if executor:
-            command = ["compress", recipe, *of_job, "--out", str(folder.absolute()), *["--overwrite"] * overwrite]
+            command = ["compress", recipe, *own.given, *of_job, "--out", str(folder.absolute())]
+            command += ["--overwrite"] * overwrite
             command += ["--stall-timeout", str(stall_timeout)] if stall_timeout != SECONDS else []
             _hand_over(backend, job.name, command, dry_run)
         return
     from nemo_minitron.job.compress import run_compress
 
+    if own.given:
+        print(f"the recipe, derived from your model, its text and this machine:\n\n{as_yaml(job)}", flush=True)
     # Nodes compare the recipe itself: the same name may be another recipe on another machine.
     machines = dataclasses.replace(machines, job=["compress", job.as_dict(), overwrite])
     machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
 
 
-def _describe(job: Job, folder: Path) -> str:
-    """What the job would do. Raises InputError for what could not run."""
+def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any]) -> Job:
+    """The job of a recipe, or of a model with its text. Raises InputError for neither, and for a mixture of both."""
+    from nemo_minitron.cli.find import find, is_model
+
+    if not is_model(recipe):
+        if own.given:
+            raise InputError(
+                f"{own.given[0].partition('=')[0]} is for a model of your own, and '{recipe}' is a recipe; "
+                "change the recipe with key=value, for example distillation.tokens=2000"
+            )
+        return find(recipe)
+    from nemo_minitron.job.own_model import Machine, job_of
+
+    return job_of(recipe, own, Machine.here(), Layout(**layout) if layout else None)
+
+
+def _describe(job: Job, folder: Path, as_json: bool) -> str:
+    """What the job would do, or its whole recipe as JSON. Raises InputError for what could not run."""
     from nemo_minitron.job.chain import describe_chain
     from nemo_minitron.job.dry_run import describe
+    from nemo_minitron.settings.derive import fit_job
     from nemo_minitron.settings.precision import with_resolved_precisions
 
     resolved = with_resolved_precisions(job)
-    return describe_chain(resolved, folder) if job.chain else describe(resolved)
+    text = describe_chain(resolved, folder) if job.chain else describe(resolved)
+    return json.dumps(fit_job(resolved)[0].as_dict(), indent=1) if as_json else text
 
 
 def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:

@@ -12,6 +12,8 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.errors import InputError, first_line, nearest
 from nemo_minitron.settings.recipe import Job, with_defaults_unasked
 
+FILES = (".py", ".yaml", ".yml", ".json")
+
 
 def names() -> list[str]:
     """The names of the shipped recipes."""
@@ -19,6 +21,18 @@ def names() -> list[str]:
 
     modules = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
     return [name for name in modules if "_to_" in name]  # the other modules are shared by recipes
+
+
+def summary(name: str) -> str:
+    """What a shipped recipe does: the first paragraph of its file's docstring."""
+    text = importlib.import_module(f"nemo_minitron.recipes.{name}").__doc__ or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def is_model(text: str) -> bool:
+    """Whether the argument of `compress` means a model: a folder, or a hub id (`org/name`)."""
+    path = Path(text)
+    return path.suffix not in FILES and (path.is_dir() or "/" in text)
 
 
 def find(recipe: str) -> Job:

@@ -16,6 +16,7 @@ import typer
 from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import MODEL, PANELS, Setting, asked_for, settings_of
+from nemo_minitron.settings.numbers import EXAMPLES, whole_number
 
 SOURCES = "Text file, JSONL file, .bin/.idx prefix, or `datasets` source NAME, NAME:CONFIG, NAME@SPLIT"
 Data = Annotated[
@@ -140,8 +141,17 @@ def _parameter(name: str, kind: Any, known: Setting, default: Any, override: str
         show_default = f"{default}, or what fits"
     if known.repeated and default is not None:
         default = [default]
-    option = typer.Option(flag, help=help, rich_help_panel=known.panel, show_default=show_default)
+    parser = integer if int in (option_type, *get_args(option_type)) else None
+    option = typer.Option(flag, help=help, rich_help_panel=known.panel, show_default=show_default, parser=parser)
     return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[option_type, option])
+
+
+def integer(text: Any) -> int:
+    """A whole number as people write it: 60000, 60k, 1e9."""
+    number = whole_number(text) if isinstance(text, str) else text
+    if number is None:
+        raise typer.BadParameter(f"{text!r} is not a valid integer; write for example {EXAMPLES}")
+    return number
 
 
 def _read(kind: Any, value: Any, name: str, known: Setting) -> Any:

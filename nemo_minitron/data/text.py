@@ -12,6 +12,8 @@ from nemo_minitron.data.lines import LONG, Document, checked_utf8, json_lines, l
 from nemo_minitron.errors import InputError, first_line, nearest
 
 TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
+EVERY = 20  # of a JSONL file's documents, every twentieth is in its part HELD_OUT, and all others in REST
+REST, HELD_OUT = "rest", "held_out"
 
 
 @dataclasses.dataclass
@@ -38,7 +40,8 @@ def documents(source: str | Path, split: str | None = None, field: str = "text")
     line, its text under `field`), a folder that `datasets` can load (of .txt files, each is one document), or a
     `datasets` name, with its configuration after a colon where it has several
     (`Salesforce/wikitext:wikitext-2-raw-v1`). The split of a folder or name follows an @
-    (`Salesforce/wikitext:wikitext-2-raw-v1@validation`) or is given as `split`; the default is "train".
+    (`Salesforce/wikitext:wikitext-2-raw-v1@validation`) or is given as `split`; the default is "train". Of a JSONL
+    file, `FILE@held_out` is every twentieth document, and `FILE@rest` is all others.
 
     Raises InputError for a missing or unreadable source, a line that is not JSON, lacks the field or is not Unicode, a
     split given for a file, and a source without text. The error comes when the bad place is reached, not before.
@@ -58,9 +61,9 @@ def raw_documents(
     source, written = parted(str(source))
     split, path, bad = written or split, Path(source), bad or BadLines()
     if path.suffix in (*TEXT, *JSONL):
-        if split is not None:
-            raise InputError(f"'{source}' is one file and has no split '{split}': leave the split out")
         documents_of_source = _text_files([path], bad) if path.suffix in TEXT else _jsonl(path, field, bad)
+        if split is not None:
+            documents_of_source = _part(documents_of_source, path, split)
     else:
         files = _texts_of_folder(path, split or "train")
         documents_of_source = _text_files(files, bad) if files else _dataset(source, split or "train", field, bad)
@@ -71,6 +74,24 @@ def raw_documents(
             yield document
     if empty:
         raise InputError(f"'{source}' holds no text" + (f"; the first bad line: {bad.first}" if bad.first else ""))
+
+
+def _part(documents: Iterator[Document], path: Path, part: str) -> Iterator[Document]:
+    """Every EVERY-th document of a JSONL file that is not blank, or all others."""
+    if path.suffix in TEXT:
+        raise InputError(f"'{path}' is one document and has no split '{part}': leave the split out")
+    if part not in (REST, HELD_OUT):
+        raise InputError(f"'{path}' is one file and has no split '{part}': leave it out, or take {REST} or {HELD_OUT}")
+    number = 0
+    for document in documents:
+        if not _blank(document.raw):
+            number += 1
+            if (number % EVERY == 0) == (part == HELD_OUT):
+                yield document
+    if number < EVERY:
+        raise InputError(
+            f"'{path}' has {number} documents, and every {EVERY}th is held out; give held-out text of its own"
+        )
 
 
 def parted(source: str) -> tuple[str, str | None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, lines_of, remark_lines, space_left
+from nemo_minitron.job.dry_run import Known, check, lines_of, recipe_lines, remark_lines, space_left
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -111,15 +110,16 @@ def describe_chain(job: Job, folder: Path) -> str:
     """The text of `--dry-run`. Raises InputError as `checked`."""
     job, remark = fit_job(job)
     steps = checked(job, folder, offline=True)
-    lines = [json.dumps(job.as_dict(), indent=1), *remark_lines(remark)]
-    totals = ["", f"{'':20}{'parameters':>16}{'tokens':>16}", f"{'teacher':20}{steps[0].source.parameters():>16,}"]
-    for number, (name, step) in enumerate(zip([step.name for step in job.chain], steps, strict=True), 1):
+    names = [step.name for step in job.chain]
+    lines = [f"{'':20}{'parameters':>16}{'tokens':>16}", f"{'teacher':20}{steps[0].source.parameters():>16,}"]
+    for name, step in zip(names, steps, strict=True):
+        tokens = step.job.distillation.steps * step.job.distillation.tokens_per_step
+        lines.append(f"{name:20}{step.target.parameters():>16,}{tokens:>16,}")
+    lines += remark_lines(remark)
+    for number, (name, step) in enumerate(zip(names, steps, strict=True), 1):
         lines += ["", f"step {number} of {len(steps)}: {name}, in {folder / name}", *remark_lines(step.remark)]
         lines += lines_of(step.job, step.known)
-        tokens = step.job.distillation.steps * step.job.distillation.tokens_per_step
-        totals += [f"{name:20}{step.target.parameters():>16,}{tokens:>16,}"]
-    lines += totals
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *recipe_lines(job)])
 
 
 def summary(job: Job, folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from nemo_minitron.commands.corpus import say
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
 from nemo_minitron.job.dry_run import check, check_space
-from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run
+from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run, write_recipe
 from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.settings.derive import fit_job
@@ -57,7 +57,7 @@ def _run_chain(job: Job, folder: Path, until: str, overwrite: bool) -> Path:
     sweep(folder)
     check_chain_space(job, folder)
     with locked(folder):
-        write_json(folder / RunFolder.recipe, job.as_dict())
+        write_recipe(RunFolder(folder), job)
         for step, (step_job, remark) in zip(job.chain, fitted_jobs(job, folder), strict=True):
             print(f"== step {step.name}", flush=True)
             say(remark)

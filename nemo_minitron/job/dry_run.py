@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.settings.written import as_yaml
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
 Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
@@ -148,7 +148,12 @@ def training_memory(
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
     fitted, remark = fit_job(job)
-    return "\n".join([json.dumps(fitted.as_dict(), indent=1), *remark_lines(remark), "", *lines_of(fitted, {})])
+    return "\n".join([*lines_of(fitted, {}), "", *remark_lines(remark), *recipe_lines(fitted)])
+
+
+def recipe_lines(job: Job) -> list[str]:
+    """The settings that are not at their defaults, as YAML."""
+    return [f"recipe {job.name}, without the settings that are at their defaults:", as_yaml(job).rstrip()]
 
 
 def remark_lines(remark: str) -> list[str]:

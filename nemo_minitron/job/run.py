@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.families import resolve
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
+from nemo_minitron.settings.written import as_python, as_yaml
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
 
@@ -141,10 +142,18 @@ def open_run(job: Job, folder: str | Path) -> Run:
     files = RunFolder(folder)
     check_folder(files.path)
     files.path.mkdir(parents=True, exist_ok=True)
-    write_json(files.recipe, job.as_dict())
+    write_recipe(files, job)
     run = Run(job, files, Manifest.open(files.manifest))
     run.manifest.versions = versions()
     return run
+
+
+def write_recipe(files: RunFolder, job: Job) -> None:
+    """Writes the recipe with all settings as JSON, and what a user reads and changes as YAML and Python."""
+    write_json(files.recipe, job.as_dict())
+    for file, text in ((files.recipe_yaml, as_yaml(job)), (files.recipe_python, as_python(job))):
+        with atomic_file(file) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

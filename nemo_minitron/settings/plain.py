@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from nemo_minitron.artifacts.parse import anything, checked, shown
 from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.schema import asked_for
+from nemo_minitron.settings.numbers import whole_number
 
 
 def build(cls: Any, values: Any, where: str = "") -> Any:
@@ -41,6 +42,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
     if name in plain:
+        value = _written_out(value) if name == "int" else value
         legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
         if not legal:
             raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
@@ -52,6 +54,14 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     if value is not None and not isinstance(value, str):
         raise InputError(f"'{key}' is {shown(value)}; it must be a text")
     return _plain(value, key)
+
+
+def _written_out(value: Any) -> Any:
+    """60k, 1e9 or 10_240 as the whole number; any other value as it is, a text of mere digits among them."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    number = whole_number(value) if isinstance(value, str) and not value.isdecimal() else None
+    return value if number is None else number
 
 
 def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:

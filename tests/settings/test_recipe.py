@@ -5,9 +5,12 @@ import json
 import re
 
 import pytest
+import yaml
 from pico import SIZES
+from typer.testing import CliRunner
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.cli import app
 from nemo_minitron.cli.find import find, names
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
@@ -193,13 +196,28 @@ def test_targets_refused(keep, words):
         target_of(PICO, keep)
 
 
+def printed(text):
+    """The recipe at the end of a dry run."""
+    return yaml.safe_load(text[text.index("\nname: ") :])
+
+
+def test_the_whole_recipe_as_json(job, tmp_path):
+    values = {"name": job.name, "teacher": job.teacher, "data": dataclasses.asdict(job.data), "keep": job.keep}
+    (tmp_path / "r.json").write_text(json.dumps(values))
+    command = ["compress", str(tmp_path / "r.json"), "layout.dp=2", "--json"]
+    done = CliRunner().invoke(app, [*command, "--dry-run"])
+    derived = job.override(["layout.dp=2", "distillation.global_batch_size=2"])
+    assert Job.from_dict(json.loads(done.output)) == with_resolved_precisions(derived)
+    assert isinstance(CliRunner().invoke(app, command).exception, InputError)
+
+
 def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     text = describe(job)
     source = from_hf(job.teacher)
     assert f"{source.parameters():,}" in text
     assert f"{source.replace(ffn_hidden_size=64).parameters():,}" in text
-    assert json.loads(text[: text.index("\n}\n") + 2]) == job.as_dict()
+    assert Job.from_dict(printed(text)) == job
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -228,5 +246,5 @@ def test_dry_run_says_which_sizes_it_derived(job):
     text = describe(job.override(["layout.dp=2"]))
     remark = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
     assert remark in text.splitlines()
-    assert json.loads(text[: text.index("\n}\n") + 2])["distillation"]["global_batch_size"] == 2
+    assert printed(text)["distillation"]["global_batch_size"] == 2
     assert "remark" not in describe(job)

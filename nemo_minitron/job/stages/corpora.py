@@ -81,7 +81,7 @@ def identity(source: str) -> object:
     if indexed is not None:
         return [str(indexed.resolve()), *map(_state, (indexed.with_name(indexed.name + e) for e in (".bin", ".idx")))]
     if path.is_file():
-        return file_digest(path)
+        return [split, file_digest(path)] if split else file_digest(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [split, *([str(file.relative_to(path)), *_state(file)] for file in files)]
