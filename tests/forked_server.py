@@ -26,11 +26,16 @@ PARENT_DEATH_SIGNAL = 1  # prctl: what this process gets when its parent ends
 
 
 def serve(handle: int) -> None:
-    """Loads NeMo, and forks a process an order."""
+    """Loads the framework that builds models, and forks a process an order."""
     import gc
+    import importlib.util
 
-    import nemo.collections.llm  # noqa: F401
+    if importlib.util.find_spec("nemo"):
+        import nemo.collections.llm  # noqa: F401
+    else:
+        import nemo_minitron.backend as backend
 
+        backend.setup()
     gc.freeze()  # what was loaded stays: processes need not look through it
     client = socket.socket(fileno=handle)
     client.send(b"ready")

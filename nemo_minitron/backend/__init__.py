@@ -50,12 +50,13 @@ def _wanted() -> Switches:
 
 
 def _turn(switches: Switches) -> None:
-    from nemo_minitron.backend import configs, engine, mends
+    from nemo_minitron.backend import configs, differences, engine, mends
     from nemo_minitron.backend.versions import check
 
     check()
     if switches.reference:
         engine.hide(switches.cpu)  # before anything imports Megatron
+    differences.load()
     if switches.cpu:
         from nemo_minitron.backend import cpu, dispatch
 

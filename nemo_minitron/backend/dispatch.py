@@ -35,8 +35,8 @@ def redirect() -> None:
 
 def _all_to_all(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
-    def all_to_all(group: Any, x: Tensor, output_splits: Any = None, input_splits: Any = None) -> Tensor:
-        return original(group, x, _plain(output_splits), _plain(input_splits))
+    def all_to_all(group: Any, x: Tensor, output_splits: Any = None, input_splits: Any = None, **more: Any) -> Tensor:
+        return original(group, x, _plain(output_splits), _plain(input_splits), **more)
 
     return all_to_all
 

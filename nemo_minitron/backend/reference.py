@@ -33,7 +33,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from nemo_minitron.backend import fp8
+from nemo_minitron.backend import differences, fp8
 from nemo_minitron.backend.attention import Attention
 from nemo_minitron.backend.norms import Norm, device_of, ignore_extra_state, norm_parameters, normalize
 from nemo_minitron.backend.versions import replace
@@ -218,16 +218,14 @@ class ReferenceSpecProvider(BackendSpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         return NormColumnLinear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return Norm  # the config decides which kind of norm, as with Transformer Engine's
 
     def core_attention(self) -> type:
         return Attention
 
-    def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
-    ) -> tuple[type, MLPSubmodules]:
-        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    def grouped_mlp_modules(self, *_: Any, **__: Any) -> Any:
+        return differences.experts(SequentialMLP, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
 
     def activation_func(self) -> None:
         return None
@@ -242,7 +240,7 @@ def install() -> None:
     from megatron.core.transformer import multi_latent_attention, multi_token_prediction, transformer_block
     from megatron.core.transformer.moe import moe_utils
 
-    if "TESpecProvider" not in gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec.__code__.co_names:
+    if not differences.chooses_provider(gpt_layer_specs):
         raise InputError("this Megatron-core builds its layers another way; run: minitron doctor")
     for module in (gpt_layer_specs, moe_module_specs, multi_token_prediction):
         module.TESpecProvider = ReferenceSpecProvider

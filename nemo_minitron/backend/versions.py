@@ -10,7 +10,12 @@ from packaging.version import Version
 
 from nemo_minitron.errors import InputError
 
-SUPPORTED = {"megatron-core": ">=0.15,<0.17", "nemo_toolkit": ">=2.6,<3"}
+MEGATRON = ">=0.15,<0.20"
+# The frameworks that build and train models, each with the Megatron-core that it was written for.
+SETS = {
+    "nemo_toolkit": {"nemo_toolkit": ">=2.6,<3", "megatron-core": ">=0.15,<0.17"},
+    "megatron-bridge": {"megatron-bridge": ">=0.6,<0.7", "megatron-core": ">=0.17,<0.20"},
+}
 
 
 def installed(distribution: str) -> str | None:
@@ -27,13 +32,21 @@ def fits(version: str, wanted: str) -> bool:
 
 
 def check() -> None:
-    """Raises InputError if Megatron-core is missing, and if it or NeMo is not a supported version."""
-    for name, wanted in SUPPORTED.items():
-        version = installed(name)
-        if version is None and name == "megatron-core":
-            raise InputError(f"megatron-core is not installed; run: pip install 'megatron-core{wanted}'")
-        if version is not None and not fits(version, wanted):
-            raise InputError(f"{name} {version} is installed; {wanted} is supported: pip install '{name}{wanted}'")
+    """Raises InputError if Megatron-core is missing or of an unsupported version, and if a framework that is installed
+    does not fit it."""
+    megatron = installed("megatron-core")
+    if megatron is None:
+        raise InputError(f"megatron-core is not installed; run: pip install 'megatron-core{MEGATRON}'")
+    if not fits(megatron, MEGATRON):
+        raise InputError(f"megatron-core {megatron} is installed; {MEGATRON} is supported: minitron doctor tells more")
+    for framework, ranges in SETS.items():
+        for name, wanted in ranges.items() if installed(framework) else ():
+            version = installed(name)
+            if version is not None and not fits(version, wanted):
+                beside = "" if name == framework else f" beside {framework}"
+                raise InputError(
+                    f"{name} {version} is installed{beside}; {wanted} is supported: pip install '{name}{wanted}'"
+                )
 
 
 def replace(owner: Any, name: str, value: Any) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_minitron.backend.collectives import gather_objects
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.distillation.layer_map import Pair, Point
 from nemo_minitron.distillation.meter import TOKENS, Meter
 from nemo_minitron.distillation.projection import Projection
@@ -71,7 +71,7 @@ class Intermediate:
 
     def expect(self, batch: dict[str, Any]) -> None:
         """Takes the micro-batch that one of this rank's chunks gets next, before it is cut for context parallelism."""
-        cut = get_batch_on_this_cp_rank({"loss_mask": batch["loss_mask"].to(torch.cuda.current_device())})
+        cut = batch_on_this_cp_rank({"loss_mask": batch["loss_mask"].to(torch.cuda.current_device())})
         mask_SB = cut["loss_mask"].t().float()  # positions first, as states have them
         if self.sharded:
             size = parallel_state.get_tensor_model_parallel_world_size()

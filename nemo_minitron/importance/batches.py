@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.backend.precision import recipe_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.samples import boundaries_of
@@ -90,7 +90,7 @@ def forward_arguments(batch: Batch) -> dict[str, Any]:
     packed = None
     if "cu_seqlens" in batch:
         packed, positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1])
-    cut = get_batch_on_this_cp_rank({"tokens": tokens.contiguous(), "position_ids": positions.contiguous()})
+    cut = batch_on_this_cp_rank({"tokens": tokens.contiguous(), "position_ids": positions.contiguous()})
     return {
         "input_ids": cut["tokens"], "position_ids": cut["position_ids"], "attention_mask": None,
         "packed_seq_params": packed,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.errors import InputError
 
 NOBODY = -1
@@ -123,4 +123,4 @@ def _dealt(tokens: Tensor, ids: Tensor, number: int, plain: bool) -> Samples:
     deal_JZ = torch.nn.functional.one_hot(hash_J % 2, 2).double() * (counts_J > 0)[:, None]
     if plain:
         return Samples(None, counts_J, deal_JZ)
-    return Samples(get_batch_on_this_cp_rank({"ids": ids.contiguous()})["ids"].t(), counts_J, deal_JZ)
+    return Samples(batch_on_this_cp_rank({"ids": ids.contiguous()})["ids"].t(), counts_J, deal_JZ)

@@ -17,9 +17,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, forward_arguments
@@ -86,7 +86,7 @@ def _step(vocab_size: int) -> Any:
 def total_loss(logits_BSW: Tensor, batch: Batch, vocab_size: int) -> Tensor:
     """The sum of the losses of this context-parallel rank's tokens."""
     labels, counted = next_tokens(batch)
-    cut = get_batch_on_this_cp_rank({"labels": labels, "counted": counted})
+    cut = batch_on_this_cp_rank({"labels": labels, "counted": counted})
     start, width = parallel_state.get_tensor_model_parallel_rank() * logits_BSW.shape[-1], logits_BSW.shape[-1]
     padding_W = torch.arange(start, start + width, device=logits_BSW.device) >= vocab_size
     masked_SBW = logits_BSW.float().masked_fill(padding_W, float("-inf")).transpose(0, 1).contiguous()

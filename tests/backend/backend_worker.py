@@ -78,12 +78,13 @@ def batches(rank, size):
     """This data-parallel rank's micro-batches of one sequence each (this context-parallel rank's part of
     it), the same tokens in every layout."""
     import bare_models
-    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from nemo_minitron.backend.differences import batch_on_this_cp_rank
 
     for row in bare_models.tokens(MICRO_BATCHES, length=bare_models.SEQUENCE + 1)[rank::size]:
         positions = torch.arange(bare_models.SEQUENCE)[None]
         batch = {"tokens": row[None, :-1], "positions": positions, "labels": row[None, 1:]}
-        yield tuple(get_batch_on_this_cp_rank(batch).values())
+        yield tuple(batch_on_this_cp_rank(batch).values())
 
 
 def packed(rows):

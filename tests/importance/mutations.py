@@ -97,7 +97,7 @@ def mask_cut_in_one_piece():
         size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
         return {name: value.chunk(size, dim=1)[rank] for name, value in batch.items()}
 
-    with patch.object(samples, "get_batch_on_this_cp_rank", wrong):
+    with patch.object(samples, "batch_on_this_cp_rank", wrong):
         yield
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.logit_cache import CacheHeader, missing, row_key, shard_path, write_shard
 from nemo_minitron.artifacts.logit_records import Codec, Kept
 from nemo_minitron.backend.collectives import gather_objects
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.distillation.cache.sampling import draw, ragged, top, uniforms
 from nemo_minitron.errors import InputError
 
@@ -88,7 +88,7 @@ def _step(header: CacheHeader, iterator: Iterator[np.ndarray], model: Any) -> tu
     device = torch.cuda.current_device()
     tokens = torch.from_numpy(rows).to(device, torch.int64)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens).contiguous()
-    cut = get_batch_on_this_cp_rank({"tokens": tokens, "positions": positions})
+    cut = batch_on_this_cp_rank({"tokens": tokens, "positions": positions})
     output = model(input_ids=cut["tokens"], position_ids=cut["positions"], attention_mask=None)
     return output, lambda logits_BSW, non_loss_data=True: _records(header, logits_BSW, rows, cut["positions"])
 

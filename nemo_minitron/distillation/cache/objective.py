@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.distillation.cache.losses import CachedTargets
 from nemo_minitron.distillation.cache.teacher import CachedTeacher
 from nemo_minitron.distillation.step import Objective, Parts, language_model_loss
@@ -83,4 +83,4 @@ def _read(cached: CachedTeacher, batch: dict[str, Any]) -> CachedTargets:
     device = torch.cuda.current_device()
     fields = {field.name: getattr(targets, field.name) for field in dataclasses.fields(targets)}
     moved = {name: None if value is None else value.to(device) for name, value in fields.items()}
-    return CachedTargets(**get_batch_on_this_cp_rank(moved))
+    return CachedTargets(**batch_on_this_cp_rank(moved))

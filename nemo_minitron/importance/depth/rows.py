@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import length_multiple
 
@@ -45,7 +45,7 @@ def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
         labels, mask = tokens.roll(-1, dims=1), mask & (order < tokens.shape[1] - 1)
     positions = parts["position_ids"].to(device, torch.int64) if "position_ids" in parts else order
     uncut = {"tokens": tokens, "labels": labels, "mask": mask, "position_ids": positions}
-    return Rows(**get_batch_on_this_cp_rank({name: _padded(x, config) for name, x in uncut.items()}))
+    return Rows(**batch_on_this_cp_rank({name: _padded(x, config) for name, x in uncut.items()}))
 
 
 def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,66 @@
+"""What differs between the versions of Megatron-core, 0.15 to 0.19, in one place.
+
+The rest of the package calls these functions. Each asks Megatron what it has, not which version it is, so that a
+release in between is served as well.
+
+| since | what | here |
+|---|---|---|
+| 0.17 | a spec provider is also asked for `layer_norm(has_residual=...)` | `reference.ReferenceSpecProvider` |
+| 0.17 | `grouped_mlp_modules` gives a builder of the experts, and not a class with its submodules | `experts` |
+| 0.17 | layer specs choose their provider in a function of their own | `chooses_provider` |
+| 0.18 | `get_batch_on_this_cp_rank` needs to know about hybrid context parallelism | `batch_on_this_cp_rank` |
+| 0.18 | the dispatcher's `all_to_all` has one more option | `dispatch.py` |
+| 0.19 | the import fails beside nvidia-resiliency-ext below 0.6, which 0.4.1, the last on the index, is | `load` |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from nemo_minitron.backend.versions import fits, installed
+
+RESILIENCY = {"nvidia-resiliency-ext": ">=0.6"}  # what Megatron-core 0.19 needs for asynchronous saving
+ASYNCHRONOUS = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
+
+
+def load() -> None:
+    """Imports Megatron-core. If nvidia-resiliency-ext is too old for it, Megatron does not see its asynchronous saving,
+    as if it were not installed."""
+    old = any((version := installed(name)) and not fits(version, wanted) for name, wanted in RESILIENCY.items())
+    if old and ASYNCHRONOUS not in sys.modules:
+        sys.modules[ASYNCHRONOUS] = None  # type: ignore[assignment]  # an import of it raises ImportError
+        try:
+            importlib.import_module("megatron.core.dist_checkpointing")
+        finally:
+            del sys.modules[ASYNCHRONOUS]
+
+
+def chooses_provider(specs: Any) -> bool:
+    """Whether the layer specs of this Megatron-core look for `TESpecProvider` in their own module."""
+    functions = (value for value in vars(specs).values() if inspect.isfunction(value))
+    return any("TESpecProvider" in function.__code__.co_names for function in functions)
+
+
+def experts(kind: type, submodules: Any) -> Any:
+    """What `grouped_mlp_modules` returns for experts of this class."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    asked = inspect.signature(LocalSpecProvider.grouped_mlp_modules).parameters
+    if "moe_use_legacy_grouped_gemm" in asked:
+        return kind, submodules
+    return functools.partial(kind, submodules=submodules)
+
+
+def batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """This context-parallel rank's part of each tensor, cut along dimension 1, as Megatron cuts a batch."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+    return get_batch_on_this_cp_rank(batch)
