@@ -20,43 +20,11 @@ from pathlib import Path
 
 from nemo_minitron.backend import engine as transformer_engine
 from nemo_minitron.backend.precision import unsupported
-from nemo_minitron.backend.versions import SUPPORTED, fits, installed
+from nemo_minitron.backend.versions import fits, installed
+from nemo_minitron.backend.wanted import ENGINE, Set, Wanted, set_of
 from nemo_minitron.precisions import FP8
 
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A distribution: the versions that work, why, and whether the package runs without it."""
-
-    name: str
-    range: str
-    why: str
-    optional: bool = False
-
-
-WANTED = (
-    Wanted("torch", ">=2.6", "grouped-query attention and sharded checkpoints"),
-    Wanted("nemo_toolkit", SUPPORTED["nemo_toolkit"], "3.x has no LLM collection any more"),
-    Wanted("megatron-core", SUPPORTED["megatron-core"], "what NeMo 2.6 and 2.7 were written for"),
-    Wanted("nemo_run", ">=0.4", "starts jobs, here and on clusters"),
-    Wanted("lightning", ">=2.3", "NeMo's trainer"),
-    Wanted("transformers", ">=4.51,<5", "NeMo 2 does not know 5.x"),
-    Wanted("datasets", ">=3,<5", "reads text"),
-    Wanted("numpy", "<2", "Megatron-core and NeMo pin it"),
-    Wanted("pyarrow", "<22", "newer ones need numpy 2, and `import datasets` fails"),
-    Wanted("leptonai", "<0.28", "newer ones lack leptonai.api.v1, which NeMo-Run imports"),
-    Wanted("safetensors", ">=0.4.5", "Hugging Face folders"),
-    Wanted("transformer-engine", ">=2.9,<2.13", "Megatron-core 0.15 asks for 2.9; fused layers and FP8", True),
-    Wanted("apex", "", "NVIDIA's, from its containers; the package of that name on the index is another", True),
-    Wanted("nvidia-modelopt", "<0.42", "newer ones assert on NeMo 2's wrapped models; a peer, not needed", True),
-)
-PYTHON = Wanted("python", ">=3.10,<3.13", "NeMo 2 has no releases for others")
-CONTAINERS = (
-    ("nvcr.io/nvidia/nemo", "NeMo", "Megatron-core", "Transformer Engine"),
-    ("25.11 (nearest)", "2.6.0", "0.15.0", "2.9"),
-    ("26.02 (last)", "2.7.0", "0.16.0", "2.12"),
-)
-BUILD_ON_GPU = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.13'"
+BUILD_ON_GPU = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ENGINE}'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +43,14 @@ class Finding:
 class Report:
     """The result of `examine`. `ok` is False if something that is needed is missing or does not fit."""
 
+    host: str
     findings: tuple[Finding, ...]
     devices: tuple[str, ...]
     layers: str
     adam: str
     precisions: tuple[tuple[str, str], ...]  # FP8 precision -> how it runs, or why it cannot
     notes: tuple[str, ...]
+    containers: tuple[tuple[str, ...], ...]
 
     @property
     def ok(self) -> bool:
@@ -93,14 +63,15 @@ class Report:
     def text(self) -> str:
         """For people: a line for each distribution, what will be used, and what to run."""
         lines = [_line(finding) for finding in self.findings]
-        lines += ["", f"devices: {', '.join(self.devices) or 'none with CUDA; the CPU and gloo are used'}"]
+        lines += ["", f"host:    {self.host}"]
+        lines += [f"devices: {', '.join(self.devices) or 'none with CUDA; the CPU and gloo are used'}"]
         lines += [f"layers:  {self.layers}", f"adam:    {self.adam}"]
         lines += [f"{name + ':':15}{how}" for name, how in self.precisions]
         lines += [f"note:    {note}" for note in self.notes]
         if mends := [finding.mend for finding in self.findings if finding.mend]:
             lines += ["", "to mend it, run:", *(f"  {mend}" for mend in mends)]
         if not self.ok:
-            lines += ["", "or start from a container in which these fit:", *map(_row, CONTAINERS)]
+            lines += ["", "or start from a container in which these fit:", *map(_row, self.containers)]
         return "\n".join([*lines, "", "all is well" if self.ok else "some of it does not fit"])
 
 
@@ -117,18 +88,22 @@ def _row(cells: tuple[str, ...]) -> str:
 
 def examine() -> Report:
     """Examines this environment. Imports neither torch nor Megatron nor NeMo."""
-    findings = (_judge(PYTHON, platform.python_version()), *(_judge(w, installed(w.name)) for w in WANTED))
+    here: Set = set_of(installed)
+    packages = (_judge(wanted, installed(wanted.name)) for wanted in here.wanted)
+    findings = (_judge(here.python, platform.python_version()), *packages)
     versions = {finding.name: finding.version for finding in findings}
     devices = cuda_devices()
     fine = {finding.name: finding.ok for finding in findings}
     engine = versions["transformer-engine"] is not None and fine["transformer-engine"]
     return Report(
+        host=here.host,
         findings=findings,
         devices=devices,
         layers=_layers(devices, engine, versions["torch"] or ""),
         adam=_adam(engine, devices),
         precisions=tuple(_precisions(_layers(devices, engine, versions["torch"] or ""), versions)),
         notes=tuple(_notes(versions, devices)),
+        containers=here.containers,
     )
 
 
