@@ -59,8 +59,10 @@ def experts(kind: type, submodules: Any) -> Any:
 
 def batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Tensor]:
     """This context-parallel rank's part of each tensor, cut along dimension 1, as Megatron cuts a batch."""
+    from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
-        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+        group = parallel_state.get_context_parallel_group()  # without it Megatron cuts among all ranks
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return get_batch_on_this_cp_rank(batch)

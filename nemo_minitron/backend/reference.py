@@ -10,6 +10,7 @@ its input channels on all ranks, O its output channels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -231,11 +232,25 @@ class ReferenceSpecProvider(BackendSpecProvider):
         return None
 
 
+TWINS = {
+    "TELinear": Linear,
+    "TENorm": Norm,
+    "TELayerNormColumnParallelLinear": NormColumnLinear,
+    "TEColumnParallelLinear": ColumnLinear,
+    "TERowParallelLinear": RowLinear,
+    "TEDotProductAttention": Attention,
+}
+
+
 def install() -> None:
     """Puts the twin where Megatron looks for Transformer Engine's layers.
 
+    Most layer specs ask a provider for them. The others take them by name from Megatron's module of extensions; there,
+    and in every module that has imported them from it, the twin gets these names.
+
     Raises InputError if this version of Megatron no longer looks there.
     """
+    from megatron.core.extensions import transformer_engine as extensions
     from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
     from megatron.core.transformer import multi_latent_attention, multi_token_prediction, transformer_block
     from megatron.core.transformer.moe import moe_utils
@@ -248,3 +263,17 @@ def install() -> None:
     replace(transformer_block, "LayerNormImpl", Norm)
     replace(multi_latent_attention, "TELinear", Linear)  # its down projections' class is compared with it
     moe_utils.te_general_gemm = None  # the router uses it; Megatron names it without importing it
+    _rename([(getattr(extensions, name), twin) for name, twin in TWINS.items()])
+
+
+def _rename(twins: list[tuple[Any, type]]) -> None:
+    """Gives the twins the names of Transformer Engine's layers in all of Megatron's modules that are loaded.
+
+    Without Transformer Engine its layers are mocks there, so they are compared by identity.
+    """
+    twin_of = {id(layer): twin for layer, twin in twins}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron."):
+            for attribute, value in list(vars(module).items()):
+                if id(value) in twin_of:
+                    setattr(module, attribute, twin_of[id(value)])

@@ -48,6 +48,7 @@ class _Unread:
 _STAND_INS = {  # stand-ins; they also save the import of Megatron
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Unread,
+    ("torch.distributed.checkpoint.planner", "SavePlan"): _Unread,
     ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Unread,
     ("torch.distributed.checkpoint.planner", "WriteItem"): _Unread,
     ("torch.distributed.checkpoint.planner", "WriteItemType"): _Unread,
