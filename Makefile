@@ -1,12 +1,21 @@
-# make venv | demo | test | test-gpu | lint: each sets up what it needs, says what it does and how long it took.
+# make venv | venv-bridge | demo | test | test-bridge | test-gpu | lint: each sets up what it needs, says what it does and how long it took.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Megatron-Bridge needs Python 3.12: on the path, or pyenv's.
+PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python; do \
+  $$p -c "import venv" 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+BRIDGE := .venv-bridge
+BRIDGE_PACKAGES := torch numpy scipy ml_dtypes pyarrow typer rich tqdm jinja2 matplotlib safetensors tensorboard datasets \
+  accelerate pyyaml regex packaging requests psutil pydantic einops six pynvml defusedxml jsonschema tiktoken ninja pulp \
+  pytest pytest-timeout pytest-xdist
+# What Megatron-core 0.19 and Megatron-Bridge decide: tests that need NeMo are skipped there.
+BRIDGE_TESTS := tests/backend tests/distillation tests/hosts/bridge
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 
-.PHONY: venv demo test test-gpu lint clean
+.PHONY: venv venv-bridge demo test test-bridge test-gpu lint clean
 
 venv: $(VENV)/.ready
 
@@ -23,6 +32,17 @@ $(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py tests/transformer
 	$(BIN)/python demo/prepare.py; \
 	touch $@; echo "make venv: done in $$((SECONDS - start)) s"
 
+venv-bridge: $(BRIDGE)/.ready
+
+$(BRIDGE)/.ready: constraints-bridge.txt pyproject.toml
+	@echo "make venv-bridge: $(BRIDGE) with Megatron-Bridge and its Megatron-core (1 to 3 minutes; torch brings 5 GB of CUDA)"
+	@start=$$SECONDS; set -e; test -n "$(PYTHON312)" || { echo "make venv-bridge: there is no Python 3.12"; exit 1; }; \
+	test -x $(BRIDGE)/bin/python || $(PYTHON312) -m venv $(BRIDGE); \
+	$(BRIDGE)/bin/pip install -q -c constraints-bridge.txt $(BRIDGE_PACKAGES); \
+	$(BRIDGE)/bin/pip install -q --no-deps -r constraints-bridge.txt; \
+	$(BRIDGE)/bin/pip install -q --no-deps -e .; \
+	touch $@; echo "make venv-bridge: done in $$((SECONDS - start)) s"
+
 demo: venv
 	@echo "make demo: SmolLM2-135M -> 108M by width: score, cut, distil, export, report (10 to 15 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/minitron compress recipes/smollm2_135m_to_108m_width.py --out runs/demo \
@@ -32,6 +52,13 @@ test: venv lint
 	@echo "make test: every test on this machine, real processes over gloo (20 to 30 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$code
+	@if test -n "$(PYTHON312)"; then $(MAKE) --no-print-directory test-bridge; \
+	else echo "make test: Megatron-Bridge is left out, because there is no Python 3.12 here"; fi
+
+test-bridge: venv-bridge
+	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (3 to 6 minutes on two cores)"
+	@start=$$SECONDS; $(BRIDGE)/bin/python -m pytest $(wildcard $(BRIDGE_TESTS)) -q -n 2 --dist loadfile --durations=5; code=$$?; \
+	echo "make test-bridge: $$((SECONDS - start)) s"; exit $$code
 
 test-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 test-gpu:
@@ -44,4 +71,4 @@ lint: venv
 	@$(BIN)/ruff check . && $(BIN)/mypy nemo_minitron
 
 clean:
-	rm -rf $(VENV) runs demo/smollm2-135m-instruct demo/wikipedia
+	rm -rf $(VENV) $(BRIDGE) runs demo/smollm2-135m-instruct demo/wikipedia

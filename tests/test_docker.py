@@ -13,7 +13,7 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from nemo_minitron.backend.doctor import CONTAINERS, WANTED
+from nemo_minitron.backend.wanted import SET_OF_NEMO
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -56,7 +56,7 @@ def test_what_docker_does_not_copy_is_made_anew_and_nothing_needed_is_left_out()
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs"} <= set(ignored)
     clean = re.search(r"^clean:\n\trm -rf (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    made = clean.replace("$(VENV)", ".venv").split()
+    made = clean.replace("$(VENV)", ".venv").replace("$(BRIDGE)", ".venv-bridge").split()
     assert set(made) <= set(ignored), "what `make clean` removes, the image makes for itself"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     plain = [name for name in ignored if "*" not in name and name != ".git"]
@@ -70,9 +70,10 @@ def test_the_bases_fit_the_constraints_and_the_doctor():
     python = re.search(r"^ARG BASE=python:(\d+\.\d+)-slim", cpu, re.MULTILINE)[1]
     assert f"(Python {python})" in (ROOT / "constraints.txt").read_text().splitlines()[0]
     base = re.search(r"^ARG BASE=(\S+)", gpu, re.MULTILINE)[1]
-    rows = {f"{CONTAINERS[0][0]}:{tag.split()[0]}": versions for tag, *versions in CONTAINERS[1:]}
+    (image, *_), *containers = SET_OF_NEMO.containers
+    rows = {f"{image}:{tag.split()[0]}": versions for tag, *versions in containers}
     assert base in rows
-    ranges = {wanted.name: Requirement(f"{wanted.name}{wanted.range}").specifier for wanted in WANTED}
+    ranges = {wanted.name: Requirement(f"{wanted.name}{wanted.range}").specifier for wanted in SET_OF_NEMO.wanted}
     for image, (nemo, megatron, engine) in rows.items():
         assert image in gpu, f"{image} of `minitron doctor` is not named in the Dockerfile"
         found = {"nemo_toolkit": nemo, "megatron-core": megatron, "transformer-engine": engine}

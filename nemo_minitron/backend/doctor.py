@@ -119,7 +119,8 @@ def _judge(wanted: Wanted, version: str | None) -> Finding:
     ok = fits(version, wanted.range)
     mend = "" if ok else f"pip install '{name}{wanted.range}'"
     if name == "python" and not ok:
-        mend = "python3.11 -m venv .venv  # and install everything anew in it"
+        newest = "3.12" if fits("3.12", wanted.range) and not fits("3.11", wanted.range) else "3.11"
+        mend = f"python{newest} -m venv .venv  # and install everything anew in it"
     return Finding(name, version, wanted.range, ok, wanted.why, mend)
 
 

@@ -63,6 +63,27 @@ def test_a_good_machine(machine):
     assert "25.11" not in report.text()
 
 
+BRIDGE = {
+    "python": "3.12.1", "nemo_toolkit": None, "megatron-bridge": "0.6.2", "megatron-core": "0.19.2", "numpy": "2.3.5",
+    "transformers": "5.12.1", "datasets": "5.2.0", "pyarrow": "26.0.1", "leptonai": None, "nemo_run": None,
+    "lightning": None, "transformer-engine": None, "nvidia-modelopt": "0.47.0",
+}  # fmt: skip
+
+
+def test_the_set_of_the_host_that_is_installed(machine):
+    assert "host:    NeMo 2" in machine().text().splitlines()
+    report = machine(BRIDGE, devices=())
+    assert report.ok
+    assert "host:    Megatron-Bridge" in report.text().splitlines()
+    assert bad(machine(BRIDGE | {"python": "3.11.7", "megatron-core": "0.16.1"}, devices=())) == {
+        "python": "python3.12 -m venv .venv  # and install everything anew in it",
+        "megatron-core": "pip install 'megatron-core>=0.17,<0.20'",
+    }
+    assert "26.06" in machine(BRIDGE | {"transformers": "4.57.6"}).text()
+    both = machine({"megatron-bridge": "0.6.2"})
+    assert "host:    NeMo 2" in both.text().splitlines()
+
+
 @pytest.mark.parametrize(
     ("name", "version", "mend"),
     [

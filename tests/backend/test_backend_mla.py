@@ -60,9 +60,22 @@ def transformers_model(made):
     ).eval()
 
 
+def one_by_one(state):
+    """A state with each expert's tensors by their names on disk: transformers 5 holds them fused, a layer's in one."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith("experts.gate_up_proj")]:
+        prefix = name.removesuffix("gate_up_proj")
+        pairs = zip(state.pop(name), state.pop(f"{prefix}down_proj"), strict=True)
+        for expert, (gate_up, down) in enumerate(pairs):
+            gate, up = gate_up.chunk(2)
+            for part, tensor in (("gate", gate), ("up", up), ("down", down)):
+                state[f"{prefix}{expert}.{part}_proj.weight"] = tensor
+    return state
+
+
 def fill(model, hf):
     """Every parameter of `model` from transformers' tensors, by hand; each of those is used once."""
-    theirs = dict(hf.state_dict())
+    theirs = one_by_one(hf.state_dict())
     ours = {}
 
     def take(name):
@@ -104,6 +117,8 @@ def test_deepseek_is_transformers(options):
     if options.get("rope_type") == "rope":  # Megatron scales the softmax by yarn's factor also here
         sizes |= {"mscale_all_dim": 0.0}
     (model,) = bare_models.build("mla_moe", **sizes, **options)
+    if "decoder.layers.0.self_attention.linear_q_proj.layer_norm_weight" in model.state_dict():
+        pytest.skip("this Megatron-core norms the input of whole queries, which DeepSeek does not")  # 0.19
     hf = transformers_model(model.config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -143,6 +143,7 @@ def test_what_cannot_be_packed_is_refused(change, options, bias, words):
 
 
 # -- NeMo's packed data ------------------------------------------------------------------------------------
+@pytest.mark.nemo
 @pytest.mark.slow
 def test_nemos_packed_batch_runs(tmp_path):
     """Its data set's batch through its forward step; a sample's last token is a label alone, the row is padded."""

@@ -62,18 +62,31 @@ def test_an_engine_that_does_not_import_is_hidden_from_megatron(tmp_path, how):
     python(code, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
 
 
-@pytest.mark.parametrize(("name", "found"), [("megatron-core", "0.14.0"), ("megatron-core", "0.17.0"),
-                                             ("megatron-core", None), ("nemo_toolkit", "3.0.0")])  # fmt: skip
-def test_versions_that_are_not_supported_are_refused(monkeypatch, name, found):
-    right = {"megatron-core": "0.15.3", "nemo_toolkit": "2.7.3"}
-    monkeypatch.setattr(versions, "installed", lambda asked: {**right, name: found}[asked])
-    with pytest.raises(InputError, match=name):
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"megatron-core": "0.14.0"}, r"megatron-core 0\.14\.0 is installed; >=0\.15,<0\.20 is supported"),
+        ({"megatron-core": "0.20.0"}, r"megatron-core 0\.20\.0 is installed; >=0\.15,<0\.20 is supported"),
+        ({"megatron-core": None}, r"megatron-core is not installed; run: pip install 'megatron-core>=0\.15,<0\.20'"),
+        ({"nemo_toolkit": "3.0.0"}, r"nemo_toolkit 3\.0\.0 is installed; >=2\.6,<3 is supported"),
+        ({"nemo_toolkit": "2.7.3", "megatron-core": "0.17.0"}, r"0\.17\.0 is installed beside nemo_toolkit; .*<0\.17"),
+        ({"megatron-bridge": "0.6.2", "megatron-core": "0.16.1"}, r"is installed beside megatron-bridge; >=0\.17"),
+        ({"megatron-bridge": "0.3.1", "megatron-core": "0.17.0"}, r"megatron-bridge 0\.3\.1 is installed; >=0\.6"),
+    ],
+)
+def test_versions_that_are_not_supported_are_refused(monkeypatch, found, words):
+    monkeypatch.setattr(versions, "installed", ({"megatron-core": "0.15.3"} | found).get)
+    with pytest.raises(InputError, match=words):
         versions.check()
 
 
-@pytest.mark.parametrize("found", ["0.15.0", "0.15.3", "0.16.0rc1", "0.16.1"])
+@pytest.mark.parametrize(
+    "found",
+    [*({"megatron-core": number} for number in ("0.15.0", "0.16.0rc1", "0.16.1", "0.17.0", "0.19.2")),
+     {"megatron-core": "0.16.1", "nemo_toolkit": "2.7.3"}, {"megatron-core": "0.19.2", "megatron-bridge": "0.6.2"}],
+)  # fmt: skip
 def test_versions_that_are_supported_pass(monkeypatch, found):
-    monkeypatch.setattr(versions, "installed", lambda asked: found if asked == "megatron-core" else None)
+    monkeypatch.setattr(versions, "installed", found.get)
     versions.check()
 
 
@@ -243,6 +256,7 @@ def test_a_module_is_mended_after_its_import(tmp_path, monkeypatch):
     assert seen == ["mended_later"] * 2
 
 
+@pytest.mark.nemo
 def test_the_tables_name_modules_that_exist():
     import importlib.util
     from pathlib import Path
@@ -255,6 +269,7 @@ def test_the_tables_name_modules_that_exist():
         assert where.is_dir() or where.with_suffix(".py").exists(), name
 
 
+@pytest.mark.nemo
 @pytest.mark.slow
 def test_nemo_is_mended():
     python("""

@@ -15,6 +15,8 @@ from tolerances import STATE_GRADIENT_FP32, STATE_LOSS_FP32
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "importance"))
 
+pytestmark = pytest.mark.nemo
+
 PAIRS = "embedding,attention:1:2,mlp:2:3,block:0:1,block:2:5"
 WEIGHT = 0.25
 
