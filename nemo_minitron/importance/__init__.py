@@ -7,7 +7,7 @@ estimator of your own subclass `Estimator` and decorate it with `@estimator(Modu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.alternatives import magnitude, random_scores
@@ -24,7 +24,7 @@ _WHERE = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib

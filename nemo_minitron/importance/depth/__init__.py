@@ -7,7 +7,7 @@ the logits. All of them run a live Megatron model, in any of its layouts, from t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.depth.choices import Accuracy, multiple_choice
@@ -23,7 +23,7 @@ _WHERE = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     import importlib

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +22,9 @@ from nemo_minitron.importance.depth.items import Item
 from nemo_minitron.importance.depth.rows import Rows, rows_of
 from nemo_minitron.importance.depth.scan import blocks_of
 from nemo_minitron.importance.depth.stages import Stages
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -42,7 +45,7 @@ class Accuracy:
 
 
 def multiple_choice(
-    model: Any,
+    model: MegatronModule,
     items: Sequence[Item],
     tokenize: Tokenize,
     sizes: Sequence[int] = (1,),

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.depth.head import chunks, head_of, total
 from nemo_minitron.importance.depth.rows import Rows, all_rows
 from nemo_minitron.importance.depth.stages import Stages
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
 
 REFERENCES = ("source", "round")
 
@@ -42,7 +47,12 @@ class Removal:
 
 
 def iterative_removal(
-    model: Any, batches: Iterable[Any], count: int, against: str = "source", *, vocab_size: int | None = None
+    model: MegatronModule,
+    batches: Iterable[Batch | Tensor],
+    count: int,
+    against: str = "source",
+    *,
+    vocab_size: int | None = None,
 ) -> Removal:
     """Removes `count` layers of a live model, one a round: the layer with the least normalised error of the logits.
 
@@ -73,7 +83,7 @@ def iterative_removal(
 
 
 def _round(
-    stages: Stages, batches: list[Any], kept: list[int], against: str, vocab_size: int | None
+    stages: Stages, batches: list[Batch | Tensor], kept: list[int], against: str, vocab_size: int | None
 ) -> dict[int, float]:
     errors = Errors(stages, len(kept), vocab_size)
     for rows in all_rows(batches, stages.config, stages.device):
@@ -98,7 +108,7 @@ class Errors:
     def __init__(self, stages: Stages, count: int, vocab_size: int | None) -> None:
         self.sums = torch.zeros(count + 1, dtype=torch.float64, device=stages.device)
         self.head: Any = head_of(stages, vocab_size)
-        self._reference_NW: Any = None
+        self._reference_NW: Tensor | None = None
 
     def see(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Takes the state of the complete model first, as the reference, then those without a layer."""

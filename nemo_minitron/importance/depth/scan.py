@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.errors import InputError, nearest
@@ -15,12 +16,17 @@ from nemo_minitron.importance.depth.head import head_of, total
 from nemo_minitron.importance.depth.rows import Rows, all_rows
 from nemo_minitron.importance.depth.stages import Stages
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
+
 METRICS = ("loss", "perplexity")
 
 
 def depth_scan(
-    model: Any,
-    batches: Iterable[Any],
+    model: MegatronModule,
+    batches: Iterable[Batch | Tensor],
     sizes: Sequence[int] = (1,),
     metric: str = "loss",
     *,
