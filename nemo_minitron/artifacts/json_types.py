@@ -6,6 +6,7 @@ What such a value may hold depends on its name, which no type can say. A reader 
 from collections.abc import Mapping
 from typing import Any
 
+Json = Any  # any value
 JsonObject = dict[str, Any]  # an object
 JsonFields = Mapping[str, Any]  # an object that is only read
 HfConfig = Mapping[str, Any]  # a model's config.json, as Hugging Face writes it

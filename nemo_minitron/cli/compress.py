@@ -16,6 +16,8 @@ from nemo_minitron.schema import MACHINES, OUTPUT
 from nemo_minitron.settings.layout import Layout
 
 if TYPE_CHECKING:
+    from nemo_run.core.execution.base import Executor
+
     from nemo_minitron.job import Job
 
 FOLDER = "The run folder. Default: runs/NAME."
@@ -77,7 +79,7 @@ def _describe(job: Job, folder: Path) -> str:
     return describe_chain(resolved, folder) if job.chain else describe(resolved)
 
 
-def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
+def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Executor:
     """NeMo-Run's executor for the job, which can reach its folder. Raises InputError for an unknown one."""
     from nemo_minitron.launch import executors
 
@@ -85,7 +87,7 @@ def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
     return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
 
 
-def _hand_over(executor: Any, name: str, command: list[str], dry_run: bool) -> None:
+def _hand_over(executor: Executor, name: str, command: list[str], dry_run: bool) -> None:
     """Submits the same command as a task of NeMo-Run, or prints the task."""
     from nemo_minitron.launch import executors
 

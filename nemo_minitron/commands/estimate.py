@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
@@ -192,7 +193,7 @@ def merged(other: Scores, scores: Scores) -> Scores:
     return _examined(dataclasses.replace(result, depth=other.depth | scores.depth, notes=notes))
 
 
-def _runs(scores: Scores) -> list[dict[str, Any]]:
+def _runs(scores: Scores) -> list[JsonObject]:
     return scores.notes.get("runs", [{"data": scores.data_digest, "seed": scores.notes.get("seed", 0)}])
 
 

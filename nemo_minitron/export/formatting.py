@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nemo_minitron.architecture import Architecture
 
 NONE = "–"
@@ -62,7 +60,7 @@ def change(before: float, after: float) -> str:
     return f"{(after / before - 1) * 100:+.1f} %".replace("-", "−")
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A number that fits a column of perplexities from 17.2 to 9.70e7; NONE for None."""
     if value is None:
         return NONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_minitron.settings.calibration import Calibration
@@ -21,7 +21,7 @@ __all__ = [
 _WHERE = {name: name.lower() for name in __all__} | {"Data": "recipe", "Evaluation": "recipe", "Job": "recipe"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Settings are imported when they are used, so that a command of one stage starts without those of all stages."""
     if name not in _WHERE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
@@ -30,7 +30,7 @@ from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
-Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
+Known = Mapping[str, HfConfig]  # a model's folder -> its Hugging Face config
 
 
 def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
@@ -41,7 +41,7 @@ def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> 
     return job.search.run(source, job.keep, loads=loads).candidates[0].architecture
 
 
-def _target(job: Job, source: Architecture, config: Mapping[str, Any]) -> Architecture:
+def _target(job: Job, source: Architecture, config: HfConfig) -> Architecture:
     """The student's Architecture; in a search the one closest to the target. `config` is the teacher's."""
     return searched(job, source, multiples_of(config)) if job.search.wanted else target_of(source, job.keep)
 
@@ -104,12 +104,12 @@ def check_space(job: Job, folder: str | Path) -> None:
     need_space(folder, space_left(job, config_of(job.teacher), Path(folder)))
 
 
-def space(job: Job, config: Mapping[str, Any]) -> int:
+def space(job: Job, config: HfConfig) -> int:
     """Bytes of a run whose teacher has this config. A model that is scored between rounds uses part of them."""
     return sum(parts_of(job, config).values())
 
 
-def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
+def space_left(job: Job, config: HfConfig, folder: Path) -> int:
     """Bytes that a run still needs. A finished stage needs none; the others need less if their files exist already."""
     manifest = Manifest.open(folder / RunFolder.manifest)
     done = {stage["name"] for stage in manifest.stages}
@@ -117,7 +117,7 @@ def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
     return sum(max(0, size - bytes_in(folder / place)) for place, size in parts.items())
 
 
-def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+def parts_of(job: Job, config: HfConfig) -> dict[tuple[str, str], int]:
     """(stage, where it writes) -> bytes, for everything that is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)

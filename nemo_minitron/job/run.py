@@ -9,10 +9,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
@@ -21,6 +22,9 @@ from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    pass
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
 
@@ -102,7 +106,7 @@ def used(folder: Path) -> bool:
     return any(file.is_file() and Manifest.open(file).stages for file in manifests)
 
 
-def _recipe_of(folder: Path) -> dict[str, Any]:
+def _recipe_of(folder: Path) -> JsonObject:
     """The recipe that is written in a folder. Settings that an earlier version lacked are at their defaults."""
     written = read_json(folder / RunFolder.recipe, "the recipe")
     try:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_minitron.precisions import FP8, token_multiple
 from nemo_minitron.schema import asked_for
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Job
+
+
+class Corpus(Protocol):
+    """What is asked of a tokenised text (`data.Tokens`)."""
+
+    tokens: int
+
+    def samples(self, sequence_length: int) -> int: ...
 
 
 class Fit:
@@ -37,7 +45,7 @@ class Fit:
         if positions:
             self.length(positions, "the model has no more positions")
 
-    def text(self, *corpora: Any) -> None:
+    def text(self, *corpora: Corpus) -> None:
         """Fits lengths and rows to `corpora`, the Tokens that are read. A row needs one token more, its last label."""
         self.length(min(corpus.tokens for corpus in corpora) - 1, "the text has no more tokens")
         rows = min(corpus.samples(self.settings.sequence_length + 1) for corpus in corpora)
@@ -65,7 +73,7 @@ class Fit:
         """Whether nobody asked for this size, or it was derived before."""
         return name in self._why or not asked_for(getattr(self.settings, name, 0))
 
-    def _set(self, name: str, value: Any, why: str) -> None:
+    def _set(self, name: str, value: int | float, why: str) -> None:
         self.settings, self._why[name] = dataclasses.replace(self.settings, **{name: value}), why
 
     def _multiple(self) -> int:

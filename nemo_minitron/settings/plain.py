@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, shown
 from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.schema import asked_for
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def build(cls: Any, values: Any, where: str = "") -> Any:
+T = TypeVar("T", bound="DataclassInstance")
+V = TypeVar("V")
+
+
+def build(cls: type[T], values: object, where: str = "") -> T:
     """An object of the dataclass `cls`; `where` is the key of its group. Raises InputError for an unknown key (with the
     nearest one), a value of another type, and a missing key."""
     if not isinstance(values, Mapping):
@@ -34,9 +41,9 @@ def build(cls: Any, values: Any, where: str = "") -> Any:
     return cls(**arguments)
 
 
-def _value(kind: Any, value: Any, key: str) -> Any:
+def _value(kind: object, value: Any, key: str) -> Any:
     """A plain value as its declared type: int becomes float, a list a tuple, and one value a tuple of one."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, key)
     plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
@@ -54,7 +61,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     return _plain(value, key)
 
 
-def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+def _mapping(kind: object, value: object, key: str) -> JsonObject:
     """Names -> values of a kind. Values of any kind (`Any`) must be plain and not nested too deep."""
     if not isinstance(value, Mapping):
         raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
@@ -67,7 +74,7 @@ def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any, key: str) -> Any:
+def _plain(value: V, key: str) -> V:
     """A value without control characters, since a text may be a path or be printed. Prompts may have several lines."""
     allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
     if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
@@ -87,7 +94,7 @@ def _number(value: int | float, key: str) -> float:
         ) from None
 
 
-def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
+def _sequence(kind: object, value: object, key: str) -> tuple[object, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     items = [f"{key}.{number}" if dataclasses.is_dataclass(kind) else key for number in range(len(values))]
     return tuple(_value(kind, item, where) for item, where in zip(values, items, strict=True))

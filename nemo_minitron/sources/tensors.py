@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index, model_digest
 from nemo_minitron.artifacts.dtypes import bf16_bits
 from nemo_minitron.artifacts.files import digest_of
+from nemo_minitron.artifacts.json_types import JsonObject
 
 # safetensors dtype -> raw bits
 RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
@@ -40,7 +41,7 @@ class ModelSource:
     its tokenizer. Stages hand an opened one on: its headers are read once, and so is its identity."""
 
     architecture: Architecture
-    config: dict[str, Any]
+    config: JsonObject
     folder: Path
     path: Path
 

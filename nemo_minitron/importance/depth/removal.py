@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class Errors:
 
     def __init__(self, stages: Stages, count: int, vocab_size: int | None) -> None:
         self.sums = torch.zeros(count + 1, dtype=torch.float64, device=stages.device)
-        self.head: Any = head_of(stages, vocab_size)
+        self.head = head_of(stages, vocab_size)
         self._reference_NW: Tensor | None = None
 
     def see(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
@@ -119,12 +119,14 @@ class Errors:
 
     def refer(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Makes this state the reference."""
+        assert self.head is not None  # only the ranks with the head get a state to see
         self._reference_NW = self.head.logits(hidden_SBH, rows.mask)
         self.sums[-1] += sum(_squares(part_NW.float()) for part_NW in chunks(self._reference_NW))
 
     def add(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Adds the difference of this state to the reference."""
         if block != NOTHING:
+            assert self.head is not None
             logits_NW = self.head.logits(hidden_SBH, rows.mask)
             pairs = zip(chunks(self._reference_NW), chunks(logits_NW), strict=True)
             self.sums[block[0]] += sum(_squares(a.float() - b.float()) for a, b in pairs)

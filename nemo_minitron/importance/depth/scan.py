@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -50,9 +50,10 @@ def depth_scan(
     blocks = blocks_of(stages.config.num_layers, sizes)
     place = {block: i for i, block in enumerate([NOTHING, *blocks])}
     sums = torch.zeros(len(place) + 1, dtype=torch.float64, device=stages.device)  # a loss a block, then the tokens
-    head: Any = head_of(stages, vocab_size)
+    head = head_of(stages, vocab_size)
 
     def add(rows: Rows, block: Block, hidden: torch.Tensor) -> None:
+        assert head is not None  # only the ranks with the head get a state to see
         losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
         sums[place[block]] += losses.sum(dtype=torch.float64)
         if block == NOTHING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
@@ -122,7 +122,7 @@ def _evaluation_inputs(run: Run) -> object:
 
 def _distill_inputs(run: Run) -> object:
     cache = run.job.distillation.teacher_cache  # its content decides, not its place
-    contents: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    contents: JsonObject = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
         contents["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | contents
@@ -236,7 +236,7 @@ def report(run: Run) -> None:
     run.say(f"    {write_report(run.folder.path)}")
 
 
-def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
+def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
     from nemo_minitron.data import Tokens
 
     row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.families import to_hf
@@ -69,7 +68,7 @@ def job_of(job: Job, source: Architecture, number: int) -> tuple[Job, Architectu
     return dataclasses.replace(job, keep=keep, rounds=1, depth=depth, layout=layout), model
 
 
-def check_rounds(job: Job, source: Architecture, config: Mapping[str, Any]) -> None:
+def check_rounds(job: Job, source: Architecture, config: HfConfig) -> None:
     """Raises InputError for a round whose model cannot be written or scored. `config`: the teacher's."""
     for number in range(2, job.rounds + 1):
         of_round, model = job_of(job, source, number)

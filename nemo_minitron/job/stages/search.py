@@ -11,10 +11,11 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
 from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder, TrainingFolder
@@ -118,7 +119,7 @@ def solve_all(run: Run) -> None:
     solve_cuts(run, [run.folder.candidate(row["name"]) for row in rows])
 
 
-def _latency(run: Run, config: Mapping[str, Any]) -> float:
+def _latency(run: Run, config: HfConfig) -> float:
     """Seconds of a forward pass of a model of this config, measured on this machine."""
     from nemo_minitron.evaluation import forward_seconds
 
@@ -130,7 +131,7 @@ def _latency(run: Run, config: Mapping[str, Any]) -> float:
 
 def measure_all(run: Run) -> None:
     """The stage: cuts and measures each candidate, and keeps the students that are among the best so far."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for row in read_json(run.folder.candidates, "the candidates", records.CANDIDATES):
         rows.append(row | {"loss": _loss(run, row["name"])})
         run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
@@ -139,7 +140,7 @@ def measure_all(run: Run) -> None:
     write_json(run.folder.measured, _ordered(rows))
 
 
-def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ordered(rows: list[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: row["loss"])
 
 
@@ -157,7 +158,7 @@ def _loss(run: Run, name: str) -> float:
     return known["loss"]
 
 
-def _known(path: Path, identity: str, **fields: Kind) -> Any:
+def _known(path: Path, identity: str, **fields: Kind) -> JsonObject | None:
     """The content of a file if it was made from the same things; None for another or a damaged one, which is remade."""
     try:
         return read_known(path, identity, **fields)
