@@ -70,15 +70,12 @@ def calibrate(
     model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a model on the rows of a corpus, gathered in the processes of the layout. `work`: the folder from which
-    an interrupted run resumes.
+    an interrupted run resumes. `calibration`: it fits the corpus.
 
-    Numbers of rows and lengths that nobody asked for give way to what the corpus has. The scores note the model's
-    Hugging Face config, against which plans are checked. Raises RuntimeError if a process fails.
+    The scores note the model's Hugging Face config, against which plans are checked. Raises RuntimeError if a process
+    fails.
     """
-    fit = Fit(calibration, layout)
-    fit.text(tokens)
-    say(fit.remark)
-    calibration, digest = fit.settings, data_digest(tokens)
+    digest = data_digest(tokens)
     _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.temporary import apart
-from nemo_minitron.commands.corpus import tokenise
+from nemo_minitron.commands.corpus import positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.pruning.convert import as_folder
+from nemo_minitron.settings.derive import Fit
+from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Evaluation
 from nemo_minitron.settings.validated import check_whole
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
@@ -43,6 +45,11 @@ def run_evaluate(
         check_whole("limit", limit)
     _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
+    if data is not None:
+        fit = Fit(settings, Layout())
+        fit.model(positions_of(*map(config_of, [model] if draft_of is None else [model, draft_of])))
+        say(fit.remark)
+        settings = fit.settings
     numbers: JsonObject = {}
     with as_folder(model) as folder, apart() as scratch:
         if data is not None:

@@ -179,11 +179,7 @@ def number_rows(numbers: Sequence[JsonFields]) -> list[list[str]]:
         [
             _cell(formatting.STAGES.get(row["stage"], row["stage"])),
             _cell(row["corpus"]),
-            formatting.count(row["parameters"]),
-            formatting.number(row["loss"]),
-            formatting.number(row["perplexity"], 2),
-            formatting.number(row["bits_per_byte"]),
-            formatting.count(row["tokens"]),
+            *formatting.result_cells(row),
         ]
         for row in ordered
     ]

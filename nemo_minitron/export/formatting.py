@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import JsonFields
 
 NONE = "–"
 STAGES = {  # in the order in which readers compare them
@@ -68,6 +69,12 @@ def number(value: float | None, digits: int = 3) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+
+
+def result_cells(row: JsonFields) -> list[str]:
+    """Parameters, loss, perplexity, bits per byte and tokens of a row of numbers.json."""
+    quality = number(row["loss"]), number(row["perplexity"], 2), number(row["bits_per_byte"])
+    return [count(row["parameters"]), *quality, count(row["tokens"])]
 
 
 def stage_order(stage: str) -> tuple[int, str]:

@@ -101,11 +101,7 @@ def _numbers(run: RunFiles) -> list[list[str]]:
         [
             formatting.STAGES.get(row["stage"], str(row["stage"])),
             str(row["corpus"]),
-            formatting.count(row["parameters"]),
-            formatting.number(row["loss"]),
-            formatting.number(row["perplexity"], 2),
-            formatting.number(row["bits_per_byte"]),
-            formatting.count(row["tokens"]),
+            *formatting.result_cells(row),
             formatting.seconds(row["seconds"]),
         ]
         for corpus in dict.fromkeys(row["corpus"] for row in run.numbers)

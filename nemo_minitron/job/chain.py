@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
-from nemo_minitron.artifacts.json_types import JsonObject
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, lines_of, remark_lines, space_left
+from nemo_minitron.job.dry_run import Known, check, fit_to_models, lines_of, remark_lines, space_left
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -86,9 +86,11 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
     run.
     """
     steps: list[Checked] = []
-    known: JsonObject = {}
+    known: dict[str, HfConfig] = {}
     for step, (step_job, remark) in zip(job.chain, fitted_jobs(job, folder), strict=True):
         with _named(step):
+            step_job, by_models = fit_to_models(step_job, offline=offline, known=known)
+            remark = "; ".join(filter(None, (remark, by_models)))
             source, target = check(step_job, offline=offline, known=known)
             config = known.get(step_job.teacher) or teacher_config(step_job, offline=offline)
             known = known | {step_job.teacher: config}

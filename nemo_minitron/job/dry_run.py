@@ -12,6 +12,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RunFolder
+from nemo_minitron.commands.corpus import positions_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -24,7 +25,7 @@ from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.search.sizes import VOCAB, target_of
-from nemo_minitron.settings.derive import fit_job
+from nemo_minitron.settings.derive import fit_job, fit_job_to_models
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
@@ -56,6 +57,20 @@ def learned(job: Job, source: Architecture, known: Known) -> Architecture:
     return from_hf(config)
 
 
+def fit_to_models(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Job, str]:
+    """(the job with the sequence lengths that its models allow, the remark). Arguments as for `check`. Raises
+    InputError for a longer sequence that was asked for, and for a model that cannot be read."""
+    return fit_job_to_models(job, positions_of(*_configs(job, offline=offline, known=known or {})))
+
+
+def _configs(job: Job, *, offline: bool, known: Known) -> list[HfConfig]:
+    """The configs of the teacher and of the model that the student learns from."""
+    configs: list[HfConfig] = [known.get(job.teacher) or teacher_config(job, offline=offline)]
+    if job.learns_from:
+        configs.append(known.get(job.learns_from) or config_of(job.learns_from))
+    return configs
+
+
 def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Architecture, Architecture]:
     """(teacher's, student's) Architecture. Raises InputError for anything that could not run.
 
@@ -63,6 +78,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     configs of models that a chain has yet to make.
     """
     known = known or {}
+    job, _ = fit_to_models(job, offline=offline, known=known)
     config = known.get(job.teacher) or teacher_config(job, offline=offline)
     source = from_hf(config)
     ancestor = learned(job, source, known)
@@ -88,7 +104,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
     job.distillation.check_mixture(target)
     job.distillation.check_cache(target.vocab_size)
-    job.generation.check(job.distillation)
+    job.generation.check(job.distillation, positions_of(*_configs(job, offline=offline, known=known)))
     benchmarks(job.evaluation.benchmarks)
     if not offline:  # lm-eval may be missing on the machine that only plans
         check_tasks(job.evaluation.benchmarks)
@@ -147,8 +163,10 @@ def training_memory(
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    fitted, remark = fit_job(job)
-    return "\n".join([json.dumps(fitted.as_dict(), indent=1), *remark_lines(remark), "", *lines_of(fitted, {})])
+    fitted, by_layout = fit_job(job)
+    fitted, by_models = fit_to_models(fitted, offline=True)
+    remarks_on_sizes = [*remark_lines(by_layout), *remark_lines(by_models)]
+    return "\n".join([json.dumps(fitted.as_dict(), indent=1), *remarks_on_sizes, "", *lines_of(fitted, {})])
 
 
 def remark_lines(remark: str) -> list[str]:

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
@@ -22,9 +21,6 @@ from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
 

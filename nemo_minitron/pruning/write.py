@@ -90,6 +90,7 @@ def _tensors(student: Student, config: HfConfig) -> list[_Tensor]:
 
 def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
     """File name -> its tensors, in the model's order, as many as fit into a file."""
+    # Not huggingface_hub's splitter: it puts a tensor larger than `limit` in front of tensors that come before it.
     groups: list[list[_Tensor]] = [[]]
     for tensor in tensors:
         if groups[-1] and sum(t.size for t in groups[-1]) + tensor.size > limit:

@@ -108,7 +108,9 @@ def test_the_dry_run_tells_every_step_and_touches_nothing(pico, tmp_path):
 
 
 def test_the_dry_run_says_which_sizes_the_chain_and_its_steps_derived(pico, tmp_path):
-    changed = pico.override(["layout.dp=2", "chain.1.distillation.learning_rate=1e-6"])
+    changed = pico.override(
+        ["layout.dp=2", "chain.1.distillation.learning_rate=1e-6", "evaluation.sequence_length=256"]
+    )
     before, first, second = describe_chain(changed, tmp_path / "run").split("\nstep ")
     whole = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
     assert whole in before.splitlines()

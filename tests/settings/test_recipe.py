@@ -12,7 +12,7 @@ from nemo_minitron.cli.find import find, names
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Job, Layout
-from nemo_minitron.job.dry_run import describe
+from nemo_minitron.job.dry_run import describe, fit_to_models
 from nemo_minitron.search.sizes import target_of
 from nemo_minitron.settings.precision import best_precision, with_resolved_precisions
 
@@ -199,7 +199,7 @@ def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
     source = from_hf(job.teacher)
     assert f"{source.parameters():,}" in text
     assert f"{source.replace(ffn_hidden_size=64).parameters():,}" in text
-    assert json.loads(text[: text.index("\n}\n") + 2]) == job.as_dict()
+    assert json.loads(text[: text.index("\n}\n") + 2]) == fit_to_models(job)[0].as_dict()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -229,4 +229,9 @@ def test_dry_run_says_which_sizes_it_derived(job):
     remark = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
     assert remark in text.splitlines()
     assert json.loads(text[: text.index("\n}\n") + 2])["distillation"]["global_batch_size"] == 2
-    assert "remark" not in describe(job)
+    lengths = [f"{name}.sequence_length=256" for name in ("calibration", "distillation", "evaluation")]
+    assert "remark" not in describe(job.override(lengths))
+    lengths = ("calibration.sequence_length is 256, since the model has no more positions", "evaluation.sequence")
+    assert all(words in describe(job) for words in lengths)
+    with pytest.raises(InputError, match=r"distillation.sequence_length is 257, but the model has 256 positions"):
+        describe(job.override(["distillation.sequence_length=257"]))

@@ -19,6 +19,7 @@ from nemo_minitron.data import Tokens
 from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
+from nemo_minitron.job.fitted import fitted_calibration, fitted_distillation
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
@@ -29,7 +30,6 @@ from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
-from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
 
@@ -145,8 +145,10 @@ def estimate(run: Run) -> None:
     from nemo_minitron.data import Tokens
 
     job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
-    calibration = calibration_of(job, teacher.architecture)
-    scores = calibrate(teacher, tokens, run.folder.calibration, calibration, job.layout, run.folder.log)
+    fit = fitted_calibration(job, teacher.architecture, tokens)
+    if fit.remark:  # it also holds for later stages that read this text, which do not repeat it
+        run.say(f"    remark: {fit.remark}")
+    scores = calibrate(teacher, tokens, run.folder.calibration, fit.settings, job.layout, run.folder.log)
     scores.save(run.folder.scores)
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
     for line in describe_scores(scores):
@@ -202,12 +204,7 @@ def distill(run: Run) -> None:
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
-    fit = Fit(job.distillation, layout)
-    if job.distillation.teacher_cache:
-        cache = CacheHeader.load(job.distillation.teacher_cache)
-        fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
-    else:
-        fit.text(Tokens(train), Tokens(held_out))
+    fit = fitted_distillation(job, layout, Tokens(train), Tokens(held_out))
     if fit.remark:
         run.say(f"    remark: {fit.remark}")
     run_training(

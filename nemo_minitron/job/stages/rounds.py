@@ -18,6 +18,7 @@ from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.calibrations import calibration_of
+from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
@@ -102,7 +103,7 @@ def score_again(run: Run, number: int) -> None:
     model = prune(teacher, plan, files.model, overwrite=True)
     job, _ = job_of(run.job, teacher.architecture, number)
     tokens, log = Tokens(corpora.prefix(run, "calibration")), run.folder.log
-    calibration = calibration_of(job, plan.target)
+    calibration = fitted_calibration(job, plan.target, tokens).settings
     scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
     scores.save(files.scores)
     shutil.rmtree(model)  # the plan makes it again, and the space check counts on its room
