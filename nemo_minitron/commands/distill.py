@@ -193,6 +193,8 @@ def run_distill(
     layout.check_sequence(recipe.sequence_length)
     recipe.check_tokens(layout)
     recipe.check_batch(layout)
+    if recipe.tokens == Distillation.tokens:
+        say(f"the student is trained on {recipe.tokens:,} tokens, the default; --tokens gives another number")
     work = cache_of(out)
     with locked(work):
         rows = models[0].vocab_size

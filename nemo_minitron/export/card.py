@@ -37,7 +37,7 @@ class CardFacts:
     `license` (an identifier such as apache-2.0). `samples`, `tokens`: of the calibration. `data`: rows of
     {"name", "license", "use"}; `distillation`: {"loss", "tokens", "steps", "precision", "learning_rate"} or
     None; `numbers`: rows of numbers.json; `command`: the command that made the model; `versions`: package -> version;
-    `limits`: more sentences about limits; `in_place`: what the student got in place of the plan's slices.
+    `limits`: more sentences about limits; `in_place`: weights that are not slices of the base's.
 
     Raises InputError if a row lacks one of these keys.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from nemo_minitron.artifacts.json_types import JsonObject
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 V = TypeVar("V")
+PLAIN = {  # name of a field's type -> the types of its values, and how a sentence names them
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+}
 
 
 def build(cls: type[T], values: object, where: str = "") -> T:
     """An object of the dataclass `cls`; `where` is the key of its group. Raises InputError for an unknown key (with the
     nearest one), a value of another type, and a missing key."""
     if not isinstance(values, Mapping):
-        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
+        raise InputError(_no_group(f"'{where}'" if where else "the recipe", values, get_type_hints(cls)))
     hints = get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -41,16 +47,23 @@ def build(cls: type[T], values: object, where: str = "") -> T:
     return cls(**arguments)
 
 
+def _no_group(what: str, values: object, names: Iterable[str]) -> str:
+    """The refusal of a value in the place of a group. `names`: the group's settings; none if it may have any."""
+    have = "empty" if values is None else shown(values)
+    legal = ", ".join(names) or "a name and a value each"
+    return f"{what} is {have}; it must be a group of settings: {legal}"
+
+
 def _value(kind: object, value: Any, key: str) -> Any:
     """A plain value as its declared type: int becomes float, a list a tuple, and one value a tuple of one."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, key)
-    plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
-    if name in plain:
-        legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
+    if name in PLAIN:
+        types, words = PLAIN[name]
+        legal = isinstance(value, types) and (name == "bool" or not isinstance(value, bool))
         if not legal:
-            raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
+            raise InputError(f"'{key}' is {shown(value)}; it must be {words}")
         return _number(value, key) if name == "float" else _plain(value, key)
     if get_origin(kind) is tuple:
         return _sequence(get_args(kind)[0], value, key)
@@ -64,7 +77,7 @@ def _value(kind: object, value: Any, key: str) -> Any:
 def _mapping(kind: object, value: object, key: str) -> JsonObject:
     """Names -> values of a kind. Values of any kind (`Any`) must be plain and not nested too deep."""
     if not isinstance(value, Mapping):
-        raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
+        raise InputError(_no_group(f"'{key}'", value, ()))
     if kind is Any:
         return checked(dict(value), anything(), f"'{key}'")
     values = {}
