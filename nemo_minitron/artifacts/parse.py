@@ -54,7 +54,8 @@ def whole(least: int = 0, most: int = LARGEST) -> Kind[int]:
 
     def kind(value: object) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise Wrong(value, f"a whole number of {least} to {most}" if most < LARGEST else f"one of at least {least}")
+            bounds = f"{least} to {most}" if most < LARGEST else f"at least {least}"
+            raise Wrong(value, f"a whole number of {bounds}")
         return value
 
     return kind

@@ -17,7 +17,7 @@ from nemo_minitron.errors import InputError
 
 VERSION = 1
 SIZES = mapped(anything(2))
-# `keep` is checked where it is read into a plan: its many numbers one time and no more
+# `keep` has many numbers, so they are checked once, where a plan is made of them
 KIND = grouped({"source": SIZES, "target": SIZES, "keep": lambda value: value},
                {"model_digest": maybe(text()), "notes": mapped(anything())})  # fmt: skip
 Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source layer: [index]}

@@ -53,7 +53,7 @@ def compress(
     job = find(recipe).override(of_job)
     folder = job.folder(out)
     backend = _executor(executor, of_executor, job, folder) if executor else None
-    if dry_run or executor:  # a job that would be refused on the cluster is refused here
+    if dry_run or executor:  # so that a job that the cluster would refuse is refused here
         text = _describe(job, folder)
         if dry_run:
             print(text if executor else f"{text}\nnothing was loaded or written")

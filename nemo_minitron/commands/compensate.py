@@ -61,7 +61,8 @@ def solve_for(
     ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
-    its Compensation. `data`: a .bin/.idx prefix, which `calibration` fits. Raises RuntimeError if a process fails."""
+    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. Raises RuntimeError if a process
+    fails."""
     order = CompensateOrder(model.path, plans, data, ridge, memory, calibration, layout)
     launch(order, host_of().worker, log)
 

@@ -70,7 +70,7 @@ def calibrate(
     model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a model on the rows of a corpus, gathered in the processes of the layout. `work`: the folder from which
-    an interrupted run resumes. `calibration`: it fits the corpus.
+    an interrupted run resumes. The sizes of `calibration` fit the corpus.
 
     The scores note the model's Hugging Face config, against which plans are checked. Raises RuntimeError if a process
     fails.

@@ -76,7 +76,7 @@ def prefix_of(source: str | Path) -> Path | None:
 
 
 def held_out(source: str, split: str = "test") -> str:
-    """`source` with `@split` appended if `datasets` would choose "train", which is never held-out text."""
+    """`source`, with a split appended if `datasets` would choose "train" by itself: that is never held-out text."""
     name, written = parted(source)
     if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
         return source

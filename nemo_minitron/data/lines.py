@@ -65,7 +65,7 @@ def utf8(text: str, where: str) -> bytes:
 
 
 def checked_utf8(raw: bytes, where: str) -> bytes:
-    """`raw`, if it is UTF-8. Raises InputError, which names the line, if it is not."""
+    """Returns `raw` if it is UTF-8. Otherwise raises InputError, which names the line."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         for done in range(0, len(raw), LONG):

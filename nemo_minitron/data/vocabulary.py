@@ -1,4 +1,4 @@
-"""A tokenizer's loading, its identity, and the number of bytes that each of its tokens stands for."""
+"""Loads a tokenizer, computes its identity, and counts the bytes that each of its tokens stands for."""
 
 from __future__ import annotations
 

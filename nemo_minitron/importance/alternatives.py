@@ -39,8 +39,9 @@ class Source(Protocol):
 def magnitude(source: Source) -> Scores:
     """The L2 norm of all weights that belong to a unit, by the table in `axes.py`.
 
-    An expert is its row of the router and all its matrices. A query group is its keys, its values and its heads. A
-    layer is all its tensors. For a live, sharded model (`LiveSource`) it is collective and the same on every rank.
+    The weights of an expert are its row of the router and all its matrices, those of a query group its keys, its values
+    and its heads, those of a layer all its tensors. For a live, sharded model (`LiveSource`) it is collective and the
+    same on every rank.
     """
     a = source.architecture
     squares = {name: np.zeros(shape) for name, shape in expected_shapes(a).items() if name != "norms"}

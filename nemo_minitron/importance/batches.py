@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 
 
 class Watcher(Protocol):
-    """What hangs on the hooks of a model and must know the batch that comes next."""
+    """Hooks on a model, which must know the micro-batch that comes next."""
 
     def expect(self, batch: Batch, first: bool = True) -> None: ...
 
@@ -107,7 +107,8 @@ def forward_arguments(batch: Batch) -> dict[str, Tensor | PackedSeqParams | None
 
 
 def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
-    """Attention that stays within each sample. What lies behind the last sample is one more, which does not count."""
+    """Attention that stays within each sample. The positions behind the last sample form one more sample, which does
+    not count."""
     if boundaries[-1] < length:
         boundaries = torch.cat([boundaries, boundaries.new_tensor([length])])
     places = torch.arange(length, device=boundaries.device)

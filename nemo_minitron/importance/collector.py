@@ -93,7 +93,7 @@ class Collector:
                 accumulator.drop()
 
     def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        """Takes the batch of the next micro-batch. `first`: for the rank it is new; virtual stages get it again."""
+        """Takes the next micro-batch. `first` is False when a later virtual stage of this rank gets it again."""
         self._samples = samples_of(batch)
         if first:
             self.samples += self._samples.present

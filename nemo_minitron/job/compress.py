@@ -1,4 +1,4 @@
-"""A Job -> its run folder, finished or as far as a stage."""
+"""Runs a Job in its run folder, to its end or as far as a stage."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def _target(job: Job, source: Architecture, config: HfConfig) -> Architecture:
 
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
-    """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError, also if
-    NeMo's class cannot be that model."""
+    """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError if that
+    model cannot be read, or if NeMo's class cannot represent it."""
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)

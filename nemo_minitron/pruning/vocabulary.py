@@ -140,7 +140,7 @@ class Vocabulary:
 
     # -- the cut -------------------------------------------------------------------------------------
     def check(self, kept: Sequence[int]) -> None:
-        """Raises InputError if a required token goes, or a part of a kept token."""
+        """Raises InputError if a required token is dropped, or a part of a kept token."""
         stays, names = set(kept), {i: token for token, i in self.tokens.items()}
         if self.required - stays:
             gone = min(self.required - stays)
@@ -194,10 +194,10 @@ def write_tokenizer(tokenizer: JsonObject, kept: Sequence[int], student: Path) -
 
 
 def renumbered(value: Json, number: Callable[[int], Json]) -> Json:
-    """A config, at any depth, with `number(id)` in place of each id. If that is None, the token goes.
+    """A config, at any depth, with `number(id)` in place of each id. If that is None, the token is dropped.
 
-    Then its entry of a list or of `added_tokens_decoder` goes, and so does a sequence that it is part of. A field with
-    such an id becomes null.
+    Then its entry of a list or of `added_tokens_decoder` is dropped, and so is a sequence that it is part of. A field
+    with such an id becomes null.
     """
     if isinstance(value, list):
         return [renumbered(part, number) for part in value]

@@ -39,7 +39,7 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Tensor name -> Entry, by position in the file; reads the header but no weights.
+    """Tensor name -> Entry, in the order of the file. It reads the header but no weights.
 
     Raises InputError if the file is incomplete or breaks a rule of the format.
     """

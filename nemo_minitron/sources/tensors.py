@@ -38,7 +38,7 @@ class TensorSource(Protocol):
 
 class ModelSource:
     """A TensorSource that is a whole model on disk, at `path`: with its Hugging Face config, and the `folder` that has
-    its tokenizer. Stages hand an opened one on: its headers are read once, and so is its identity."""
+    its tokenizer. Stages pass an opened one on, so that its headers and its identity are read once."""
 
     architecture: Architecture
     config: JsonObject
@@ -52,11 +52,11 @@ class ModelSource:
         raise NotImplementedError
 
     def rest(self) -> None:
-        """Lets go of what reading keeps in memory; an opened model may stay for long."""
+        """Releases what reading keeps in memory, because an opened model may stay open for long."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """The model digest, as it was when it was first asked for."""
+        """The model digest. It is computed when it is first asked for."""
         digest = source_digest(self)
         self.rest()
         return digest

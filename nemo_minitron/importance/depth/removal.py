@@ -42,7 +42,7 @@ class Removal:
 
     @property
     def depth(self) -> dict[Block, float]:
-        """For `Scores.depth["removal"]`: in the order of removal, which is the criterion."""
+        """The values for `Scores.depth["removal"]`, in the order of removal."""
         return {(layer, layer): error for layer, error in zip(self.order, self.errors, strict=True)}
 
 
@@ -58,7 +58,8 @@ def iterative_removal(
 
     The error without layer j is sum (M - M_j)^2 / sum M^2, over the logits M of all unmasked tokens (without padding of
     the vocabulary). M belongs to the complete model (`against="source"`) or to the model that the round began with
-    ("round", which needs no pass of the complete model in later rounds). Of equal errors the later layer goes. `model`
+    ("round", which needs no pass of the complete model in later rounds). Of layers with equal
+    errors the later one is removed. `model`
     itself keeps all its layers. Layouts, batches and `vocab_size` as for `depth_scan`. Every round reads all batches,
     and the logits and hidden states of one batch are in memory at a time. Collective over the whole job. Raises
     InputError for a count or a reference that is not legal, and if no token counts.

@@ -1,4 +1,4 @@
-"""A live model that can run from any layer on. The hidden state in front of each layer is kept, so what comes before a
+"""Runs a live model from any of its layers. The hidden state in front of each layer is kept, so what comes before a
 dropped block is never run again.
 
 With n layers the complete model costs n layer forwards, and the model without layers i..j costs n - 1 - j more. All
