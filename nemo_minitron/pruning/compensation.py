@@ -105,7 +105,7 @@ def check_residual(source: Architecture, target: Architecture, sign: str) -> Non
     before, after = getattr(source, of), getattr(target, of)
     if before == after or 2 * after < before:
         raise InputError(
-            f"{after} of {before} heads stay in a group; a head residual needs a cut of some heads, of no more than half: "
+            f"{after} of {before} heads stay in a group; a head residual needs a cut of some heads, of at most half: "
             f"the nearest legal number is {min(max(after, -(-before // 2)), before - 1)}"
         )
 

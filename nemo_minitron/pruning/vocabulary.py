@@ -152,8 +152,8 @@ class Vocabulary:
             lost = self.parts(names[i]) - stays if i in names else None
             if lost:
                 raise InputError(
-                    f"the plan keeps token {i} ({names[i]!r}) and drops {min(lost)} ({names[min(lost)]!r}), of which "
-                    "it is merged; keep both or neither, as a plan by `Vocabulary.scores` does"
+                    f"the plan keeps token {i} ({names[i]!r}) and drops {min(lost)} ({names[min(lost)]!r}), from "
+                    "which it is merged; keep both or neither, as a plan by `Vocabulary.scores` does"
                 )
 
     def cut(self, kept: Sequence[int]) -> JsonObject:
