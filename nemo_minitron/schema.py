@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MODEL, METHOD, LAYOUT, MACHINES, OUTPUT = "Model and data", "Method", "Layout", "Machines", "Output"
 PANELS = (MODEL, METHOD, LAYOUT, MACHINES, OUTPUT)  # the sections of `--help`, in this order
@@ -64,18 +67,18 @@ def seed_setting(default: int = 1234, help: str = "The seed of random draws.", *
     return setting(default, help, **({"least": 0, "most": SEEDS} | more))
 
 
-def described(field: dataclasses.Field[Any]) -> Setting | None:
+def described(field: dataclasses.Field) -> Setting | None:
     """A field's Setting. None for a field that is no setting: a group of settings, or a value that nobody sets."""
     return field.metadata.get("setting")
 
 
-def settings_of(kind: Any) -> Mapping[str, Setting]:
+def settings_of(kind: type[DataclassInstance]) -> Mapping[str, Setting]:
     """Field's name -> its Setting, in the order of the dataclass `kind`."""
     metadata = {field.name: described(field) for field in dataclasses.fields(kind)}
     return {name: known for name, known in metadata.items() if known is not None}
 
 
-def asked_for(value: Any) -> bool:
+def asked_for(value: object) -> bool:
     """Whether somebody wrote this value. Only a default that can be derived (`Unasked`) knows that nobody did."""
     return not isinstance(value, (Unasked, UnaskedRate))
 
@@ -86,6 +89,6 @@ def settled(settings: Any) -> Any:
     A framework that writes settings down, as NeMo does into a checkpoint's context, knows plain numbers only.
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    plain: dict[str, Any] = {name: int(value) for name, value in values.items() if isinstance(value, Unasked)}
+    plain: dict[str, int | float] = {name: int(value) for name, value in values.items() if isinstance(value, Unasked)}
     plain |= {name: float(value) for name, value in values.items() if isinstance(value, UnaskedRate)}
     return dataclasses.replace(settings, **plain)

@@ -42,7 +42,8 @@ DISTILLATION_8B = Distillation(
 # The settings of 2407.14679, for Nemotron-4.
 NEMOTRON = "checkpoints/nemotron4-15b"
 NEMOTRON_DATA = dataclasses.replace(DATA, teachers_own=True)
-CALIBRATION_4K = dataclasses.replace(CALIBRATION, sequence_length=4096)
+CALIBRATION_4K = dataclasses.replace(CALIBRATION, sequence_length=4096)  # Nemotron-4 has so many positions
+EVALUATION_4K = dataclasses.replace(EVALUATION, sequence_length=4096)
 DISTILLATION_NEMOTRON = Distillation(
     tokens=94_000_000_000,
     sequence_length=4096,

@@ -24,6 +24,6 @@ def recipe() -> Job:
         ),
         calibration=h100.CALIBRATION_4K,
         distillation=h100.DISTILLATION_NEMOTRON,
-        evaluation=h100.EVALUATION,
+        evaluation=h100.EVALUATION_4K,
         layout=h100.LAYOUT,
     )

@@ -5,7 +5,9 @@ Each is loaded when it is asked for: numpy would double the time until a command
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.lazy import loader
 
 if TYPE_CHECKING:
     from nemo_minitron.artifacts.compensation import Compensation
@@ -16,18 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Compensation", "Manifest", "PrunePlan", "Scores", "compose"]
 
-_WHERE = {
-    "Compensation": "compensation",
-    "Manifest": "manifest",
-    "PrunePlan": "plan",
-    "Scores": "scores",
-    "compose": "composition",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "Compensation": ".compensation", "Manifest": ".manifest", "PrunePlan": ".plan", "Scores": ".scores",
+        "compose": ".composition",
+    },
+)  # fmt: skip

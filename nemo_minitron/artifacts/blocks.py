@@ -1,9 +1,9 @@
-"""Contiguous blocks of layers, as scores of depth are keyed."""
+"""Contiguous blocks of layers, which are the keys of scores of depth."""
 
 from __future__ import annotations
 
 BLOCK_INFLUENCE = "block_influence"  # a criterion of depth that every calibration gathers
-REMOVAL = "removal"  # another, whose layers stand in the order in which they went
+REMOVAL = "removal"  # another one, which lists the layers in the order of their removal
 Block = tuple[int, int]  # first and last dropped layer, both inclusive, 0-based, numbered as in the source
 NOTHING: Block = (0, -1)  # the empty block: the whole model, the baseline of every scan
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.precisions import PRECISIONS
 from nemo_minitron.schema import MODEL, seed_setting, setting
@@ -66,7 +66,7 @@ class CacheSettings:
     def stored_sets(self) -> int:
         return self.sets if self.sampled else 1
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """The fields that decide the numbers in this mode."""
         other = ("k",) if self.sampled else ("draws", "independent", "proposal_temperature", "sets", "seed")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in other}

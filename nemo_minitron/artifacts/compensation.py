@@ -7,11 +7,11 @@ import json
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, parse_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, text, whole
 from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError
@@ -31,7 +31,7 @@ class Compensation:
 
     plan: str
     tensors: Mapping[str, np.ndarray]
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: JsonObject = dataclasses.field(default_factory=dict)
 
     def check(self, plan: PrunePlan) -> None:
         """Raises InputError if it was made for another plan, or has a tensor that the student lacks."""
@@ -48,7 +48,7 @@ class Compensation:
         """The shape of every tensor; reads no tensor."""
         return _shapes(self.tensors)
 
-    def joined(self, tensors: Mapping[str, np.ndarray], notes: dict[str, Any]) -> Compensation:
+    def joined(self, tensors: Mapping[str, np.ndarray], notes: JsonObject) -> Compensation:
         """This compensation with more `tensors`; their names must be new."""
         assert not tensors.keys() & self.tensors.keys()
         both = ChainMap(dict(tensors), self.tensors)  # type: ignore[arg-type]  # ChainMap is only read

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_minitron.artifacts.plan import PrunePlan
+from nemo_minitron.artifacts.plan import Keep, PrunePlan
 from nemo_minitron.axes import AXES, Axis
 from nemo_minitron.errors import InputError
 
@@ -30,7 +30,7 @@ def _two(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             f"the plans do not follow each other: one leaves {first.target.parameters():,} parameters, the next starts "
             f"from a model of other sizes with {second.source.parameters():,}; give plans in the order of the cuts"
         )
-    keep: dict[str, Any] = {}
+    keep: Keep = {}
     for name, cut in AXES.items():
         if name in first.keep or name in second.keep:
             each = cut.per_layer

@@ -5,12 +5,15 @@ A NaN is converted without a warning: `sources/finite.py` refuses it, and names 
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
-NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+NUMPY: dict[str, type[np.generic]] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
 
 
 def as_numbers(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -12,8 +12,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import Json
 from nemo_minitron.artifacts.parse import Kind, checked, unique
 from nemo_minitron.artifacts.temporary import BESIDE, beside
 from nemo_minitron.errors import DISK, InputError, first_line
@@ -137,12 +137,12 @@ def sync_tree(folder: Path) -> None:
         sync(Path(place))
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(_lines(value, "\n") + "\n")
 
 
-def _lines(value: Any, start: str) -> str:
+def _lines(value: object, start: str) -> str:
     """JSON with one item a line, but a list of plain values on one line: this writes the many numbers of a plan in a
     quarter of the time. `start`: what begins a line at this depth."""
     deeper = start + " "
@@ -154,7 +154,7 @@ def _lines(value: Any, start: str) -> str:
     return json.dumps(value)
 
 
-def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Any:
+def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Json:
     """The values of a JSON file; if a `kind` is given, they are checked against it.
 
     Raises InputError if `path` is missing, is not JSON or is of another kind; `what` names the file in the sentence.
@@ -177,7 +177,7 @@ def read_json(path: str | Path, what: str, kind: Kind | None = None) -> Any:
     return values if kind is None else checked(values, kind, f"{what} '{path}'")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Json:
     """Raises ValueError if `text` is not JSON, is nested too deeply, or gives a name two values."""
     try:
         return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
@@ -185,7 +185,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: object) -> str:
     """sha256 of a plain value, written as canonical JSON; in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -94,7 +93,7 @@ class CacheHeader:
             )
         return header
 
-    def check(self, folder: str | Path, **expected: Any) -> None:
+    def check(self, folder: str | Path, **expected: object) -> None:
         """Raises InputError if `model`, `data`, `vocab_size`, `rows` or a setting differs from the expected value."""
         have = dataclasses.asdict(self.settings) | {"vocab_size": self.vocab_size, "rows": self.rows}
         for name, value in expected.items():

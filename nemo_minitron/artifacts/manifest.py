@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import grouped, listed, mapped, number, text, whole
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 
@@ -29,8 +29,8 @@ class Manifest:
     path: Path
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    stages: list[JsonObject] = dataclasses.field(default_factory=list)
+    files: dict[str, JsonObject] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:

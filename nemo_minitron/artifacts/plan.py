@@ -10,13 +10,14 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, maybe, text
 from nemo_minitron.axes import AXES, Axis, axis
 from nemo_minitron.errors import InputError
 
 VERSION = 1
 SIZES = mapped(anything(2))
-# `keep` is checked where it is read into a plan: its many numbers one time and no more
+# `keep` has many numbers, so they are checked once, where a plan is made of them
 KIND = grouped({"source": SIZES, "target": SIZES, "keep": lambda value: value},
                {"model_digest": maybe(text()), "notes": mapped(anything())})  # fmt: skip
 Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source layer: [index]}
@@ -40,7 +41,7 @@ class PrunePlan:
     target: Architecture
     keep: Keep
     model_digest: str | None = None
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: JsonObject = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.keep:
@@ -78,7 +79,7 @@ class PrunePlan:
         for where, values in self._lists(cut).items():
             _check_indices(where, values, cut.length(self.source), cut.length(self.target))
 
-    def _lists(self, cut: Axis) -> dict[str, Any]:
+    def _lists(self, cut: Axis) -> dict[str, list[int]]:
         """Place in words -> its list of kept indices; one entry for each layer or expert that has the axis."""
         kept = self.keep[cut.name]
         if not cut.per_layer:
@@ -89,7 +90,7 @@ class PrunePlan:
             raise InputError(f"the plan's '{cut.name}' must have one list for each kept layer that has it: {layers}")
         if not cut.per_expert:
             return {f"{cut.name} of layer {layer}": kept[layer] for layer in layers}
-        lists: dict[str, Any] = {}
+        lists: dict[str, list[int]] = {}
         for layer in layers:
             experts = self.indices("experts", layer) or list(range(self.source.num_moe_experts or 0))
             if not isinstance(kept[layer], Mapping) or sorted(kept[layer]) != experts:
@@ -129,7 +130,7 @@ class PrunePlan:
             )
 
     # -- files ---------------------------------------------------------------------------------------
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {
             "version": VERSION,
             "model_digest": self.model_digest,

@@ -9,14 +9,14 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import SHA256, Kind, grouped, listed, mapped, maybe, number, shown, text, whole
 from nemo_minitron.errors import InputError
 
 
-def loss(value: Any) -> float:
+def loss(value: object) -> float:
     """A number, or the infinity of a training that diverged."""
     return value if value == float("inf") else number()(value)
 
@@ -37,17 +37,17 @@ CORPORA = grouped({"train": PATH, "test": PATH, "calibration": PATH})
 MARKS = mapped(text())
 
 
-def read_numbers(path: str | Path) -> list[dict[str, Any]]:
+def read_numbers(path: str | Path) -> list[JsonObject]:
     """Reads numbers.json: one row for each evaluated model and text."""
     return read_json(path, "the numbers", NUMBERS)
 
 
-def read_samples(path: str | Path) -> list[dict[str, Any]]:
+def read_samples(path: str | Path) -> list[JsonObject]:
     """Reads samples.json: the text that each model wrote after a prompt."""
     return read_json(path, "the samples", SAMPLES)
 
 
-def read_last(path: str | Path) -> dict[str, Any]:
+def read_last(path: str | Path) -> JsonObject:
     """Reads last.json of a training: `checkpoint`, relative to its folder; `stopped`, a step, if the training ended
     early."""
     return read_json(path, "the record of the last checkpoint", LAST)
@@ -58,7 +58,7 @@ def read_mark(path: str | Path) -> str:
     return read_json(path, "the mark of the training's settings", DIGEST)
 
 
-def read_known(path: Path, identity: str, **fields: Kind) -> dict[str, Any] | None:
+def read_known(path: Path, identity: str, **fields: Kind) -> JsonObject | None:
     """The content of a candidate's file; None if it is missing, or was made with another `identity`."""
     if not path.is_file():
         return None
@@ -80,7 +80,7 @@ def read_curve(path: str | Path, columns: Sequence[str]) -> list[dict[str, float
         raise InputError(f"'{path}' is no loss curve of columns {', '.join(columns)} ({error})") from None
 
 
-def _cell(cell: Any, name: str, line: int) -> float:
+def _cell(cell: object, name: str, line: int) -> float:
     value = float(cell) if isinstance(cell, str) else None
     if value is None or (name != "loss" and not -1e300 < value < 1e300):
         raise ValueError(f"line {line}: '{name}' is {shown(cell)}")

@@ -58,7 +58,7 @@ class CandidateFolder(CutFolder):
 
 
 class RoundFolder(CutFolder):
-    """What a round after the first starts from: the plan of that model, which is there while it is scored."""
+    """A round after the first: the plan of the model that it starts from. The model exists only while it is scored."""
 
     scores = Name("scores.safetensors")
     model = Name("model")
@@ -66,8 +66,8 @@ class RoundFolder(CutFolder):
 
 
 class TrainingFolder(Folder):
-    """A training, from which it goes on. `last`: where its last checkpoint lies; `whole`: sizes and digests of its
-    files; `settings`: a digest of what it was begun with; `teacher`: the training that corrects its teacher."""
+    """The files from which a training resumes. `last`: where its last checkpoint lies; `whole`: sizes and digests of
+    its files; `settings`: a digest of what it was begun with; `teacher`: the training that corrects its teacher."""
 
     last = Name("last.json")
     whole = Name("whole.json")
@@ -80,7 +80,8 @@ class TrainingFolder(Folder):
 
 
 class RunFolder(CutFolder):
-    """All that one `minitron compress` leaves, and goes on from; of a chain `chain` and a folder for each step."""
+    """The files that `minitron compress` leaves, and from which it resumes. A chain has `chain` and a folder for each
+    step."""
 
     recipe = Name("recipe.json")  # every setting; the next two have those that are not at their defaults
     recipe_yaml = Name("recipe.yaml")
@@ -90,7 +91,7 @@ class RunFolder(CutFolder):
     data = Name("data")
     corpora = Name("data/corpora.json")  # split -> where its tokens lie
     generated = Name("data/generated")  # .jsonl: the text that the teacher wrote; .bin and .idx: its tokens
-    generation = Name("data/generation")  # .json: what made that text; a folder of batches until there is all of it
+    generation = Name("data/generation")  # .json: what made that text; until it is complete, a folder of batches
     calibration = Name("calibration")
     scores = Name("scores.safetensors")
     rounds = Name("rounds")
@@ -98,7 +99,7 @@ class RunFolder(CutFolder):
     candidates = Name("search/candidates.json")
     measured = Name("search/measured.json")
     ranks = Name("search/ranks.json")
-    teacher = Name("checkpoints/teacher")  # what became of a NeMo checkpoint
+    teacher = Name("checkpoints/teacher")  # the folder that a NeMo checkpoint was converted to
     pruned = Name("checkpoints/pruned")
     random = Name("checkpoints/random")
     distilled = Name("checkpoints/distilled")
@@ -118,5 +119,5 @@ class RunFolder(CutFolder):
         return RoundFolder(self.rounds / str(number))
 
     def step(self, name: str) -> RunFolder:
-        """That of a chain's step."""
+        """The run folder of a chain's step."""
         return RunFolder(self.path / name)

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import criteria
 from nemo_minitron.artifacts.files import atomic_file, digest_of, parse_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, grouped, listed, mapped, maybe, number, text, whole
 from nemo_minitron.errors import InputError, nearest
 
@@ -49,10 +49,10 @@ class Scores:
     tokens: int = 0
     model_digest: str | None = None
     data_digest: str | None = None
-    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layout: JsonObject = dataclasses.field(default_factory=dict)
     depth: dict[str, dict[tuple[int, int], float]] = dataclasses.field(default_factory=dict)
     states: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: JsonObject = dataclasses.field(default_factory=dict)
     method: str = ACTIVATION
 
     def __getitem__(self, name: str) -> np.ndarray:

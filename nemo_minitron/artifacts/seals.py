@@ -6,14 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import sync
+from nemo_minitron.artifacts.json_types import JsonObject
 
 SMALL = 4 << 20  # bytes; a larger file is sampled in pieces, so that a student of any size takes milliseconds
 PIECES, PIECE = 256, 4096
 
-Seal = dict[str, Any]  # {"bytes": size, "digest": of the bytes}
+Seal = JsonObject  # {"bytes": size, "digest": of the bytes}
 
 
 def seal(file: Path) -> Seal:

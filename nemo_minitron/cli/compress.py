@@ -20,6 +20,8 @@ from nemo_minitron.settings.own_model import OwnModel
 from nemo_minitron.settings.written import as_yaml
 
 if TYPE_CHECKING:
+    from nemo_run.core.execution.base import Executor
+
     from nemo_minitron.job import Job
 
 RECIPE = "Name of a recipe, its file (.py, .yaml or .json), or your own model: a folder, a hub id, a NeMo checkpoint."
@@ -102,16 +104,18 @@ def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any]) -> Job:
 def _describe(job: Job, folder: Path, as_json: bool) -> str:
     """What the job would do, or its whole recipe as JSON. Raises InputError for what could not run."""
     from nemo_minitron.job.chain import describe_chain
-    from nemo_minitron.job.dry_run import describe
+    from nemo_minitron.job.dry_run import describe, fit_to_models
     from nemo_minitron.settings.derive import fit_job
     from nemo_minitron.settings.precision import with_resolved_precisions
 
     resolved = with_resolved_precisions(job)
     text = describe_chain(resolved, folder) if job.chain else describe(resolved)
-    return json.dumps(fit_job(resolved)[0].as_dict(), indent=1) if as_json else text
+    fitted = fit_job(resolved)[0]
+    fitted = fitted if job.chain else fit_to_models(fitted, offline=True)[0]
+    return json.dumps(fitted.as_dict(), indent=1) if as_json else text
 
 
-def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
+def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Executor:
     """NeMo-Run's executor for the job, which can reach its folder. Raises InputError for an unknown one."""
     from nemo_minitron.launch import executors
 
@@ -119,7 +123,7 @@ def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Any:
     return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
 
 
-def _hand_over(executor: Any, name: str, command: list[str], dry_run: bool) -> None:
+def _hand_over(executor: Executor, name: str, command: list[str], dry_run: bool) -> None:
     """Submits the same command as a task of NeMo-Run, or prints the task."""
     from nemo_minitron.launch import executors
 

@@ -16,6 +16,7 @@ from typing import Any, Optional, get_args, get_origin, get_type_hints
 
 import nemo_run as run
 
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.cli.find import names
 from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
@@ -24,7 +25,7 @@ from nemo_minitron.schema import asked_for
 from nemo_minitron.settings.recipe import Job
 
 NAMESPACE = "minitron"
-_CLASSES: dict[str, Any] = {}  # name -> the class that `_class_of` made
+_CLASSES: dict[str, type] = {}  # name -> the class that `_class_of` made
 PLAIN = (int, float, str, bool)
 TORCHRUN = {  # variables that tell a process about the others
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -62,17 +63,17 @@ def task(entry: Any, job: Job, out: str | None = None) -> Any:
     return run.Partial(entry, **settings)
 
 
-def mapping(**values: Any) -> dict[str, Any]:
+def mapping(**values: Any) -> JsonObject:
     """A group of settings with free names, as in `keep.ffn=1024`. NeMo-Run would lose the type of a plain dict."""
     return values
 
 
-def _open(values: Mapping[str, Any]) -> Any:
+def _open(values: JsonFields) -> Any:
     items = {name: _open(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     return run.Config(mapping, **items)
 
 
-def _written(values: Any) -> dict[str, Any]:
+def _written(values: Any) -> JsonObject:
     """A dataclass' fields as plain values. Empty texts are left to their defaults, since NeMo-Run's files cannot say
     them, and so are sizes that nobody asked for."""
     defaults = {field.name: field.default for field in dataclasses.fields(values)}

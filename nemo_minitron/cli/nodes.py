@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -26,7 +26,7 @@ class Machines:
     )
     node_rank: Optional[int] = setting(None, "Number of this node, from 0. Default: srun's variable.", panel=MACHINES)
     rendezvous: Optional[str] = setting(None, "HOST:PORT of node 0. Default: MASTER_ADDR.", panel=MACHINES)
-    job: Any = None
+    job: object = None
 
     def run(self, layout: Layout, out: Path, command: Callable[[], object]) -> None:
         """Node 0 runs `command`; the other nodes start their processes of each of its stages. `out`: the result of the

@@ -33,9 +33,9 @@ class Taking:
     """Annotation of a group: the fields that become options (all if none is named), and fixed values of others."""
 
     only: tuple[str, ...]
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, object]
 
-    def __init__(self, *only: str, **fixed: Any) -> None:
+    def __init__(self, *only: str, **fixed: object) -> None:
         object.__setattr__(self, "only", only)
         object.__setattr__(self, "fixed", fixed)
 
@@ -53,13 +53,13 @@ class Overriding:
 class Group:
     """A parameter of a command that stands for options. `fields`: name -> its Setting. `fixed`: values of others."""
 
-    kind: Any
+    kind: type
     fields: Mapping[str, Setting]
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, object]
     override: str = ""
 
     @classmethod
-    def of(cls, annotation: Any) -> Group | None:
+    def of(cls, annotation: object) -> Group | None:
         """The group of a parameter; None if the parameter is a single option."""
         kind, *extra = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         if extra and isinstance(extra[0], Overriding):
@@ -70,7 +70,7 @@ class Group:
         fields = {name: known for name, known in settings_of(kind).items() if name in (taking.only or (name,))}
         return cls(kind, {n: k for n, k in fields.items() if not k.recipe_only or n in taking.only}, taking.fixed)
 
-    def build(self, given: Mapping[str, Any]) -> Any:
+    def build(self, given: Mapping[str, object]) -> Any:
         """The settings from `given`, the options of the command line. Raises InputError for an illegal value."""
         hints = get_type_hints(self.kind)
         values = {
@@ -128,12 +128,12 @@ def _panel(parameter: inspect.Parameter) -> int:
     return -1 if not isinstance(info, type(typer.Option())) else PANELS.index(info.rich_help_panel)
 
 
-def _parameter(name: str, kind: Any, known: Setting, default: Any, override: str) -> inspect.Parameter:
+def _parameter(name: str, kind: object, known: Setting, default: object, override: str) -> inspect.Parameter:
     flag = known.flag or "--" + name.replace("_", "-")
     if kind is bool and default is not False:
         flag += f"/--no-{flag[2:]}"
     help = f"{known.help} It sets {override}.{name} of the recipe." if override else known.help
-    option_type: Any = next((plain for plain in (int, float, bool) if plain in (kind, *get_args(kind)[:1])), str)
+    option_type: object = next((plain for plain in (int, float, bool) if plain in (kind, *get_args(kind)[:1])), str)
     option_type = list[str] if known.repeated else str if get_origin(kind) is tuple else option_type
     option_type = Optional[option_type] if default is None else option_type
     show_default: Any = default not in ("", (), None)
@@ -146,7 +146,7 @@ def _parameter(name: str, kind: Any, known: Setting, default: Any, override: str
     return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[option_type, option])
 
 
-def integer(text: Any) -> int:
+def integer(text: str | int) -> int:
     """A whole number as people write it: 60000, 60k, 1e9."""
     number = whole_number(text) if isinstance(text, str) else text
     if number is None:
@@ -154,7 +154,7 @@ def integer(text: Any) -> int:
     return number
 
 
-def _read(kind: Any, value: Any, name: str, known: Setting) -> Any:
+def _read(kind: object, value: Any, name: str, known: Setting) -> Any:
     """An option's value as its field stores it: the texts of a repeated option joined, a list split at its commas."""
     if known.repeated:
         return known.repeated.join(value)
@@ -170,7 +170,7 @@ def _read(kind: Any, value: Any, name: str, known: Setting) -> Any:
     return tuple(map(int, names))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """An argument of a command as plain values, for a digest."""
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)  # type: ignore[arg-type]

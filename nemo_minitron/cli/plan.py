@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
+from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.cli.options import Taking
 from nemo_minitron.schema import METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.search import Search
@@ -89,6 +89,6 @@ def _show(outcome: Outcome) -> None:
     console.print(table)
 
 
-def _cells(row: Mapping[str, Any], names: list[str]) -> list[str]:
+def _cells(row: JsonFields, names: list[str]) -> list[str]:
     shown = ((row[name], *COLUMNS.get(name, (name, 1, "{:,.0f}"))) for name in names)
     return [text.format(value / unit) for value, _, unit, text in shown]

@@ -38,25 +38,25 @@ def page() -> str:
     return "".join(parts)
 
 
-def _groups() -> Iterator[tuple[str, Any]]:
+def _groups() -> Iterator[tuple[str, type]]:
     """(heading, dataclass) of the job, of each of its groups, and of commands that no job has."""
     yield "The job", Job
     for name, hint in get_type_hints(Job).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield f"`{name}`", hint
     yield "A step of `chain`", Step
     yield "`minitron finetune`", Finetuning
     yield "`minitron cache-logits`", CacheSettings
 
 
-def _first(kind: Any) -> str:
+def _first(kind: type) -> str:
     """The first paragraph of a group's docstring."""
-    return " ".join(inspect.cleandoc(kind.__doc__).split("\n\n")[0].split())
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
 
 
-def _flags() -> dict[tuple[Any, str], list[str]]:
+def _flags() -> dict[tuple[type, str], list[str]]:
     """(dataclass, field) -> the commands that have it as an option."""
-    commands: dict[tuple[Any, str], list[str]] = {}
+    commands: dict[tuple[type, str], list[str]] = {}
     for command in COMMANDS:
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             group = Group.of(parameter.annotation)
@@ -66,7 +66,7 @@ def _flags() -> dict[tuple[Any, str], list[str]]:
     return commands
 
 
-def _row(kind: Any, field: dataclasses.Field[Any], known: Setting, flags: dict[tuple[Any, str], list[str]]) -> str:
+def _row(kind: type, field: dataclasses.Field, known: Setting, flags: dict[tuple[type, str], list[str]]) -> str:
     commands = flags.get((kind, field.name), [])
     flag = known.flag or "--" + field.name.replace("_", "-")
     option = f"`{flag}` of {', '.join(commands)}" if commands else f"none: {known.recipe_only}"
@@ -83,7 +83,7 @@ def _type(hint: Any) -> str:
     return plain.get(hint, "step" if hint is Step else "group")
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _default(field: dataclasses.Field) -> str:
     if field.default is field.default_factory is dataclasses.MISSING:
         return "required"
     if field.default in ("", (), None, dataclasses.MISSING):
@@ -94,7 +94,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return f"`{text}`" + ("" if asked_for(value) else " *")
 
 
-def _legal(field: dataclasses.Field[Any], known: Setting) -> str:
+def _legal(field: dataclasses.Field, known: Setting) -> str:
     if known.legal:
         return ", ".join(f"`{name}`" for name in known.legal if name)
     if field.type == "int":

@@ -20,7 +20,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron com
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Check what is installed and whether it fits together, and say how to mend it."""
+    """Check what is installed and whether it fits together, and say how to mend what does not."""
     from nemo_minitron.backend.doctor import examine
 
     diagnosis = examine()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from nemo_minitron.artifacts.json_types import Json, JsonObject
 from nemo_minitron.artifacts.parse import shown, unique
 from nemo_minitron.errors import InputError
 
@@ -18,14 +18,14 @@ class Loader(yaml.SafeLoader):
     """Reads plain values. A name that occurs twice is refused. An alias, `*name`, is refused too: a few lines of
     aliases can expand without end. 1e-4 is a number here; in YAML 1.1 it is a text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> JsonObject:
         pairs = [(self._value(name), self._value(value)) for name, value in node.value]
         for name, _ in pairs:
             if not isinstance(name, str):
                 raise ValueError(f"the key {shown(name)} is no text")
         return unique(pairs)
 
-    def _value(self, node: yaml.Node) -> Any:
+    def _value(self, node: yaml.Node) -> Json:
         return self.construct_object(node, deep=True)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -39,7 +39,7 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Json:
     """The values of a YAML file. Raises InputError if it cannot be read, is too long, or is no YAML of plain values."""
     try:
         if path.stat().st_size > LARGEST:

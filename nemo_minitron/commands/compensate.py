@@ -44,13 +44,14 @@ def run_compensate(
     check_host(source.config)
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
-    say(fit.remark)
     layout.check(source.architecture)
     layout.check_sequence(fit.settings.sequence_length)
     with locked(cache_of(out)):
         tokens = tokenise(
             data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
         )
+        fit.text(tokens)
+        say(fit.remark)
         solve_for(source, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory)
     return Compensation.load(out)
 
@@ -60,13 +61,9 @@ def solve_for(
     ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
-    its Compensation. `data`: a .bin/.idx prefix. Raises RuntimeError if a process fails."""
-    from nemo_minitron.data import Tokens
-
-    fit = Fit(calibration, layout)  # a job comes here with its recipe's sizes, which no text has fitted
-    fit.text(Tokens(data))
-    say(fit.remark)
-    order = CompensateOrder(model.path, plans, data, ridge, memory, fit.settings, layout)
+    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. Raises RuntimeError if a process
+    fails."""
+    order = CompensateOrder(model.path, plans, data, ridge, memory, calibration, layout)
     launch(order, host_of().worker, log)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.artifacts.json_types import JsonFields
 
 if TYPE_CHECKING:
     from nemo_minitron.data import Tokens
@@ -36,7 +37,7 @@ def say(remark: str) -> None:
         print(f"remark: {remark}", file=sys.stderr, flush=True)
 
 
-def positions_of(*configs: Mapping[str, Any]) -> int | None:
+def positions_of(*configs: JsonFields) -> int | None:
     """The longest sequence, in tokens, that all of these models allow. None if no config says."""
     return min((int(c["max_position_embeddings"]) for c in configs if c.get("max_position_embeddings")), default=None)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.artifacts.records import LAST, read_mark
@@ -118,7 +118,7 @@ def finished(out: Path, steps: int) -> bool:
     return True
 
 
-def _noted(mark: Path) -> dict[str, Any]:
+def _noted(mark: Path) -> JsonObject:
     """The record of the last checkpoint; empty if it is missing or damaged."""
     try:
         kind = LAST if mark.name == TrainingFolder.last else mapped(anything())
@@ -193,6 +193,8 @@ def run_distill(
     layout.check_sequence(recipe.sequence_length)
     recipe.check_tokens(layout)
     recipe.check_batch(layout)
+    if recipe.tokens == Distillation.tokens:
+        say(f"the student is trained on {recipe.tokens:,} tokens, the default; --tokens gives another number")
     work = cache_of(out)
     with locked(work):
         rows = models[0].vocab_size

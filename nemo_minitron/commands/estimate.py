@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
@@ -69,15 +70,12 @@ def calibrate(
     model: ModelSource, tokens: Tokens, work: Path, calibration: Calibration, layout: Layout, log: Path | None = None
 ) -> Scores:
     """Scores of a model on the rows of a corpus, gathered in the processes of the layout. `work`: the folder from which
-    an interrupted run resumes.
+    an interrupted run resumes. The sizes of `calibration` fit the corpus.
 
-    Numbers of rows and lengths that nobody asked for give way to what the corpus has. The scores note the model's
-    Hugging Face config, against which plans are checked. Raises RuntimeError if a process fails.
+    The scores note the model's Hugging Face config, against which plans are checked. Raises RuntimeError if a process
+    fails.
     """
-    fit = Fit(calibration, layout)
-    fit.text(tokens)
-    say(fit.remark)
-    calibration, digest = fit.settings, data_digest(tokens)
+    digest = data_digest(tokens)
     _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)
@@ -192,7 +190,7 @@ def merged(other: Scores, scores: Scores) -> Scores:
     return _examined(dataclasses.replace(result, depth=other.depth | scores.depth, notes=notes))
 
 
-def _runs(scores: Scores) -> list[dict[str, Any]]:
+def _runs(scores: Scores) -> list[JsonObject]:
     return scores.notes.get("runs", [{"data": scores.data_digest, "seed": scores.notes.get("seed", 0)}])
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.temporary import apart
-from nemo_minitron.commands.corpus import tokenise
+from nemo_minitron.commands.corpus import positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.pruning.convert import as_folder
+from nemo_minitron.settings.derive import Fit
+from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Evaluation
 from nemo_minitron.settings.validated import check_whole
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nemo_minitron.data import Tokens
 
 
 def run_evaluate(
     model: str, data: str | None, settings: Evaluation, tasks: Sequence[str] = (), limit: int | None = None,
     draft_of: str | None = None, draft_out: Path | None = None, skip_bad_lines: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """`minitron evaluate`: numbers on held-out text, and those of lm-eval under `tasks`. Either may be left out.
 
     `limit`: the number of documents of each task; None means all. `draft_of`: a larger model of the same vocabulary;
@@ -40,7 +45,12 @@ def run_evaluate(
         check_whole("limit", limit)
     _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
-    numbers: dict[str, Any] = {}
+    if data is not None:
+        fit = Fit(settings, Layout())
+        fit.model(positions_of(*map(config_of, [model] if draft_of is None else [model, draft_of])))
+        say(fit.remark)
+        settings = fit.settings
+    numbers: JsonObject = {}
     with as_folder(model) as folder, apart() as scratch:
         if data is not None:
             tokens = tokenise(held_out(data), folder, scratch / "corpus", from_hf(folder).vocab_size, skip_bad_lines)
@@ -76,7 +86,7 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
             raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
 
 
-def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
+def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
     """Numbers of a Hugging Face folder on the first windows of a corpus of its tokens: loss in nats a token,
     perplexity, bits per byte, seconds. Raises InputError."""
     from nemo_minitron.data import load_tokenizer, token_bytes
@@ -90,7 +100,7 @@ def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any
     ).as_dict()
 
 
-def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> dict[str, Any]:
+def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
     """How many of `draft`'s tokens `target` accepts in speculative decoding, on the same windows as `measure`."""
     from nemo_minitron.evaluation import draft_acceptance
 
@@ -100,7 +110,7 @@ def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> 
         ).as_dict()
 
 
-def _windows(tokens: Tokens, settings: Evaluation) -> Any:
+def _windows(tokens: Tokens, settings: Evaluation) -> Tensor:
     """int64 [windows, sequence_length]: the first windows of a corpus, at most `settings.tokens` tokens, at least one
     window."""
     count = max(1, min(settings.tokens // settings.sequence_length, tokens.samples(settings.sequence_length)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.settings.search import Search
@@ -25,8 +25,8 @@ class Outcome:
     `remark`: what keeps the student from being loaded somewhere, in one sentence."""
 
     plan: PrunePlan | None
-    rows: Sequence[dict[str, Any]] = ()
-    uncut: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Sequence[JsonObject] = ()
+    uncut: JsonFields = dataclasses.field(default_factory=dict)
     combinations: int = 0
     fitting: int = 0
     remark: str | None = None
@@ -77,7 +77,7 @@ def run_plan(
 
 
 def _searched(
-    source: Architecture, config: Mapping[str, Any] | None, keep: Mapping[str, int], search: Search,
+    source: Architecture, config: HfConfig | None, keep: Mapping[str, int], search: Search,
     scores: Scores | None, depth: str, contiguous: bool,
 ) -> tuple[Outcome, dict[str, int]]:  # fmt: skip
     """(the candidates, the sizes of the best one). `config`: the model's Hugging Face config, if it is known."""
@@ -95,7 +95,7 @@ def _searched(
     return outcome, cut_of(best, source)
 
 
-def read_model(path: Path) -> tuple[Architecture, Mapping[str, Any] | None]:
+def read_model(path: Path) -> tuple[Architecture, JsonFields | None]:
     """(Architecture, Hugging Face config) of a model's folder or config.json. The config is None for the JSON file of
     an Architecture. Raises InputError."""
     from nemo_minitron.families import from_hf

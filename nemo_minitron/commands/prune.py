@@ -87,7 +87,7 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
 
 
 def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
-    """Refuses a cut of a NeMo checkpoint for what can be seen before the checkpoint is opened. Raises InputError."""
+    """Raises InputError for a cut of a NeMo checkpoint that cannot run, as far as that is known before it is opened."""
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
         raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")

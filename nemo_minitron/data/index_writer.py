@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import nemo_minitron.backend as backend
 from nemo_minitron.data.lines import Document
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 class Writer:
@@ -70,7 +73,7 @@ def digest_of(texts: Iterator[Document]) -> str:
     return content.digest.hexdigest()
 
 
-def megatron() -> Any:
+def megatron() -> ModuleType:
     """Megatron's module of indexed files. Without `setup` the import fails if Transformer Engine is installed but
     cannot run."""
     backend.setup()

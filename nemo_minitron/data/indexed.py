@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from nemo_minitron.data.text import JSONL, TEXT, BadLines, parted, raw_documents
 from nemo_minitron.data.vocabulary import load_tokenizer, parts_of, tokenizer_digest
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1 << 22  # tokens that are checked at a time
 LARGEST_SIDECAR = 1 << 20  # bytes
@@ -72,7 +76,7 @@ def prefix_of(source: str | Path) -> Path | None:
 
 
 def held_out(source: str, split: str = "test") -> str:
-    """`source` with `@split` appended if `datasets` would choose "train", which is never held-out text."""
+    """`source`, with a split appended if `datasets` would choose "train" by itself: that is never held-out text."""
     name, written = parted(source)
     if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
         return source
@@ -80,8 +84,8 @@ def held_out(source: str, split: str = "test") -> str:
 
 
 def build(
-    source: str | Path, tokenizer: Any, prefix: str | Path, split: str | None = None, field: str = "text", *,
-    vocab_size: int | None = None, skip_bad_lines: bool = False,
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, prefix: str | Path, split: str | None = None,
+    field: str = "text", *, vocab_size: int | None = None, skip_bad_lines: bool = False,
 ) -> Tokens:  # fmt: skip
     """Tokenises a source into `<prefix>.bin/.idx/.json`, unless these hold the same already; opens the result.
 
@@ -166,7 +170,7 @@ class Tokens:
         """The number of full windows of that length; the rest of the stream is left out."""
         return self.tokens // sequence_length
 
-    def windows(self, sequence_length: int, samples: int | None = None, seed: int | None = None) -> Any:
+    def windows(self, sequence_length: int, samples: int | None = None, seed: int | None = None) -> Tensor:
         """Contiguous windows of the stream that do not overlap: torch.int64 [samples, sequence_length].
 
         Without a seed they are the first windows, in order. With a seed they are drawn without replacement, so that
@@ -207,7 +211,7 @@ class Tokens:
             )
 
 
-def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
+def check_tokenizer(prefix: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises InputError if the sidecar of a prefix names another tokenizer; does nothing without a sidecar."""
     corpus = Corpus.load(prefix)
     if corpus is not None and corpus.tokenizer != tokenizer_digest(tokenizer):
@@ -217,7 +221,8 @@ def check_tokenizer(prefix: Path, tokenizer: Any) -> None:
 
 
 def _write(
-    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+    source: str, tokenizer: PreTrainedTokenizerBase, prefix: Path, texts: Iterator[Document], bad: BadLines,
+    vocab_size: int | None,
 ) -> None:  # fmt: skip
     """Writes three temporary files, then renames them. The old sidecar is removed first and the new one comes last."""
     with naming(prefix), beside(prefix) as folder:
@@ -231,7 +236,12 @@ def _write(
 
 
 def _tokenise(
-    source: str, tokenizer: Any, prefix: Path, texts: Iterator[Document], bad: BadLines, vocab_size: int | None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: Path,
+    texts: Iterator[Document],
+    bad: BadLines,
+    vocab_size: int | None,
 ) -> Corpus:
     content, out = Content(texts), Writer(prefix, largest_id(tokenizer) + 1)
     for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
@@ -260,7 +270,7 @@ def _tokenise(
     )
 
 
-def _fresh(prefix: Path, tokenizer: Any, texts: Iterator[Document], bad: BadLines) -> bool:
+def _fresh(prefix: Path, tokenizer: PreTrainedTokenizerBase, texts: Iterator[Document], bad: BadLines) -> bool:
     """Whether complete files of this tokenizer and these texts exist already."""
     corpus = Corpus.load(prefix)
     if corpus is not None and corpus.skipped and not bad.skip:

@@ -7,8 +7,9 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from nemo_minitron.artifacts.json_types import Json
 from nemo_minitron.errors import InputError
 
 LONG = 1 << 20  # bytes; a longer text is handled in pieces, because Python's own copies may take four times as much
@@ -38,7 +39,7 @@ def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
             yield f"'{name}', line {number}", handed.pop()
 
 
-def read_line(line: bytes | str, where: str) -> Any:
+def read_line(line: bytes | str, where: str) -> Json:
     """The value of a line of JSON. Raises InputError if the line is not JSON, or Python cannot parse it."""
     try:
         return json.loads(line)
@@ -64,7 +65,7 @@ def utf8(text: str, where: str) -> bytes:
 
 
 def checked_utf8(raw: bytes, where: str) -> bytes:
-    """`raw`, if it is UTF-8. Raises InputError, which names the line, if it is not."""
+    """Returns `raw` if it is UTF-8. Otherwise raises InputError, which names the line."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         for done in range(0, len(raw), LONG):
@@ -77,7 +78,7 @@ def checked_utf8(raw: bytes, where: str) -> bytes:
     return raw
 
 
-def long_line(line: bytes, where: str) -> tuple[Any, Callable[[str], bytearray | None]]:
+def long_line(line: bytes, where: str) -> tuple[Json, Callable[[str], bytearray | None]]:
     """The value of a long line with a placeholder for each long string, and a function from placeholder to bytes.
 
     Python's parser would take several times the line's size; this way a long string is decoded only when it is used.

@@ -24,12 +24,16 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.data.lines import Document
 from nemo_minitron.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PIECE = 1 << 15  # bytes; a tokenizer's records of the tokens take some hundred times as much memory
 WINDOW = 1 << 12  # bytes that are searched for a cut at a time
@@ -64,7 +68,7 @@ class Piece(NamedTuple):
 class Pieces:
     """Cuts documents for a transformers tokenizer; `size`: approximate bytes of a piece."""
 
-    def __init__(self, tokenizer: Any, parts: Mapping[str, Any], size: int = PIECE) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parts: JsonFields, size: int = PIECE) -> None:
         self.tokenizer, self.size = tokenizer, size
         marks, self.alone = marks_of(parts)
         self.barred = barred_by(parts["added_tokens"], marks)
@@ -101,7 +105,7 @@ class Pieces:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def marks_of(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, int] | None]:
+def marks_of(parts: JsonFields) -> tuple[str, Mapping[str, int] | None]:
     """The marks before which texts of a tokenizer.json may be cut ("" if that is not known), and the characters that
     may stand before a mark (None: all)."""
     model, none = parts["model"], ("", None)
@@ -116,7 +120,7 @@ def marks_of(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, int] | None]:
     return _unmerged(model, stages, parts["normalizer"])
 
 
-def barred_by(added: Iterable[Mapping[str, Any]], marks: str) -> set[str]:
+def barred_by(added: Iterable[JsonFields], marks: str) -> set[str]:
     """The characters after which an added token may end, or continue with a mark."""
     barred = set()
     for token in added:
@@ -126,7 +130,7 @@ def barred_by(added: Iterable[Mapping[str, Any]], marks: str) -> set[str]:
     return barred
 
 
-def _stages(value: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
+def _stages(value: JsonFields | None, members: str) -> list[JsonFields]:
     if value is None:
         return []
     if value["type"] != "Sequence":
@@ -134,13 +138,13 @@ def _stages(value: Mapping[str, Any] | None, members: str) -> list[Mapping[str, 
     return [stage for member in value[members] for stage in _stages(member, members)]
 
 
-def _is_local(normalizer: Mapping[str, Any]) -> bool:
+def _is_local(normalizer: JsonFields) -> bool:
     kind = normalizer["type"]
     blanks = kind == "Replace" and normalizer["pattern"] == {"String": " "} and normalizer["content"] == BLANK
     return blanks or kind in ("NFC", "NFKC") or (kind == "Prepend" and normalizer["prepend"] == BLANK)
 
 
-def _ends_words(stage: Mapping[str, Any]) -> str:
+def _ends_words(stage: JsonFields) -> str:
     """The marks before which a stage of the splitter always ends a word."""
     kind = stage["type"]
     if kind == "ByteLevel":
@@ -154,7 +158,7 @@ def _ends_words(stage: Mapping[str, Any]) -> str:
     return ""
 
 
-def _may_come_first(stage: Mapping[str, Any]) -> bool:
+def _may_come_first(stage: JsonFields) -> bool:
     """Whether a stage splits the two sides of a cut as it splits the whole text, without ending a word there itself."""
     return stage["type"] == "Digits" or (stage["type"] == "Metaspace" and stage["replacement"] == BLANK)
 
@@ -183,7 +187,7 @@ def alternatives(pattern: str) -> set[str]:
 
 
 def _unmerged(
-    model: Mapping[str, Any], stages: list[Mapping[str, Any]], normalizer: Mapping[str, Any] | None
+    model: JsonFields, stages: list[JsonFields], normalizer: JsonFields | None
 ) -> tuple[str, Mapping[str, int] | None]:
     """The marks that no token of a BPE vocabulary has after a letter or digit, and the vocabulary."""
     features = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -211,7 +215,7 @@ def batches(documents: Iterable[Document], pieces: Pieces, budget: int = 8 * PIE
         yield batch
 
 
-def encoded(tokenizer: Any, batch: list[Piece]) -> list[np.ndarray | InputError]:
+def encoded(tokenizer: PreTrainedTokenizerBase, batch: list[Piece]) -> list[np.ndarray | InputError]:
     """The tokens of each piece, int64 [length], or the InputError for a piece that the tokenizer cannot take."""
     try:
         ids = tokenizer(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.data.lines import LONG, Document, checked_utf8, json_lines, long_line, read_line, utf8
 from nemo_minitron.errors import InputError, first_line, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
 EVERY = 20  # of a JSONL file's documents, every twentieth is in its part HELD_OUT, and all others in REST
@@ -170,7 +174,7 @@ def _texts_of_folder(path: Path, split: str) -> list[Path]:
     return [Path(file) for file in files[split]]
 
 
-def _load(name: str, split: str) -> Any:
+def _load(name: str, split: str) -> Dataset:
     """A `datasets.Dataset` from a folder written by save_to_disk, from any other folder, or from a name."""
     path = Path(name)
     if not path.exists() and _is_path(path, name):
@@ -199,7 +203,7 @@ def _is_path(path: Path, name: str) -> bool:
     return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", ".parquet")
 
 
-def _only_split(name: str, split: str, dataset: Any) -> Any:
+def _only_split(name: str, split: str, dataset: Dataset) -> Dataset:
     """A dataset saved from one split; the name of that split, if it was saved, must be the requested one."""
     saved = str(dataset.split or split)
     if saved != split:
@@ -212,7 +216,7 @@ def _splits(path: Path) -> str:
     return f"legal are {', '.join(names)}"
 
 
-def _text_of(record: Any, field: str, where: str) -> str:
+def _text_of(record: object, field: str, where: str) -> str:
     """The text of one record. Raises InputError, which names the nearest field, if the field is missing."""
     if not isinstance(record, Mapping):
         raise InputError(f"{where} is not an object with a field '{field}'")
@@ -223,7 +227,7 @@ def _text_of(record: Any, field: str, where: str) -> str:
     return record[field]
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> BinaryIO:
     """The file, opened for bytes: newlines stay unchanged, so that byte counts are those of the file."""
     try:
         return path.open("rb")

@@ -1,4 +1,4 @@
-"""A tokenizer's loading, its identity, and the number of bytes that each of its tokens stands for."""
+"""Loads a tokenizer, computes its identity, and counts the bytes that each of its tokens stands for."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"  # sentencepiece writes a space as ▁
 
 
-def load_tokenizer(source: Any) -> Any:
+class NeMoTokenizer(Protocol):
+    """NeMo's AutoTokenizer, as far as it is used here."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_tokenizer(source: str | Path | PreTrainedTokenizerBase | NeMoTokenizer) -> PreTrainedTokenizerFast:
     """A fast transformers tokenizer from a folder, a hub id, NeMo's AutoTokenizer or a tokenizer; its code is never
     run.
 
@@ -35,7 +45,7 @@ def load_tokenizer(source: Any) -> Any:
     return source
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, in hex, of all parts that decide how text becomes tokens, and of the token that ends a document.
 
     It does not cover the parts that add a BOS, decode, or name roles: NeMo's wrapper changes those without changing the
@@ -48,7 +58,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> np.ndarray:
+def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> np.ndarray:
     """The number of UTF-8 bytes of text that each token stands for: int64 [vocab_size], 0 for special tokens.
 
     The sum over the tokens of a text is exactly `len(text.encode())`, so bits per byte need no text. There are two
@@ -72,7 +82,7 @@ def token_bytes(tokenizer: Any, vocab_size: int | None = None) -> np.ndarray:
     return lengths
 
 
-def _counter(parts: dict[str, Any]) -> Callable[[str], int]:
+def _counter(parts: JsonObject) -> Callable[[str], int]:
     """The function from a token's spelling to its number of bytes; it depends on the vocabulary's alphabet."""
     stages = json.dumps([parts["pre_tokenizer"], parts["decoder"]], ensure_ascii=False)
     if '"ByteLevel"' in stages:
@@ -89,6 +99,6 @@ def _sentencepiece_bytes(token: str) -> int:
     return 1 if BYTE_TOKEN.fullmatch(token) else len(token.replace(SPACE, " ").encode())
 
 
-def parts_of(tokenizer: Any) -> dict[str, Any]:
+def parts_of(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """The tokenizer.json of a tokenizer."""
     return json.loads(tokenizer.backend_tokenizer.to_str())

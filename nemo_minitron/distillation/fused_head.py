@@ -6,8 +6,8 @@ H hidden size, U the teacher's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 from packaging.version import Version
@@ -17,6 +17,11 @@ from nemo_minitron.backend.collectives import gather_first_dim, rank_and_size
 from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, loss_and_gradient
 from nemo_minitron.distillation.losses._vocabulary import reshard, true_columns
 from nemo_minitron.distillation.losses.forward_kl import ForwardKL
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+    from torch.distributed import ProcessGroup
+
 
 # Tokens of a chunk. Fewer make the matrix products slow, and more take memory. On a CPU (fp32, AVX2) chunks of 64 cost
 # a quarter more than all tokens at once, and chunks of 128 cost no more. On an H200 (8,192 x 128,256, bf16) chunks of
@@ -37,7 +42,7 @@ def fused_forward_kl(
     temperature: float = 1.0,
     loss_mask: Tensor | None = None,
     vocab_size: int | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     main_grad_scale: float | None = None,
 ) -> Tensor:
@@ -81,12 +86,16 @@ def accumulates(weight: Tensor) -> bool:
     return isinstance(total, Tensor) and total.dtype == torch.float32 and total.shape == weight.shape
 
 
+Rows = Union[slice, Tensor]  # some of the tokens
+TeacherLogits = Callable[[Rows], Tensor]  # -> logits [N, W] of those tokens
+
+
 class _Settings(NamedTuple):
     rule: Rule
     temperature: float
     vocab_size: int | None
-    group: Any
-    sequence_group: Any  # the group, if hidden states are parts of the sequence; else None
+    group: ProcessGroup | None
+    sequence_group: ProcessGroup | None  # the group, if hidden states are parts of the sequence; else None
     scale: float | None  # main_grad_scale
 
     def true_columns(self, width: int) -> int:
@@ -95,7 +104,7 @@ class _Settings(NamedTuple):
 
 def _teacher(
     hidden_SBU: Tensor | None, weight_WU: Tensor | None, logits_SBW: Tensor | None, width: int, settings: _Settings
-) -> Callable[[Any], Tensor]:
+) -> TeacherLogits:
     """-> a function from rows of tokens to the teacher's logits [N, true columns of the student's shard].
 
     `width`: the columns of the student's shard, with its padding.
@@ -129,7 +138,7 @@ class _Product:
         tokens = min(CHUNK[hidden_NH.device.type], len(hidden_NH))
         self.logits_NW = hidden_NH.new_empty(tokens, len(weight_WH))
 
-    def __call__(self, rows: Any) -> Tensor:
+    def __call__(self, rows: Rows) -> Tensor:
         chunk_NH = self.hidden_NH[rows]
         return torch.mm(chunk_NH, self.weight_WH.t(), out=self.logits_NW[: len(chunk_NH)])
 
@@ -139,7 +148,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SBH: Tensor, weight_WH: Tensor, teacher: Callable[[Any], Tensor], mask_SB: Tensor | None,
+        ctx: FunctionCtx, hidden_SBH: Tensor, weight_WH: Tensor, teacher: TeacherLogits, mask_SB: Tensor | None,
         settings: _Settings, enabled: bool,
     ) -> Tensor:  # fmt: skip
         gathered_SBH = gather_first_dim(hidden_SBH.detach(), settings.sequence_group)
@@ -158,7 +167,7 @@ class _FusedHead(torch.autograd.Function):
         return loss_N.reshape(shape)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight_WH, mask_N = ctx.saved_tensors
         factor = _factor(outputs[0].reshape(-1).float(), mask_N, ctx.settings.scale)
         if d_weight_WH is not None:
@@ -172,7 +181,7 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _in_chunks(
-    hidden_NH: Tensor, head_WH: Tensor, teacher: Callable[[Any], Tensor], mask_N: Tensor | None, settings: _Settings,
+    hidden_NH: Tensor, head_WH: Tensor, teacher: TeacherLogits, mask_N: Tensor | None, settings: _Settings,
     sums: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:  # fmt: skip
     """-> the loss [N]. `sums`: the hidden states' gradient and the head's, of a loss whose gradient is the mask; the
@@ -219,7 +228,7 @@ def _weighted(rows_NH: Tensor, weights_N1: Tensor | None) -> Tensor:
     return rows_NH if weights_N1 is None else (rows_NH * weights_N1).to(rows_NH.dtype)
 
 
-def _chunks(tokens: int, mask_N: Tensor | None, step: int) -> list[Any]:
+def _chunks(tokens: int, mask_N: Tensor | None, step: int) -> Sequence[Rows]:
     """Slices of all tokens, or the indices of those whose weight is not 0. The same on every rank of the group."""
     if mask_N is None:
         return [slice(start, start + step) for start in range(0, tokens, step)]
@@ -272,7 +281,7 @@ def _factor(gradient_N: Tensor, mask_N: Tensor | None, promised: float | None) -
     return factor
 
 
-def _sum_over_ranks(partial: Tensor, group: Any, sequence_group: Any) -> Tensor:
+def _sum_over_ranks(partial: Tensor, group: ProcessGroup | None, sequence_group: ProcessGroup | None) -> Tensor:
     """The sum over ranks: every rank gets all of it, or its own part of the sequence."""
     if sequence_group is not None:
         part = partial.new_empty(partial.shape[0] // rank_and_size(sequence_group)[1], *partial.shape[1:])

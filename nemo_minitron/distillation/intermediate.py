@@ -6,8 +6,8 @@ Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden size
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from nemo_minitron.distillation.projection import Projection
 from nemo_minitron.distillation.taps import points, tap
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
 
 
 def cosine(student_SBU: Tensor, teacher_SBU: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ class Intermediate:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], student: Sequence[Any], teacher: Teacher, *, measure: str = "cosine",
+        self, pairs: Sequence[Pair], student: Sequence[MegatronModule], teacher: Teacher, *, measure: str = "cosine",
         weight: float | None = None, projection: Projection | None = None, meter: Meter,
     ) -> None:  # fmt: skip
         _check(student[0].config)
@@ -69,7 +73,7 @@ class Intermediate:
         self._hooks = [hook for chunk in teacher.chunks for hook in tap(chunk, teachers, self._see_teacher)]
         self._hooks += [hook for chunk in student for hook in tap(chunk, students, self._see_student)]
 
-    def expect(self, batch: dict[str, Any]) -> None:
+    def expect(self, batch: dict[str, Tensor]) -> None:
         """Takes the micro-batch that one of this rank's chunks gets next, before it is cut for context parallelism."""
         cut = batch_on_this_cp_rank({"loss_mask": batch["loss_mask"].to(torch.cuda.current_device())})
         mask_SB = cut["loss_mask"].t().float()  # positions first, as states have them
@@ -133,17 +137,17 @@ class Intermediate:
         for hook in self._hooks:
             hook.remove()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """What a checkpoint needs to go on: alpha, the projection and its optimizer."""
         return {"alpha": self.alpha, "projection": self.projection.state() if self.projection else None}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.alpha = state["alpha"]
         if self.projection is not None:
             self.projection.load(state["projection"])
 
 
-def _check(config: Any) -> None:
+def _check(config: TransformerConfig) -> None:
     if config.recompute_granularity == "full" or set(config.recompute_modules or ()) - {"core_attn"}:
         raise InputError(
             "the student computes its layers again for the backward pass; intermediate losses need "
@@ -153,7 +157,7 @@ def _check(config: Any) -> None:
         raise InputError("the student trains in fp16; intermediate losses need bf16 or fp32, whose loss is not scaled")
 
 
-def _stages(chunks: Sequence[Any]) -> dict[Point, int]:
+def _stages(chunks: Sequence[MegatronModule]) -> dict[Point, int]:
     """State of a model -> the pipeline rank that computes it. Collective over the pipeline."""
     group = parallel_state.get_pipeline_model_parallel_group()
     points_of_ranks = gather_objects(set().union(*map(points, chunks)), group)

@@ -5,7 +5,7 @@ Shapes (docs/shapes.md): S positions of the sequence, B sequences, H the student
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,11 @@ class Projection:
         self._adam.step()
         self.weight.grad = None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """The weight and its optimizer, for a checkpoint."""
         return {"weight": self.weight.detach().clone(), "adam": self._adam.state_dict()}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.weight.copy_(state["weight"])
         self._adam.load_state_dict(state["adam"])

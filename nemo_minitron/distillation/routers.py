@@ -6,7 +6,7 @@ NeMo itself adds to the gradient of every training what the model's config says 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -14,11 +14,14 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from nemo_minitron.errors import InputError
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
 ROUTERS = "moe_aux_loss"  # the column of loss.csv
 KINDS = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")  # Megatron's names
 
 
-def set_routers_loss(config: Any, coefficient: float) -> None:
+def set_routers_loss(config: TransformerConfig, coefficient: float) -> None:
     """Sets what the routers of a NeMo config add to the gradient. Call it in the model's layout, before it is built.
 
     The config that NeMo saves keeps its own value. Raises InputError for a coefficient above 0 if the model has no

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -20,7 +20,13 @@ from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
 from nemo_minitron.distillation.losses._vocabulary import true_columns
 from nemo_minitron.distillation.meter import TOKENS, Meter
-from nemo_minitron.distillation.teacher import Head, Inputs, Teacher, headless
+from nemo_minitron.distillation.teacher import Batch, Head, Inputs, Teacher, headless
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+    from torch.distributed import ProcessGroup
+
+    from nemo_minitron.importance.batches import Batch
 
 PARTS = ("logits", "lm")
 Parts = dict[str, Tensor]  # the name of a part of the loss -> fp32 [B, S], per token
@@ -51,7 +57,7 @@ class Objective:
         return self.loss == "forward_kl" and self.parts == ("logits",)
 
     def of_states(
-        self, student_SBH: Tensor, batch: dict[str, Any], teacher_SBU: Tensor, student_head: Head, teacher_head: Head
+        self, student_SBH: Tensor, batch: Batch, teacher_SBU: Tensor, student_head: Head, teacher_head: Head
     ) -> Parts:
         """The parts from last hidden states (S / tp under sequence parallelism) and both heads.
 
@@ -73,7 +79,7 @@ class Objective:
             return None
         return self.logits_weight * (float(config.grad_scale_func(torch.ones(1))) if config.grad_scale_func else 1.0)
 
-    def of_logits(self, student_BSW: Tensor, batch: dict[str, Any], teacher_BSW: Tensor | None) -> Parts:
+    def of_logits(self, student_BSW: Tensor, batch: Batch, teacher_BSW: Tensor | None) -> Parts:
         """The parts from logits. The student's logits may be overwritten."""
         parts = {}
         if teacher_BSW is not None:
@@ -89,7 +95,7 @@ class Objective:
             parts["lm"] = language_model_loss(copy_BSW, batch["labels"], self.vocab_size)
         return parts
 
-    def total(self, parts: Parts, batch: dict[str, Any], meter: Meter | None) -> Tensor:
+    def total(self, parts: Parts, batch: Batch, meter: Meter | None) -> Tensor:
         """[B, S]: the weighted sum of the parts. The meter gets each part's sum over the tokens that count."""
         if meter is not None:
             for name, value in parts.items():
@@ -98,7 +104,7 @@ class Objective:
         return torch.stack([getattr(self, f"{name}_weight") * value for name, value in parts.items()]).sum(0)
 
 
-def _group() -> Any:
+def _group() -> ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
@@ -115,14 +121,14 @@ def language_model_loss(logits_BSW: Tensor, labels_BS: Tensor, vocab_size: int) 
 
 def distillation_step(
     objective: Objective, inputs: Inputs, teacher: Teacher | None = None, meter: Meter | None = None
-) -> Callable[[Any, Any], Tensor]:
+) -> Callable[[MegatronModule, Batch], Tensor]:
     """NeMo's forward step, with the objective in the place of cross entropy.
 
     On the last stage it returns fp32 [B, S], per token. NeMo's own masked reduction goes over it, as over a
     language-model loss. In validation it returns cross entropy. Without a teacher it is only the language-model loss.
     """
 
-    def step(model: Any, batch: dict[str, Any]) -> Tensor:
+    def step(model: MegatronModule, batch: Batch) -> Tensor:
         chunk = unwrap(model)
         if not chunk.post_process:
             return model(**inputs(batch))

@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Union
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_minitron.backend.engine import forget_copies
 
-Inputs = Callable[[Any], dict[str, Any]]  # a micro-batch -> arguments of GPTModel's forward, without labels
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+Batch = dict[str, Tensor]  # a micro-batch of the host; with a cache of logits, also a function that reads the targets
+DataStep = Callable[[Iterator[Batch]], Batch]  # takes the next micro-batch and cuts it for this rank
+Batches = Union[Iterator[Batch], list[Iterator[Batch]]]  # one iterator, or one for each virtual stage
+Inputs = Callable[[Batch], dict[str, object]]  # a micro-batch -> arguments of GPTModel's forward, without labels
 
 
 class Teacher:
@@ -31,7 +37,7 @@ class Teacher:
     student's stages stays as it was. `offload`: the layers lie on the CPU between global steps; the head stays.
     """
 
-    def __init__(self, chunks: Sequence[Any], inputs: Inputs, *, offload: bool = False) -> None:
+    def __init__(self, chunks: Sequence[MegatronModule], inputs: Inputs, *, offload: bool = False) -> None:
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
         self.chunks, self.inputs, self.offload = list(chunks), inputs, offload
@@ -47,7 +53,7 @@ class Teacher:
 
     @torch.no_grad()
     def ahead(
-        self, batches: Any, data_step: Callable[[Any], Any], count: int, sequence_length: int, micro_batch_size: int
+        self, batches: Batches, data_step: DataStep, count: int, sequence_length: int, micro_batch_size: int
     ) -> None:
         """Runs `count` micro-batches through all stages. Collective over the pipeline.
 
@@ -67,7 +73,7 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def hidden(self, batch: Any) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """[S, B, U]: the last hidden state, after the final norm, of the student's next micro-batch.
 
         In all of Megatron's schedules the student's last chunk gets the micro-batches in their order.
@@ -93,7 +99,7 @@ class Teacher:
         """After a global step: moves the layers to the CPU, if they are offloaded."""
         self._move("cpu")
 
-    def _move(self, device: Any) -> None:
+    def _move(self, device: int | str) -> None:
         for chunk in self.chunks if self.offload else ():
             for part in (chunk.embedding if chunk.pre_process else None, chunk.decoder):
                 if part is not None and not (self._head and self._head.tied_to(part)):
@@ -112,7 +118,7 @@ class Head:
     `weight` [W, U] is the layer's own or the tied embedding's.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: MegatronModule) -> None:
         self.layer = model.output_layer
         tied = model.share_embeddings_and_output_weights
         self.weight: Tensor = model.shared_embedding_or_output_weight() if tied else self.layer.weight
@@ -121,13 +127,13 @@ class Head:
         logits_SBW, _ = self.layer(hidden_SBU, weight=self.weight)
         return logits_SBW.transpose(0, 1)
 
-    def tied_to(self, module: Any) -> bool:
+    def tied_to(self, module: nn.Module) -> bool:
         """Whether the module has the weight, too."""
         return any(parameter is self.weight for parameter in module.parameters())
 
 
 @contextlib.contextmanager
-def headless(chunk: Any) -> Iterator[Head]:
+def headless(chunk: MegatronModule) -> Iterator[Head]:
     """A context in which the chunk's forward pass ends at its last hidden state. It gives the head that is left out."""
     head, chunk.post_process = Head(chunk), False
     try:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.evaluation.perplexity import POSITIONS, check_windows
 from nemo_minitron.families import check_draft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST = 16  # most tokens that are drafted at once
 
@@ -43,7 +47,7 @@ class Acceptance:
         tokens = sum(self.acceptance**accepted for accepted in range(drafted + 1))
         return tokens / (1 + drafted * self.cost)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return dataclasses.asdict(self) | {"length": self.length, "gain": self.gain(self.length)}
 
 
@@ -64,7 +68,7 @@ def draft_acceptance(
     return Acceptance(accepted, same, windows.size, ours.parameters() / theirs.parameters())
 
 
-def _sums(models: tuple[Any, Any], windows_BS: np.ndarray) -> tuple[float, float]:
+def _sums(models: tuple[PreTrainedModel, PreTrainedModel], windows_BS: np.ndarray) -> tuple[float, float]:
     """Sums over a batch's positions: of min(p, q), and of the positions where both models prefer the same token."""
     import torch
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
 from nemo_minitron.families.tokenizer import check_ids, open_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -78,7 +82,9 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[int,
             first += len(rows)
 
 
-def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]) -> list[Completion]:
+def _draw(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Sequence[int]], seed: list[int]
+) -> list[Completion]:
     import torch
 
     ids = torch.tensor([list(row) for row in rows], device=model.device)
@@ -90,13 +96,13 @@ def _draw(model: Any, tokenizer: Any, rows: list[Sequence[int]], seed: list[int]
     return [Completion(_decoded(tokenizer, row[:length]), _after(tokenizer, row, length)) for row in drawn.tolist()]
 
 
-def _tokenizer(folder: str | Path) -> Any:
+def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise InputError(f"the model folder '{folder}' does not exist")
     return open_tokenizer(folder)
 
 
-def _settle(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> None:
+def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **how: object) -> None:
     from transformers import GenerationConfig
 
     eos = model.generation_config.eos_token_id
@@ -108,7 +114,7 @@ def _settle(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> None
     )
 
 
-def _continue(model: Any, tokenizer: Any, ids: Any) -> str:
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
     import torch
 
     ids = ids.to(model.device)
@@ -117,11 +123,11 @@ def _continue(model: Any, tokenizer: Any, ids: Any) -> str:
     return _after(tokenizer, rows[0].tolist(), ids.shape[-1])
 
 
-def _after(tokenizer: Any, output: list[int], length: int) -> str:
+def _after(tokenizer: PreTrainedTokenizerBase, output: list[int], length: int) -> str:
     """The text of the new tokens. They are decoded with the prompt if possible: alone they may lose a first space."""
     full_text, prompt, new = (_decoded(tokenizer, part) for part in (output, output[:length], output[length:]))
     return full_text[len(prompt) :] if full_text.startswith(prompt) else new
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

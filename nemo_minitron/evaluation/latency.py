@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.evaluation.model import dtype_name
 from nemo_minitron.families.side_files import without_code
 
+if TYPE_CHECKING:
+    import torch
 
-def forward_seconds(
-    config: Mapping[str, Any], *, batch: int, context: int, precision: str = "bf16", repeat: int = 5
-) -> float:
+
+def forward_seconds(config: HfConfig, *, batch: int, context: int, precision: str = "bf16", repeat: int = 5) -> float:
     """Seconds of one forward pass over `batch` sequences of `context` tokens (prefill), the median of `repeat`.
 
     `config` is a Hugging Face config. The model runs in `precision`, on the GPU if there is one, after one pass to warm
@@ -43,7 +44,7 @@ def forward_seconds(
     return statistics.median(times[1:])
 
 
-def _wait(device: Any) -> None:
+def _wait(device: torch.device) -> None:
     """Waits for the GPU, which works asynchronously."""
     if device.type == "cuda":
         import torch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import InputError, first_line, nearest
 from nemo_minitron.families import from_hf, read_config
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -65,7 +66,7 @@ def dtype_name(precision: str) -> str:
     return DTYPES[precision]
 
 
-def _dtype(dtype: Any) -> dict[str, Any]:
+def _dtype(dtype: torch.dtype | str) -> dict[str, torch.dtype | str]:
     """The dtype as a keyword argument; transformers renamed it in 4.56 and has warned about the old name since."""
     import transformers
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 POSITIONS = 512  # positions whose logits are in fp32 at once; at V = 128k they and their softmax take 0.5 GB
 LARGEST_LOSS = 700.0  # exp of a larger loss overflows a float, and JSON has no infinity
@@ -51,7 +53,7 @@ class Numbers:
         perplexity = math.exp(min(loss, LARGEST_LOSS))
         return cls(tokens=tokens, loss=loss, perplexity=perplexity, bits_per_byte=bits, **rest)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Plain values, `stage` and `corpus` first."""
         values = dataclasses.asdict(self)
         return {"stage": values.pop("stage")} | values
@@ -100,7 +102,9 @@ def _measured(
     return total, round(time.perf_counter() - start, 3)
 
 
-def _total_nats(model: Any, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None) -> float:
+def _total_nats(
+    model: PreTrainedModel, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
+) -> float:
     """The exactly rounded sum over windows, so that it does not depend on the batches."""
     nats: list[float] = []
     for first in range(0, len(windows), batch_size):
@@ -110,7 +114,7 @@ def _total_nats(model: Any, windows: np.ndarray, batch_size: int, progress: Call
     return math.fsum(nats)
 
 
-def _batch_nats(model: Any, windows_BS: np.ndarray) -> list[float]:
+def _batch_nats(model: PreTrainedModel, windows_BS: np.ndarray) -> list[float]:
     """Summed cross entropy of each row, in nats."""
     import torch
 

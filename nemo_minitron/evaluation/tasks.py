@@ -8,13 +8,20 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.evaluation.benchmarks import BENCHMARKS, CODE, SETS, benchmarks
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
 from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from lm_eval.tasks import TaskManager as LmEvalTasks
+    from transformers import PreTrainedTokenizerBase
 
 YAML = (".yaml", ".yml")
 
@@ -26,7 +33,7 @@ def run_tasks(
     precision: str = "bf16",
     batch_size: int = 4,
     limit: int | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Task -> metric -> number, as lm-eval names them; `limit`: documents of each task.
 
     `tasks` may also be `base`, `instruct` or a benchmark's name (`evaluation.benchmarks`), with its shots; benchmarks
@@ -37,7 +44,7 @@ def run_tasks(
     lm_eval, manager, by_shots = _find(tasks)
     from lm_eval.models.huggingface import HFLM
 
-    metrics: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, JsonObject] = {}
     with _ids_within(folder) as tokenizer:
         # not given by its path: lm-eval would read the folder's config as transformers alone does
         model = HFLM(pretrained=load(folder, precision), tokenizer=tokenizer, batch_size=batch_size)
@@ -56,7 +63,7 @@ def run_tasks(
 
 
 @contextlib.contextmanager
-def _ids_within(folder: str | Path) -> Iterator[Any]:
+def _ids_within(folder: str | Path) -> Iterator[PreTrainedTokenizerBase]:
     """Yields the tokenizer. If the block fails and the tokenizer has tokens that the model has no row for, the error
     says so: lm-eval does not check them."""
     tokenizer, rows = open_tokenizer(folder), from_hf(folder).vocab_size
@@ -78,7 +85,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         _find(tasks)
 
 
-def _find(tasks: Sequence[str]) -> tuple[Any, Any, dict[int | None, list[str]]]:
+def _find(tasks: Sequence[str]) -> tuple[ModuleType, LmEvalTasks, dict[int | None, list[str]]]:
     """lm-eval, its task manager, and shots -> names of tasks (None: each task's own shots)."""
     by_shots = with_shots(tasks)
     try:

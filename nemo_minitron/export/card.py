@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.export import formatting
 
@@ -37,7 +37,7 @@ class CardFacts:
     `license` (an identifier such as apache-2.0). `samples`, `tokens`: of the calibration. `data`: rows of
     {"name", "license", "use"}; `distillation`: {"loss", "tokens", "steps", "precision", "learning_rate"} or
     None; `numbers`: rows of numbers.json; `command`: the command that made the model; `versions`: package -> version;
-    `limits`: more sentences about limits; `in_place`: what the student got in place of the plan's slices.
+    `limits`: more sentences about limits; `in_place`: weights that are not slices of the base's.
 
     Raises InputError if a row lacks one of these keys.
     """
@@ -54,9 +54,9 @@ class CardFacts:
     license: str | None = None
     base_folder: str | Path | None = None
     language: str | None = "en"
-    data: Sequence[Mapping[str, Any]] = ()
-    distillation: Mapping[str, Any] | None = None
-    numbers: Sequence[Mapping[str, Any]] = ()
+    data: Sequence[JsonFields] = ()
+    distillation: JsonFields | None = None
+    numbers: Sequence[JsonFields] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limits: Sequence[str] = ()
     in_place: str = ""
@@ -68,7 +68,7 @@ class CardFacts:
             _check("distillation", [self.distillation], DISTILLATION_KEYS)
 
 
-def _check(what: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+def _check(what: str, rows: Sequence[JsonFields], keys: Sequence[str]) -> None:
     for row in rows:
         missing = [key for key in keys if key not in row]
         if missing:
@@ -86,7 +86,7 @@ def card_text(facts: CardFacts) -> str:
     """The whole card: YAML front matter and Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         "base_model": visible(_line(facts.base_model)),
         "language": facts.language,
         "library_name": "transformers",
@@ -111,7 +111,7 @@ def license_of(facts: CardFacts) -> dict[str, str]:
     return {"license": visible(_line(facts.license))} if facts.license else {}
 
 
-def _front_matter(card: Path) -> dict[str, Any]:
+def _front_matter(card: Path) -> JsonObject:
     """The YAML front matter of a card; empty if it is missing or damaged: a faulty card must not stop an export.
 
     Every value stays a text, so that an odd date or number in it does no harm.
@@ -129,7 +129,7 @@ def _front_matter(card: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _template_values(facts: CardFacts) -> dict[str, Any]:
+def _template_values(facts: CardFacts) -> JsonObject:
     """The values that the template prints, as texts that cannot break a Markdown table."""
     parameters = facts.source.parameters(), facts.target.parameters()
     smallest = min((row["tokens"] for row in facts.numbers), default=0)
@@ -165,35 +165,31 @@ def _command(command: str) -> str:
     return "\n".join(map(visible, command.strip().split("\n")))
 
 
-def _distillation(values: Mapping[str, Any] | None) -> dict[str, str] | None:
+def _distillation(values: JsonFields | None) -> dict[str, str] | None:
     if values is None:
         return None
     counted = {key: formatting.count(values[key]) for key in ("tokens", "steps")}
     return {key: counted.get(key, _cell(values[key])) for key in DISTILLATION_KEYS}
 
 
-def number_rows(numbers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def number_rows(numbers: Sequence[JsonFields]) -> list[list[str]]:
     """The rows of numbers.json as texts, by corpus and then teacher first."""
     ordered = sorted(numbers, key=lambda row: (row["corpus"], formatting.stage_order(row["stage"])))
     return [
         [
             _cell(formatting.STAGES.get(row["stage"], row["stage"])),
             _cell(row["corpus"]),
-            formatting.count(row["parameters"]),
-            formatting.number(row["loss"]),
-            formatting.number(row["perplexity"], 2),
-            formatting.number(row["bits_per_byte"]),
-            formatting.count(row["tokens"]),
+            *formatting.result_cells(row),
         ]
         for row in ordered
     ]
 
 
-def _line(value: Any) -> str:
+def _line(value: object) -> str:
     """The value on one line: a line of dashes inside a value would end the front matter."""
     return " ".join(str(value).split())
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """The value as one line of plain Markdown text: it cannot become a link, image, tag, code or column."""
     return "".join(MARKS.get(character, character) for character in visible(_line(value)))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import JsonFields
 
 NONE = "–"
 STAGES = {  # in the order in which readers compare them
@@ -62,7 +61,7 @@ def change(before: float, after: float) -> str:
     return f"{(after / before - 1) * 100:+.1f} %".replace("-", "−")
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A number that fits a column of perplexities from 17.2 to 9.70e7; NONE for None."""
     if value is None:
         return NONE
@@ -70,6 +69,12 @@ def number(value: Any, digits: int = 3) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+
+
+def result_cells(row: JsonFields) -> list[str]:
+    """Parameters, loss, perplexity, bits per byte and tokens of a row of numbers.json."""
+    quality = number(row["loss"]), number(row["perplexity"], 2), number(row["bits_per_byte"])
+    return [count(row["parameters"]), *quality, count(row["tokens"])]
 
 
 def stage_order(stage: str) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from nemo_minitron.export.plot import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
 FLOOR = 1e-3  # relative to a layer's largest score; anything below has the palest colour
@@ -137,7 +138,7 @@ def grid(figure: Figure, *, score_LN: np.ndarray, kept_LN: np.ndarray, one: str)
     _colour_bar(figure, image, axes)
 
 
-def _heat_map(axes: Axes, edges: np.ndarray, score_LC: np.ndarray) -> Any:
+def _heat_map(axes: Axes, edges: np.ndarray, score_LC: np.ndarray) -> QuadMesh:
     """Draws each row relative to its largest value, on a logarithmic scale, layer 0 on top; rasterised, to keep the SVG
     small."""
     from matplotlib.colors import LogNorm

@@ -17,12 +17,13 @@ from nemo_minitron.artifacts.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 7.0  # inches
 KEPT, CUT, MUTED, INK = "#1f5f8b", "#d9722b", "#8b95a1", "#1d2733"
 STAGE_COLOURS = {"teacher": INK, "pruned": CUT, "random": MUTED, "distilled": KEPT}
-STYLE: dict[Any, Any] = {
+STYLE: dict[Any, object] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,  # a '$' in a corpus's name is a dollar
     "font.size": 10,
@@ -46,7 +47,7 @@ class Plot:
     name: str
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     draw: Callable[[Figure], None]
     height: float = 3.0  # inches
 
@@ -81,7 +82,7 @@ def write_plot(folder: Path, plot: Plot) -> str:
     return drawing
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Writes a CSV file atomically."""
     with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -89,7 +90,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         writer.writerows([_plain(value) for value in row] for row in rows)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A plain value for the CSV; nine digits represent an fp32 score exactly."""
     if isinstance(value, np.float32):
         return f"{value:.9g}"
@@ -126,14 +127,14 @@ def plain_number(value: float, _: object = None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def thousands(axis: Any) -> None:
+def thousands(axis: Axis) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def layer_ticks(axis: Any) -> None:
+def layer_ticks(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.artifacts.run_folder import RunFolder
@@ -53,7 +52,7 @@ def write_report(run_folder: str | Path) -> Path:
     return RunFolder(run.folder).report
 
 
-def _render(context: dict[str, Any]) -> str:
+def _render(context: Mapping[str, object]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -66,7 +65,7 @@ def _render(context: dict[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(context)
 
 
-def _figure(run: RunFiles, name: str) -> dict[str, Any]:
+def _figure(run: RunFiles, name: str) -> dict[str, object]:
     """Writes a figure's files; if it cannot be made, removes those of an earlier report."""
     from markupsafe import Markup
 
@@ -102,11 +101,7 @@ def _numbers(run: RunFiles) -> list[list[str]]:
         [
             formatting.STAGES.get(row["stage"], str(row["stage"])),
             str(row["corpus"]),
-            formatting.count(row["parameters"]),
-            formatting.number(row["loss"]),
-            formatting.number(row["perplexity"], 2),
-            formatting.number(row["bits_per_byte"]),
-            formatting.count(row["tokens"]),
+            *formatting.result_cells(row),
             formatting.seconds(row["seconds"]),
         ]
         for corpus in dict.fromkeys(row["corpus"] for row in run.numbers)
@@ -114,7 +109,7 @@ def _numbers(run: RunFiles) -> list[list[str]]:
     ]
 
 
-def _samples(run: RunFiles) -> list[dict[str, Any]]:
+def _samples(run: RunFiles) -> list[dict[str, object]]:
     """[{"prompt", "texts": [(stage, text)]}], prompts in the order of the file, teacher first."""
     samples = []
     for prompt in dict.fromkeys(row["prompt"] for row in run.samples):

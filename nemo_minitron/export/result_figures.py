@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.export import formatting
 from nemo_minitron.export.plot import KEPT, MUTED, STAGE_COLOURS, Plot, log_axis, thousands
 from nemo_minitron.export.run import RunFiles
@@ -75,7 +76,7 @@ def perplexity(run: RunFiles) -> Plot | str:
     return Plot("perplexity", caption, ("stage", "corpus", "perplexity"), rows, draw, height)
 
 
-def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _bars(axes: Axes, rows: Sequence[JsonObject]) -> None:
     for position, row in enumerate(rows):
         value = row["perplexity"]
         axes.barh(position, value - 1, left=1, height=0.68, color=STAGE_COLOURS.get(row["stage"], MUTED))
@@ -85,7 +86,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
 
 
-def stages_of(numbers: Sequence[dict[str, Any]], corpus: str) -> list[dict[str, Any]]:
+def stages_of(numbers: Sequence[JsonObject], corpus: str) -> list[JsonObject]:
     """Rows of one corpus, teacher first."""
     return sorted(
         (row for row in numbers if row["corpus"] == corpus), key=lambda row: formatting.stage_order(row["stage"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts import Manifest, PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import grouped, listed, text
 from nemo_minitron.artifacts.records import read_curve, read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
@@ -25,13 +25,13 @@ class RunFiles:
     files."""
 
     folder: Path
-    recipe: Any = None
+    recipe: JsonObject | None = None
     manifest: Manifest | None = None
     scores: Scores | None = None
     plan: PrunePlan | None = None
-    numbers: Sequence[dict[str, Any]] = ()
+    numbers: Sequence[JsonObject] = ()
     curve: Sequence[dict[str, float]] = ()
-    samples: Sequence[dict[str, Any]] = ()
+    samples: Sequence[JsonObject] = ()
 
     def cuts(self, name: str) -> bool:
         """Whether the plan makes axis `name` smaller."""
@@ -73,7 +73,7 @@ def _curves(files: RunFolder) -> list[Path]:
     return [TrainingFolder(place).losses for place in (files.distilled, files.student, files.path)]
 
 
-def _check_chain(folder: RunFolder, recipe: Any) -> None:
+def _check_chain(folder: RunFolder, recipe: JsonObject | None) -> None:
     """Raises InputError for the folder of a chain: its steps have the reports."""
     steps = (recipe or {}).get("chain")
     if steps and not folder.manifest.exists():

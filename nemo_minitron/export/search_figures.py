@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import records
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import formatting
 from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
@@ -15,9 +16,10 @@ from nemo_minitron.export.run import RunFiles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType as Colour
 
 
-def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "parameters") -> Plot:
+def pareto(rows: Sequence[JsonFields], cost: str = "parameters") -> Plot:
     """`rows` of candidates with `name`, `cost`, `kept` (the proxy) and, if it was measured, `loss`.
 
     The figure shows the loss if any row has one, else the share kept, else only the order of costs.
@@ -49,7 +51,7 @@ _CAPTIONS = {
 }
 
 
-def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, value: str) -> bool:
+def _best(row: JsonFields, rows: Sequence[JsonFields], cost: str, value: str) -> bool:
     """Whether no other row is better at the same or a lower cost."""
     if not value:
         return False
@@ -62,7 +64,7 @@ def _best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cost: str, 
     )
 
 
-def ranks(rows: Sequence[Mapping[str, Any]]) -> Plot:
+def ranks(rows: Sequence[JsonFields]) -> Plot:
     """Ranks over steps, and the losses behind them; `rows` of brief distillation: step, candidate, loss, rank."""
     last = max(row["step"] for row in rows)
     winner = min((row for row in rows if row["step"] == last), key=lambda row: row["rank"])["candidate"]
@@ -85,11 +87,11 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> Plot:
     return Plot("ranks", caption, columns, [tuple(row[name] for name in columns) for row in rows], draw, height=4.6)
 
 
-def _line(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], value: str, colour: Any) -> None:
+def _line(axes: Axes, name: str, rows: Sequence[JsonFields], value: str, colour: Colour) -> None:
     axes.plot([row["step"] for row in rows], [row[value] for row in rows], "o-", markersize=4, color=colour, label=name)
 
 
-def _shades(count: int) -> list[Any]:
+def _shades(count: int) -> list[Colour]:
     from matplotlib import colormaps
 
     return [colormaps["YlOrBr"](0.4 + 0.5 * i / count) for i in range(count)]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import Family
@@ -29,7 +29,7 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: HfConfig) -> Family:
     """The family of a Hugging Face config. Raises InputError for one that is not supported."""
     classes = config.get("architectures") or []
     kind = config.get("model_type")
@@ -55,7 +55,7 @@ def family_of_nemo(model_class: str) -> Family:
     )
 
 
-def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_config(model: str | Path | HfConfig) -> JsonObject:
     """The config of a Hugging Face folder, or the given config, in the form of transformers 4 (`forms.normalized`).
 
     Raises InputError if the folder is no model folder, or the config contradicts itself.
@@ -70,15 +70,13 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return normalized(read_json(folder / "config.json", "the model's config", mapped(anything())))
 
 
-def from_hf(model: str | Path | Mapping[str, Any]) -> Architecture:
+def from_hf(model: str | Path | HfConfig) -> Architecture:
     """Architecture of a Hugging Face folder or config dict. Raises InputError as `family_of` does."""
     config = read_config(model)
     return family_of(config).architecture(config)
 
 
-def check_draft(
-    target: str | Path | Mapping[str, Any], draft: str | Path | Mapping[str, Any]
-) -> tuple[Architecture, Architecture]:
+def check_draft(target: str | Path | HfConfig, draft: str | Path | HfConfig) -> tuple[Architecture, Architecture]:
     """The Architectures of a target model and its draft (speculative decoding). Raises InputError if their vocabularies
     differ."""
     theirs, ours = from_hf(target), from_hf(draft)
@@ -89,9 +87,7 @@ def check_draft(
     return theirs, ours
 
 
-def to_hf(
-    architecture: Architecture, base_config: Mapping[str, Any], layers: Sequence[int] | None = None
-) -> dict[str, Any]:
+def to_hf(architecture: Architecture, base_config: HfConfig, layers: Sequence[int] | None = None) -> JsonObject:
     """`base_config`, normalized, with the sizes of `architecture`; `layers`: the layers of the base that stay, if
     known.
 
@@ -100,30 +96,30 @@ def to_hf(
     return family_of(base_config).config(architecture, normalized(base_config), layers)
 
 
-def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def written_config(config: HfConfig) -> JsonObject:
     """The config for a student's config.json: transformers 4 and 5 read the same model from it, and it refers to no
     code."""
     return family_of(config).written(normalized(without_code(config)))
 
 
-def multiples_of(config: Mapping[str, Any]) -> Mapping[str, int | str]:
+def multiples_of(config: HfConfig) -> Mapping[str, int | str]:
     """Field of an Architecture -> a number, or another field, that it must be a multiple of, so that every version of
     transformers loads the student."""
     return family_of(config).multiples
 
 
-def remark_on(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
+def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     """One sentence if some version of transformers cannot load a model of these sizes and this family; else None."""
     return family_of(config).remark(architecture)
 
 
-def check_host(model: str | Path | Mapping[str, Any]) -> None:
+def check_host(model: str | Path | HfConfig) -> None:
     """Raises InputError, before anything is loaded, if NeMo's class of the family cannot represent the model."""
     config = read_config(model)
     family_of(config).nemo_config(config)
 
 
-def remarks(model: str | Path | Mapping[str, Any]) -> list[str]:
+def remarks(model: str | Path | HfConfig) -> list[str]:
     """Remarks on a model's config for the user, one sentence each: it names the keys that nothing reads."""
     config = read_config(model)
     unread = family_of(config).unread(config)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import forms, keys, translate
 from nemo_minitron.families.numbers import check_numbers
-
-Config = Mapping[str, Any]
 
 LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
     "model.embed_tokens.weight": ("embedding.weight",),
@@ -41,7 +40,7 @@ LLAMA_SIZES = {  # Architecture field -> Hugging Face field
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
 }
-LLAMA_DEFAULTS: dict[str, Any] = {  # the defaults of transformers, for fields that a config omits
+LLAMA_DEFAULTS: JsonObject = {  # the defaults of transformers, for fields that a config omits
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "max_position_embeddings": 2048,
@@ -81,9 +80,9 @@ class Family:
     """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0; `{i}` is a
     layer's number, `{e}` an expert's."""
     sizes: ClassVar[Mapping[str, str]] = LLAMA_SIZES
-    defaults: ClassVar[Mapping[str, Any]] = LLAMA_DEFAULTS
+    defaults: ClassVar[JsonFields] = LLAMA_DEFAULTS
     nemo_fields: ClassVar[Mapping[str, str]] = NEMO_FIELDS
-    nemo_fixed: ClassVar[Mapping[str, Any]] = translate.fixed("seq_len_interpolation_factor")
+    nemo_fixed: ClassVar[JsonFields] = translate.fixed("seq_len_interpolation_factor")
     """NeMo's field -> the only value that transformers' class of the family can represent."""
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear")
     """The kinds of Hugging Face's `rope_scaling` that NeMo's class supports."""
@@ -107,7 +106,7 @@ class Family:
         named = {*self.sizes.values(), *self.defaults, *self.nemo_fields.values()}
         return frozenset(named | self.reads | self.no_effect)
 
-    def architecture(self, config: Config) -> Architecture:
+    def architecture(self, config: HfConfig) -> Architecture:
         """The Architecture of a Hugging Face config.
 
         Raises InputError if the config lacks a size or has an illegal one, if it has a number that no model can have,
@@ -116,20 +115,20 @@ class Family:
         if kind != self.model_type:
             raise InputError(f"the config's model_type is {kind!r}; that of a {self.hf_class} is '{self.model_type}'")
         keys.check_keys(config, self.read, self.hf_class)
-        values: dict[str, Any] = {**self.read_sizes(config), **self.features(config)}
+        values: JsonObject = {**self.read_sizes(config), **self.features(config)}
         architecture = Architecture(**values)
         check_numbers(config)
         return architecture
 
-    def unread(self, config: Config) -> list[str]:
+    def unread(self, config: HfConfig) -> list[str]:
         """The keys of a normalized config that neither transformers' class nor this package reads."""
         return keys.unread_keys(config, self.read)
 
-    def value(self, config: Config, name: str) -> Any:
+    def value(self, config: HfConfig, name: str) -> Json:
         """A field of a Hugging Face config; if the config omits it, transformers' default."""
         return config.get(name, self.defaults.get(name))
 
-    def read_sizes(self, config: Config) -> dict[str, int]:
+    def read_sizes(self, config: HfConfig) -> dict[str, int]:
         derived = _derived_sizes(config)
         sizes = {}
         for field, name in self.sizes.items():
@@ -140,11 +139,11 @@ class Family:
             sizes[field] = value
         return sizes
 
-    def features(self, config: Config) -> dict[str, Any]:
+    def features(self, config: HfConfig) -> JsonObject:
         """The fields of the Architecture other than sizes."""
         return {"tied_embeddings": bool(config.get("tie_word_embeddings", False))}
 
-    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    def config(self, architecture: Architecture, base: HfConfig, layers: Sequence[int] | None = None) -> JsonObject:
         """`base` with the sizes of `architecture`; head_dim is always written out.
 
         `layers`: the layers of `base` that stay, sorted; lists with one value a layer are cut with them. None: the kept
@@ -157,7 +156,7 @@ class Family:
             raise InputError(f"a {self.hf_class} config cannot represent {architecture}")
         return result
 
-    def written(self, config: Config) -> dict[str, Any]:
+    def written(self, config: HfConfig) -> JsonObject:
         """A normalized config in the form that a student stores: transformers 4 and 5 read the same from it."""
         part = self.value(config, "partial_rotary_factor") if "partial_rotary_factor" in self.defaults else None
         return forms.both_forms(config, self.value(config, "rope_theta"), part)
@@ -195,7 +194,7 @@ class Family:
         order = {name: position for position, name in enumerate(shapes)}
         return dict(sorted(names.items(), key=lambda item: order[item[1][0]]))
 
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         """The name of NeMo's config class and its arguments, as plain values; a function is given by its dotted name.
 
         Raises InputError if NeMo's class of the family cannot represent the model.
@@ -206,7 +205,7 @@ class Family:
         fields |= translate.nemo_activation(self.value(config, "hidden_act"), self.defaults["hidden_act"])
         return self.nemo_class, fields | translate.nemo_rope(config, self.rope_types, self.nemo_model)
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults).
 
         Raises InputError if transformers' class of the family cannot represent the NeMo model.
@@ -223,7 +222,7 @@ class Family:
         }
 
 
-def _derived_sizes(config: Config) -> dict[str, int]:
+def _derived_sizes(config: HfConfig) -> dict[str, int]:
     """Sizes that transformers derives if they are null or have no default."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
@@ -231,7 +230,7 @@ def _derived_sizes(config: Config) -> dict[str, int]:
     return {}
 
 
-def nemo_sizes(architecture: Architecture) -> dict[str, Any]:
+def nemo_sizes(architecture: Architecture) -> JsonObject:
     """The fields of NeMo's GPTConfig that follow from the Architecture; fields of mixtures only for a mixture of
     experts."""
     a = architecture

@@ -9,18 +9,16 @@ written through `both_forms`, which says the same to both versions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-
-Config = Mapping[str, Any]
 
 # transformers 4 keeps these beside the scaling, transformers 5 within it
 MOVED = ("rope_theta", "partial_rotary_factor")
 _KIND = ("rope_type", "type")
 
 
-def normalized(config: Config) -> dict[str, Any]:
+def normalized(config: HfConfig) -> JsonObject:
     """A config of either form in the form of transformers 4; a config that already has that form is returned as it is.
 
     Raises InputError if both forms are present and contradict each other, if a field has the wrong type, and if the
@@ -49,7 +47,7 @@ def normalized(config: Config) -> dict[str, Any]:
     return result
 
 
-def both_forms(config: Config, rope_theta: float, partial_rotary_factor: float | None) -> dict[str, Any]:
+def both_forms(config: HfConfig, rope_theta: float, partial_rotary_factor: float | None) -> JsonObject:
     """A normalized config with the keys of transformers 5 beside those of transformers 4.
 
     `rope_theta`, `partial_rotary_factor`: the model's values, which the config may leave to a default; the factor is
@@ -66,7 +64,7 @@ def both_forms(config: Config, rope_theta: float, partial_rotary_factor: float |
     return result
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def _mapping(name: str, value: object) -> JsonObject:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -74,7 +72,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _of_all_layers(parameters: dict[str, Any]) -> dict[str, Any]:
+def _of_all_layers(parameters: JsonObject) -> JsonObject:
     """The one mapping in `rope_parameters`, which may hold a mapping for each type of layer (Gemma 3's form)."""
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     if not nested:
@@ -89,7 +87,7 @@ def _of_all_layers(parameters: dict[str, Any]) -> dict[str, Any]:
     return dict(nested[0])
 
 
-def _take_out(name: str, fields: dict[str, Any], place: str, config: dict[str, Any]) -> None:
+def _take_out(name: str, fields: JsonObject, place: str, config: JsonObject) -> None:
     """Moves a field of `fields` to the place where transformers 4 keeps it."""
     value = fields.pop(name, None)
     if value is not None:
@@ -97,7 +95,7 @@ def _take_out(name: str, fields: dict[str, Any], place: str, config: dict[str, A
         config[name] = value
 
 
-def _with_kind(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _with_kind(fields: JsonFields) -> JsonObject:
     """The fields of a scaling with `rope_type` in place of the older `type`."""
     if not fields:
         return {}
@@ -105,7 +103,7 @@ def _with_kind(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **{name: value for name, value in fields.items() if name not in _KIND}}
 
 
-def _agree(name: str, value: Any, other: str, other_value: Any) -> None:
+def _agree(name: str, value: object, other: str, other_value: object) -> None:
     """Raises InputError if both forms give a value and the values differ."""
     if value is not None and value != other_value:
         raise InputError(

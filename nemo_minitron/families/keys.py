@@ -7,12 +7,10 @@ classes of transformers 4 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields
 from nemo_minitron.errors import InputError, nearest
-
-Config = Mapping[str, Any]
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names for the kinds of attention of a layer
 
@@ -40,7 +38,7 @@ NO_EFFECT = frozenset({
 })  # fmt: skip
 """Keys that may have any value, in every family."""
 
-ONE_VALUE: Mapping[str, Any] = {
+ONE_VALUE: JsonFields = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0,
@@ -49,7 +47,7 @@ ONE_VALUE: Mapping[str, Any] = {
 }
 """Key that changes what a model computes -> the only value that is supported; null counts as that value."""
 
-PER_LAYER: Mapping[str, Any] = {
+PER_LAYER: JsonFields = {
     "layer_types": FULL,
     "mlp_layer_types": "dense",
     "no_rope_layers": 1,
@@ -60,7 +58,7 @@ PER_LAYER: Mapping[str, Any] = {
 layer may be listed)."""
 
 
-def check_keys(config: Config, read: frozenset[str], hf_class: str) -> None:
+def check_keys(config: HfConfig, read: frozenset[str], hf_class: str) -> None:
     """Raises InputError for a key that changes what the model computes and that the family does not read."""
     for name, legal in ONE_VALUE.items():
         value = config.get(name)
@@ -79,7 +77,7 @@ def check_keys(config: Config, read: frozenset[str], hf_class: str) -> None:
         layer_types(config)
 
 
-def layer_types(config: Config) -> list[str]:
+def layer_types(config: HfConfig) -> list[str]:
     """transformers' name for the attention of each layer; empty if the config does not say.
 
     Raises InputError if the list has another length than the model has layers, or a name that transformers lacks."""
@@ -92,14 +90,14 @@ def layer_types(config: Config) -> list[str]:
     return kinds
 
 
-def unread_keys(config: Config, read: frozenset[str]) -> list[str]:
+def unread_keys(config: HfConfig, read: frozenset[str]) -> list[str]:
     """The keys of a normalized config that neither transformers' class nor this package reads, sorted."""
     return sorted(config.keys() - read - NO_EFFECT - READ - ONE_VALUE.keys() - PER_LAYER.keys())
 
 
 def cut_layer_lists(
-    config: Config, unread: Sequence[str], before: int, after: int, layers: Sequence[int] | None
-) -> dict[str, list[Any]]:
+    config: HfConfig, unread: Sequence[str], before: int, after: int, layers: Sequence[int] | None
+) -> dict[str, list[object]]:
     """Key -> its list with one value a layer, cut from `before` layers to the `after` layers that stay.
 
     `layers`: the layers that stay, sorted, if they are known. `unread`: keys that nothing reads; their lists may or may
@@ -126,6 +124,6 @@ def cut_layer_lists(
     return cut_lists
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

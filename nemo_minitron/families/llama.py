@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from nemo_minitron.families.base import LLAMA_TENSORS, Config, Family, biases
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
+from nemo_minitron.families.base import LLAMA_TENSORS, Family, biases
 from nemo_minitron.families.translate import fixed, rope_field, rope_of
 
 _LLAMA3_ROPE = {  # NeMo's Llama31Config field -> Hugging Face's rope_scaling field
@@ -29,19 +30,19 @@ class Llama(Family):
         "hidden_size": "num_attention_heads"
     }  # transformers' LlamaConfig checks this
 
-    def features(self, config: Config) -> dict[str, Any]:
+    def features(self, config: HfConfig) -> JsonObject:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
         with_bias = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
         return super().features(config) | with_bias
 
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         name, fields = super().nemo_config(config)
         kind, rope = rope_of(config)
         if kind == "llama3":
             return "Llama31Config", fields | {field: rope_field(rope, key) for field, key in _LLAMA3_ROPE.items()}
         return name, fields
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         config = super().from_nemo(fields)
         config |= dict.fromkeys(("attention_bias", "mlp_bias"), bool(fields["add_bias_linear"]))
         if fields.get("old_context_len"):

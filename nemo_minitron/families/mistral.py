@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-from nemo_minitron.families.base import LLAMA_DEFAULTS, Config, Family
+from nemo_minitron.families.base import LLAMA_DEFAULTS, Family
 from nemo_minitron.families.keys import FULL, layer_types
 from nemo_minitron.families.translate import fixed, hf_window, nemo_window
 
@@ -24,7 +22,7 @@ class Mistral(Family):
     nemo_fixed = fixed("window_size", "seq_len_interpolation_factor")
     reads = frozenset({"layer_types"})  # transformers loads a Mistral that has layer_types as a Ministral
 
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         """As in Family; also refuses a model whose layers attend in different ways."""
         name, fields = super().nemo_config(config)
         window, kinds = self.value(config, "sliding_window"), set(layer_types(config))
@@ -35,5 +33,5 @@ class Mistral(Family):
             )
         return name, fields | nemo_window(None if kinds == {FULL} else window)
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         return super().from_nemo(fields) | hf_window(fields)

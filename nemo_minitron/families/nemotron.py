@@ -7,9 +7,10 @@ squared ReLU; rotary positions on a part of each head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from nemo_minitron.families.base import LLAMA_TENSORS, Config, Family, biases, biases_of
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
+from nemo_minitron.families.base import LLAMA_TENSORS, Family, biases, biases_of
 from nemo_minitron.families.translate import fixed
 
 _NORMS = (name for name in LLAMA_TENSORS if "norm" in name)
@@ -21,7 +22,7 @@ class Nemotron(Family):
     nemo_model = "NemotronModel"
     nemo_class = "NemotronConfig"
     tensors = LLAMA_TENSORS | biases_of(_NORMS) | biases("q", "k", "v", "o", "up", "down")
-    defaults: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[JsonFields] = {
         "hidden_act": "relu2",
         "initializer_range": 0.0134,
         "max_position_embeddings": 4096,
@@ -46,11 +47,11 @@ class Nemotron(Family):
     rope_types = ("default",)  # transformers reads no other kind
     reads = frozenset({"attention_bias", "mlp_bias"})
 
-    def features(self, config: Config) -> dict[str, Any]:
+    def features(self, config: HfConfig) -> JsonObject:
         attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
         with_bias = {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
         return super().features(config) | with_bias | {"gated_mlp": False, "normalization": "layernorm"}
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         biases_of_config = dict.fromkeys(("attention_bias", "mlp_bias"), bool(fields["add_bias_linear"]))
         return super().from_nemo(fields) | biases_of_config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields
 from nemo_minitron.errors import InputError
 
 RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest legal value; wide enough for any real model
@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest legal val
 }
 
 
-def check_numbers(config: Mapping[str, Any]) -> None:
+def check_numbers(config: HfConfig) -> None:
     """Raises InputError, with the key and the legal range, for a number in the config or in a nested object that is not
     finite, or that no model can have. An absent or null key means the default of transformers' class."""
     for key, value in _leaves(config):
@@ -47,7 +47,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise InputError(f"the config's '{key}' is {_short(value)}; it must be a number from {least:g} to {most:g}")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "", depth: int = 4) -> Iterator[tuple[str, Any]]:
+def _leaves(values: JsonFields, prefix: str = "", depth: int = 4) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             if depth:
@@ -58,6 +58,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "", depth: int = 4) -> Iter
             yield f"{prefix}{key}", value
 
 
-def _short(value: Any) -> str:
-    long = isinstance(value, int) and value.bit_length() > 100
-    return f"a whole number of {value.bit_length()} bits" if long else repr(value)[:60]
+def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 100:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value)[:60]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, NEMO_FIELDS, Config, Family
+from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, NEMO_FIELDS, Family
 from nemo_minitron.families.translate import fixed, hf_window, nemo_window, rope_field, rope_of
 
 _LAYER = "model.layers.{i}."
@@ -36,7 +36,7 @@ class Phi3(Family):
     # dropout acts only in training; only longrope reads the original length
     no_effect = frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"})
 
-    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    def config(self, architecture: Architecture, base: HfConfig, layers: Sequence[int] | None = None) -> JsonObject:
         """As in Family; also refuses what transformers' check of longrope's factors would refuse. That check uses
         hidden_size / heads, even if head_dim differs."""
         kind, rope = rope_of(base)
@@ -44,7 +44,7 @@ class Phi3(Family):
             self._check_factors(architecture, kind, rope, self.value(base, "partial_rotary_factor"))
         return super().config(architecture, base, layers)
 
-    def _check_factors(self, a: Architecture, kind: str, rope: Mapping[str, Any], part: float) -> None:
+    def _check_factors(self, a: Architecture, kind: str, rope: JsonFields, part: float) -> None:
         factors = rope_field(rope, "short_factor")
         if not isinstance(factors, list):
             raise InputError(f"the short_factor of rope_scaling '{kind}' is {factors!r}; it must be a list")
@@ -58,11 +58,11 @@ class Phi3(Family):
                 f"hidden_size is {closest}"
             )
 
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         name, fields = super().nemo_config(config)
         return name, fields | nemo_window(self.value(config, "sliding_window"))
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         # the default padding token of transformers lies outside a small vocabulary
         return super().from_nemo(fields) | hf_window(fields) | {"pad_token_id": None}
 

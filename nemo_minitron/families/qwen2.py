@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Config, Family, biases
+from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Family, biases
 from nemo_minitron.families.keys import FULL, SLIDING, layer_types
 from nemo_minitron.families.translate import fixed
 
@@ -27,10 +27,10 @@ class Qwen2(Family):
     nemo_fixed = fixed("seq_len_interpolation_factor", add_qkv_bias=True)
     reads = frozenset({"layer_types", "use_sliding_window"})
 
-    def features(self, config: Config) -> dict[str, Any]:
+    def features(self, config: HfConfig) -> JsonObject:
         return super().features(config) | {"qkv_bias": True}
 
-    def config(self, architecture: Architecture, base: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    def config(self, architecture: Architecture, base: HfConfig, layers: Sequence[int] | None = None) -> JsonObject:
         """As in Family; also adapts `max_window_layers`, the number of first layers, which have no window."""
         result = super().config(architecture, base, layers)
         first, after = self._first_window(base), architecture.num_layers
@@ -46,15 +46,15 @@ class Qwen2(Family):
         stay = range(after) if layers is None else layers
         return result | {"max_window_layers": sum(layer < first for layer in stay)}
 
-    def nemo_config(self, config: Config) -> tuple[str, dict[str, Any]]:
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         if set(self._layer_types(config)) - {FULL}:
             raise InputError(f"NeMo's {self.nemo_model} has no sliding window; set use_sliding_window to false")
         return super().nemo_config(config)
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         return super().from_nemo(fields) | {"use_sliding_window": False}
 
-    def _layer_types(self, config: Config) -> list[str]:
+    def _layer_types(self, config: HfConfig) -> list[str]:
         """transformers' name for the attention of each layer."""
         if listed := layer_types(config):
             return listed
@@ -63,7 +63,7 @@ class Qwen2(Family):
         layers = range(self.read_sizes(config)["num_layers"])
         return [SLIDING if window and layer >= first else FULL for layer in layers]
 
-    def _first_window(self, config: Config) -> int:
+    def _first_window(self, config: HfConfig) -> int:
         first = self.value(config, "max_window_layers")
         if not isinstance(first, int):
             raise InputError(f"the config's max_window_layers is {first!r}; it must be a number of layers")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from nemo_minitron.families.base import LLAMA_TENSORS, NEMO_FIELDS, Config, Family, biases
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
+from nemo_minitron.families.base import LLAMA_TENSORS, NEMO_FIELDS, Family, biases
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.translate import fixed
 
@@ -26,10 +24,10 @@ class Qwen3(Qwen2):
     nemo_fixed = fixed("seq_len_interpolation_factor", qk_layernorm=True)
     reads = Qwen2.reads | {"attention_bias"}
 
-    def features(self, config: Config) -> dict[str, Any]:
+    def features(self, config: HfConfig) -> JsonObject:
         attention = bool(config.get("attention_bias"))
         own_features = {"qk_norm": True, "qkv_bias": attention, "attention_output_bias": attention}
         return Family.features(self, config) | own_features
 
-    def from_nemo(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
         return super().from_nemo(fields) | {"attention_bias": False}

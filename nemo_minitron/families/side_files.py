@@ -10,8 +10,8 @@ import fnmatch
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer_config import TOKENIZER_CONFIG, copy_config, in_transformers
 
@@ -91,7 +91,7 @@ def copy_side_file(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_code(config: HfConfig) -> JsonObject:
     """A model's config without the keys that refer to code beside it, since a student's folder has no code."""
     kept = {key: value for key, value in config.items() if key not in CODE_KEYS}
     if kept.get("tokenizer_class") is not None and not in_transformers(kept["tokenizer_class"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.artifacts.temporary import apart
@@ -11,10 +11,14 @@ from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families.side_files import TOKENIZER, copy_side_files, tokenizer_files, without_code
 from nemo_minitron.families.tokenizer_config import in_transformers, plain_config, read_config
 
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["check_ids", "copy_tokenizer", "largest_id", "open_tokenizer", "tokenizer_files"]
 
 
-def open_tokenizer(model: str | Path) -> Any:
+def open_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The transformers tokenizer of a folder, or of a hub id.
 
     If transformers lacks the tokenizer's class, it is loaded from tokenizer.json with the special tokens of
@@ -41,12 +45,12 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
         write_json(target / "config.json", without_code(read_json(folder / "config.json", "the model's config")))
 
 
-def largest_id(tokenizer: Any) -> int:
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id of a transformers tokenizer. Its length does not tell the largest id if there are unused ids."""
     return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
 
 
-def check_ids(ids: Any, tokenizer: Any, vocab_size: int | None, source: str) -> None:
+def check_ids(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, source: str) -> None:
     """Raises InputError if a model with `vocab_size` rows (None: no check) has no row for one of the ids.
 
     `ids`: array [length] of whole numbers, which the tokenizer made from `source`."""
@@ -59,7 +63,7 @@ def check_ids(ids: Any, tokenizer: Any, vocab_size: int | None, source: str) -> 
         )
 
 
-def _loaded(source: str, name: str | Path) -> Any:
+def _loaded(source: str, name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

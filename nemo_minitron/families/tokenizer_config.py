@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -20,7 +19,7 @@ COMMON = (
 transformers."""
 
 
-def plain_config(values: Mapping[str, Any], fast: bool) -> dict[str, Any]:
+def plain_config(values: JsonFields, fast: bool) -> JsonObject:
     """A tokenizer's config without `auto_map`. `fast`: a tokenizer.json lies beside it, so a class that transformers
     lacks (code beside the model, or a class of a newer transformers) is replaced by the plain one.
 
@@ -37,7 +36,7 @@ def plain_config(values: Mapping[str, Any], fast: bool) -> dict[str, Any]:
     return kept
 
 
-def in_transformers(name: Any) -> bool:
+def in_transformers(name: object) -> bool:
     """Whether the installed transformers has a tokenizer of this name."""
     if not isinstance(name, str):
         return False
@@ -48,7 +47,7 @@ def in_transformers(name: Any) -> bool:
     return tokenizer_class_from_name(name) is not None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The `tokenizer_config.json` of a folder; {} if there is none. Raises InputError if it is not a JSON object."""
     file = folder / TOKENIZER_CONFIG
     values = read_json(file, "the tokenizer's config") if file.is_file() else {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError, nearest
 
 ACTIVATIONS = {  # Hugging Face's name -> the function in NeMo's config
@@ -30,13 +30,13 @@ _FIXED = {
 }
 
 
-def fixed(*read: str, **others: Any) -> dict[str, Any]:
+def fixed(*read: str, **others: object) -> JsonObject:
     """NeMo's field -> its value in a Llama-like model, without the fields that the family reads (`read`), and with
     `others` in place of the usual values."""
     return {name: value for name, value in _FIXED.items() if name not in read} | others
 
 
-def check_fixed(fields: Mapping[str, Any], values: Mapping[str, Any], hf_class: str) -> None:
+def check_fixed(fields: JsonFields, values: JsonFields, hf_class: str) -> None:
     """Raises InputError if the Hugging Face class cannot represent the NeMo model."""
     for name, value in values.items():
         given = fields.get(name, value)
@@ -44,7 +44,7 @@ def check_fixed(fields: Mapping[str, Any], values: Mapping[str, Any], hf_class: 
             raise InputError(f"the NeMo model's {name} is {given!r}; a {hf_class} needs {value!r}")
 
 
-def hf_sizes(fields: Mapping[str, Any], sizes: Mapping[str, str]) -> dict[str, Any]:
+def hf_sizes(fields: JsonFields, sizes: Mapping[str, str]) -> JsonObject:
     """Hugging Face field -> size; `sizes`: Architecture field -> Hugging Face field. Sizes that NeMo leaves to Megatron
     are computed here."""
     derived = {
@@ -70,7 +70,7 @@ def nemo_biases(a: Architecture, hf_class: str) -> dict[str, bool]:
     return {"add_bias_linear": a.mlp_bias, "add_qkv_bias": a.qkv_bias and not a.mlp_bias}
 
 
-def nemo_activation(name: str, default: str) -> dict[str, Any]:
+def nemo_activation(name: str, default: str) -> JsonObject:
     """NeMo's fields for an activation; none for the family's default, the only one that Megatron fuses. Raises
     InputError."""
     if name == default:
@@ -91,7 +91,7 @@ def hf_activation(function: str | None, default: str) -> str:
     raise InputError(f"the NeMo model's activation '{function}' is not one of {', '.join(ACTIVATIONS)}")
 
 
-def rope_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def rope_of(config: HfConfig) -> tuple[str, JsonFields]:
     """Kind and fields of `rope_scaling`. Raises InputError if it is not a mapping."""
     rope = config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
@@ -99,13 +99,13 @@ def rope_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return str(rope.get("rope_type", rope.get("type", "default"))), rope
 
 
-def rope_field(rope: Mapping[str, Any], name: str) -> Any:
+def rope_field(rope: JsonFields, name: str) -> Json:
     if name not in rope:
         raise InputError(f"the config's rope_scaling has no '{name}'")
     return rope[name]
 
 
-def nemo_rope(config: Mapping[str, Any], legal: tuple[str, ...], nemo_model: str) -> dict[str, Any]:
+def nemo_rope(config: HfConfig, legal: tuple[str, ...], nemo_model: str) -> JsonObject:
     """NeMo's fields for `rope_scaling`. Raises InputError for a kind that NeMo's class lacks."""
     kind, rope = rope_of(config)
     if kind not in legal:
@@ -113,12 +113,12 @@ def nemo_rope(config: Mapping[str, Any], legal: tuple[str, ...], nemo_model: str
     return {"seq_len_interpolation_factor": float(rope_field(rope, "factor"))} if kind == "linear" else {}
 
 
-def hf_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+def hf_rope(fields: JsonFields) -> JsonObject:
     factor = fields.get("seq_len_interpolation_factor")
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}} if factor else {}
 
 
-def nemo_window(window: int | None) -> dict[str, Any]:
+def nemo_window(window: int | None) -> JsonObject:
     """NeMo's fields for a sliding window of `window` tokens; None: no window.
 
     transformers counts the current token into the window, Transformer Engine's `window_size[0]` does not. Under context
@@ -126,6 +126,6 @@ def nemo_window(window: int | None) -> dict[str, Any]:
     return {"window_size": [window - 1, 0] if window else None, "cp_comm_type": "a2a" if window else None}
 
 
-def hf_window(fields: Mapping[str, Any]) -> dict[str, Any]:
+def hf_window(fields: JsonFields) -> JsonObject:
     window = fields.get("window_size")
     return {"sliding_window": window[0] + 1 if window else None}

@@ -7,7 +7,9 @@ estimator of your own subclass `Estimator` and decorate it with `@estimator(Modu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.lazy import loader
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.alternatives import magnitude, random_scores
@@ -18,15 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Collector", "Estimator", "Watch", "estimate", "estimator", "magnitude", "random_scores", "reduce"]
 
-_WHERE = {
-    "Collector": "collector", "estimate": "forward", "Estimator": "estimators", "Watch": "estimators",
-    "estimator": "estimators", "magnitude": "alternatives", "random_scores": "alternatives", "reduce": "reduction",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "Collector": ".collector", "estimate": ".forward", "Estimator": ".estimators", "Watch": ".estimators",
+        "estimator": ".estimators", "magnitude": ".alternatives", "random_scores": ".alternatives",
+        "reduce": ".reduction",
+    },
+)  # fmt: skip

@@ -10,7 +10,7 @@ samples, X further dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +21,10 @@ from nemo_minitron.backend.collectives import gather
 from nemo_minitron.importance.registry import Estimator, Watch
 from nemo_minitron.importance.samples import Samples
 from nemo_minitron.importance.statistics import Sums, dealt, over_samples, over_sequence, with_counts
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from torch.distributed import ProcessGroup
 
 Pair = tuple[str, str]
 
@@ -33,7 +37,7 @@ class Accumulator:
     [L, Z, ...] in the order of `rows`.
     """
 
-    def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: Any) -> None:
+    def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: TransformerConfig) -> None:
         self.estimator = estimator
         self.pairs = list(pairs) if estimator.aggregate else [(TOKENS, "mean")]
         self.split = config.sequence_parallel and not estimator.sharded and not estimator.heads_are_positions
@@ -83,7 +87,7 @@ class Accumulator:
         self._pending.clear()
 
 
-def _sequence_groups(estimator: Estimator, split: bool) -> list[Any]:
+def _sequence_groups(estimator: Estimator, split: bool) -> list[ProcessGroup]:
     """The groups over which this estimator's positions are split."""
     groups = []
     if split or estimator.heads_are_positions:
@@ -92,7 +96,7 @@ def _sequence_groups(estimator: Estimator, split: bool) -> list[Any]:
     return groups
 
 
-def merge_over(groups: Sequence[Any], aggregation: Aggregation, state: State) -> State:
+def merge_over(groups: Sequence[ProcessGroup], aggregation: Aggregation, state: State) -> State:
     """The merged state of all ranks of the groups, in rank order, so that every rank gets the same bits."""
     for group in groups:
         if torch.distributed.get_world_size(group) == 1:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.dtypes import as_numbers
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.scores import Scores, expected_shapes
 from nemo_minitron.axes import AXES, owners, split_expert, split_name
 from nemo_minitron.errors import InputError
@@ -38,8 +39,9 @@ class Source(Protocol):
 def magnitude(source: Source) -> Scores:
     """The L2 norm of all weights that belong to a unit, by the table in `axes.py`.
 
-    An expert is its row of the router and all its matrices. A query group is its keys, its values and its heads. A
-    layer is all its tensors. For a live, sharded model (`LiveSource`) it is collective and the same on every rank.
+    The weights of an expert are its row of the router and all its matrices, those of a query group its keys, its values
+    and its heads, those of a layer all its tensors. For a live, sharded model (`LiveSource`) it is collective and the
+    same on every rank.
     """
     a = source.architecture
     squares = {name: np.zeros(shape) for name, shape in expected_shapes(a).items() if name != "norms"}
@@ -93,6 +95,8 @@ def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
     return _scores(architecture, tensors, "random", {"seed": seed})
 
 
-def _scores(architecture: Architecture, tensors: dict[str, Any], method: str, notes: Any = None) -> Scores:
+def _scores(
+    architecture: Architecture, tensors: dict[str, np.ndarray], method: str, notes: JsonObject | None = None
+) -> Scores:
     present = {name: tensor.astype(np.float32) for name, tensor in tensors.items() if tensor.any()}
     return Scores(architecture, present, criterion=method, method=method, notes=notes or {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -20,10 +20,19 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.importance.samples import boundaries_of
 from nemo_minitron.precisions import token_multiple
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
 Batch = dict[str, Tensor]
 
 
-def micro_batches(batches: Iterable[Any], config: Any, *, virtual: bool) -> list[Batch]:
+class Watcher(Protocol):
+    """Hooks on a model, which must know the micro-batch that comes next."""
+
+    def expect(self, batch: Batch, first: bool = True) -> None: ...
+
+
+def micro_batches(batches: Iterable[Batch | Tensor], config: TransformerConfig, *, virtual: bool) -> list[Batch]:
     """This data-parallel rank's micro-batches, each with `tokens, loss_mask` [B, S] and perhaps `cu_seqlens`.
 
     `config`: Megatron's, of the model that they go through. `virtual`: the model has virtual stages, and the
@@ -47,7 +56,7 @@ def micro_batches(batches: Iterable[Any], config: Any, *, virtual: bool) -> list
     return [_filled(batch, rows, length) for batch in [*checked, *[empty] * (number - len(checked))]]
 
 
-def length_multiple(config: Any, rows: int) -> int:
+def length_multiple(config: TransformerConfig, rows: int) -> int:
     """The number that the length of `rows` sequences must be a multiple of.
 
     Context and sequence parallelism cut the sequence, and FP8 needs a multiple of so many tokens.
@@ -58,7 +67,7 @@ def length_multiple(config: Any, rows: int) -> int:
     return math.lcm(parts * (2 * context if context > 1 else 1), tokens // math.gcd(tokens, rows))
 
 
-def _read(batch: Any) -> Batch:
+def _read(batch: Batch | Tensor) -> Batch:
     if not isinstance(batch, dict):
         batch = {"tokens": torch.as_tensor(batch)}
     tokens = batch.get("tokens")
@@ -82,7 +91,7 @@ def _filled(batch: Batch, rows: int, length: int) -> Batch:
     return filled
 
 
-def forward_arguments(batch: Batch) -> dict[str, Any]:
+def forward_arguments(batch: Batch) -> dict[str, Tensor | PackedSeqParams | None]:
     """What Megatron's GPTModel takes of a micro-batch, cut over context-parallel ranks."""
     device = torch.cuda.current_device()
     tokens = batch["tokens"].to(device)
@@ -98,7 +107,8 @@ def forward_arguments(batch: Batch) -> dict[str, Any]:
 
 
 def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
-    """Attention that stays within each sample. What lies behind the last sample is one more, which does not count."""
+    """Attention that stays within each sample. The positions behind the last sample form one more sample, which does
+    not count."""
     if boundaries[-1] < length:
         boundaries = torch.cat([boundaries, boundaries.new_tensor([length])])
     places = torch.arange(length, device=boundaries.device)
@@ -110,8 +120,8 @@ def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
     return params, (places - starts)[None]
 
 
-def seen(batches: list[Batch], chunk: int, collector: Any) -> Iterator[Batch]:
-    """The micro-batches in the order in which a chunk gets them. The collector gets each one just before."""
+def seen(batches: list[Batch], chunk: int, watcher: Watcher) -> Iterator[Batch]:
+    """The micro-batches in the order in which a chunk gets them. The watcher gets each one just before."""
     for batch in batches:
-        collector.expect(batch, first=chunk == 0)
+        watcher.expect(batch, first=chunk == 0)
         yield batch

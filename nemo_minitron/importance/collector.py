@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.scores import ACTIVATION
@@ -19,15 +19,20 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
 from nemo_minitron.importance.experts import ExpertAccumulator
+from nemo_minitron.importance.registry import Output
 from nemo_minitron.importance.samples import Samples, samples_of
 from nemo_minitron.importance.statistics import criterion
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+    from torch.utils.hooks import RemovableHandle
 
 WIDTH_AXES = ("ffn", "heads", "norms", "experts", "expert_ffn", "shared_expert_ffn")
 DEFAULT_AXES = (*WIDTH_AXES, "layers")
 TAYLOR = "taylor"
 METHODS = (ACTIVATION, TAYLOR)
 
-
+Hook = Callable[[nn.Module, tuple, dict, Output], None]
 Watches = dict[tuple[str, int, int | None], tuple[Estimator, Watch]]
 
 
@@ -55,7 +60,7 @@ class Collector:
         self.accumulators: list[dict[str, Accumulator]] = []
         self.samples = self.tokens = 0
         self._samples: Samples | None = None
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Collector:
         watched: list[Watches] = []
@@ -87,8 +92,8 @@ class Collector:
             for accumulator in accumulators.values():
                 accumulator.drop()
 
-    def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
-        """Takes the batch of the next micro-batch. `first`: for the rank it is new; virtual stages get it again."""
+    def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
+        """Takes the next micro-batch. `first` is False when a later virtual stage of this rank gets it again."""
         self._samples = samples_of(batch)
         if first:
             self.samples += self._samples.present
@@ -99,7 +104,7 @@ class Collector:
         modules = (module for chunk in self.chunks for module, _ in _with_layers(chunk.decoder))
         return {cls.axis for module in modules for _, cls in estimators_of(module)}
 
-    def _watches(self, chunk: Any) -> Watches:
+    def _watches(self, chunk: MegatronModule) -> Watches:
         """(axis, row, expert) -> what to watch. The estimator that was registered last wins."""
         latest: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
         for module, layer in _with_layers(chunk.decoder):
@@ -115,9 +120,9 @@ class Collector:
                         latest[key] = order, estimator, watch
         return {key: (estimator, watch) for key, (_, estimator, watch) in latest.items()}
 
-    def _hook(self, accumulator: Accumulator, watch: Watch) -> Any:
+    def _hook(self, accumulator: Accumulator, watch: Watch) -> Hook:
         @torch.no_grad()
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
             assert self._samples is not None, "Collector.expect was not called before the forward pass"
             module_input = args[0] if args else kwargs["hidden_states"]
             values = watch.values(module, module_input.detach(), output)
@@ -125,8 +130,8 @@ class Collector:
 
         return hook
 
-    def _gradient_hook(self, accumulator: Accumulator, watch: Watch) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _gradient_hook(self, accumulator: Accumulator, watch: Watch) -> Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
             assert self._samples is not None, "Collector.expect was not called before the forward pass"
             assert watch.taylor is not None
             activation, values = watch.taylor(module, args[0] if args else kwargs["hidden_states"], output)
@@ -135,9 +140,9 @@ class Collector:
 
         return hook
 
-    def _flush(self, accumulators: dict[str, Accumulator]) -> Any:
+    def _flush(self, accumulators: dict[str, Accumulator]) -> Callable[..., None]:
         @torch.no_grad()
-        def flush(*_: Any) -> None:
+        def flush(*_: object) -> None:
             assert self._samples is not None
             for axis in sorted(accumulators):
                 accumulators[axis].flush(self._samples)
@@ -167,7 +172,7 @@ def check_axes(requested: Sequence[str] | None, watched: set[str], known: set[st
             raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, legal - {axis})}")
 
 
-def _with_layers(block: Any) -> Iterator[tuple[nn.Module, int]]:
+def _with_layers(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """Modules of a TransformerBlock, each with the 0-based global number of its layer (-1 for the block itself)."""
     yield block, -1
     for layer in block.layers:

@@ -6,7 +6,8 @@ Z the two halves of the samples, X further dimensions.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.statistics import AGGREGATIONS, ROUTED, State, aggregation_of
 from nemo_minitron.backend.collectives import gather
-from nemo_minitron.importance.accumulator import Accumulator
+from nemo_minitron.importance.accumulator import Accumulator, Pair
 from nemo_minitron.importance.registry import Estimator, Watch
 from nemo_minitron.importance.samples import NOBODY, Samples
 from nemo_minitron.importance.statistics import over_sequence, with_counts
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 HALVES = 2
 
@@ -26,7 +31,7 @@ HALVES = 2
 class ExpertAccumulator(Accumulator):
     """`states[(routed, sequence)]`: fields fp64 [L, Z, E, ...]."""
 
-    def __init__(self, estimator: Estimator, pairs: Any, config: Any) -> None:
+    def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: TransformerConfig) -> None:
         super().__init__(estimator, pairs, config)
         self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
         # The dispatcher has spread the tokens over the ranks. `reduce` merges the ranks with copies of an expert.
@@ -71,7 +76,7 @@ class ExpertAccumulator(Accumulator):
         self._routed = {}
 
 
-def local_halves(routes: Any, samples: Samples) -> list[Tensor]:
+def local_halves(routes: MoETokenDispatcher, samples: Samples) -> list[Tensor]:
     """For each local expert int64 [N]: the half of each token that came to it, -1 if the token does not count.
 
     `routes`: the layer's token dispatcher. Collective over its ranks, once a micro-batch.
@@ -86,7 +91,7 @@ def local_halves(routes: Any, samples: Samples) -> list[Tensor]:
     return samples.routed[routes]
 
 
-def align_of(config: Any) -> int:
+def align_of(config: TransformerConfig) -> int:
     """Megatron pads the tokens of an expert to a multiple of this number."""
     return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
 
@@ -102,7 +107,7 @@ def by_expert(values: Tensor, sizes: list[int], align: int) -> list[Tensor]:
     return [part[:size] for part, size in zip(values.split(steps), sizes, strict=True)]
 
 
-def routing(dispatcher: Any, half_N: Tensor) -> tuple[Tensor, Tensor]:
+def routing(dispatcher: MoETokenDispatcher, half_N: Tensor) -> tuple[Tensor, Tensor]:
     """Bool [N, E], whether a token went to an expert, and int64 [N], its half; of all ranks, in the dispatcher's order.
 
     An expert's input are the tokens of its column, in that order.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,15 +14,19 @@ from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.scores import ACTIVATION, Scores
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.importance.batches import Batch, forward_arguments, micro_batches, seen
+from nemo_minitron.importance.batches import Batch, Watcher, forward_arguments, micro_batches, seen
 from nemo_minitron.importance.collector import METHODS, Collector
 from nemo_minitron.importance.reduction import reduce
 from nemo_minitron.importance.taylor import differentiable, run_backward
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
 
 def estimate(
-    model: Any,
-    batches: Iterable[Any],
+    model: MegatronModule | Sequence[MegatronModule],
+    batches: Iterable[Batch | Tensor],
     *,
     criterion: str | Sequence[str] = "l2,mean",
     norms: str = "all",
@@ -61,7 +65,7 @@ def estimate(
 class evaluating:
     """A context in which models are in evaluation mode. Afterwards each has its former mode."""
 
-    def __init__(self, chunks: Sequence[Any]) -> None:
+    def __init__(self, chunks: Sequence[MegatronModule]) -> None:
         self.chunks, self.modes = chunks, [chunk.training for chunk in chunks]
 
     def __enter__(self) -> None:
@@ -73,7 +77,7 @@ class evaluating:
             chunk.train(mode)
 
 
-def architecture_of(model: Any) -> Architecture:
+def architecture_of(model: MegatronModule) -> Architecture:
     """The Architecture of a live Megatron model, read from its config.
 
     The vocabulary of a live config may be padded for its layout. So it is taken from what the config was constructed
@@ -92,7 +96,7 @@ def architecture_of(model: Any) -> Architecture:
     )  # fmt: skip
 
 
-def _mixture(config: Any) -> dict[str, Any]:
+def _mixture(config: TransformerConfig) -> dict[str, Any]:
     """The Architecture's fields of a mixture of experts (Megatron's specs give no shared expert a gate)."""
     if not config.num_moe_experts:
         return {}
@@ -102,14 +106,14 @@ def _mixture(config: Any) -> dict[str, Any]:
     return sizes | {"moe_layer_freq": tuple(freq) if isinstance(freq, list) else freq}
 
 
-def run_forward(chunks: list[Any], rows: list[Batch], collector: Any) -> None:
+def run_forward(chunks: list[MegatronModule], rows: list[Batch], watcher: Watcher) -> None:
     """Runs every micro-batch through this rank's chunks, by Megatron's own schedule of the layout."""
     virtual = len(chunks) > 1
     # Without virtual stages one by one: then no more than one batch's outputs are in memory.
     together = len(rows) if virtual else 1
     for start in range(0, len(rows), together):
         part = rows[start : start + together]
-        iterators = [seen(part, chunk, collector) for chunk in range(len(chunks))]
+        iterators = [seen(part, chunk, watcher) for chunk in range(len(chunks))]
         get_forward_backward_func()(
             forward_step_func=_step,
             data_iterator=iterators if virtual else iterators[0],
@@ -122,5 +126,5 @@ def run_forward(chunks: list[Any], rows: list[Batch], collector: Any) -> None:
         )
 
 
-def _step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def _step(iterator: Iterator[Batch], model: MegatronModule) -> tuple[Tensor, Callable[..., int]]:
     return model(**forward_arguments(next(iterator))), lambda output, non_loss_data=False: 0

@@ -15,8 +15,8 @@ this rank, D input channels on all ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,18 +27,28 @@ from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.backend.collectives import gather
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.batches import micro_batches
+from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.estimators.moe import second_matrices
 from nemo_minitron.importance.experts import align_of, by_expert, local_halves
 from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from torch.distributed import ProcessGroup
+    from torch.utils.hooks import RemovableHandle
 
 KINDS = ("down", "o", "experts")
 POSITIONS = 4096  # that are multiplied at a time: a hook holds an fp32 copy of them beside G
 
 
 def gram(
-    model: Any, batches: Iterable[Any], layers: Iterable[int] | None = None, kinds: Iterable[str] = KINDS
+    model: MegatronModule,
+    batches: Iterable[Batch | Tensor],
+    layers: Iterable[int] | None = None,
+    kinds: Iterable[str] = KINDS,
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C, D], D in global order.
 
@@ -77,7 +87,7 @@ def whole(grams: Mapping[str, Tensor], name: str) -> np.ndarray | None:
     return None if parts is None else torch.cat(parts).cpu().numpy()
 
 
-def _groups(name: str) -> tuple[Any, Any]:
+def _groups(name: str) -> tuple[ProcessGroup, ProcessGroup]:
     """(The group whose ranks have other tokens, the group whose ranks have other channels.)"""
     if split_expert(split_name(name)[1])[0] is not None:
         return parallel_state.get_expert_data_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
@@ -94,13 +104,13 @@ class _Input:
 
     linear: nn.Module
     names: dict[int | None, str]
-    routes: Any = None
+    routes: MoETokenDispatcher | None = None
 
 
 class _Products:
     """Hooks that add x x^T while they are open. Call `expect` before each micro-batch, as with a Collector."""
 
-    def __init__(self, chunks: Iterable[Any], layers: set[int] | None, kinds: tuple[str, ...]) -> None:
+    def __init__(self, chunks: Iterable[MegatronModule], layers: set[int] | None, kinds: tuple[str, ...]) -> None:
         self.sums: dict[str, Tensor] = {}
         self._watched = [
             linear_input
@@ -110,7 +120,7 @@ class _Products:
             for linear_input in _inputs(layer, kinds)
         ]
         self._samples: Samples | None = None
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> _Products:
         for watched in self._watched:
@@ -121,10 +131,10 @@ class _Products:
         for handle in self._handles:
             handle.remove()
 
-    def expect(self, batch: Mapping[str, Any], first: bool = True) -> None:
+    def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
         self._samples = samples_of(batch)
 
-    def _hook(self, watched: _Input) -> Any:
+    def _hook(self, watched: _Input) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
             for name, x_NC in self._counted(watched, args[0].detach().flatten(0, -2)):
                 for part_NC in x_NC.float().split(POSITIONS):
@@ -151,7 +161,7 @@ class _Products:
         self.sums[name] = self.sums[name] + gram_CD if name in self.sums else gram_CD
 
 
-def _inputs(layer: Any, kinds: tuple[str, ...]) -> Iterator[_Input]:
+def _inputs(layer: TransformerLayer, kinds: tuple[str, ...]) -> Iterator[_Input]:
     """The inputs to watch in a transformer layer."""
     prefix = f"layers.{layer.layer_number - 1}."
     dense = {
@@ -165,7 +175,7 @@ def _inputs(layer: Any, kinds: tuple[str, ...]) -> Iterator[_Input]:
         yield from _expert_inputs(layer.mlp, prefix)
 
 
-def _expert_inputs(mixture: Any, prefix: str) -> Iterator[_Input]:
+def _expert_inputs(mixture: nn.Module, prefix: str) -> Iterator[_Input]:
     numbers = mixture.local_expert_indices
     for expert, linear, routes in second_matrices(mixture):
         local = range(len(numbers)) if expert is None else [expert]

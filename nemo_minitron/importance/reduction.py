@@ -6,7 +6,7 @@ States are [L, Z, E, C]: rows, the two halves of the samples, experts (if the ax
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from nemo_minitron.backend.collectives import gather, gather_objects
 from nemo_minitron.importance.accumulator import Accumulator, merge_over
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.diagnostics import check_finite
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def reduce(collector: Collector, norms: str = "all") -> Scores:
@@ -69,7 +72,7 @@ def _whole(accumulator: Accumulator, pair: tuple[str, str], state: State) -> Sta
     return _concatenate(state, parallel_state.get_tensor_model_parallel_group(), -1) if estimator.sharded else state
 
 
-def _concatenate(state: State, group: Any, dim: int) -> State:
+def _concatenate(state: State, group: ProcessGroup, dim: int) -> State:
     return tuple(torch.cat(gather(field, group), dim) for field in state)
 
 

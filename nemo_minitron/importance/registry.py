@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Union
 
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+Output = Union[Tensor, tuple]  # of a Megatron module: a tensor, or a tensor and its bias (None if it has none)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Watch:
 
     row: int
     module: nn.Module
-    values: Callable[[nn.Module, Tensor, Any], Tensor]
-    taylor: Callable[[nn.Module, Tensor, Any], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
+    values: Callable[[nn.Module, Tensor, Output], Tensor]
+    taylor: Callable[[nn.Module, Tensor, Output], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
     expert: int | None = None
-    routes: Any = None
+    routes: MoETokenDispatcher | None = None
 
 
 class Estimator:
@@ -50,11 +55,11 @@ class Estimator:
     heads_are_positions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         """What to watch in `module`, which is in the 0-based global `layer`. None skips the module."""
         raise NotImplementedError
 
-    def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
+    def watches(self, module: nn.Module, layer: int, architecture: Architecture) -> Iterator[Watch]:
         """All that is to be watched in `module`. The default is what `watch` gives; override it for several."""
         watch = self.watch(module, layer, architecture)
         if watch is not None:

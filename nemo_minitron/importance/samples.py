@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 NOBODY = -1
 
@@ -33,7 +36,7 @@ class Samples:
     ids: Tensor | None
     counts: Tensor
     deal: Tensor
-    routed: dict[Any, list[Tensor]] = dataclasses.field(default_factory=dict)
+    routed: dict[MoETokenDispatcher, list[Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def present(self) -> int:
@@ -70,7 +73,7 @@ class Samples:
         return torch.where(ids_SB >= 0, half_J[ids_SB.clamp(min=0)], NOBODY)
 
 
-def samples_of(batch: Mapping[str, Any]) -> Samples:
+def samples_of(batch: Mapping[str, Tensor]) -> Samples:
     """Reads a batch as NeMo's data step gets it, before it is cut over context-parallel ranks.
 
     `tokens` int64 [B, S]. Optional: `loss_mask` [B, S], 0 where a position does not count, and `cu_seqlens`, the
@@ -92,7 +95,7 @@ def samples_of(batch: Mapping[str, Any]) -> Samples:
     return _dealt(tokens, ids, number, plain)
 
 
-def boundaries_of(batch: Mapping[str, Any]) -> Tensor | None:
+def boundaries_of(batch: Mapping[str, Tensor]) -> Tensor | None:
     """`cu_seqlens` without the -1 with which NeMo's collate function fills it up; int64 [J + 1]."""
     boundaries = batch.get("cu_seqlens")
     if boundaries is None:

@@ -10,8 +10,8 @@ Shapes (docs/shapes.md): B sequences, S positions of the sequence, W columns of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -24,9 +24,16 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, forward_arguments
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.collector import Collector
+
+Loss = Callable[[Tensor], tuple[Tensor, Tensor, dict]]
+
 
 @contextlib.contextmanager
-def differentiable(chunks: Sequence[Any]) -> Iterator[None]:
+def differentiable(chunks: Sequence[MegatronModule]) -> Iterator[None]:
     """A context in which activations have gradients and parameters have none. Afterwards each model is as before.
 
     Raises InputError for virtual pipeline stages.
@@ -53,7 +60,7 @@ def differentiable(chunks: Sequence[Any]) -> Iterator[None]:
         model.config.finalize_model_grads_func = finalize
 
 
-def run_backward(chunks: Sequence[Any], rows: list[Batch], collector: Any) -> None:
+def run_backward(chunks: Sequence[MegatronModule], rows: list[Batch], collector: Collector) -> None:
     """Runs every micro-batch forward and backward, one by one, by Megatron's own schedule of the layout."""
     for batch in rows:
         collector.expect(batch)
@@ -69,8 +76,8 @@ def run_backward(chunks: Sequence[Any], rows: list[Batch], collector: Any) -> No
         collector.flush()
 
 
-def _step(vocab_size: int) -> Any:
-    def step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def _step(vocab_size: int) -> Callable[[Iterator[Batch], MegatronModule], tuple[Tensor, Loss]]:
+    def step(iterator: Iterator[Batch], model: MegatronModule) -> tuple[Tensor, Loss]:
         batch = next(iterator)
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict]:

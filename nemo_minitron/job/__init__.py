@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.lazy import loader
 
 if TYPE_CHECKING:
     from nemo_minitron.settings.calibration import Calibration
@@ -18,13 +20,6 @@ __all__ = [
     "Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Generation", "Job", "Layout", "Search", "Step",
 ]  # fmt: skip
 
-_WHERE = {name: name.lower() for name in __all__} | {"Data": "recipe", "Evaluation": "recipe", "Job": "recipe"}
-
-
-def __getattr__(name: str) -> Any:
-    """Settings are imported when they are used, so that a command of one stage starts without those of all stages."""
-    if name not in _WHERE:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(f"nemo_minitron.settings.{_WHERE[name]}"), name)
+# Settings are loaded when they are used, so that a command of one stage starts without those of all stages.
+_FILES = {name: name.lower() for name in __all__} | {"Data": "evaluation", "Evaluation": "evaluation", "Job": "recipe"}
+__getattr__ = loader(__name__, {name: f"nemo_minitron.settings.{file}" for name, file in _FILES.items()})

@@ -21,8 +21,8 @@ def calibration_of(job: Job, source: Architecture) -> Calibration:
 
 
 def _dropped_layers(job: Job, source: Architecture) -> list[int]:
-    """Numbers of layers that the plan may drop: one, or several in a search. In rounds it is the first round's number,
-    none if that round drops none."""
+    """Numbers of layers that the plan may drop: one, or several in a search. In rounds it is the number of the first
+    round, or no number if that round drops no layers."""
     kept: Sequence[int] = [student_architecture(source, job.keep).num_layers]
     if job.search.wanted:
         kept = job.search.shapes(source, job.keep).sizes.get("layers", kept)

@@ -10,15 +10,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import need_space
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, lines_of, recipe_lines, remark_lines, space_left
+from nemo_minitron.job.dry_run import Known, check, fit_to_models, lines_of, recipe_lines, remark_lines, space_left
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -84,9 +85,11 @@ def checked(job: Job, folder: Path, *, offline: bool = False) -> list[Checked]:
     run.
     """
     steps: list[Checked] = []
-    known: dict[str, Any] = {}
+    known: dict[str, HfConfig] = {}
     for step, (step_job, remark) in zip(job.chain, fitted_jobs(job, folder), strict=True):
         with _named(step):
+            step_job, by_models = fit_to_models(step_job, offline=offline, known=known)
+            remark = "; ".join(filter(None, (remark, by_models)))
             source, target = check(step_job, offline=offline, known=known)
             config = known.get(step_job.teacher) or teacher_config(step_job, offline=offline)
             known = known | {step_job.teacher: config}
@@ -122,10 +125,10 @@ def describe_chain(job: Job, folder: Path) -> str:
     return "\n".join([*lines, "", *recipe_lines(job)])
 
 
-def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
+def summary(job: Job, folder: Path) -> list[JsonObject]:
     """A row for the teacher and for each student: its numbers on held-out text, before and after training. Raises
     InputError for damaged numbers of a step."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for step in job.chain:
         file = RunFolder(folder).step(step.name).numbers
         numbers = {row["stage"]: row for row in read_numbers(file)}
@@ -138,11 +141,11 @@ def summary(job: Job, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(numbers: dict[str, Any]) -> dict[str, Any]:
+def _row(numbers: JsonObject) -> JsonObject:
     return {name: numbers[name] for name in ("parameters", "loss", "perplexity", "corpus")}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[JsonObject]) -> str:
     """The summary as text."""
     lines = [f"{'':20}{'parameters':>16}{'cut':>14}{'perplexity':>14}"]
     for row in rows:

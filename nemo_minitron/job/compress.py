@@ -1,7 +1,8 @@
-"""A Job -> its run folder, finished or as far as a stage."""
+"""Runs a Job in its run folder, to its end or as far as a stage."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import write_json
@@ -10,7 +11,7 @@ from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import say
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
-from nemo_minitron.job.dry_run import check, check_space
+from nemo_minitron.job.dry_run import check, check_space, fit_to_models
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run, write_recipe
 from nemo_minitron.job.stages.compress import stages
 from nemo_minitron.launch.lock import locked
@@ -31,14 +32,16 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     folder = job.folder(out)
     if job.chain:
         return _run_chain(job, folder, until, overwrite)
-    check(job)
+    fitted, remark = fit_to_models(job)
+    say(remark)
+    check(fitted)
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)
     sweep(folder)
     check_space(job, folder)
     with locked(folder):
-        run = open_run(job, folder)
+        run = dataclasses.replace(open_run(job, folder), job=fitted)
         execute(run, stages(job), until)
     if not until:
         run.say(f"done: {run.folder.student} is the student, {run.folder.report} shows it")

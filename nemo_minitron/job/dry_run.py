@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron import costs
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RunFolder
+from nemo_minitron.commands.corpus import positions_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -23,14 +24,14 @@ from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.search.sizes import VOCAB, target_of
-from nemo_minitron.settings.derive import fit_job
+from nemo_minitron.settings.derive import fit_job, fit_job_to_models
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
 from nemo_minitron.settings.written import as_yaml
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
 
-Known = Mapping[str, Mapping[str, Any]]  # a model's folder -> its Hugging Face config
+Known = Mapping[str, HfConfig]  # a model's folder -> its Hugging Face config
 
 
 def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
@@ -41,19 +42,33 @@ def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> 
     return job.search.run(source, job.keep, loads=loads).candidates[0].architecture
 
 
-def _target(job: Job, source: Architecture, config: Mapping[str, Any]) -> Architecture:
+def _target(job: Job, source: Architecture, config: HfConfig) -> Architecture:
     """The student's Architecture; in a search the one closest to the target. `config` is the teacher's."""
     return searched(job, source, multiples_of(config)) if job.search.wanted else target_of(source, job.keep)
 
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
-    """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError, also if
-    NeMo's class cannot be that model."""
+    """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError if that
+    model cannot be read, or if NeMo's class cannot represent it."""
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)
     check_host(config)
     return from_hf(config)
+
+
+def fit_to_models(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Job, str]:
+    """(the job with the sequence lengths that its models allow, the remark). Arguments as for `check`. Raises
+    InputError for a longer sequence that was asked for, and for a model that cannot be read."""
+    return fit_job_to_models(job, positions_of(*_configs(job, offline=offline, known=known or {})))
+
+
+def _configs(job: Job, *, offline: bool, known: Known) -> list[HfConfig]:
+    """The configs of the teacher and of the model that the student learns from."""
+    configs: list[HfConfig] = [known.get(job.teacher) or teacher_config(job, offline=offline)]
+    if job.learns_from:
+        configs.append(known.get(job.learns_from) or config_of(job.learns_from))
+    return configs
 
 
 def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tuple[Architecture, Architecture]:
@@ -63,6 +78,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     configs of models that a chain has yet to make.
     """
     known = known or {}
+    job, _ = fit_to_models(job, offline=offline, known=known)
     config = known.get(job.teacher) or teacher_config(job, offline=offline)
     source = from_hf(config)
     ancestor = learned(job, source, known)
@@ -88,7 +104,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_states(target.num_layers, ancestor.num_layers)
     job.distillation.check_mixture(target)
     job.distillation.check_cache(target.vocab_size)
-    job.generation.check(job.distillation)
+    job.generation.check(job.distillation, positions_of(*_configs(job, offline=offline, known=known)))
     benchmarks(job.evaluation.benchmarks)
     if not offline:  # lm-eval may be missing on the machine that only plans
         check_tasks(job.evaluation.benchmarks)
@@ -104,12 +120,12 @@ def check_space(job: Job, folder: str | Path) -> None:
     need_space(folder, space_left(job, config_of(job.teacher), Path(folder)))
 
 
-def space(job: Job, config: Mapping[str, Any]) -> int:
+def space(job: Job, config: HfConfig) -> int:
     """Bytes of a run whose teacher has this config. A model that is scored between rounds uses part of them."""
     return sum(parts_of(job, config).values())
 
 
-def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
+def space_left(job: Job, config: HfConfig, folder: Path) -> int:
     """Bytes that a run still needs. A finished stage needs none; the others need less if their files exist already."""
     manifest = Manifest.open(folder / RunFolder.manifest)
     done = {stage["name"] for stage in manifest.stages}
@@ -117,7 +133,7 @@ def space_left(job: Job, config: Mapping[str, Any], folder: Path) -> int:
     return sum(max(0, size - bytes_in(folder / place)) for place, size in parts.items())
 
 
-def parts_of(job: Job, config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+def parts_of(job: Job, config: HfConfig) -> dict[tuple[str, str], int]:
     """(stage, where it writes) -> bytes, for everything that is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
@@ -147,8 +163,10 @@ def training_memory(
 
 def describe(job: Job) -> str:
     """The text of `--dry-run`. Raises InputError as `check`."""
-    fitted, remark = fit_job(job)
-    return "\n".join([*lines_of(fitted, {}), "", *remark_lines(remark), *recipe_lines(fitted)])
+    fitted, by_layout = fit_job(job)
+    fitted, by_models = fit_to_models(fitted, offline=True)
+    remarks_on_sizes = [*remark_lines(by_layout), *remark_lines(by_models)]
+    return "\n".join([*lines_of(fitted, {}), "", *remarks_on_sizes, *recipe_lines(fitted)])
 
 
 def recipe_lines(job: Job) -> list[str]:

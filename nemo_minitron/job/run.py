@@ -9,10 +9,10 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
@@ -103,7 +103,7 @@ def used(folder: Path) -> bool:
     return any(file.is_file() and Manifest.open(file).stages for file in manifests)
 
 
-def _recipe_of(folder: Path) -> dict[str, Any]:
+def _recipe_of(folder: Path) -> JsonObject:
     """The recipe that is written in a folder. Settings that an earlier version lacked are at their defaults."""
     written = read_json(folder / RunFolder.recipe, "the recipe")
     try:

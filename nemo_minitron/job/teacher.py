@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, on_disk, resolve
 from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_minitron.settings.recipe import Job
 
 
-def teacher_config(job: Job, *, offline: bool = False) -> dict[str, Any]:
+def teacher_config(job: Job, *, offline: bool = False) -> JsonObject:
     """The Hugging Face config of a job's teacher. `offline`: if the teacher is not on this machine, the config that the
     recipe states.
 

@@ -12,9 +12,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from nemo_minitron.artifacts.files import parse_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, mapped
 
 SECRET = "MINITRON_SECRET"  # the environment variable with the text that only the nodes of a job know
@@ -53,7 +53,7 @@ class Connection:
         self.leads, self._socket = leads, peer
         self._over = threading.Event()
         self._stop: Callable[[], None] = lambda: None
-        self._received: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None: the other end is gone
+        self._received: queue.Queue[JsonObject | None] = queue.Queue()  # None: the other end is gone
         self._sent = 0
         try:
             self.address = peer.getpeername()[0]
@@ -115,7 +115,7 @@ class Connection:
         except OSError:
             raise ConnectionLost from None
 
-    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+    def receive(self, seconds: float | None = None) -> JsonObject:
         """The next message. Raises ConnectionLost, or TimeoutError if no message comes within `seconds`."""
         try:
             message = self._received.get(timeout=seconds)

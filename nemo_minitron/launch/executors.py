@@ -22,7 +22,7 @@ from typing import Any, Union, get_args, get_origin
 
 import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
-from nemo_run.core.execution.base import import_executor
+from nemo_run.core.execution.base import Executor, import_executor
 from nemo_run.core.execution.skypilot import _SKYPILOT_AVAILABLE
 
 from nemo_minitron.artifacts.parse import WORDS, shown
@@ -31,6 +31,7 @@ from nemo_minitron.launch.connection import SECRET
 from nemo_minitron.launch.nodes import Nodes
 from nemo_minitron.settings.layout import Layout
 
+Values = dict[str, Any]  # fields of an executor
 GPUS = 8  # of a node, if the settings do not say it
 # Fields that a setting cannot give, because their values are objects. An executor in executors.py can have them.
 OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "job_dir", "dependencies")
@@ -40,7 +41,7 @@ AT_START = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
 SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
 
 
-def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Any:
+def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Executor:
     """NeMo-Run's executor for `--executor NAME`, with the settings `executor.key=value`.
 
     `name`: a kind in `KINDS`, or the name of an executor in NeMo-Run's `executors.py`. Nodes and GPUs follow from the
@@ -55,7 +56,7 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
     if name == "skypilot" and not _SKYPILOT_AVAILABLE:
         raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
     kind, complete = KINDS[name]
-    values: dict[str, Any] = {}
+    values: Values = {}
     for key, text in pairs:
         _put(values, kind, key, text)
     values = complete(values, layout, [f"{folder}:{folder}" for folder in folders])
@@ -65,7 +66,7 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
     return _ready(kind(**values))
 
 
-def _ready(executor: Any) -> Any:
+def _ready(executor: Executor) -> Executor:
     """The executor with the secret of the job's nodes in its environment. Raises InputError if NeMo-Run's folder would
     need quotes in a batch script."""
     home = get_nemorun_home()
@@ -81,7 +82,7 @@ def _ready(executor: Any) -> Any:
     return executor
 
 
-def _named(name: str) -> Any:
+def _named(name: str) -> Executor:
     """The executor of that name in the user's `executors.py`. Raises InputError if there is none."""
     file = Path(get_nemorun_home(), "executors.py")
     if file.is_file():
@@ -92,9 +93,9 @@ def _named(name: str) -> Any:
     raise InputError(f"there is no executor '{name}', and {file} has none of that name; {nearest(name, KINDS)}")
 
 
-def _changed(executor: Any, pairs: Iterable[tuple[str, str]]) -> Any:
+def _changed(executor: Executor, pairs: Iterable[tuple[str, str]]) -> Executor:
     """The executor with these settings. The keys of a dict are added to those that it has."""
-    values: dict[str, Any] = {}
+    values: Values = {}
     for key, text in pairs:
         _put(values, type(executor), key, text)
     for key, value in values.items():
@@ -111,11 +112,11 @@ def _split(setting: str) -> tuple[str, str]:
     return key, text
 
 
-def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+def _fields(kind: type[Executor]) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(kind) if field.init and field.name not in OBJECTS]
 
 
-def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
+def _put(values: Values, kind: type[Executor], key: str, text: str) -> None:
     """Adds one setting to `values`, such as `account=a`, `container_mounts=/a:/a,/b:/b`, `env_vars.NCCL_DEBUG=INFO`.
 
     `kind`: the class of the executor. Raises InputError for a key that the class does not have, and for a value that
@@ -135,13 +136,13 @@ def _put(values: dict[str, Any], kind: Any, key: str, text: str) -> None:
         values[name] = _value(key, fields[name], text)
 
 
-def _kinds(hint: Any) -> dict[type, Any]:
+def _kinds(hint: object) -> dict[type, object]:
     """The types that a field may have, as {plain type: full type}: `Optional[list[int]]` gives {list: list[int]}."""
     hints = get_args(hint) if get_origin(hint) is Union else (hint,)
     return {get_origin(one) or one: one for one in hints if one is not type(None)}
 
 
-def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
+def _value(key: str, kinds: Mapping[type, object], text: str) -> object:
     """The value that a text stands for. A list may be written with commas. Raises InputError if the text stands for
     none of these types."""
     if list in kinds and not text.startswith("["):
@@ -158,17 +159,17 @@ def _value(key: str, kinds: Mapping[type, Any], text: str) -> Any:
 
 
 # -- settings that the user did not give -----------------------------------------------------------------
-def _local(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+def _local(given: Values, layout: Layout, mounts: list[str]) -> Values:
     return given
 
 
-def _docker(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+def _docker(given: Values, layout: Layout, mounts: list[str]) -> Values:
     shared = {"ipc_mode": "host", "ulimits": ["memlock:-1", "stack:67108864"]}  # NVIDIA's containers ask for these
     values = {"num_gpus": layout.processes, "packager": run.Packager(), **shared, **given}
     return values | {"volumes": [*mounts, *given.get("volumes", [])]}
 
 
-def _slurm(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+def _slurm(given: Values, layout: Layout, mounts: list[str]) -> Values:
     nodes, each = _spread(given, layout, "nodes")
     values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), **SLURM, **given}
     # `executor.gpus_per_node=0` is for a cluster without GPUs, whose Slurm refuses a request for them.
@@ -178,12 +179,12 @@ def _slurm(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str
     return values
 
 
-def _skypilot(given: dict[str, Any], layout: Layout, mounts: list[str]) -> dict[str, Any]:
+def _skypilot(given: Values, layout: Layout, mounts: list[str]) -> Values:
     nodes, each = _spread(given, layout, "num_nodes")
     return {"num_nodes": nodes, "gpus_per_node": each, **given}
 
 
-def _spread(given: Mapping[str, Any], layout: Layout, key: str) -> tuple[int, int]:
+def _spread(given: Values, layout: Layout, key: str) -> tuple[int, int]:
     """(nodes, processes of a node) for a layout. Raises InputError if its processes do not divide over the nodes."""
     nodes = given.get(key) or -(-layout.processes // (given.get("gpus_per_node") or GPUS))
     Nodes(nodes).check(layout)
@@ -197,7 +198,7 @@ KINDS = {  # name -> NeMo-Run's class, and the function that completes its setti
 
 
 # -- the task ------------------------------------------------------------------------------------------
-def script(executor: Any, arguments: Sequence[str]) -> Any:
+def script(executor: Executor, arguments: Sequence[str]) -> run.Script:
     """NeMo-Run's script for a `minitron` command. It runs in this folder, or on SkyPilot in the copy of the repository.
 
     `arguments`: the words behind `minitron`.
@@ -214,7 +215,7 @@ def _check_name(name: str) -> None:
         raise InputError(f"the task's name {shown(name)} must have letters, digits, '.', '_' and '-' alone")
 
 
-def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
+def submit(executor: Executor, name: str, arguments: Sequence[str]) -> None:
     """Starts the task and waits for its end. It does not wait for a task on Slurm or SkyPilot, which needs no process
     here. Raises RuntimeError if the task failed, and InputError for a name that is not a plain word."""
     _check_name(name)
@@ -227,7 +228,7 @@ def submit(executor: Any, name: str, arguments: Sequence[str]) -> None:
         raise RuntimeError(f"the task ended as {state.name}; its logs are in {experiment._exp_dir}")
 
 
-def dry_run(executor: Any, name: str, arguments: Sequence[str]) -> str:
+def dry_run(executor: Executor, name: str, arguments: Sequence[str]) -> str:
     """The text of what `submit` would start: the batch script (its file is written), the container's command, or the
     command. Raises InputError for a name that is not a plain word."""
     _check_name(name)

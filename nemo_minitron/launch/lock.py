@@ -26,6 +26,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    # Not filelock: some of its versions empty the file when they try, and the refusal could not name the process.
     with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.launch.connection import SECRET, SILENCE, Connection, ConnectionLost
 from nemo_minitron.launch.nodes import Nodes
@@ -34,7 +34,7 @@ class StageOrder:
 
     stage: str
     worker: str
-    order: dict[str, Any]
+    order: JsonObject
     each: int
     nodes: int = 1
     host: str = ""
@@ -198,7 +198,7 @@ def _dismiss(connections: Iterable[Connection], reason: str) -> None:
 
 
 def _admit(
-    arrival: tuple[Connection, dict[str, Any]], nodes: Nodes, identity: str, word: str, admitted: dict[int, Connection]
+    arrival: tuple[Connection, JsonObject], nodes: Nodes, identity: str, word: str, admitted: dict[int, Connection]
 ) -> None:
     """Adds a node that has come to `admitted`. The connection of anybody else is closed.
 
@@ -262,7 +262,7 @@ def follow_leader(nodes: Nodes, identity: str, out: Path, work: Work) -> None:
         connection.close()
 
 
-def _answer(connection: Connection) -> dict[str, Any]:
+def _answer(connection: Connection) -> JsonObject:
     """Node 0's first message. It answers only machines that know the secret."""
     try:
         return connection.receive()

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.errors import visible
 from nemo_minitron.settings.progress import PROGRESS
@@ -29,7 +28,7 @@ class Rank:
     `time.monotonic`). `layers`: layers' forward passes that it has done."""
 
     pid: int = 0
-    mark: Any = None
+    mark: object = None
     layers: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
 

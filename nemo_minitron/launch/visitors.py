@@ -7,8 +7,8 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.launch.connection import SILENCE, Connection, ConnectionLost
 
@@ -26,12 +26,12 @@ def listening(port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Connection, dict[str, Any]]]]:
+def visitors(server: socket.socket, secret: str) -> Iterator[queue.Queue[tuple[Connection, JsonObject]]]:
     """A queue of (connection, its first message) from machines that know the secret.
 
     A thread greets each connection, so one that sends nothing, or something else, makes nobody wait.
     """
-    arrivals: queue.Queue[tuple[Connection, dict[str, Any]]] = queue.Queue()
+    arrivals: queue.Queue[tuple[Connection, JsonObject]] = queue.Queue()
     room = threading.BoundedSemaphore(VISITORS)
 
     def greet(peer: socket.socket) -> None:

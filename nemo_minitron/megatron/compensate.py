@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from megatron.core import parallel_state
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.axes import AXES
 from nemo_minitron.importance.gram import gram, whole
 from nemo_minitron.megatron.load import Builder, load
@@ -83,7 +83,7 @@ class Cut:
             name = self.wanted[origin]
             np.save(self.parts / name, solve(source, self.plan, name, gram_DD, ridge))
 
-    def finish(self, notes: dict[str, Any]) -> None:
+    def finish(self, notes: JsonObject) -> None:
         """Joins the parts to the Compensation. Rank 0 calls it."""
         tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted.values()}
         Compensation(self.plan.digest, tensors, notes).save(self.out)

@@ -6,8 +6,11 @@ import glob
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
 
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.artifacts.seals import damaged, sealed
@@ -29,7 +32,7 @@ class PackedDataset(GPTDataset):
         super().__init__(*args, **kwargs)
         self._pad_token_id = NO_TOKEN
 
-    def _build_document_sample_shuffle_indices(self) -> Any:
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Megatron's index of samples, from its files if those are undamaged.
 
         Megatron writes the files in place. A kill leaves half a file, and every later start would fail on it or deal
@@ -67,13 +70,15 @@ def windowed(first: int, samples: int, length: int) -> type[PackedDataset]:
     """
 
     class Windowed(PackedDataset):
-        def __init__(self, dataset: Any, path: Any, indices: Any, _number: Any, *arguments: Any) -> None:
+        def __init__(
+            self, dataset: IndexedDataset, path: str, indices: np.ndarray, _number: object, *arguments: Any
+        ) -> None:
             super().__init__(dataset, path, indices, None, *arguments)
 
         def __len__(self) -> int:
             return length
 
-        def __getitem__(self, index: int | None) -> dict[str, Any]:
+        def __getitem__(self, index: int | None) -> dict[str, Tensor]:
             place = (index or 0) + first  # Megatron asks for sample None to read only a batch's shape
             item = super().__getitem__(place if place < samples else 0)
             return item if place < samples else item | {"loss_mask": item["loss_mask"] * 0}

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.megatron.progress import say
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.sources.tensors import ModelSource
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
 
 LARGEST = 700.0  # a loss whose perplexity float64 can hold
 
@@ -31,13 +36,13 @@ class DepthCriteria:
     """
 
     def __init__(
-        self, source: ModelSource, calibration: Calibration, batches: Callable[[], list[dict[str, Any]]], out: Path
+        self, source: ModelSource, calibration: Calibration, batches: Callable[[], list[Batch]], out: Path
     ) -> None:
         self.source, self.calibration, self.batches, self.out = source, calibration, batches, out
         self.vocab_size = source.architecture.vocab_size
         self.scores = Scores.load(out) if out.exists() else Scores(source.architecture, {})
 
-    def run(self, chunks: list[Any]) -> None:
+    def run(self, chunks: list[MegatronModule]) -> None:
         """Computes what is missing, on this rank's chunks of the filled model. Collective over all ranks.
 
         Raises InputError for a loss whose perplexity is too large for a float, and for items of multiple choice that
@@ -57,12 +62,12 @@ class DepthCriteria:
                 self.scores.save(self.out)
                 say(f"depth: {name} in {time.perf_counter() - start:.1f} s")
 
-    def _loss(self, chunks: list[Any]) -> dict[Block, float]:
+    def _loss(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         from nemo_minitron.importance.depth import depth_scan
 
         return depth_scan(chunks, self.batches(), self.calibration.depth_sizes, vocab_size=self.vocab_size)
 
-    def _perplexity(self, chunks: list[Any]) -> dict[Block, float]:
+    def _perplexity(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         losses = self.scores.depth.get("loss") or self._loss(chunks)
         (first, last), most = max(losses.items(), key=lambda item: item[1])
         if most > LARGEST:
@@ -72,7 +77,7 @@ class DepthCriteria:
             )
         return {block: math.exp(loss) for block, loss in losses.items()}
 
-    def _accuracy(self, chunks: list[Any]) -> dict[Block, float]:
+    def _accuracy(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         from nemo_minitron.data import load_tokenizer
         from nemo_minitron.families.tokenizer import check_ids
         from nemo_minitron.importance.depth import multiple_choice, read_items
@@ -94,7 +99,7 @@ class DepthCriteria:
         }  # fmt: skip
         return answers.accuracy
 
-    def _removal(self, chunks: list[Any]) -> dict[Block, float]:
+    def _removal(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         from nemo_minitron.importance.depth import iterative_removal
 
         count = self.calibration.remove

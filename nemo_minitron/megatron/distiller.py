@@ -12,26 +12,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.distillation.intermediate import Intermediate
-from nemo_minitron.distillation.layer_map import layer_map
+from nemo_minitron.distillation.layer_map import Pair, layer_map
 from nemo_minitron.distillation.meter import Meter
 from nemo_minitron.distillation.projection import Projection
 from nemo_minitron.distillation.routers import ROUTERS, routers_loss, set_routers_loss
 from nemo_minitron.distillation.step import Objective, distillation_step
-from nemo_minitron.distillation.teacher import Inputs, Teacher
+from nemo_minitron.distillation.teacher import Batch, Batches, DataStep, Inputs, Teacher
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.load import Build, load
 from nemo_minitron.sources.open import open_source
 
-DataStep = Callable[[Any], Any]  # an iterator of micro-batches -> what the forward step is given of the next one
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.distillation.cache import CachedTeacher
+    from nemo_minitron.importance.batches import Batch
 
 
 @dataclasses.dataclass
@@ -59,19 +64,19 @@ class Distiller:
     def __post_init__(self) -> None:
         self.parts: dict[str, float] = {}
         self.teacher: Teacher | None = None
-        self._cached: Any = None
+        self._cached: CachedTeacher | None = None
         self._intermediate: Intermediate | None = None
         self._meter: Meter | None = None
-        self._state: dict[str, Any] | None = None
+        self._state: Mapping[str, object] | None = None
 
-    def prepare(self, config: Any) -> None:
+    def prepare(self, config: TransformerConfig) -> None:
         """Sets the student's live config (Megatron's TransformerConfig). It must run before Megatron's DDP reads the
         config. Raises InputError for a routers' loss of a model without routers."""
         # Without it, a rank with few tokens would have the weight of a rank with many.
         config.calculate_per_token_loss = True
         set_routers_loss(config, self.aux)
 
-    def begin(self, student: list[Any]) -> None:
+    def begin(self, student: list[MegatronModule]) -> None:
         """Loads the teacher or opens the cache. `student`: this rank's chunks, filled. Collective.
 
         Raises InputError if teacher and student differ in their vocabulary, if the teacher cannot run in the student's
@@ -86,7 +91,7 @@ class Distiller:
             self._watch(student)
 
     @property
-    def forward(self) -> Callable[[Any, Any], Tensor]:
+    def forward(self) -> Callable[[MegatronModule, Batch], Tensor]:
         """The forward step: (model, micro-batch) -> the loss of each token [B, S] of this rank; on an earlier pipeline
         stage, the states that it sends on."""
         return distillation_step(self.objective, self.inputs, self.teacher, self._meter)
@@ -119,10 +124,10 @@ class Distiller:
         chunks = load(source, build=self.build, precision=self.precision, layout=layout)
         return Teacher(chunks, self.inputs, offload=self.offload)
 
-    def _watch(self, student: list[Any]) -> None:
+    def _watch(self, student: list[MegatronModule]) -> None:
         """Prepares the meter of the loss's parts and the loss of intermediate states."""
         ours, kept = architecture_of(student[0]), self.plan.keep if self.plan else {}
-        pairs: tuple[Any, ...] = ()
+        pairs: tuple[Pair, ...] = ()
         if self.pairs and self.teacher:
             theirs = self.teacher.chunks[0].config
             pairs = layer_map(self.pairs, ours.num_layers, theirs.num_layers, kept.get("layers"))
@@ -144,7 +149,7 @@ class Distiller:
         return [*self._meter.parts, *extra] if self._meter else []
 
     def before_step(
-        self, count: int, micro_batch_size: int, replay: Callable[[], tuple[Any, int]], data_step: DataStep
+        self, count: int, micro_batch_size: int, replay: Callable[[], tuple[Batches, int]], data_step: DataStep
     ) -> None:
         """Runs before the student's schedule of `count` micro-batches. A teacher in pipeline stages runs its whole
         schedule now, over the same micro-batches; any other teacher runs inside of the student's forward step.
@@ -181,21 +186,21 @@ class Distiller:
             self._intermediate.remove()
 
     @property
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> Mapping[str, object] | None:
         """What a checkpoint must hold in addition to the student: a nested dict of tensors and numbers, or None."""
         return None if self._intermediate is None else self._intermediate.state()
 
-    def load(self, state: dict[str, Any] | None) -> None:
+    def load(self, state: Mapping[str, object] | None) -> None:
         """Takes `state` from a checkpoint, before `begin` or after it."""
         self._state = state
         if state is not None and self._intermediate is not None:
             self._intermediate.load(state)
 
 
-def _shown(data_step: DataStep, see: Callable[[Any], None]) -> DataStep:
+def _shown(data_step: DataStep, see: Callable[[Batch], None]) -> DataStep:
     """A data step that shows each micro-batch as a whole before it is cut for this stage."""
 
-    def step(batches: Any) -> Any:
+    def step(batches: Iterator[Batch]) -> Batch:
         item = next(batches)
         see(item[0] if isinstance(item, tuple) else item)
         return data_step(iter([item]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -19,11 +19,16 @@ from nemo_minitron.settings.calibration import SCANNED, STATISTICS, TAYLOR
 from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.open import open_source
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
+
 
 class Runner(Builder, Protocol):
     """What the stage asks of a host. `hosts/protocol.py` describes each method in full."""
 
-    def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
+    def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[Batch]:
         """The rows `first` to `samples` - 1 of the order's corpus, then rows that do not count, `length` in all."""
         ...
 
@@ -74,7 +79,7 @@ class Estimation:
     def rows_left(self) -> int:
         return self.calibration.samples - self.done if self.calibration.runs else 0
 
-    def differentiate(self, chunks: list[Any]) -> None:
+    def differentiate(self, chunks: list[MegatronModule]) -> None:
         """Taylor scores of the rows that are left. Rank 0 saves them every `save_every` batches. Collective."""
         settings, scores = self.calibration, self.before
         first = torch.distributed.get_rank() == 0
@@ -91,11 +96,11 @@ class Estimation:
                 scores.save(self.statistics)
                 rows.to(scores.samples)
 
-    def depth_batches(self) -> list[dict[str, Any]]:
+    def depth_batches(self) -> list[Batch]:
         """This data-parallel rank's micro-batches for the criteria of depth, as `batches`."""
         return self.batches(0, self.calibration.depth_samples)
 
-    def batches(self, first: int, samples: int) -> list[dict[str, Any]]:
+    def batches(self, first: int, samples: int) -> list[Batch]:
         """This data-parallel rank's micro-batches of the rows `first` to `samples` - 1; each rank has as many.
 
         A micro-batch has the keys of `Host.rows`, each [batch_size, sequence_length].

@@ -6,7 +6,7 @@ Shapes (docs/shapes.md): X the dimensions of a tensor or of a block of it, I the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from nemo_minitron.sources.finite import check_finite
 from nemo_minitron.sources.mapping import Piece, Shard, is_expert, pieces
 from nemo_minitron.sources.tensors import RAW, TensorSource, source_digest, whole
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 
 def this_shard() -> Shard:
     """This rank's place in the groups that split tensors: tensor, expert and expert-tensor parallelism."""
@@ -39,7 +42,7 @@ def this_shard() -> Shard:
     )
 
 
-def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+def named_parameters(chunks: Iterable[MegatronModule]) -> Iterator[tuple[str, Tensor]]:
     """(name, parameter) of this rank. Megatron numbers the layers of each chunk from 0; here a layer's number is its
     number in the whole model, from 0."""
     for chunk in map(unwrap, chunks):
@@ -52,7 +55,7 @@ def named_parameters(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _places(chunks: Iterable[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
+def _places(chunks: Iterable[MegatronModule], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
     """Canonical name -> the parameters of this rank that hold a part of the tensor, each with its piece.
 
     Raises InputError for a parameter in FP8: to write one piece would change the scale of the whole parameter.
@@ -68,7 +71,7 @@ def _places(chunks: Iterable[Any], architecture: Architecture) -> dict[str, list
 
 
 @torch.no_grad()
-def fill(chunks: Iterable[Any], source: TensorSource, plan: PrunePlan | None = None) -> None:
+def fill(chunks: Iterable[MegatronModule], source: TensorSource, plan: PrunePlan | None = None) -> None:
     """Fills this rank's shards of a model by reading `source`; with a `plan`, by reading the parts that it keeps.
 
     A rank reads only what its shards hold, one tensor at a time. From a collective source (`LiveSource`) it holds one
@@ -101,11 +104,11 @@ def _copy(raw_X: np.ndarray, dtype: str, name: str, target_X: Tensor, piece: Pie
     target_X[_slices(piece.place)] = as_tensor(raw_X, dtype).to(target_X)
 
 
-def _slices(box: Any) -> tuple[slice, ...]:
+def _slices(box: Iterable[tuple[int, int]]) -> tuple[slice, ...]:
     return tuple(slice(first, last) for first, last in box)
 
 
-def _check_total(places: dict[str, Any], architecture: Architecture) -> None:
+def _check_total(places: Iterable[str], architecture: Architecture) -> None:
     """Raises InputError unless the ranks together hold the architecture's tensors and no others. Collective."""
     names_by_rank = gather_objects(set(places), torch.distributed.group.WORLD)
     names, shapes = set().union(*names_by_rank), architecture.shapes()
@@ -123,7 +126,7 @@ class LiveSource:
 
     collective = True
 
-    def __init__(self, chunks: Iterable[Any], architecture: Architecture) -> None:
+    def __init__(self, chunks: Iterable[MegatronModule], architecture: Architecture) -> None:
         chunks = list(chunks)
         self.architecture = architecture
         self._dtype = next(unwrap(chunks[0]).parameters()).dtype
@@ -153,12 +156,12 @@ class LiveSource:
         return bytes_I.cpu().numpy().view(block_X.dtype).reshape(block_X.shape)
 
 
-def live_digest(chunks: Iterable[Any], architecture: Architecture) -> str:
+def live_digest(chunks: Iterable[MegatronModule], architecture: Architecture) -> str:
     """The digest of a live model's weights, the same as that of its folder or checkpoint. Collective."""
     return source_digest(LiveSource(chunks, architecture))
 
 
-def _contributed(chunks: list[Any], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
+def _contributed(chunks: list[MegatronModule], architecture: Architecture) -> dict[str, list[tuple[Tensor, Piece]]]:
     """Canonical name -> the parameters that this rank contributes to a `read`, each with its piece. Of all ranks that
     hold a copy of a piece, only one contributes it.
 

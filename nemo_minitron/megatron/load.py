@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from megatron.core import parallel_state
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.families import family_of
 from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import fill
@@ -16,22 +17,25 @@ from nemo_minitron.pruning.student import Student
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.sources.tensors import ModelSource
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 
 class Builder(Protocol):
     """What every stage asks of a host."""
 
-    def build(self, config: Mapping[str, Any], *, precision: str, layout: Layout) -> list[Any]:
+    def build(self, config: HfConfig, *, precision: str, layout: Layout) -> list[MegatronModule]:
         """This rank's GPTModel chunks for a Hugging Face config, without weights. `hosts/protocol.py` says the rest."""
         ...
 
 
-Build = Callable[..., list[Any]]  # a host's `build`
+Build = Callable[..., list["MegatronModule"]]  # a host's `build`
 
 
 def load(
     teacher: ModelSource, plan: PrunePlan | None = None, *, build: Build, compensation: Compensation | None = None,
     precision: str = "fp32", layout: Layout | None = None, sp: bool = False,
-) -> list[Any]:  # fmt: skip
+) -> list[MegatronModule]:  # fmt: skip
     """This rank's filled chunks of a model, one for each virtual stage; with a `plan`, those of its student.
 
     A student's tensors are read from its teacher, except those that `compensation` has. If Megatron's parallel groups

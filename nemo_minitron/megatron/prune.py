@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder
@@ -14,13 +14,16 @@ from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import TensorSource
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 PRECISIONS = {"F32": "fp32", "BF16": "bf16"}  # the dtype of the teacher's stored weights -> the student's precision
 
 
 class Writer(Builder, Protocol):
     """What the stage asks of a host. `hosts/protocol.py` describes each method in full."""
 
-    def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
+    def save(self, chunks: list[MegatronModule], folder: Path, teacher: Path, plan: PrunePlan) -> None:
         """Writes a live student to an empty folder, as a checkpoint of its teacher's kind. Collective."""
         ...
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from megatron.core.datasets.utils import Split
+from torch import Tensor
 
 from nemo_minitron.megatron.dataset import PackedDataset
 
@@ -28,7 +27,7 @@ def stream_rows(rows: int) -> type[PackedDataset]:
         def __len__(self) -> int:
             return len(self.shuffle_index) if self.training else super().__len__()
 
-        def __getitem__(self, index: int | None) -> dict[str, Any]:
+        def __getitem__(self, index: int | None) -> dict[str, Tensor | np.int64]:
             return super().__getitem__(index) | {"epoch": np.int64((index or 0) // rows)}
 
         def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

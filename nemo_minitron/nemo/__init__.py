@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-_MODULES = {
-    "Importance": "nemo_minitron.hosts.nemo.callbacks",
-    "Pruning": "nemo_minitron.hosts.nemo.callbacks",
-    "Distillation": "nemo_minitron.hosts.nemo.distill",
-    "register": "nemo_minitron.hosts.nemo.register",
-    "load_model": "nemo_minitron.hosts.nemo.models",
-}
+from nemo_minitron.lazy import loader
+
+if TYPE_CHECKING:
+    from nemo_minitron.hosts.nemo.callbacks import Importance, Pruning
+    from nemo_minitron.hosts.nemo.distill import Distillation
+    from nemo_minitron.hosts.nemo.models import load_model
+    from nemo_minitron.hosts.nemo.register import register
+
+__getattr__ = loader(
+    __name__,
+    {
+        "Distillation": "nemo_minitron.hosts.nemo.distill", "Importance": "nemo_minitron.hosts.nemo.callbacks",
+        "Pruning": "nemo_minitron.hosts.nemo.callbacks", "load_model": "nemo_minitron.hosts.nemo.models",
+        "register": "nemo_minitron.hosts.nemo.register",
+    },
+)  # fmt: skip
 
 __all__ = ["Distillation", "Importance", "Pruning", "load_model", "register"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -5,7 +5,9 @@ Each is loaded when it is asked for, since a command that shows its help needs n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.lazy import loader
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.cut import prune
@@ -15,17 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["HFSource", "prune", "student_index", "write_weights"]
 
-_WHERE = {
-    "HFSource": "nemo_minitron.sources.folder",
-    "prune": "nemo_minitron.pruning.cut",
-    "student_index": "nemo_minitron.pruning.selection",
-    "write_weights": "nemo_minitron.pruning.write",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "HFSource": "nemo_minitron.sources.folder", "prune": ".cut", "student_index": ".selection",
+        "write_weights": ".write",
+    },
+)  # fmt: skip

@@ -4,7 +4,7 @@ tensors.
 Names and shapes are the student's, numbers are fp32. Only numpy is needed, and the student need not exist.
 
 Shapes (docs/shapes.md): D input channels of a matrix, O its output channels in the student, K kept input channels, L
-layers, A attention heads. I: the input channels that go.
+layers, A attention heads. I: the input channels that are cut.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
 
     `gram` [D, D]: the sum over tokens of x x^T, of the input x of the teacher's matrix. W' minimises
     sum |W x - W' x_K|^2 + r |W' - W_K|^2. So W' = W_K + W_P G_PK (G_KK + r I)^-1, with K the inputs that stay, P those
-    that go, and r = `ridge` times the mean of the diagonal of G_KK. Solved in float64. The ridge pulls towards W_K, not
-    towards 0: an infinite ridge would give the plain cut. If nothing goes, or what goes was always 0, nothing changes.
+    that are cut, and r = `ridge` times the mean of the diagonal of G_KK. Solved in float64. The ridge pulls towards
+    W_K, not towards 0: an infinite ridge would give the plain cut. If no input is cut, or if the inputs that are cut
+    were always 0, nothing changes.
 
     Raises InputError for a ridge that is not positive and finite, and for a Gram matrix that has another size or a
     number that is not finite.
@@ -65,7 +66,7 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
     gone_I = np.setdiff1d(np.arange(size), kept)
     gram_KK = gram[np.ix_(kept, kept)].astype(np.float64)
     damping = ridge * np.trace(gram_KK) / len(kept)
-    if damping:  # without it all inputs that stay were always 0
+    if damping:  # it is 0 if all inputs that stay were always 0
         gram_KK[np.diag_indices(len(kept))] += damping
         missing_OK = weight_OD[:, gone_I] @ gram[np.ix_(gone_I, kept)]
         weight_OD[:, kept] += np.linalg.solve(gram_KK, missing_OK.T).T
@@ -74,7 +75,7 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
 
 # -- after a cut of hidden channels: the norms' denominator ----------------------------------------------
 def check_fold(source: Architecture, target: Architecture) -> None:
-    """Raises InputError if `fold_norms` would."""
+    """Raises InputError if `fold_norms` would refuse the plan."""
     if source.normalization != "rmsnorm":
         raise InputError("folding is exact for RMSNorm alone; this model has LayerNorm, leave it off")
     if source.hidden_size == target.hidden_size:
@@ -82,12 +83,12 @@ def check_fold(source: Architecture, target: Architecture) -> None:
 
 
 def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
-    """The norms' weights times a factor. It makes the cut exact if the channels that went were always 0.
+    """The norms' weights times a factor. It makes the cut exact if the channels that are cut were always 0.
 
-    If the channels that went were 0, the root mean square over the kept ones is sqrt(all / kept) times as large (apart
-    from the epsilon under the root). An RMSNorm divides by it, so its weights are multiplied by sqrt(all / kept). It is
-    off by default, as in the papers. In bf16 the product is rounded once. Raises InputError for LayerNorm, whose mean
-    would change, too, and if the plan cuts no hidden channels.
+    If the channels that are cut were 0, the root mean square over the kept ones is sqrt(all / kept) times as large
+    (apart from the epsilon under the root). An RMSNorm divides by it, so its weights are multiplied by sqrt(all /
+    kept). It is off by default, as in the papers. In bf16 the product is rounded once. Raises InputError for LayerNorm,
+    whose mean would change, too, and if the plan cuts no hidden channels.
     """
     check_fold(plan.source, plan.target)
     factor = math.sqrt(plan.source.hidden_size / plan.target.hidden_size)
@@ -97,14 +98,14 @@ def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
 
 # -- after a cut of heads: what went, added to what stays ------------------------------------------------
 def check_residual(source: Architecture, target: Architecture, sign: str) -> None:
-    """Raises InputError if `head_residual` would, whatever its scores."""
+    """Raises InputError if `head_residual` would refuse the plan, whatever the scores are."""
     if sign not in SIGNS:
         raise InputError(f"head residual '{sign}' is unknown; legal are {' and '.join(SIGNS)}")
     of = "num_query_groups" if source.heads_per_group == 1 else "heads_per_group"
     before, after = getattr(source, of), getattr(target, of)
     if before == after or 2 * after < before:
         raise InputError(
-            f"{after} of {before} heads stay in a group; a head residual needs some to go, and no more than half: "
+            f"{after} of {before} heads stay in a group; a head residual needs a cut of some heads, of at most half: "
             f"the nearest legal number is {min(max(after, -(-before // 2)), before - 1)}"
         )
 
@@ -113,9 +114,10 @@ def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sig
     """Query heads with the residual of their pruned partners (2407.14679, section 2.3).
 
     `scores` [L, A] give the order of importance. In each query group n heads are ranked 1 to n, so that the k heads
-    that stay come before those that go. Head i in [2k - n + 1, k] becomes head_i + (head_i - head_(2k - i + 1)). With
-    "laco" the sign is the opposite, so the head becomes its partner. If every head has its own keys and values (MHA),
-    they change as well, and the layer is one group. The paper's lower bound, k - (n - k), would be one head too many.
+    that stay come before those that are cut. Head i in [2k - n + 1, k] becomes head_i + (head_i - head_(2k - i + 1)).
+    With "laco" the sign is the opposite, so the head becomes its partner. If every head has its own keys and values
+    (MHA), they change as well, and the layer is one group. The paper's lower bound, k - (n - k), would be one head too
+    many.
 
     Raises InputError if more than half of the heads go or none, for scores of another shape, and for an unknown sign.
     """
@@ -133,14 +135,14 @@ def head_residual(source: TensorSource, plan: PrunePlan, scores: np.ndarray, sig
 
 
 def _partners(plan: PrunePlan, layer: int, scores: np.ndarray, alone: bool) -> Iterator[tuple[int, int]]:
-    """(a head that stays, the head that goes and is its partner), both as numbered in the source layer."""
+    """(a head that stays, its partner among the heads that are cut), both as numbered in the source layer."""
     size = plan.source.num_attention_heads if alone else plan.source.heads_per_group
     kept = set(plan.indices("heads", layer) or ())
     ranked = sorted(range(plan.source.num_attention_heads), key=lambda head: (-scores[layer][head], head))
     for group in range(plan.source.num_attention_heads // size):
         stays = [head for head in ranked if head // size == group and head in kept]
         goes = [head for head in ranked if head // size == group and head not in kept]
-        if stays:  # else the whole group goes
+        if stays:  # else the whole group is cut
             yield from zip(reversed(stays), goes, strict=False)
 
 

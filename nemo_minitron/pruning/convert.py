@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, write_json
@@ -14,6 +14,9 @@ from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import TOKENIZER, copy_side_files
 from nemo_minitron.pruning.write import write_weights
 from nemo_minitron.sources.open import is_nemo_checkpoint
+
+if TYPE_CHECKING:
+    from nemo_minitron.architecture import Architecture
 
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by safetensors' names
 
@@ -51,6 +54,6 @@ def convert(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def identity(architecture: Any) -> PrunePlan:
+def identity(architecture: Architecture) -> PrunePlan:
     """The plan that cuts nothing."""
     return PrunePlan(source=architecture, target=architecture, keep={})

@@ -86,7 +86,7 @@ def check_plan(plan: PrunePlan, source: ModelSource) -> None:
 
 
 def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:
-    """The teacher is never written to, and nothing but a model folder is ever replaced."""
+    """Raises InputError for a student's folder that overlaps the teacher's, or that holds anything but a model."""
     source, target = teacher.resolve(), student.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise InputError(f"the student's folder '{student}' overlaps the teacher's '{teacher}'")

@@ -1,4 +1,5 @@
-"""What a cut's settings and its arithmetic both name. Plain data, so that a command's help needs no numpy."""
+"""Constants that the settings of a cut and its arithmetic share. Plain data, so that a command's help needs no
+numpy."""
 
 from __future__ import annotations
 

@@ -15,13 +15,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.json_types import Json, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.side_files import OTHER_VOCABULARIES, side_files
+
+if TYPE_CHECKING:
+    from nemo_minitron.data import Tokens
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 NAMING = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -31,8 +35,8 @@ IDS = ("token_id", "token_ids", "suppress_tokens", "words_ids")
 CHUNK = 1 << 20  # tokens counted at a time
 
 
-def count_tokens(tokens: Any, vocab_size: int) -> np.ndarray:
-    """How often each id occurs in a tokenised corpus (`nemo.data.Tokens`), int64 [vocab_size].
+def count_tokens(tokens: Tokens, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in a tokenised corpus (`data.Tokens`), int64 [vocab_size].
 
     Raises InputError for a corpus of another tokenizer.
     """
@@ -136,7 +140,7 @@ class Vocabulary:
 
     # -- the cut -------------------------------------------------------------------------------------
     def check(self, kept: Sequence[int]) -> None:
-        """Raises InputError if a required token goes, or a part of a kept token."""
+        """Raises InputError if a required token is dropped, or a part of a kept token."""
         stays, names = set(kept), {i: token for token, i in self.tokens.items()}
         if self.required - stays:
             gone = min(self.required - stays)
@@ -148,11 +152,11 @@ class Vocabulary:
             lost = self.parts(names[i]) - stays if i in names else None
             if lost:
                 raise InputError(
-                    f"the plan keeps token {i} ({names[i]!r}) and drops {min(lost)} ({names[min(lost)]!r}), of which "
-                    "it is merged; keep both or neither, as a plan by `Vocabulary.scores` does"
+                    f"the plan keeps token {i} ({names[i]!r}) and drops {min(lost)} ({names[min(lost)]!r}), from "
+                    "which it is merged; keep both or neither, as a plan by `Vocabulary.scores` does"
                 )
 
-    def cut(self, kept: Sequence[int]) -> dict[str, Any]:
+    def cut(self, kept: Sequence[int]) -> JsonObject:
         """The tokenizer.json of the tokens `kept`, which are sorted old ids. New ids are positions in `kept`.
 
         Raises InputError as `check` does.
@@ -178,7 +182,7 @@ class Vocabulary:
         return values
 
 
-def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Path) -> None:
+def write_tokenizer(tokenizer: JsonObject, kept: Sequence[int], student: Path) -> None:
     """Writes a cut tokenizer into `student`, and the new ids into the configs that were copied there."""
     new = {old: i for i, old in enumerate(kept)}
     write_json(student / "tokenizer.json", tokenizer)
@@ -189,11 +193,11 @@ def write_tokenizer(tokenizer: dict[str, Any], kept: Sequence[int], student: Pat
             write_json(student / name, renumbered(read_json(student / name, "the config"), new.get))
 
 
-def renumbered(value: Any, number: Callable[[int], Any]) -> Any:
-    """A config, at any depth, with `number(id)` in place of each id. If that is None, the token goes.
+def renumbered(value: Json, number: Callable[[int], Json]) -> Json:
+    """A config, at any depth, with `number(id)` in place of each id. If that is None, the token is dropped.
 
-    Then its entry of a list or of `added_tokens_decoder` goes, and so does a sequence that it is part of. A field with
-    such an id becomes null.
+    Then its entry of a list or of `added_tokens_decoder` is dropped, and so is a sequence that it is part of. A field
+    with such an id becomes null.
     """
     if isinstance(value, list):
         return [renumbered(part, number) for part in value]
@@ -215,18 +219,18 @@ def renumbered(value: Any, number: Callable[[int], Any]) -> Any:
     return new_config
 
 
-def _mapped(value: Any, number: Callable[[int], Any]) -> Any:
+def _mapped(value: Json, number: Callable[[int], Json]) -> Json:
     """Renumbered ids, at any depth of lists. -1 and null are no ids."""
     if isinstance(value, list):
         return [new for i in value if not _lost(i, new := _mapped(i, number))]
     return number(value) if type(value) is int and value >= 0 else value
 
 
-def _lost(old: Any, new: Any) -> bool:
+def _lost(old: Json, new: Json) -> bool:
     return (new is None and old is not None) or (isinstance(old, list) and len(new) < len(old))
 
 
-def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) -> Any:
+def _renumbered(value: Json, by_text: Mapping[str, int], new: Mapping[int, int]) -> Json:
     """A post-processor or padding with new ids: `ids` lists, `pad_id`, and pairs of a token's text and its id."""
     if isinstance(value, list):
         if len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int and value[0] in by_text:
@@ -234,7 +238,7 @@ def _renumbered(value: Any, by_text: Mapping[str, int], new: Mapping[int, int]) 
         return [_renumbered(part, by_text, new) for part in value]
     if not isinstance(value, dict):
         return value
-    new_values: dict[str, Any] = {}
+    new_values: JsonObject = {}
     for key, part in value.items():
         if key == "ids" and isinstance(part, list):
             new_values[key] = [new[i] for i in part]

@@ -7,13 +7,13 @@ import functools
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import need_space, reserve, write_json
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.pruning.student import Student
@@ -42,7 +42,7 @@ def write_weights(
     source: TensorSource,
     plan: PrunePlan,
     folder: str | Path,
-    config: Mapping[str, Any],
+    config: HfConfig,
     *,
     compensation: Compensation | None = None,
     shard_size: int = SHARD,
@@ -76,7 +76,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _tensors(student: Student, config: Mapping[str, Any]) -> list[_Tensor]:
+def _tensors(student: Student, config: HfConfig) -> list[_Tensor]:
     shapes = student.architecture.shapes()
     tensors = []
     for name, parts in family_of(config).hf_tensors(student.architecture).items():
@@ -90,6 +90,7 @@ def _tensors(student: Student, config: Mapping[str, Any]) -> list[_Tensor]:
 
 def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
     """File name -> its tensors, in the model's order, as many as fit into a file."""
+    # Not huggingface_hub's splitter: it puts a tensor larger than `limit` in front of tensors that come before it.
     groups: list[list[_Tensor]] = [[]]
     for tensor in tensors:
         if groups[-1] and sum(t.size for t in groups[-1]) + tensor.size > limit:
@@ -103,7 +104,7 @@ def _shards(tensors: Iterable[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
 
 def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_Tensor, Callable[[], None]]:
     """Writes the header and reserves the file's length. Returns one task a tensor that writes it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     position, starts = 0, {}
     # Wide dtypes come first, so that each element lies at a multiple of its own size.
     for tensor in sorted(members, key=lambda t: -SIZES[t.dtype]):

@@ -15,8 +15,8 @@ def layers_to_drop(
     """The `count` source layers, sorted, that matter least by `scores.depth[criterion]`.
 
     They are the best contiguous block of exactly that size (2408.11796, section 4.1) or, with `contiguous=False`, the
-    best single layers, each scored alone. `removal`: the layers that were removed first. Of equal blocks or layers the
-    later one is dropped. `least=True` drops the layers that matter most instead.
+    best single layers, each scored alone. For `removal` they are the layers that were removed first. Of equal blocks or
+    layers the later one is dropped. `least=True` drops the layers that matter most instead.
 
     Raises InputError, which lists what was scanned, for a criterion or a size that was not.
     """

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.search.depth import layers_to_drop
@@ -91,7 +91,7 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
     target = student_architecture(source, keep)
     sizes = {name: a.length(target) for name, a in AXES.items() if a.length(source) != a.length(target)}
     layers = _layers(source, target, keep, values, least)
-    chosen: dict[str, Any] = {}
+    chosen: JsonObject = {}
     for name, size in sizes.items():  # experts before the neurons of each
         if name in ("layers", "heads"):
             continue

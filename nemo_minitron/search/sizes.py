@@ -74,7 +74,7 @@ def _size(source: Architecture, name: str, value: Any) -> int:
     return int(value)
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

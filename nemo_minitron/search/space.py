@@ -190,8 +190,8 @@ def _everywhere(loads: Mapping[str, int | str], named: set[str]) -> dict[str, in
 
 
 def _default_axes(source: Architecture) -> list[str]:
-    """The axes that vary by default; not layers if some are dense and some mixtures, since their number is then not
-    enough."""
+    """The axes that vary by default; without layers if some are dense and some are mixtures, because a number of layers
+    does not say which ones stay."""
     mixed = isinstance(source.moe_layer_freq, tuple)
     return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and mixed)]
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.axes import axis
 from nemo_minitron.search.candidates import Candidate, SearchResult
 from nemo_minitron.search.formula import Cost, Formula
 
 
-def rows_of(result: SearchResult, source: Architecture, **serving: Any) -> list[dict[str, Any]]:
+def rows_of(result: SearchResult, source: Architecture, **serving: object) -> list[JsonObject]:
     """The candidates, best first, then the other shapes on the front; `serving`: arguments of `Architecture.memory`.
 
     Columns: name, each axis, parameters, without_embeddings, active_parameters (of mixtures), bytes (to serve),
@@ -36,15 +36,13 @@ def rows_of(result: SearchResult, source: Architecture, **serving: Any) -> list[
     ]
 
 
-def source_row(source: Architecture, axes: Sequence[str], **serving: Any) -> dict[str, Any]:
+def source_row(source: Architecture, axes: Sequence[str], **serving: object) -> JsonObject:
     """The uncut model in the same columns."""
     uncut = Candidate({name: axis(name).length(source) for name in axes}, source, 1.0)
     return rows_of(SearchResult([uncut], [], 1, 1), source, **serving)[0] | {"name": "uncut", "rank": None}
 
 
-def _costs(
-    source: Architecture, sizes: Sequence[Mapping[str, int]], serving: Mapping[str, Any]
-) -> dict[str, list[int]]:
+def _costs(source: Architecture, sizes: Sequence[Mapping[str, int]], serving: JsonFields) -> dict[str, list[int]]:
     """The costs, by formula, because counting an Architecture with hundreds of experts takes long."""
     costs: dict[str, Cost] = {
         "parameters": lambda a: a.parameters(),

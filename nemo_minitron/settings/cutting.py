@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
@@ -50,7 +49,7 @@ class Cutting:
         if self.head_residual and self.compensate:
             raise InputError("head_residual changes the heads that compensate re-fits; set cutting.compensate=false")
 
-    def deciding(self) -> dict[str, Any]:
+    def deciding(self) -> dict[str, object]:
         """Name -> value of the settings that decide the student's weights."""
         values = dataclasses.asdict(self)
         for name in ("memory",) if self.compensate else ("memory", "ridge"):

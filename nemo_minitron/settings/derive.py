@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from nemo_minitron.errors import InputError
 from nemo_minitron.precisions import FP8, token_multiple
-from nemo_minitron.schema import asked_for
+from nemo_minitron.schema import Unasked, asked_for
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Job
+
+
+class Corpus(Protocol):
+    """What is asked of a tokenised text (`data.Tokens`)."""
+
+    tokens: int
+
+    def samples(self, sequence_length: int) -> int: ...
 
 
 class Fit:
@@ -33,11 +43,19 @@ class Fit:
             self._set("min_learning_rate", settings.learning_rate / 10, "a tenth of learning_rate")
 
     def model(self, positions: int | None) -> None:
-        """Fits the sequence length to `positions`: the longest sequence, in tokens, that the model's config allows."""
-        if positions:
-            self.length(positions, "the model has no more positions")
+        """Fits the sequence length to `positions`: the longest sequence, in tokens, that the model's config allows.
+        Raises InputError if a longer one was asked for."""
+        if not positions:
+            return
+        self.length(positions, "the model has no more positions")
+        if self.settings.sequence_length > positions:
+            legal = positions - positions % self._multiple()
+            raise InputError(
+                f"sequence_length is {self.settings.sequence_length}, but the model has {positions} positions "
+                f"(max_position_embeddings); the nearest legal value is {legal}"
+            )
 
-    def text(self, *corpora: Any) -> None:
+    def text(self, *corpora: Corpus) -> None:
         """Fits lengths and rows to `corpora`, the Tokens that are read. A row needs one token more, its last label."""
         self.length(min(corpus.tokens for corpus in corpora) - 1, "the text has no more tokens")
         rows = min(corpus.samples(self.settings.sequence_length + 1) for corpus in corpora)
@@ -54,7 +72,8 @@ class Fit:
         """Sets the longest legal sequence length of at most `most` tokens, if the default is longer."""
         length = most - most % self._multiple()
         if self._derivable("sequence_length") and 0 < length < self.settings.sequence_length:
-            self._set("sequence_length", length, why)
+            # Nobody asked for this length, either: a model or a text may still make it shorter.
+            self._set("sequence_length", Unasked(length), why)
 
     @property
     def remark(self) -> str:
@@ -65,7 +84,7 @@ class Fit:
         """Whether nobody asked for this size, or it was derived before."""
         return name in self._why or not asked_for(getattr(self.settings, name, 0))
 
-    def _set(self, name: str, value: Any, why: str) -> None:
+    def _set(self, name: str, value: int | float, why: str) -> None:
         self.settings, self._why[name] = dataclasses.replace(self.settings, **{name: value}), why
 
     def _multiple(self) -> int:
@@ -85,10 +104,25 @@ class Fit:
 
 
 def fit_job(job: Job) -> tuple[Job, str]:
-    """(the job with the sizes that its layout derives, the remark). What depends on a text is derived when it is read.
+    """(the job with the sizes that its layout derives, the remark). What depends on a model or a text is derived when
+    that is read, so the recipe of a run does not change with them."""
+    return _fitted(job, {name: Fit(getattr(job, name), job.layout) for name in ("calibration", "distillation")})
 
-    Sequence lengths are not fitted to the model's positions here: that would change the bytes of existing runs.
-    """
-    fits = {name: Fit(getattr(job, name), job.layout) for name in ("calibration", "distillation")}
+
+def fit_job_to_models(job: Job, positions: int | None) -> tuple[Job, str]:
+    """(the job with the sequence lengths that its models allow, the remark). `positions`: as for `Fit.model`. Raises
+    InputError for a longer sequence that was asked for."""
+    layouts = {"calibration": job.layout, "distillation": job.layout, "evaluation": Layout()}
+    fits = {name: Fit(getattr(job, name), layout) for name, layout in layouts.items()}
+    for name, fit in fits.items():
+        try:
+            fit.model(positions)
+        except InputError as error:
+            raise InputError(f"{name}.{error}") from None
+    return _fitted(job, fits)
+
+
+def _fitted(job: Job, fits: Mapping[str, Fit]) -> tuple[Job, str]:
+    """The job with the settings of each group's fit, and one remark."""
     remark = "; ".join(f"{name}.{fit.remark.replace('; ', f'; {name}.')}" for name, fit in fits.items() if fit.remark)
     return dataclasses.replace(job, **{name: fit.settings for name, fit in fits.items()}), remark

@@ -39,7 +39,7 @@ class Evaluation(ValidatedSettings):
     """Perplexity on held-out text, and greedy continuations of prompts."""
 
     tokens: int = setting(16_384, "Tokens of the held-out text to measure on, at most.", most=TOKENS, panel=MODEL)
-    sequence_length: int = setting(512, "Length of a row, in tokens.", panel=MODEL)
+    sequence_length: int = setting(512, "Length of a row, in tokens.", derived=True, panel=MODEL)
     batch_size: int = setting(4, "Rows that are measured at once.")
     precision: str = precision_setting("bf16", WIDE)
     random_baseline: bool = setting(True, "Also measure a student that is cut at random.", recipe_only=JOB)

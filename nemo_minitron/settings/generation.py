@@ -50,10 +50,17 @@ class Generation(ValidatedSettings):
         """Whether the teacher writes anything."""
         return self.documents > 0
 
-    def check(self, distillation: Distillation) -> None:
-        """Raises InputError if `prompts` is no file, and for a teacher correction on the teacher's own text."""
+    def check(self, distillation: Distillation, positions: int | None = None) -> None:
+        """Raises InputError if `prompts` is no file, for a document that is longer than the `positions` of the model
+        that writes it (None: unknown), and for a teacher correction on the teacher's own text."""
         if not self.wanted:
             return
+        prompt = 0 if self.prompts else self.prompt_tokens
+        if positions and prompt + self.new_tokens > positions:
+            raise InputError(
+                f"a document has up to {prompt + self.new_tokens} tokens (generation.prompt_tokens and new_tokens), "
+                f"but the model has {positions} positions; the nearest legal new_tokens is {max(1, positions - prompt)}"
+            )
         if self.prompts and not Path(self.prompts).is_file():
             raise InputError(
                 f"generation.prompts '{self.prompts}' is no file; leave it empty to take prompts from the corpus"

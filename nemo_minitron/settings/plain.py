@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, shown
 from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.schema import asked_for
 from nemo_minitron.settings.numbers import whole_number
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def build(cls: Any, values: Any, where: str = "") -> Any:
+T = TypeVar("T", bound="DataclassInstance")
+V = TypeVar("V")
+PLAIN = {  # name of a field's type -> the types of its values, and how a sentence names them
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def build(cls: type[T], values: object, where: str = "") -> T:
     """An object of the dataclass `cls`; `where` is the key of its group. Raises InputError for an unknown key (with the
     nearest one), a value of another type, and a missing key."""
     if not isinstance(values, Mapping):
-        raise InputError(f"'{where or 'recipe'}' must be a group of settings, not {shown(values)}")
+        raise InputError(_no_group(f"'{where}'" if where else "the recipe", values, get_type_hints(cls)))
     hints = get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -35,17 +48,24 @@ def build(cls: Any, values: Any, where: str = "") -> Any:
     return cls(**arguments)
 
 
-def _value(kind: Any, value: Any, key: str) -> Any:
+def _no_group(what: str, values: object, names: Iterable[str]) -> str:
+    """The refusal of a value in the place of a group. `names`: the group's settings; none if it may have any."""
+    have = "empty" if values is None else shown(values)
+    legal = ", ".join(names) or "a name and a value each"
+    return f"{what} is {have}; it must be a group of settings: {legal}"
+
+
+def _value(kind: object, value: Any, key: str) -> Any:
     """A plain value as its declared type: int becomes float, a list a tuple, and one value a tuple of one."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, key)
-    plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     name = getattr(kind, "__name__", "")
-    if name in plain:
+    if name in PLAIN:
+        types, words = PLAIN[name]
         value = _written_out(value) if name == "int" else value
-        legal = isinstance(value, plain[name]) and (name == "bool" or not isinstance(value, bool))
+        legal = isinstance(value, types) and (name == "bool" or not isinstance(value, bool))
         if not legal:
-            raise InputError(f"'{key}' is {shown(value)}; it must be {'an' if name == 'int' else 'a'} {name}")
+            raise InputError(f"'{key}' is {shown(value)}; it must be {words}")
         return _number(value, key) if name == "float" else _plain(value, key)
     if get_origin(kind) is tuple:
         return _sequence(get_args(kind)[0], value, key)
@@ -56,7 +76,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     return _plain(value, key)
 
 
-def _written_out(value: Any) -> Any:
+def _written_out(value: object) -> object:
     """60k, 1e9 or 10_240 as the whole number; any other value as it is, a text of mere digits among them."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -64,10 +84,10 @@ def _written_out(value: Any) -> Any:
     return value if number is None else number
 
 
-def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+def _mapping(kind: object, value: object, key: str) -> JsonObject:
     """Names -> values of a kind. Values of any kind (`Any`) must be plain and not nested too deep."""
     if not isinstance(value, Mapping):
-        raise InputError(f"'{key}' must be a group of settings, not {shown(value)}")
+        raise InputError(_no_group(f"'{key}'", value, ()))
     if kind is Any:
         return checked(dict(value), anything(), f"'{key}'")
     values = {}
@@ -77,7 +97,7 @@ def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any, key: str) -> Any:
+def _plain(value: V, key: str) -> V:
     """A value without control characters, since a text may be a path or be printed. Prompts may have several lines."""
     allowed = "\n\t" if key.rpartition(".")[2] == "prompts" else ""
     if isinstance(value, str) and any(unprintable(character) for character in value if character not in allowed):
@@ -97,7 +117,7 @@ def _number(value: int | float, key: str) -> float:
         ) from None
 
 
-def _sequence(kind: Any, value: Any, key: str) -> tuple[Any, ...]:
+def _sequence(kind: object, value: object, key: str) -> tuple[object, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     items = [f"{key}.{number}" if dataclasses.is_dataclass(kind) else key for number in range(len(values))]
     return tuple(_value(kind, item, where) for item, where in zip(values, items, strict=True))

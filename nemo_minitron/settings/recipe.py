@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.files import parse_json
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.schema import asked_for, known_as, seed_setting, setting
@@ -87,12 +88,12 @@ class Job(ValidatedSettings):
         # A Python recipe may give plain values for a step; `from_dict` makes a Step of them, and checks it then.
         check_chain([step for step in self.chain if isinstance(step, Step)], alone)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Plain values, as in JSON. A default that can be derived keeps its class (`Unasked`)."""
         return _with_marks(json.loads(json.dumps(dataclasses.asdict(self))), self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+    def from_dict(cls, values: JsonFields) -> Job:
         """A job from plain values. Raises InputError for an unknown key (with the nearest), a value of another type."""
         return build(cls, values)
 
@@ -112,7 +113,7 @@ class Job(ValidatedSettings):
         return Job.from_dict(values)
 
 
-def _with_marks(values: dict[str, Any], group: Any) -> dict[str, Any]:
+def _with_marks(values: JsonObject, group: Any) -> JsonObject:
     """`values` of a group of settings, with its `Unasked` numbers instead of plain ones."""
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -135,7 +136,7 @@ def with_defaults_unasked(group: Any) -> Any:
     return dataclasses.replace(group, **changed)
 
 
-def _set(values: dict[str, Any], job: Job, key: str, text: str) -> None:
+def _set(values: JsonObject, job: Job, key: str, text: str) -> None:
     *parents, last = key.split(".")
     place: Any = values
     for parent in parents:
@@ -165,7 +166,7 @@ def keys(job: Job) -> list[str]:
     """Every key that an override may name."""
     names = []
 
-    def walk(prefix: str, value: Any) -> None:
+    def walk(prefix: str, value: object) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
                 walk(f"{prefix}.{name}" if prefix else name, inner)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import setting
 from nemo_minitron.settings.validated import ValidatedSettings
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from nemo_minitron.architecture import Architecture
     from nemo_minitron.artifacts import Scores
     from nemo_minitron.search.candidates import Measure, SearchResult
+    from nemo_minitron.search.sizes import Keep
     from nemo_minitron.search.space import Space
     from nemo_minitron.search.targets import Target
 
@@ -90,7 +92,7 @@ class Search(ValidatedSettings):
         return bool(self.params or self.params_no_embeddings or self.active_params or self.memory or self.flops)
 
     @property
-    def serving(self) -> dict[str, Any]:
+    def serving(self) -> JsonObject:
         """How a model is served, as `Architecture.memory` takes it."""
         return {name: getattr(self, name) for name in ("batch", "context", "weights", "kv_cache")}
 
@@ -114,7 +116,7 @@ class Search(ValidatedSettings):
             wanted.append(targets.flops(parse.count(self.flops, "--flops"), context=self.context))
         return wanted
 
-    def shapes(self, source: Architecture, keep: Mapping[str, Any], loads: Loads | None = None) -> Space:
+    def shapes(self, source: Architecture, keep: Keep, loads: Loads | None = None) -> Space:
         """The space of shapes to try. `keep` fixes axes; `loads` and refusals are as in `make_space`."""
         from nemo_minitron.search import make_space, parse
 
@@ -124,7 +126,7 @@ class Search(ValidatedSettings):
         )  # fmt: skip
 
     def run(
-        self, source: Architecture, keep: Mapping[str, Any], scores: Scores | None = None,
+        self, source: Architecture, keep: Keep, scores: Scores | None = None,
         measure: Measure | None = None, loads: Loads | None = None, **options: Any,
     ) -> SearchResult:  # fmt: skip
         """The candidates. `measure` gives a candidate's latency in seconds; None leaves the latency out. `loads` goes
@@ -136,7 +138,7 @@ class Search(ValidatedSettings):
             settings["latency"] = (parse.seconds(self.latency, "--latency"), measure)
         return search(self.shapes(source, keep, loads), self.targets(), scores, **settings)
 
-    def describe(self, source: Architecture, keep: Mapping[str, Any], loads: Loads | None = None) -> str:
+    def describe(self, source: Architecture, keep: Keep, loads: Loads | None = None) -> str:
         """What is searched and how, in one line."""
         result = self.run(source, keep, loads=loads)
         latency = [f"a latency of at most {self.latency}, yet to be measured"] if self.latency else []

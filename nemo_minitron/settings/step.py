@@ -58,7 +58,7 @@ class Step(ValidatedSettings):
             raise InputError(f"step {shown(self.name)} cannot name a folder; write letters, digits, '.', '_' and '-'")
 
 
-def check_chain(steps: Sequence[Step], alone: Mapping[str, Any]) -> None:
+def check_chain(steps: Sequence[Step], alone: Mapping[str, bool]) -> None:
     """Raises InputError if two steps have one name, and if the job of a chain sets what belongs to its steps.
 
     `alone`: keys that belong to the steps of a chain -> whether the job sets them.

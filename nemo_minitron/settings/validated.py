@@ -49,14 +49,15 @@ def check_number(name: str, value: float, above_zero: bool = False) -> None:
         raise InputError(f"{name} is {value}; it must be {'above' if above_zero else 'at least'} 0")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number that is too large for a float
         return False
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A number for a sentence. Python refuses to print more than 4,300 digits."""
-    long = isinstance(value, int) and value.bit_length() > 100
-    return f"a whole number of {value.bit_length()} bits" if long else str(value)
+    if isinstance(value, int) and value.bit_length() > 100:
+        return f"a whole number of {value.bit_length()} bits"
+    return str(value)

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from nemo_minitron.sources.checkpoint_files import load_chunk, place_of, read_me
 from nemo_minitron.sources.context import hf_config, tokenizer_folder
 from nemo_minitron.sources.mapping import Piece, pieces
 from nemo_minitron.sources.tensors import RAW, ModelSource
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
@@ -49,9 +52,9 @@ class CheckpointSource(ModelSource):
             embedding = self._metadata.state_dict_metadata.get("module.embedding.word_embeddings.weight")
             self.config["vocab_size"] = embedding.size[0] if embedding else None
         self.architecture = from_hf(self.config)
-        self._chunks: dict[tuple[str, tuple[int, ...]], list[Any]] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
         self._places = self._locate()
-        self._chunk: tuple[Any, torch.Tensor] | None = None
+        self._chunk: tuple[ChunkStorageMetadata, torch.Tensor] | None = None
 
     def dtype(self, name: str) -> str:
         key, _, _ = self._places[name][0]
@@ -118,7 +121,7 @@ class CheckpointSource(ModelSource):
             raise InputError(f"the checkpoint '{self.path}' lacks {missing} elements of '{key}'")
         return block.reshape(block.shape[len(stacked) :])
 
-    def _read_chunk(self, key: str, chunk: Any) -> torch.Tensor:
+    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         where = MetadataIndex(key, chunk.offsets)
         if self._chunk is None or self._chunk[0] != where:
             info = self._metadata.storage_data.get(where)
@@ -129,13 +132,13 @@ class CheckpointSource(ModelSource):
         return self._chunk[1]
 
 
-def _stacked_in(chunk: Any, dimensions: int) -> Iterator[tuple[int, ...]]:
+def _stacked_in(chunk: ChunkStorageMetadata, dimensions: int) -> Iterator[tuple[int, ...]]:
     """The positions along the stacked dimensions that a chunk covers."""
     bounds = itertools.islice(zip(chunk.offsets, chunk.sizes, strict=True), dimensions)
     return itertools.product(*(range(first, first + size) for first, size in bounds))
 
 
-def _parameters(name: str, size: Any, a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _parameters(name: str, size: torch.Size, a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     """A checkpoint's key -> Megatron parameters, each with its position in the first dimensions of the saved tensor.
 
     Layers are stacked along the first dimension, or each has a key; experts are stacked along the next one.

@@ -11,13 +11,17 @@ import io
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from nemo_minitron.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 SLACK = 1 << 20  # bytes that a chunk may take beside its numbers
 
@@ -42,7 +46,7 @@ _ALLOWED = {
 class _Unread:
     """Stands in for objects that a checkpoint keeps only for its next save; takes any arguments and ignores them."""
 
-    def __init__(self, *arguments: Any) -> None: ...
+    def __init__(self, *arguments: object) -> None: ...
 
 
 _STAND_INS = {  # stand-ins; they also save the import of Megatron
@@ -56,7 +60,7 @@ _STAND_INS = {  # stand-ins; they also save the import of Megatron
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _STAND_INS:
             return _STAND_INS[module, name]
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
@@ -72,7 +76,7 @@ class Place(NamedTuple):
     length: int
 
 
-def read_metadata(weights: Path) -> Any:
+def read_metadata(weights: Path) -> Metadata:
     """torch's Metadata of a torch_dist folder; types are checked, and counts are checked against the files' sizes.
 
     Nothing that the file names is run. Raises InputError if the file is missing, damaged or hostile.
@@ -95,7 +99,13 @@ def read_metadata(weights: Path) -> Any:
         raise InputError(f"'{file}' was refused: {first_line(error)}") from None
 
 
-def _check_entry(key: str, entry: Any, storage: Any, weights: Path, files: dict[str, tuple[Path, int]]) -> None:
+def _check_entry(
+    key: str,
+    entry: TensorStorageMetadata,
+    storage: Mapping[MetadataIndex, _StorageInfo],
+    weights: Path,
+    files: dict[str, tuple[Path, int]],
+) -> None:
     """Raises ValueError if a chunk of a tensor lies outside the tensor, or has more numbers than bytes."""
     dtype, size = entry.properties.dtype, tuple(entry.size)
     if not isinstance(dtype, torch.dtype) or not _naturals(size) or len(size) > 8:
@@ -113,11 +123,11 @@ def _check_entry(key: str, entry: Any, storage: Any, weights: Path, files: dict[
             raise ValueError(f"a chunk of '{key}' has {math.prod(sizes)} numbers in {place.length} bytes")
 
 
-def _naturals(values: tuple[Any, ...]) -> bool:
+def _naturals(values: tuple[object, ...]) -> bool:
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-def place_of(weights: Path, info: Any, files: dict[str, tuple[Path, int]] | None = None) -> Place:
+def place_of(weights: Path, info: _StorageInfo, files: dict[str, tuple[Path, int]] | None = None) -> Place:
     """The place of a chunk. `files`: a cache, name -> (file, size), of the files that were checked before.
 
     Raises InputError if the bytes are not in the folder's files, or were transformed (compressed)."""
@@ -149,7 +159,7 @@ def load_chunk(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     return tensor.detach().reshape(shape)
 
 
-def _load(place: Place, size: int) -> Any:
+def _load(place: Place, size: int) -> object:
     """The result of torch's weights-only loader; the bytes may unpack to about `size` bytes, not more."""
     try:
         with open(place.file, "rb") as stream:

@@ -13,11 +13,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from nemo_minitron.artifacts.files import read_json, write_json
+from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of_nemo
@@ -35,7 +35,7 @@ class Context:
 
     model_class: str
     config_class: str
-    config: Mapping[str, Any]
+    config: HfConfig
 
 
 def read_context(folder: str | Path) -> Context:
@@ -68,7 +68,7 @@ def tokenizer_folder(checkpoint: str | Path) -> Path:
     return folder if os.path.isdir(folder) else context / "nemo_tokenizer"
 
 
-def resize_context(source: str | Path, target: str | Path, sizes: Mapping[str, Any]) -> None:
+def resize_context(source: str | Path, target: str | Path, sizes: JsonFields) -> None:
     """Copies a checkpoint's context and changes fields of the model's config; everything is handled as data.
 
     The other records of NeMo (classes, optimizer, trainer) are copied unchanged, the tokenizer without its code. Raises
@@ -96,13 +96,13 @@ def _code(context: Path, folder: Path, names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(".py") or name == "__pycache__"]
 
 
-def _defaults(folder: Path) -> dict[str, Any]:
+def _defaults(folder: Path) -> JsonObject:
     """All fields of the model's config from model.yaml, which NeMo writes for people."""
     named = {name: _function(value) for name, value in _yaml(folder / "model.yaml")["config"].items()}
     return {name: value for name, value in named.items() if _plain(value)}
 
 
-def _yaml(file: Path) -> dict[str, Any]:
+def _yaml(file: Path) -> JsonObject:
     """The values of model.yaml, with `config`, an object. Raises InputError if it cannot be read.
 
     YAML aliases can make the values much larger than the file, but only plain values of it are used here."""
@@ -117,7 +117,7 @@ def _yaml(file: Path) -> dict[str, Any]:
         raise InputError(f"'{file}' cannot be read: {first_line(error)}") from None
 
 
-def _function(value: Any) -> Any:
+def _function(value: Json) -> Json:
     """The dotted name if the value is a function; the number if the value is a text such as `1e-5`, which YAML 1.1
     does not read as a number without a point; else the value itself."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+e[+-]?[0-9]{1,3}", value):
@@ -127,7 +127,7 @@ def _function(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Json) -> bool:
     items = value if isinstance(value, list) else [value]
     return all(item is None or isinstance(item, (bool, int, float, str)) for item in items)
 
@@ -135,17 +135,17 @@ def _plain(value: Any) -> bool:
 class _Graph:
     """The objects that fiddle serialised: each has a type, items, and a reference to its metadata."""
 
-    def __init__(self, objects: Mapping[str, Any]) -> None:
+    def __init__(self, objects: JsonFields) -> None:
         self.objects, self._left = objects, MOST_VALUES
 
     def child(self, key: str, name: str) -> str:
         return dict(self._items(key))[name]["key"]
 
-    def fields(self, key: str) -> dict[str, Any]:
+    def fields(self, key: str) -> JsonObject:
         values = {name: self._value(value) for name, value in self._items(key)}
         return {name: value for name, value in values.items() if value is not _OPAQUE}
 
-    def set(self, key: str, values: Mapping[str, Any]) -> None:
+    def set(self, key: str, values: JsonFields) -> None:
         """Sets plain fields; a field that was left at its default is added to the argument names."""
         items = self.objects[key]["items"]
         names = self.objects[dict(self._items(self.objects[key]["metadata"]["key"]))["argument_names"]["key"]]["items"]
@@ -169,10 +169,10 @@ class _Graph:
         metadata = self.objects[key]["metadata"]["key"]
         return dict(self._items(metadata))["fn_or_cls"]["name"]
 
-    def _items(self, key: str) -> list[tuple[str, Any]]:
+    def _items(self, key: str) -> list[tuple[str, Json]]:
         return [(re.sub(r".*'(.*)'.*", r"\1", name), value) for name, value in self.objects[key]["items"]]
 
-    def _value(self, value: Mapping[str, Any]) -> Any:
+    def _value(self, value: JsonFields) -> Json:
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"its config has more than {MOST_VALUES} values")
@@ -188,7 +188,7 @@ class _Graph:
 _OPAQUE = object()
 
 
-def hf_config(checkpoint: str | Path) -> dict[str, Any]:
+def hf_config(checkpoint: str | Path) -> JsonObject:
     """The Hugging Face config that corresponds to a NeMo checkpoint's context. Raises InputError as `read_context`
     does."""
     context = read_context(Path(checkpoint) / "context")

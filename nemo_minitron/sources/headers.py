@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from nemo_minitron.artifacts.files import read_json
+from nemo_minitron.artifacts.json_types import Json, JsonObject
 from nemo_minitron.errors import InputError
 
 LARGEST = 100_000_000  # bytes of a header, the limit of the format
@@ -38,7 +39,7 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Tensor name -> Entry, by position in the file; reads the header but no weights.
+    """Tensor name -> Entry, in the order of the file. It reads the header but no weights.
 
     Raises InputError if the file is incomplete or breaks a rule of the format.
     """
@@ -59,7 +60,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     return ordered
 
 
-def _parse(file: Path) -> tuple[dict[str, Any], int, int]:
+def _parse(file: Path) -> tuple[JsonObject, int, int]:
     """The header's JSON object, the position after it, and the file's size."""
     try:
         with open(file, "rb") as stream:
@@ -79,19 +80,19 @@ def _parse(file: Path) -> tuple[dict[str, Any], int, int]:
     return values, 8 + length, size
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a name occurs twice")
     return values
 
 
-def _entry(file: Path, name: str, fields: Any, start: int) -> Entry:
+def _entry(file: Path, name: str, fields: Json, start: int) -> Entry:
     if not isinstance(fields, dict):
         _refuse(file, f"'{name}' has no dtype, shape and offsets")
-    dtype: Any = fields.get("dtype")
-    shape: Any = fields.get("shape")
-    offsets: Any = fields.get("data_offsets")
+    dtype: Json = fields.get("dtype")
+    shape: Json = fields.get("shape")
+    offsets: Json = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in SIZES:
         _refuse(file, f"'{name}' has the unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
@@ -102,7 +103,7 @@ def _entry(file: Path, name: str, fields: Any, start: int) -> Entry:
     return entry
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 

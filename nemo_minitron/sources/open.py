@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import read_config, resolve
 from nemo_minitron.sources.tensors import ModelSource
@@ -29,7 +29,7 @@ def open_source(source: str | Path) -> ModelSource:
     return HFSource(path)
 
 
-def config_of(model: str | Path) -> dict[str, Any]:
+def config_of(model: str | Path) -> JsonObject:
     """The Hugging Face config of a model; for a NeMo checkpoint it is made from the context, without NeMo.
 
     Raises InputError if `model` is no model.

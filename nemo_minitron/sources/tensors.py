@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.digest import Index, model_digest
 from nemo_minitron.artifacts.dtypes import bf16_bits
 from nemo_minitron.artifacts.files import digest_of
+from nemo_minitron.artifacts.json_types import JsonObject
 
 # safetensors dtype -> raw bits
 RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
@@ -37,10 +38,10 @@ class TensorSource(Protocol):
 
 class ModelSource:
     """A TensorSource that is a whole model on disk, at `path`: with its Hugging Face config, and the `folder` that has
-    its tokenizer. Stages hand an opened one on: its headers are read once, and so is its identity."""
+    its tokenizer. Stages pass an opened one on, so that its headers and its identity are read once."""
 
     architecture: Architecture
-    config: dict[str, Any]
+    config: JsonObject
     folder: Path
     path: Path
 
@@ -51,11 +52,11 @@ class ModelSource:
         raise NotImplementedError
 
     def rest(self) -> None:
-        """Lets go of what reading keeps in memory; an opened model may stay for long."""
+        """Releases what reading keeps in memory, because an opened model may stay open for long."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """The model digest, as it was when it was first asked for."""
+        """The model digest. It is computed when it is first asked for."""
         digest = source_digest(self)
         self.rest()
         return digest

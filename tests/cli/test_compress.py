@@ -31,7 +31,7 @@ def test_the_run_folder_is_whole(world):
     assert len(losses(run / "checkpoints" / "distilled" / "loss.csv")) == 6
     card = (run / "student" / "README.md").read_text()
     assert "base_model" in card
-    assert "5 matrices behind the cut, solved anew by least squares, ridge 0.01, on 4 samples of 36 tokens" in card
+    assert "5 matrices that lost inputs to the cut, re-fitted by least squares, ridge 0.01, on 4 samples of 36" in card
 
 
 def test_the_student_loads_and_generates_with_transformers(world):

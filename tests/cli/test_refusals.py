@@ -130,7 +130,7 @@ def test_no_disk_space(world, tmp_path, monkeypatch):
         (["--tp", "2"], ["tp=2", "3 query groups", "nearest legal tp is 1"]),
         (["distillation.token=3"], ["distillation.token", "did you mean 'distillation.tokens'"]),
         (["teacher=/nowhere"], ["'/nowhere' does not exist"]),
-        (["calibration.samples=x"], ["must be an int"]),
+        (["calibration.samples=x"], ["must be a whole number"]),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])

@@ -8,7 +8,11 @@ from typer.testing import CliRunner
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.scores import expected_shapes
 from nemo_minitron.cli import app
+from nemo_minitron.commands import distill
+from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, read_config
+from nemo_minitron.settings.distillation import Distillation
+from nemo_minitron.settings.layout import Layout
 
 REMARK = "transformers 5 runs a LlamaForCausalLM only where its hidden_size is a multiple of 6; 40 is not"
 
@@ -38,6 +42,22 @@ def test_a_size_asked_for_by_name_is_remarked_on(world, monkeypatch):
     assert f"remark: {REMARK}" in pruned
     assert "remark: keys of the config that neither transformers nor this package reads: a_note" in pruned
     assert f"# remark: {REMARK}" in run(world, monkeypatch, "serving odd --tp 1")
+
+
+def test_distill_says_how_many_tokens_nobody_asked_for(world, monkeypatch, capsys):
+    """Before anything is tokenised. Fails, tried by hand, where the line is left out, and where it is always said."""
+
+    def stop(folder):
+        raise InputError("stopped")
+
+    monkeypatch.setattr(distill, "locked", stop)
+    for settings, words in ((Distillation(), "trained on 1,000,000 tokens, the default"), (Distillation(tokens=9), "")):
+        with pytest.raises(InputError, match="stopped"):
+            distill.run_distill(
+                str(world / "model"), str(world / "model"), "text.jsonl", world / "out", settings, Layout()
+            )
+        said = capsys.readouterr().err
+        assert (words in said) if words else "remark" not in said
 
 
 def test_a_size_that_loads_everywhere_is_not(world, monkeypatch):

@@ -10,7 +10,7 @@ from nemo_minitron.distillation.losses import forward_kl
 
 
 def check_fused(case, world):
-    """A case of losses_worker.FUSED, on one rank."""
+    """A case of losses64.FUSED, on one rank."""
     allowed = FUSED_BF16 if case["dtype"] == "bfloat16" else FUSED_FP32 * max(1, case["temperature"] ** 2)
     for what in ("value", "hidden", "weight", "main_grad"):
         assert case[what] < allowed, (what, case)

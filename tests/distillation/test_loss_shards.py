@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from losses_worker import CASES, COLLECTIVES, DTYPES, EDGES, NAMES
+from losses64 import CASES, COLLECTIVES, DTYPES, EDGES, NAMES
 from ranks import run_ranks
 from test_fused_head import check_fused
 from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADIENT_FP32, SMALL_LOSS_FP32

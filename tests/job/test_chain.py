@@ -43,14 +43,14 @@ def test_a_chain_survives_json_and_overrides_reach_its_steps(chain):
         ("chain.0.kep.ffn=3", "did you mean 'chain.0.keep.ffn'"),
         ("chain.0.round=3", "did you mean 'chain.0.rounds'"),
         ("chain.0=3", "no key 'chain.0'"),
-        ("chain=3", "'chain.0' must be a group of settings, not 3"),
+        ("chain=3", "'chain.0' is 3; it must be a group of settings: name, keep"),
         ("chain.0.rounds=0", "rounds is 0; the nearest legal value is 1"),
-        ("chain.0.rounds=x", "'chain.0.rounds' is 'x'; it must be an int"),
+        ("chain.0.rounds=x", "'chain.0.rounds' is 'x'; it must be a whole number"),
         ("chain.0.calibration=3", "is a group of settings; set one of chain.0.calibration.NAME"),
         ("chain.0.teacher=frist", "teacher 'frist' is unknown; did you mean 'first'"),
         ("chain.0.name=a/b", "step 'a/b' cannot name a folder"),
         ("chain.0.name=chain.json", "step 'chain.json' cannot name a folder"),
-        ("chain.0.name=64", "'chain.0.name' is 64; it must be a str"),
+        ("chain.0.name=64", "'chain.0.name' is 64; it must be a text"),
         ('chain.0.name="64"', "two steps of the chain are named '64'"),
         ("keep.ffn=3", "take 'keep' out of the job"),
         ("rounds=2", "take 'rounds' out of the job"),
@@ -108,7 +108,9 @@ def test_the_dry_run_tells_every_step_and_touches_nothing(pico, tmp_path):
 
 
 def test_the_dry_run_says_which_sizes_the_chain_and_its_steps_derived(pico, tmp_path):
-    changed = pico.override(["layout.dp=2", "chain.1.distillation.learning_rate=1e-6"])
+    changed = pico.override(
+        ["layout.dp=2", "chain.1.distillation.learning_rate=1e-6", "evaluation.sequence_length=256"]
+    )
     before, first, second = describe_chain(changed, tmp_path / "run").split("\nstep ")
     whole = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
     assert whole in before.splitlines()

@@ -49,7 +49,7 @@ def world(tmp_path_factory):
     shutil.copytree(folder / "teacher", folder / "other")
     config = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps(config | {"rope_theta": 10_000.0}))
-    for name, texts in {"corpus": TEXTS, "novel": TEXTS[::-1]}.items():
+    for name, texts in {"corpus": TEXTS, "novel": TEXTS[::-1], "short": TEXTS[:1]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     finish(start(folder, "teacher", "--data", "corpus.jsonl", "--out", "whole", *OPTIONS))
     return folder
@@ -102,7 +102,8 @@ def test_the_cache_holds_every_row_of_the_text(world):
         ({"seed": 5}, "has seed 1234, not 5"),
         ({"mode": "top-k"}, "has mode sample, not top-k"),
         ({"samples": 10**6}, r"samples is 1000000, but the corpus has \d+ rows"),
-        ({"sequence_length": 10**6}, "which is less than a row of 1000000"),
+        ({"sequence_length": 10**6}, "is 1000000, but the model has 256 positions"),
+        ({"data": "short.jsonl", "sequence_length": 200}, "which is less than a row of 200"),
         ({"layout": Layout(tp=2)}, "the nearest legal tp is"),
         ({"out": "teacher"}, "exists and is no logit cache"),
     ],

@@ -202,7 +202,7 @@ def test_what_is_refused(tmp_path):
 
     refused(first[1:], r"drops token 0 \('<unk>'\), which has to stay.* keeps all 259")
     long = max(json.loads(made.to_str())["model"]["vocab"].items(), key=lambda item: len(item[0]))
-    refused([*first, long[1]], f"keeps token {long[1]} .* of which it is merged")
+    refused([*first, long[1]], f"keeps token {long[1]} .* from which it is merged")
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
     refused(first, "is no tokenizer")
     (tmp_path / "t" / "tokenizer.json").write_text(Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str())

@@ -61,7 +61,7 @@ def test_recipes_take_lists_and_single_values(job):  # noqa: F811
     changed = job.override(["calibration.depth=loss", "calibration.depth_sizes=[1,2]", "keep.layers=4", "depth=loss"])
     assert (changed.calibration.depth, changed.calibration.depth_sizes) == (("loss",), (1, 2))
     assert Job.from_dict(json.loads(json.dumps(changed.as_dict()))) == changed
-    with pytest.raises(InputError, match=r"'calibration\.depth_sizes' is 'two'; it must be an int"):
+    with pytest.raises(InputError, match=r"'calibration\.depth_sizes' is 'two'; it must be a whole number"):
         job.override(["calibration.depth_sizes=two"])
     assert calibration_of(changed, PICO).depth_sizes == (1, 2)
     text = describe(changed)

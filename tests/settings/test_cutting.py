@@ -32,7 +32,11 @@ def job(teacher, keep, *settings):
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0, for example 4.0"),
         ({"ffn": 48}, ["cutting.fold_norms=true"], "cuts no hidden channels"),
-        ({"ffn": 48}, ["cutting.compensate=false", "cutting.head_residual=paper"], "a head residual needs some to go"),
+        (
+            {"ffn": 48},
+            ["cutting.compensate=false", "cutting.head_residual=paper"],
+            "a head residual needs a cut of some heads",
+        ),
         (
             {},
             ["search.params=120K", "cutting.compensate=false", "cutting.head_residual=laco"],

@@ -9,7 +9,7 @@ from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Calibration, Data, Distillation, Job, Layout
 from nemo_minitron.schema import Unasked, asked_for
-from nemo_minitron.settings.derive import Fit, fit_job
+from nemo_minitron.settings.derive import Fit, fit_job, fit_job_to_models
 from nemo_minitron.settings.recipe import with_defaults_unasked
 
 JOB = Job("pico", "teacher", Data("train", "test"))
@@ -64,6 +64,27 @@ def test_a_calibration_needs_a_label_too():
     assert (fit.settings.sequence_length, fit.settings.samples) == (1021, 1)
 
 
+def test_a_length_that_a_model_derived_is_derived_again():
+    """Left out by hand: a plain int after the first call, which the second one would refuse or leave too long."""
+    first = Fit(Calibration(), Layout())
+    first.model(256)
+    second = Fit(first.settings, Layout())
+    second.model(128)
+    second.text(Text(100))
+    assert (first.settings.sequence_length, second.settings.sequence_length) == (256, 99)
+
+
+def test_a_job_fits_its_models():
+    job, remark = fit_job_to_models(JOB.override(["calibration.sequence_length=64"]), 256)
+    assert (job.calibration.sequence_length, job.distillation.sequence_length) == (64, 256)
+    assert job.evaluation.sequence_length == 256
+    why = "since the model has no more positions"
+    assert remark == f"distillation.sequence_length is 256, {why}; evaluation.sequence_length is 256, {why}"
+    for group in ("calibration", "distillation", "evaluation"):
+        with pytest.raises(InputError, match=rf"{group}\.sequence_length is 300, but the model has 256 positions"):
+            fit_job_to_models(JOB.override([f"{group}.sequence_length=300"]), 256)
+
+
 def test_fp8_wants_whole_tiles():
     fit = Fit(Calibration(precision="fp8-current"), Layout())
     fit.model(250)
@@ -82,10 +103,12 @@ def test_a_training_needs_a_label_behind_its_last_token():
 def test_what_was_asked_for_stays():
     asked = Calibration(samples=1024, sequence_length=4096, depth_samples=16)
     fit = Fit(asked, Layout(tp=3, sp=True))
-    fit.model(64)
+    fit.model(4096)
     fit.text(Text(100))
     assert fit.settings is asked
     assert fit.remark == ""
+    with pytest.raises(InputError, match=r"is 4096, but the model has 64 positions.*nearest legal value is 63"):
+        fit.model(64)
     low = Distillation(learning_rate=1e-6, min_learning_rate=1e-5)
     assert Fit(low, Layout()).settings is low
 

@@ -54,6 +54,7 @@ def test_the_dry_run_says_what_is_written(job):
         (["distillation.correction_tokens=512"], "correction_tokens=512 would teach the teacher the text"),
         (["generation.top_p=1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
         (["generation.temperature=0"], "temperature is 0.0; it must be above 0"),
+        (["generation.new_tokens=252"], "up to 257 tokens .* has 256 positions; the nearest legal new_tokens is 251"),
         (["generation.documents=-1"], "documents is -1; the nearest legal value is 0"),
     ],
 )

@@ -47,10 +47,10 @@ def test_prompts_may_have_lines_and_nothing_else():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"keep": {"ffn": "64"}}, r"'keep\.ffn' is '64'; it must be an int"),
-        ({"keep": {"layers": [0, "1"]}}, r"'keep\.layers' is '1'; it must be an int"),
-        ({"keep": {"ffn": True}}, r"'keep\.ffn' is True; it must be an int"),
-        ({"keep": "ffn"}, "'keep' must be a group of settings, not 'ffn'"),
+        ({"keep": {"ffn": "64"}}, r"'keep\.ffn' is '64'; it must be a whole number"),
+        ({"keep": {"layers": [0, "1"]}}, r"'keep\.layers' is '1'; it must be a whole number"),
+        ({"keep": {"ffn": True}}, r"'keep\.ffn' is True; it must be a whole number"),
+        ({"keep": "ffn"}, "'keep' is 'ffn'; it must be a group of settings: a name and a value each"),
         ({"base_model": {}}, "'base_model' is {}; it must be a text"),
         (
             {"distillation": {"learning_rate": 10**400}},

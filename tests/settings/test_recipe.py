@@ -15,7 +15,7 @@ from nemo_minitron.cli.find import find, names
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Job, Layout
-from nemo_minitron.job.dry_run import describe
+from nemo_minitron.job.dry_run import describe, fit_to_models
 from nemo_minitron.search.sizes import target_of
 from nemo_minitron.settings.precision import best_precision, with_resolved_precisions
 
@@ -49,14 +49,14 @@ def test_overrides_reach_every_depth(job):
         ("distillation.token=3", "no key 'distillation.token'.*did you mean 'distillation.tokens'"),
         ("tokens", "sets nothing; write key=value"),
         ("distillation=3", "is a group of settings"),
-        ("distillation.tokens=many", "'distillation.tokens' is 'many'; it must be an int"),
-        ("layout.sp=1", "'layout.sp' is 1; it must be a bool"),
+        ("distillation.tokens=many", "'distillation.tokens' is 'many'; it must be a whole number"),
+        ("layout.sp=1", "'layout.sp' is 1; it must be true or false"),
         ("distillation.tokens=0", "tokens is 0; the nearest legal value is 1"),
         ("calibration.norms=al", "norms 'al' is unknown; did you mean 'all'"),
         ("distillation.loss=revers_kl", "loss 'revers_kl' is unknown; did you mean 'reverse_kl'"),
         ("calibration.batch_size=-4", "batch_size is -4; the nearest legal value is 1"),
         ("distillation.learning_rate=0", "learning_rate is 0.0; it must be above 0"),
-        ("name=3", "'name' is 3; it must be a str"),
+        ("name=3", "'name' is 3; it must be a text"),
         ("a.b.c=3", "no key 'a.b.c'"),
     ],
 )
@@ -207,7 +207,7 @@ def test_the_whole_recipe_as_json(job, tmp_path):
     command = ["compress", str(tmp_path / "r.json"), "layout.dp=2", "--json"]
     done = CliRunner().invoke(app, [*command, "--dry-run"])
     derived = job.override(["layout.dp=2", "distillation.global_batch_size=2"])
-    assert Job.from_dict(json.loads(done.output)) == with_resolved_precisions(derived)
+    assert Job.from_dict(json.loads(done.output)) == fit_to_models(with_resolved_precisions(derived))[0]
     assert isinstance(CliRunner().invoke(app, command).exception, InputError)
 
 
@@ -217,7 +217,7 @@ def test_dry_run_tells_sizes_and_touches_nothing(job, tmp_path):
     source = from_hf(job.teacher)
     assert f"{source.parameters():,}" in text
     assert f"{source.replace(ffn_hidden_size=64).parameters():,}" in text
-    assert Job.from_dict(printed(text)) == job
+    assert Job.from_dict(printed(text)) == fit_to_models(job)[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -247,4 +247,9 @@ def test_dry_run_says_which_sizes_it_derived(job):
     remark = "remark: distillation.global_batch_size is 2, since a step takes 2 rows at a time, over all ranks"
     assert remark in text.splitlines()
     assert printed(text)["distillation"]["global_batch_size"] == 2
-    assert "remark" not in describe(job)
+    lengths = [f"{name}.sequence_length=256" for name in ("calibration", "distillation", "evaluation")]
+    assert "remark" not in describe(job.override(lengths))
+    lengths = ("calibration.sequence_length is 256, since the model has no more positions", "evaluation.sequence")
+    assert all(words in describe(job) for words in lengths)
+    with pytest.raises(InputError, match=r"distillation.sequence_length is 257, but the model has 256 positions"):
+        describe(job.override(["distillation.sequence_length=257"]))

@@ -43,7 +43,7 @@ def test_counts_can_be(group, name, value):
         ("distillation.min_learning_rate=-1e-5", "min_learning_rate is -1e-05; it must be at least 0"),
         ("distillation.weight_decay=-0.1", "weight_decay is -0.1; it must be at least 0"),
         ("distillation.temperature=Infinity", "temperature is inf; it must be a finite number"),
-        ("distillation.top_k=2.5", "'distillation.top_k' is 2.5; it must be an int"),
+        ("distillation.top_k=2.5", "'distillation.top_k' is 2.5; it must be a whole number"),
         ("distillation.seed=18446744073709551616", f"seed is 18446744073709551616; the nearest legal value is {SEEDS}"),
         ("calibration.seed=4294967296", f"the nearest legal value is {SEEDS}"),
         ("seed=18446744073709551616", f"the nearest legal value is {SEEDS}"),

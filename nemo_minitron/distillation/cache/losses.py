@@ -17,7 +17,7 @@ a token, R ranks. I: the kept entries of all tokens in this rank's columns, one 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from nemo_minitron.backend.collectives import gather_stacked, rank_and_size
 from nemo_minitron.distillation.losses._per_token import CHUNK, check_temperature, scale_rows
 from nemo_minitron.distillation.losses._softmax import finite
 from nemo_minitron.distillation.losses._vocabulary import true_columns
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+    from torch.distributed import ProcessGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class CachedTargets:
 
 
 def sampled_cross_entropy(
-    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None,
+    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: ProcessGroup | None = None,
     vocab_size: int | None = None, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """- T^2 sum_v w(v) log softmax(student / T)(v) per token: unbiased for cross-entropy and gradient (RS-KD).
@@ -57,7 +61,7 @@ def sampled_cross_entropy(
 
 
 def cached_top_k_kl(
-    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: Any = None,
+    student_logits: Tensor, targets: CachedTargets, temperature: float = 1.0, group: ProcessGroup | None = None,
     vocab_size: int | None = None, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """T^2 KL between teacher and student over the kept tokens and one tail for all others, per token.
@@ -76,7 +80,8 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, weights: Tensor, tail: Tensor | None, temperature: float, group: Any,
+        ctx: FunctionCtx, logits: Tensor, ids: Tensor, weights: Tensor, tail: Tensor | None, temperature: float,
+        group: ProcessGroup | None,
         vocab_size: int | None, in_place: bool,
     ) -> Tensor:  # fmt: skip
         check_temperature(temperature)
@@ -97,7 +102,7 @@ class _Sparse(torch.autograd.Function):
         return loss_N.reshape(shape)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NW,) = ctx.saved_tensors
         # In place: autograd's version check then refuses a second backward pass, which would be wrong.
         scale_rows(gradient_NW, outputs[0].reshape(-1, 1))
@@ -105,7 +110,7 @@ class _Sparse(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits_NW: Tensor, kept: _Kept, temperature: float, group: Any, gradient_NW: Tensor | None
+    logits_NW: Tensor, kept: _Kept, temperature: float, group: ProcessGroup | None, gradient_NW: Tensor | None
 ) -> Tensor:
     """-> the loss [N], by chunks of tokens. Writes its gradient into `gradient_NW`, which may be the logits."""
     tokens, width = logits_NW.shape

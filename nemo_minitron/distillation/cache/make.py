@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.distillation.cache.sampling import draw, ragged, top, uniforms
 from nemo_minitron.errors import InputError
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 Records = list[list[bytes]]  # a list of rows, each a list of its sets' records
 
 
 @torch.no_grad()
 def make(
-    chunks: Sequence[Any], header: CacheHeader, folder: str | Path, row: Callable[[int], np.ndarray],
+    chunks: Sequence[MegatronModule], header: CacheHeader, folder: str | Path, row: Callable[[int], np.ndarray],
     micro_batch_size: int = 1, say: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:  # fmt: skip
     """Makes the shards that `folder` lacks. Collective over the whole job.
@@ -66,7 +69,9 @@ def _micro_batches(rows: list[np.ndarray], most: int, micro: int, virtual: int) 
     return [filled[i : i + micro] for i in range(0, len(filled), micro)]
 
 
-def _run(chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], batches: list[np.ndarray]) -> Records:
+def _run(
+    chunks: Sequence[MegatronModule], header: CacheHeader, rows: list[np.ndarray], batches: list[np.ndarray]
+) -> Records:
     """The records of these rows, which come first in the batches. Only the rank that writes them gets any."""
     virtual = len(chunks) > 1
     iterators = [iter(batches) for _ in chunks]
@@ -83,7 +88,9 @@ def _run(chunks: Sequence[Any], header: CacheHeader, rows: list[np.ndarray], bat
     return [record for records in outputs for record in records][: len(rows)]
 
 
-def _step(header: CacheHeader, iterator: Iterator[np.ndarray], model: Any) -> tuple[Tensor, Callable[..., Records]]:
+def _step(
+    header: CacheHeader, iterator: Iterator[np.ndarray], model: MegatronModule
+) -> tuple[Tensor, Callable[..., Records]]:
     rows = next(iterator)
     device = torch.cuda.current_device()
     tokens = torch.from_numpy(rows).to(device, torch.int64)

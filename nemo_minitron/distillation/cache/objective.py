@@ -6,8 +6,8 @@ Shapes (docs/shapes.md): B sequences, S positions of the sequence, W columns of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +17,11 @@ from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.distillation.cache.losses import CachedTargets
 from nemo_minitron.distillation.cache.teacher import CachedTeacher
 from nemo_minitron.distillation.step import Objective, Parts, language_model_loss
+from nemo_minitron.distillation.teacher import Batch, DataStep
 from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.batches import Batch
 
 TARGETS = "cached_targets"  # the key that `with_targets` adds to a micro-batch
 
@@ -46,7 +50,7 @@ class CachedObjective(Objective):
     def fused(self) -> bool:
         return False
 
-    def of_logits(self, student_BSW: Tensor, batch: dict[str, Any], teacher_BSW: Tensor | None) -> Parts:
+    def of_logits(self, student_BSW: Tensor, batch: Batch, teacher_BSW: Tensor | None) -> Parts:
         """The parts from the student's logits, which may be overwritten, and the targets that the batch can read."""
         assert self.cached is not None
         parts: Parts = {}
@@ -60,14 +64,14 @@ class CachedObjective(Objective):
         return parts
 
 
-def with_targets(data_step: Callable[[Any], Any], cached: CachedTeacher) -> Callable[[Any], Any]:
+def with_targets(data_step: DataStep, cached: CachedTeacher) -> DataStep:
     """NeMo's data step. Its micro-batch can also read its targets: the cache finds a row by all of its tokens.
 
     Targets are read only when the loss is computed: earlier stages and validation do not need them. Reading raises
     InputError for a row that the cache does not have, and for packed samples.
     """
 
-    def step(batches: Any) -> Any:
+    def step(batches: Iterator[Batch]) -> Batch:
         item = next(batches)
         uncut = item[0] if isinstance(item, tuple) else item  # the data step cuts rows for context parallelism
         return data_step(iter([item])) | {TARGETS: lambda: _read(cached, uncut)}
@@ -75,7 +79,7 @@ def with_targets(data_step: Callable[[Any], Any], cached: CachedTeacher) -> Call
     return step
 
 
-def _read(cached: CachedTeacher, batch: dict[str, Any]) -> CachedTargets:
+def _read(cached: CachedTeacher, batch: Batch) -> CachedTargets:
     """This context-parallel rank's part of the targets, on the device of the logits."""
     if batch.get("cu_seqlens") is not None:
         raise InputError("a batch has packed samples (cu_seqlens); a logit cache knows rows of one sample each")

@@ -12,7 +12,7 @@ entries, R ranks, I items (the file says at each place which).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.backend.collectives import gather, gather_stacked, rank_and_size
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK = 1 << 21  # logits that are converted to float64 at a time
 
@@ -37,8 +40,8 @@ def uniforms(settings: CacheSettings, key: int, number: int) -> np.ndarray:
 
 
 def draw(
-    logits: Tensor, numbers: Tensor, temperature: float = 1.0, proposal_temperature: float = 1.0, group: Any = None,
-    first: int = 0,
+    logits: Tensor, numbers: Tensor, temperature: float = 1.0, proposal_temperature: float = 1.0,
+    group: ProcessGroup | None = None, first: int = 0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Tokens by inverse cumulative distribution: int64 [N, K] global ids, and float32 [N, K] p / q of each.
 
@@ -72,7 +75,7 @@ def draw(
 
 
 def top(
-    logits: Tensor, k: int, temperature: float = 1.0, group: Any = None, first: int = 0
+    logits: Tensor, k: int, temperature: float = 1.0, group: ProcessGroup | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k most likely tokens: int64 [N, K] global ids, float32 [N, K] their p, float32 [N] the mass of all others.
 
@@ -96,7 +99,9 @@ def top(
     return ids_NI.gather(1, chosen_NK), (exp_NK / total_N[:, None]).float(), tail_N.float()
 
 
-def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[Any, ...]:
+def ragged(
+    tokens: np.ndarray, factors: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Draws [N, K] -> (lengths [N], ids [I], counts [I], factors [I] or None). Each token of a position stands once.
 
     I: the different tokens of all positions, one position after another.
@@ -113,14 +118,14 @@ def ragged(tokens: np.ndarray, factors: np.ndarray | None) -> tuple[Any, ...]:
 
 
 # -- over the shards -------------------------------------------------------------------------------------
-def _summed(local: Tensor, group: Any) -> Tensor:
+def _summed(local: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum over the ranks, in place."""
     if rank_and_size(group)[1] > 1:
         torch.distributed.all_reduce(local, group=group)
     return local
 
 
-def _largest(logits_NW: Tensor, group: Any) -> Tensor:
+def _largest(logits_NW: Tensor, group: ProcessGroup | None) -> Tensor:
     """float32 [N]: the largest logit of the whole vocabulary."""
     if not logits_NW.shape[1]:
         local_N = torch.full((len(logits_NW),), -torch.inf, device=logits_NW.device)
@@ -129,7 +134,7 @@ def _largest(logits_NW: Tensor, group: Any) -> Tensor:
     return gather_stacked(local_N, group).amax(0)
 
 
-def _normalizer(logits_NW: Tensor, max_N: Tensor, temperature: float, group: Any) -> Tensor:
+def _normalizer(logits_NW: Tensor, max_N: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
     """float64 [N]: log of the sum of exp((logits - max) / temperature) over the whole vocabulary."""
     sum_N = torch.zeros(len(logits_NW), dtype=torch.float64, device=logits_NW.device)
     for chunk in _chunks(logits_NW):
@@ -137,7 +142,7 @@ def _normalizer(logits_NW: Tensor, max_N: Tensor, temperature: float, group: Any
     return _summed(sum_N, group).log()
 
 
-def _logits_of(logits_NW: Tensor, tokens_NK: Tensor, first: int, group: Any) -> Tensor:
+def _logits_of(logits_NW: Tensor, tokens_NK: Tensor, first: int, group: ProcessGroup | None) -> Tensor:
     """float64 [N, K]: the logits of global ids, wherever they are."""
     columns_NK = tokens_NK - first
     here_NK = (columns_NK >= 0) & (columns_NK < logits_NW.shape[1])

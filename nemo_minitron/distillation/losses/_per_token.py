@@ -6,7 +6,7 @@ Shapes (docs/shapes.md): N tokens, W columns of the vocabulary on this rank, M s
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,27 @@ from torch import Tensor
 from nemo_minitron.backend.collectives import gather_stacked, rank_and_size
 from nemo_minitron.distillation.losses._vocabulary import reshard, true_columns
 
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+    from torch.distributed import ProcessGroup
+
+
 # Logits of each model that are held in fp32 at a time. On a CPU so many stay in its cache.
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+KeptWork = Any  # what a rule keeps of a chunk of tokens, from its first pass to the next; each rule has its own
+
+
+class Kernels(Protocol):
+    """The module of a rule's kernels."""
+
+    def usable(self, logits: Tensor) -> bool: ...
+
+    def statistics(self, student_NW: Tensor, teacher_NW: Tensor, temperature: float) -> Tensor: ...
+
+    def write_gradient(
+        self, out_NW: Tensor, student_NW: Tensor, teacher_NW: Tensor, temperature: float, joined_MN: Tensor,
+        factors_N: Tensor | None = None,
+    ) -> None: ...  # fmt: skip
 
 
 class Rule:
@@ -26,10 +45,10 @@ class Rule:
     scratch_3NW[0] and scratch_3NW[1]. W is 0 on a rank that holds nothing but padding.
     """
 
-    kernels: Any = None  # a module with `usable`, `statistics` and `write_gradient`: both passes on a GPU
+    kernels: Kernels | None = None  # both passes on a GPU
     refines = False  # whether `refine` has to be called, which is one more collective
 
-    def measure(self, s_NW: Tensor, t_NW: Tensor, scratch_3NW: Tensor) -> tuple[Tensor, Any]:
+    def measure(self, s_NW: Tensor, t_NW: Tensor, scratch_3NW: Tensor) -> tuple[Tensor, KeptWork]:
         """This shard's statistics [M, N], and whatever `refine` and `gradient` need of the chunk (`work`)."""
         raise NotImplementedError
 
@@ -37,7 +56,7 @@ class Rule:
         """The statistics of all shards -> those of the whole vocabulary [M', N]; `rank`: of this process."""
         return parts_RMN.sum(0)
 
-    def refine(self, work: Any, part_MN: Tensor, joined_MN: Tensor) -> Tensor:
+    def refine(self, work: KeptWork, part_MN: Tensor, joined_MN: Tensor) -> Tensor:
         """More statistics of this shard, which need those of the whole vocabulary, [M'', N].
 
         They are added over the shards and stand behind the others in `joined_MN`. `work` stays as it is.
@@ -48,7 +67,7 @@ class Rule:
         """[N], not yet times T^2."""
         raise NotImplementedError
 
-    def gradient(self, work: Any, part_MN: Tensor, joined_MN: Tensor, out_NW: Tensor) -> None:
+    def gradient(self, work: KeptWork, part_MN: Tensor, joined_MN: Tensor, out_NW: Tensor) -> None:
         """Writes d loss / d s, fp32. `out_NW` may be scratch_3NW[0] or `s_NW` itself; `work` is overwritten."""
         raise NotImplementedError
 
@@ -64,7 +83,7 @@ def per_token(
     teacher: Tensor,
     rule: Rule,
     temperature: float,
-    group: Any,
+    group: ProcessGroup | None,
     vocab_size: int | None,
     in_place: bool,
 ) -> Tensor:
@@ -89,12 +108,12 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         student: Tensor,
         teacher: Tensor,
         rule: Rule,
         temperature: float,
-        group: Any,
+        group: ProcessGroup | None,
         vocab_size: int | None,
         in_place: bool,
         needs_gradient: bool,
@@ -106,9 +125,9 @@ class _PerToken(torch.autograd.Function):
         if vocab_size is not None:
             same_padding = t_NW.shape[1] == width
             t_NW = t_NW[:, :true_width] if same_padding else reshard(t_NW.t(), width, vocab_size, group).t()
-        ctx.shape, ctx.kernels = student.shape, rule.kernels if _by_kernels(rule, student) else None
+        ctx.shape, ctx.kernels = student.shape, _kernels_for(rule, student)
         if ctx.kernels is not None:
-            joined_MN = _joined_by_kernels(rule, s_NW[:, :true_width], t_NW, temperature, group)
+            joined_MN = _joined_by_kernels(ctx.kernels, rule, s_NW[:, :true_width], t_NW, temperature, group)
             if needs_gradient:
                 ctx.save_for_backward(student, t_NW, joined_MN)
                 ctx.settings = true_width, temperature, in_place
@@ -122,7 +141,7 @@ class _PerToken(torch.autograd.Function):
         return loss_N.reshape(shape)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         factors_N = outputs[0].reshape(-1)
         if ctx.kernels is None:
             (gradient_NW,) = ctx.saved_tensors
@@ -133,7 +152,7 @@ class _PerToken(torch.autograd.Function):
         return gradient_NW.reshape(ctx.shape), *[None] * 7
 
 
-def _gradient_by_kernels(ctx: Any, factors_N: Tensor) -> Tensor:
+def _gradient_by_kernels(ctx: FunctionCtx, factors_N: Tensor) -> Tensor:
     """The gradient [N, W] of a loss that is multiplied by the factors."""
     student, t_NW, joined_MN = ctx.saved_tensors
     true_width, temperature, in_place = ctx.settings
@@ -161,16 +180,22 @@ def _tokens_of_a_chunk(logits_NW: Tensor) -> int:
 
 
 def loss_and_gradient(
-    rule: Rule, student_NW: Tensor, teacher_NW: Tensor, temperature: float, group: Any, gradient_NW: Tensor | None
+    rule: Rule,
+    student_NW: Tensor,
+    teacher_NW: Tensor,
+    temperature: float,
+    group: ProcessGroup | None,
+    gradient_NW: Tensor | None,
 ) -> Tensor:
     """Logits -> the loss [N], fp32, T^2 included. Writes d loss / d student into `gradient_NW`.
 
     `gradient_NW` may be `student_NW` itself. One collective under TP, or two if the rule refines.
     """
-    if _by_kernels(rule, student_NW):
-        joined_MN = _joined_by_kernels(rule, student_NW, teacher_NW, temperature, group)
+    kernels = _kernels_for(rule, student_NW)
+    if kernels is not None:
+        joined_MN = _joined_by_kernels(kernels, rule, student_NW, teacher_NW, temperature, group)
         if gradient_NW is not None:
-            rule.kernels.write_gradient(gradient_NW, student_NW, teacher_NW, temperature, joined_MN)
+            kernels.write_gradient(gradient_NW, student_NW, teacher_NW, temperature, joined_MN)
         return rule.loss(joined_MN) * temperature**2
     step = _tokens_of_a_chunk(student_NW)
     chunks = [slice(start, start + step) for start in range(0, max(len(student_NW), 1), step)]
@@ -180,13 +205,16 @@ def loss_and_gradient(
     return torch.cat([run([chunk]) for chunk in chunks])
 
 
-def _by_kernels(rule: Rule, student: Tensor) -> bool:
-    return rule.kernels is not None and rule.kernels.usable(student)
+def _kernels_for(rule: Rule, student: Tensor) -> Kernels | None:
+    """The rule's kernels, if they can run on these logits."""
+    return rule.kernels if rule.kernels is not None and rule.kernels.usable(student) else None
 
 
-def _joined_by_kernels(rule: Rule, student_NW: Tensor, teacher_NW: Tensor, temperature: float, group: Any) -> Tensor:
+def _joined_by_kernels(
+    kernels: Kernels, rule: Rule, student_NW: Tensor, teacher_NW: Tensor, temperature: float, group: ProcessGroup | None
+) -> Tensor:
     """The statistics of the whole vocabulary, [M, N]."""
-    part_MN = rule.kernels.statistics(student_NW, teacher_NW, temperature)
+    part_MN = kernels.statistics(student_NW, teacher_NW, temperature)
     return rule.combine(gather_stacked(part_MN, group), rank_and_size(group)[0])
 
 
@@ -194,7 +222,7 @@ class _ChunkRun:
     """Takes some chunks of tokens from logits to loss and gradient. They share the collectives."""
 
     def __init__(
-        self, rule: Rule, student_NW: Tensor, teacher_NW: Tensor, temperature: float, group: Any,
+        self, rule: Rule, student_NW: Tensor, teacher_NW: Tensor, temperature: float, group: ProcessGroup | None,
         gradient_NW: Tensor | None,
     ) -> None:  # fmt: skip
         self.rule, self.student_NW, self.teacher_NW = rule, student_NW, teacher_NW
@@ -202,7 +230,7 @@ class _ChunkRun:
         tokens, width = min(_tokens_of_a_chunk(student_NW), len(student_NW)), student_NW.shape[1]
         self.scratch_3NW = torch.empty(3, tokens, width, dtype=torch.float32, device=student_NW.device)
 
-    def measure(self, chunk: slice) -> tuple[Tensor, Any]:
+    def measure(self, chunk: slice) -> tuple[Tensor, KeptWork]:
         scratch_3NW = self.scratch_3NW[:, : len(self.student_NW[chunk])]
         s_NW = self._read(self.student_NW[chunk], scratch_3NW[0])
         t_NW = self._read(self.teacher_NW[chunk], scratch_3NW[1])
@@ -223,7 +251,7 @@ class _ChunkRun:
         else:  # the fp32 copy of a chunk is made again: keeping all of them would cost too much memory
             parts, kept_work = [self.measure(chunk)[0] for chunk in chunks], None
 
-        def work_of(chunk: slice) -> Any:
+        def work_of(chunk: slice) -> KeptWork:
             return self.measure(chunk)[1] if kept_work is None else kept_work
 
         tokens = [part_MN.shape[1] for part_MN in parts]
@@ -237,7 +265,7 @@ class _ChunkRun:
                 self._write_gradient(self.gradient_NW[chunk], work_of(chunk), part_MN, chunk_MN)
         return rule.loss(joined_MN) * self.temperature**2
 
-    def _write_gradient(self, gradient_NW: Tensor, work: Any, part_MN: Tensor, joined_MN: Tensor) -> None:
+    def _write_gradient(self, gradient_NW: Tensor, work: KeptWork, part_MN: Tensor, joined_MN: Tensor) -> None:
         in_fp32 = gradient_NW.dtype == torch.float32
         out_NW = gradient_NW if in_fp32 else self.scratch_3NW[0, : len(gradient_NW)]
         self.rule.gradient(work, part_MN, joined_MN, out_NW)

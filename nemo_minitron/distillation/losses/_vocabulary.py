@@ -6,22 +6,25 @@ Megatron pads the vocabulary until every rank has the same width. Rank r holds t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.backend.collectives import rank_and_size
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Range = tuple[int, int]  # first column, and the one behind the last
 
 
-def true_columns(vocab_size: int, width: int, group: Any) -> int:
+def true_columns(vocab_size: int, width: int, group: ProcessGroup | None) -> int:
     """How many of this rank's `width` columns belong to tokens. The columns behind them are padding."""
     return _overlap((0, vocab_size), _columns(rank_and_size(group)[0], width))
 
 
-def reshard(shard: Tensor, width: int, vocab_size: int, group: Any) -> Tensor:
+def reshard(shard: Tensor, width: int, vocab_size: int, group: ProcessGroup | None) -> Tensor:
     """Rows of this rank under one padding -> its true rows under another: [W, ...] -> [at most width, ...].
 
     `shard`: rows r * W to (r + 1) * W of the padded vocabulary; the result has rows r * width to (r + 1) * width. Rows

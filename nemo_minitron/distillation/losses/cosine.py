@@ -5,12 +5,15 @@ Shapes (docs/shapes.md): N tokens, W columns of the vocabulary on this rank, M s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, per_token
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SMALL = 1e-8  # the least length of a vector, as in torch's cosine_similarity
 
@@ -19,7 +22,7 @@ def cosine(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float = 1.0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     in_place: bool = False,
 ) -> Tensor:

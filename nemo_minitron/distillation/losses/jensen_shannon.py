@@ -5,7 +5,7 @@ Shapes (docs/shapes.md): N tokens, W columns of the vocabulary on this rank, M s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from torch import Tensor
 from nemo_minitron.distillation.losses._per_token import per_token
 from nemo_minitron.distillation.losses._softmax import Joined, Softmaxes, Work, log_ratio_shift, scales
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def jensen_shannon(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float = 1.0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     in_place: bool = False,
 ) -> Tensor:

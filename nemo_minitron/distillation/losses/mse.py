@@ -5,19 +5,22 @@ Shapes (docs/shapes.md): N tokens, W columns of the vocabulary on this rank, M s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.distillation.losses._per_token import Rule, check_temperature, per_token
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def mse(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float = 1.0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     in_place: bool = False,
 ) -> Tensor:

@@ -10,7 +10,7 @@ a token, R ranks.
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +18,16 @@ from torch import Tensor
 from nemo_minitron.distillation.losses._per_token import Rule, per_token
 from nemo_minitron.distillation.losses._softmax import finite
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def top_k_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
     k: int,
     temperature: float = 1.0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     in_place: bool = False,
 ) -> Tensor:

@@ -7,7 +7,9 @@ the logits. All of them run a live Megatron model, in any of its layouts, from t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_minitron.lazy import loader
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.depth.choices import Accuracy, multiple_choice
@@ -17,15 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Accuracy", "Item", "Removal", "depth_scan", "iterative_removal", "multiple_choice", "read_items"]
 
-_WHERE = {
-    "Accuracy": "choices", "Item": "items", "Removal": "removal", "depth_scan": "scan", "iterative_removal": "removal",
-    "multiple_choice": "choices", "read_items": "items",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "Accuracy": ".choices", "Item": ".items", "Removal": ".removal", "depth_scan": ".scan",
+        "iterative_removal": ".removal", "multiple_choice": ".choices", "read_items": ".items",
+    },
+)  # fmt: skip

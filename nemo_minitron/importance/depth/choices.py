@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +22,9 @@ from nemo_minitron.importance.depth.items import Item
 from nemo_minitron.importance.depth.rows import Rows, rows_of
 from nemo_minitron.importance.depth.scan import blocks_of
 from nemo_minitron.importance.depth.stages import Stages
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -42,7 +45,7 @@ class Accuracy:
 
 
 def multiple_choice(
-    model: Any,
+    model: MegatronModule,
     items: Sequence[Item],
     tokenize: Tokenize,
     sizes: Sequence[int] = (1,),
@@ -98,12 +101,13 @@ def _likelihoods(
     """fp64 [blocks, texts]: log-likelihoods, on every rank. Texts of similar lengths share a micro-batch."""
     likelihoods = torch.zeros(len(blocks), len(texts), dtype=torch.float64, device=stages.device)
     place = {block: i for i, block in enumerate(blocks)}
-    head: Any = head_of(stages, vocab_size)
+    head = head_of(stages, vocab_size)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
     together = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def add(rows: Rows, indices: Tensor, block: Block, hidden: Tensor) -> None:
+        assert head is not None  # only the ranks with the head get a state to see
         losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
         texts_N = indices[rows.mask.nonzero()[:, 0]]
         likelihoods[place[block]].index_add_(0, texts_N, -losses.double())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -18,13 +18,16 @@ from torch import Tensor
 from nemo_minitron.importance.depth.stages import Stages
 from nemo_minitron.importance.forward import architecture_of
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
 CHUNK = 1 << 22  # logits that are converted to fp32 at a time
 
 
 class Head:
     """`model`: the chunk with the output layer. `vocab_size`: without padding."""
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: MegatronModule, vocab_size: int) -> None:
         self.model = model
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.size = torch.distributed.get_world_size(self.group)

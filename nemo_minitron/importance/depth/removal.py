@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.depth.head import chunks, head_of, total
 from nemo_minitron.importance.depth.rows import Rows, all_rows
 from nemo_minitron.importance.depth.stages import Stages
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
 
 REFERENCES = ("source", "round")
 
@@ -37,18 +42,24 @@ class Removal:
 
     @property
     def depth(self) -> dict[Block, float]:
-        """For `Scores.depth["removal"]`: in the order of removal, which is the criterion."""
+        """The values for `Scores.depth["removal"]`, in the order of removal."""
         return {(layer, layer): error for layer, error in zip(self.order, self.errors, strict=True)}
 
 
 def iterative_removal(
-    model: Any, batches: Iterable[Any], count: int, against: str = "source", *, vocab_size: int | None = None
+    model: MegatronModule,
+    batches: Iterable[Batch | Tensor],
+    count: int,
+    against: str = "source",
+    *,
+    vocab_size: int | None = None,
 ) -> Removal:
     """Removes `count` layers of a live model, one a round: the layer with the least normalised error of the logits.
 
     The error without layer j is sum (M - M_j)^2 / sum M^2, over the logits M of all unmasked tokens (without padding of
     the vocabulary). M belongs to the complete model (`against="source"`) or to the model that the round began with
-    ("round", which needs no pass of the complete model in later rounds). Of equal errors the later layer goes. `model`
+    ("round", which needs no pass of the complete model in later rounds). Of layers with equal
+    errors the later one is removed. `model`
     itself keeps all its layers. Layouts, batches and `vocab_size` as for `depth_scan`. Every round reads all batches,
     and the logits and hidden states of one batch are in memory at a time. Collective over the whole job. Raises
     InputError for a count or a reference that is not legal, and if no token counts.
@@ -73,7 +84,7 @@ def iterative_removal(
 
 
 def _round(
-    stages: Stages, batches: list[Any], kept: list[int], against: str, vocab_size: int | None
+    stages: Stages, batches: list[Batch | Tensor], kept: list[int], against: str, vocab_size: int | None
 ) -> dict[int, float]:
     errors = Errors(stages, len(kept), vocab_size)
     for rows in all_rows(batches, stages.config, stages.device):
@@ -97,8 +108,8 @@ class Errors:
 
     def __init__(self, stages: Stages, count: int, vocab_size: int | None) -> None:
         self.sums = torch.zeros(count + 1, dtype=torch.float64, device=stages.device)
-        self.head: Any = head_of(stages, vocab_size)
-        self._reference_NW: Any = None
+        self.head = head_of(stages, vocab_size)
+        self._reference_NW: Tensor | None = None
 
     def see(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Takes the state of the complete model first, as the reference, then those without a layer."""
@@ -109,12 +120,14 @@ class Errors:
 
     def refer(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Makes this state the reference."""
+        assert self.head is not None  # only the ranks with the head get a state to see
         self._reference_NW = self.head.logits(hidden_SBH, rows.mask)
         self.sums[-1] += sum(_squares(part_NW.float()) for part_NW in chunks(self._reference_NW))
 
     def add(self, rows: Rows, block: Block, hidden_SBH: Tensor) -> None:
         """Adds the difference of this state to the reference."""
         if block != NOTHING:
+            assert self.head is not None
             logits_NW = self.head.logits(hidden_SBH, rows.mask)
             pairs = zip(chunks(self._reference_NW), chunks(logits_NW), strict=True)
             self.sums[block[0]] += sum(_squares(a.float() - b.float()) for a, b in pairs)

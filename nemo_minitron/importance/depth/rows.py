@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.backend.differences import batch_on_this_cp_rank
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.batches import length_multiple
+from nemo_minitron.importance.batches import Batch, length_multiple
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 READ = ("tokens", "labels", "loss_mask", "position_ids")
 REFUSED = ("attention_mask", "cu_seqlens")  # a scan takes complete, causal rows and would ignore them
@@ -27,7 +30,7 @@ class Rows:
     position_ids: Tensor
 
 
-def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
+def rows_of(batch: Batch | Tensor, config: TransformerConfig, device: torch.device) -> Rows:
     """A batch of complete rows -> this context-parallel rank's part of them.
 
     `batch`: an int64 [B, S] tensor, or a mapping with `tokens` and optionally `labels` (default: the next token),
@@ -48,7 +51,7 @@ def rows_of(batch: Any, config: Any, device: torch.device) -> Rows:
     return Rows(**batch_on_this_cp_rank({name: _padded(x, config) for name, x in uncut.items()}))
 
 
-def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a batch that are not None. All have one shape."""
     tensors = {name: torch.as_tensor(x) for name, x in parts.items() if name in (*READ, *REFUSED) and x is not None}
     for name in REFUSED:
@@ -64,11 +67,11 @@ def _checked(parts: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _padded(x: Tensor, config: Any) -> Tensor:
+def _padded(x: Tensor, config: TransformerConfig) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % length_multiple(config, x.shape[0])))
 
 
-def all_rows(batches: Iterable[Any], config: Any, device: torch.device) -> Iterable[Rows]:
+def all_rows(batches: Iterable[Batch | Tensor], config: TransformerConfig, device: torch.device) -> Iterable[Rows]:
     """One micro-batch at a time. Raises InputError if there is none."""
     empty = True
     for batch in batches:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.errors import InputError, nearest
@@ -15,12 +16,17 @@ from nemo_minitron.importance.depth.head import head_of, total
 from nemo_minitron.importance.depth.rows import Rows, all_rows
 from nemo_minitron.importance.depth.stages import Stages
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+    from nemo_minitron.importance.batches import Batch
+
 METRICS = ("loss", "perplexity")
 
 
 def depth_scan(
-    model: Any,
-    batches: Iterable[Any],
+    model: MegatronModule,
+    batches: Iterable[Batch | Tensor],
     sizes: Sequence[int] = (1,),
     metric: str = "loss",
     *,
@@ -44,9 +50,10 @@ def depth_scan(
     blocks = blocks_of(stages.config.num_layers, sizes)
     place = {block: i for i, block in enumerate([NOTHING, *blocks])}
     sums = torch.zeros(len(place) + 1, dtype=torch.float64, device=stages.device)  # a loss a block, then the tokens
-    head: Any = head_of(stages, vocab_size)
+    head = head_of(stages, vocab_size)
 
     def add(rows: Rows, block: Block, hidden: torch.Tensor) -> None:
+        assert head is not None  # only the ranks with the head get a state to see
         losses = head.losses(head.logits(hidden, rows.mask), rows.labels[rows.mask])
         sums[place[block]] += losses.sum(dtype=torch.float64)
         if block == NOTHING:

@@ -1,4 +1,4 @@
-"""A live model that can run from any layer on. The hidden state in front of each layer is kept, so what comes before a
+"""Runs a live model from any of its layers. The hidden state in front of each layer is kept, so what comes before a
 dropped block is never run again.
 
 With n layers the complete model costs n layer forwards, and the model without layers i..j costs n - 1 - j more. All
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.importance.depth.rows import Rows
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 See = Callable[[Block, Tensor], None]
 PARTS = ("layers", "final_layernorm")  # of Megatron's TransformerBlock. Here the head runs the final norm
@@ -35,14 +38,14 @@ class ChunkOfLayers:
     between its layers.
     """
 
-    def __init__(self, chunk: Any, number: int, count: int) -> None:
+    def __init__(self, chunk: MegatronModule, number: int, count: int) -> None:
         self.model, self.decoder = chunk, chunk.decoder
         self.is_first, self.is_last = number == 0, number == count - 1
         offset = get_transformer_layer_offset(chunk.config, getattr(chunk, "vp_stage", None))
         self.numbers = range(offset, offset + len(self.decoder.layers))
         self._original_parts = {name: self.decoder._modules[name] for name in PARTS if name in self.decoder._modules}
         self._input = self.decoder.input_tensor
-        self._keywords: dict[str, Any] = {}
+        self._keywords: dict[str, object] = {}
         self._states: dict[int, Tensor] = {}
         self.keep(range(chunk.config.num_layers))
 
@@ -91,7 +94,7 @@ class ChunkOfLayers:
 class Stages:
     """This rank's chunks of the pipeline. They are in evaluation mode while it is open."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: MegatronModule) -> None:
         chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
         self._group = parallel_state.get_pipeline_model_parallel_group()
         rank, size = torch.distributed.get_rank(self._group), torch.distributed.get_world_size(self._group)
@@ -103,7 +106,7 @@ class Stages:
         self.device = next(self._stages[0].model.parameters()).device
 
     @property
-    def head(self) -> Any:
+    def head(self) -> MegatronModule | None:
         """The model with the output head. None on other pipeline ranks."""
         return self._stages[-1].model if self._stages[-1].is_last else None
 

@@ -7,7 +7,7 @@ size, X further dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.transformer.attention import Attention, SelfAttention
@@ -18,19 +18,22 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.importance.registry import Estimator, Watch, estimator
+from nemo_minitron.importance.registry import Estimator, Output, Watch, estimator
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
-def first_input(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+def first_input(module: nn.Module, module_input: Tensor, output: Output) -> Tensor:
     """For `Watch.values`: the module's first input."""
     return module_input
 
 
-def _output(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+def _output(module: nn.Module, module_input: Tensor, output: Output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def times_input(module: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def times_input(module: nn.Module, module_input: Tensor, output: Output) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Taylor: each element of the input times its gradient."""
     # Another tensor on the same memory: the pipeline's schedule may free a stage's input and output.
     x = module_input.detach()
@@ -44,7 +47,7 @@ class Neurons(Estimator):
 
     axis = "ffn"
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
         return Watch(layer, module.linear_fc2, first_input, times_input)
 
 
@@ -54,10 +57,10 @@ class PreActivations(Estimator):
 
     axis = "ffn_pre_activation"
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
         gated = module.config.gated_linear_unit
 
-        def before(linear: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+        def before(linear: nn.Module, module_input: Tensor, output: Output) -> Tensor:
             values = output[0]
             values = values if output[1] is None else values + output[1]  # a bias that is not added yet
             return values.chunk(2, dim=-1)[0] if gated else values
@@ -72,13 +75,13 @@ class Heads(Estimator):
 
     axis = "heads"
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
         heads = module.num_attention_heads_per_partition
 
-        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+        def norms(_: nn.Module, module_input: Tensor, output: Output) -> Tensor:
             return torch.linalg.vector_norm(module_input.float().unflatten(-1, (heads, -1)), dim=-1)
 
-        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        def taylor(_: nn.Module, module_input: Tensor, output: Output) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             x = module_input.detach()
             return module_input, lambda gradient: (x * gradient).unflatten(-1, (heads, -1)).sum(-1)
 
@@ -92,7 +95,7 @@ class HeadChannels(Estimator):
 
     axis = "head_channels"
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
         return Watch(layer, module.linear_proj, first_input)
 
 
@@ -103,7 +106,7 @@ class _HeadNorm(Estimator):
     heads_are_positions = True
     part: str
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         norm = getattr(module, self.part, None)
         if norm is None or isinstance(norm, IdentityOp):
             return None
@@ -138,28 +141,28 @@ class _Norm(Estimator):
 
 @estimator(TransformerLayer)
 class InputNorms(_Norm):
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         fused = getattr(module.self_attention, "linear_qkv", None)
         return watch_norm(2 * layer, module.input_layernorm, fused, module.config)
 
 
 @estimator(TransformerLayer)
 class PreMLPNorms(_Norm):
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         fused = getattr(module.mlp, "linear_fc1", None)
         return watch_norm(2 * layer + 1, module.pre_mlp_layernorm, fused, module.config)
 
 
 @estimator(TransformerBlock)
 class FinalNorm(_Norm):
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         norm = module.final_layernorm
         if norm is None:  # not on this pipeline stage
             return None
         return Watch(2 * architecture.num_layers, norm, _output, times_input)
 
 
-def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
+def watch_norm(row: int, norm: nn.Module, fused: nn.Module, config: TransformerConfig) -> Watch | None:
     """A separate norm shows its output. A norm that is fused with a linear layer does not, neither here nor in
     Transformer Engine, so it is computed again from its input."""
     if not isinstance(norm, IdentityOp):
@@ -167,7 +170,7 @@ def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
     if getattr(fused, "layer_norm_weight", None) is None:
         return None
 
-    def again(module: Any, module_input: Tensor, output: Any) -> Tensor:
+    def again(module: nn.Module, module_input: Tensor, output: Output) -> Tensor:
         return normalize(
             module_input.float(), module.layer_norm_weight, getattr(module, "layer_norm_bias", None), config
         )
@@ -175,7 +178,7 @@ def watch_norm(row: int, norm: Any, fused: Any, config: Any) -> Watch | None:
     return Watch(row, fused, again, times_input)
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
     """RMSNorm or LayerNorm of fp32 `x` [..., H], as a Megatron config says; gamma may be zero-centred."""
     gamma_H = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
     if config.normalization == "RMSNorm":
@@ -200,14 +203,14 @@ class BlockInfluence(Estimator):
     sharded = False
     aggregate = False
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def influence(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
+        def influence(_: nn.Module, module_input: Tensor, output: Output) -> Tensor:
             output_SBH = output[0] if isinstance(output, tuple) else output
             difference_SBH = _unit(module_input.float()).sub_(_unit(output_SBH.float()))
             # |a - b|^2 / 2 of unit vectors is 1 - cos, but keeps its digits where it is small.
             return torch.linalg.vector_norm(difference_SBH, dim=-1).square() / 2
 
-        def taylor(_: nn.Module, module_input: Tensor, output: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        def taylor(_: nn.Module, module_input: Tensor, output: Output) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             output_SBH = output[0] if isinstance(output, tuple) else output
             added_SBH = output_SBH.detach() - module_input.detach()
             return output_SBH, lambda gradient: (added_SBH * gradient).sum(-1)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.importance.estimators.dense import watch_norm
-from nemo_minitron.importance.registry import Estimator, Watch, estimator
+from nemo_minitron.importance.registry import Estimator, Output, Watch, estimator
 
 
 class _LatentNorm(Estimator):
@@ -19,7 +19,7 @@ class _LatentNorm(Estimator):
     sharded = False
     part: str
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         norm = getattr(module, f"{self.part}_layernorm", None)
         if norm is None:  # queries without a low rank
             return None
@@ -27,10 +27,10 @@ class _LatentNorm(Estimator):
         return None if watch is None else dataclasses.replace(watch, values=_rows(watch), taylor=None)
 
 
-def _rows(watch: Watch) -> Any:
+def _rows(watch: Watch) -> Callable[[nn.Module, Tensor, Output], Tensor]:
     """Packed samples come as [tokens, rank]. They are one row of the batch."""
 
-    def values(module: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+    def values(module: nn.Module, module_input: Tensor, output: Output) -> Tensor:
         latents = watch.values(module, module_input, output)
         return latents[:, None] if latents.dim() == 2 else latents
 

@@ -8,7 +8,7 @@ probability, because Megatron multiplies with it before the expert's second matr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.estimators.dense import first_input, times_input
-from nemo_minitron.importance.registry import Estimator, Watch, estimator
+from nemo_minitron.importance.registry import Estimator, Output, Watch, estimator
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 
 @estimator(MoELayer)
@@ -30,8 +33,8 @@ class Experts(Estimator):
     experts = True
     sharded = False
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch:
-        def norms(_: nn.Module, module_input: Tensor, output: Any) -> Tensor:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch:
+        def norms(_: nn.Module, module_input: Tensor, output: Output) -> Tensor:
             return torch.linalg.vector_norm(over_shards(output[0].float()), dim=-1)
 
         return Watch(layer, module.experts, norms, _output_times_gradient, routes=_routes(module))
@@ -44,7 +47,7 @@ class ExpertNeurons(Estimator):
     axis = "expert_ffn"
     experts = True
 
-    def watches(self, module: Any, layer: int, architecture: Architecture) -> Iterator[Watch]:
+    def watches(self, module: nn.Module, layer: int, architecture: Architecture) -> Iterator[Watch]:
         for expert, linear, routes in second_matrices(module):
             yield Watch(layer, linear, first_input, times_input, expert=expert, routes=routes)
 
@@ -55,12 +58,12 @@ class SharedExpertNeurons(Estimator):
 
     axis = "shared_expert_ffn"
 
-    def watch(self, module: Any, layer: int, architecture: Architecture) -> Watch | None:
+    def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
         return None if shared is None else Watch(layer, shared.linear_fc2, first_input, times_input)
 
 
-def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]:
+def second_matrices(mixture: nn.Module) -> Iterator[tuple[int | None, nn.Module, MoETokenDispatcher | None]]:
     """(local expert, its second linear layer, the dispatcher that knows which tokens came to it).
 
     The expert is None if one linear layer takes the tokens of all experts, one expert after another. Raises InputError
@@ -80,7 +83,7 @@ def second_matrices(mixture: Any) -> Iterator[tuple[int | None, nn.Module, Any]]
 
 
 def _output_times_gradient(
-    module: nn.Module, module_input: Tensor, output: Any
+    module: nn.Module, module_input: Tensor, output: Output
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Taylor: for each token the sum over the hidden channels of an expert's output times its gradient."""
     values = output[0].detach()
@@ -102,7 +105,7 @@ def over_shards(part: Tensor) -> Tensor:
     return total
 
 
-def _routes(layer: Any) -> Any:
+def _routes(layer: MoELayer) -> MoETokenDispatcher:
     """The dispatcher, which knows which tokens came to which expert. Raises InputError if it drops or pads tokens."""
     kind = layer.config.moe_token_dispatcher_type
     if kind not in ("allgather", "alltoall"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nemo_minitron.artifacts.files import write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.teacher import teacher_folder
@@ -15,7 +14,7 @@ def measure(run: Run) -> None:
     from nemo_minitron.evaluation import run_tasks
 
     settings = run.job.evaluation
-    options: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
+    options: JsonObject = {"precision": settings.precision, "batch_size": settings.batch_size}
     models = {"teacher": teacher_folder(run), "distilled": run.folder.student}
     results = {name: run_tasks(folder, settings.benchmarks, **options) for name, folder in models.items()}
     write_json(run.folder.benchmarks, results)

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.artifacts.run_folder import CutFolder, RunFolder
 from nemo_minitron.commands.compensate import solve_for
 from nemo_minitron.commands.prune import Extras, compensation_of
-from nemo_minitron.job.calibrations import calibration_of
+from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
@@ -43,6 +43,8 @@ SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.ridge, ("pla
 
 def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
     """Leaves a Compensation beside each plan, all from one pass. It is empty if a plan cuts no neurons or heads."""
+    from nemo_minitron.data import Tokens
+
     job, outputs = run.job, {}  # the file of each plan -> the file of its Compensation
     for cut in cuts:
         plan = PrunePlan.load(cut.plan)
@@ -52,9 +54,10 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
             Compensation(plan.digest, {}).save(cut.compensation)
     if outputs:
         teacher = run.open(job.teacher)
-        calibration = calibration_of(job, teacher.architecture)
+        tokens = Tokens(corpora.prefix(run, "calibration"))
+        calibration = fitted_calibration(job, teacher.architecture, tokens).settings
         solve_for(
-            teacher, outputs, corpora.prefix(run, "calibration"), calibration, job.layout,
+            teacher, outputs, tokens.prefix, calibration, job.layout,
             ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), log=run.folder.log,
         )  # fmt: skip
     count = sum(len(Compensation.load(out).tensors) for out in outputs.values())

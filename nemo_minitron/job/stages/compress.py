@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
@@ -19,6 +19,7 @@ from nemo_minitron.data import Tokens
 from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
+from nemo_minitron.job.fitted import fitted_calibration, fitted_distillation
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
@@ -29,7 +30,6 @@ from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
-from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
 
@@ -122,7 +122,7 @@ def _evaluation_inputs(run: Run) -> object:
 
 def _distill_inputs(run: Run) -> object:
     cache = run.job.distillation.teacher_cache  # its content decides, not its place
-    contents: dict[str, Any] = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
+    contents: JsonObject = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
     if run.job.learns_from:
         contents["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
     return dataclasses.asdict(run.job.distillation) | contents
@@ -145,8 +145,10 @@ def estimate(run: Run) -> None:
     from nemo_minitron.data import Tokens
 
     job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
-    calibration = calibration_of(job, teacher.architecture)
-    scores = calibrate(teacher, tokens, run.folder.calibration, calibration, job.layout, run.folder.log)
+    fit = fitted_calibration(job, teacher.architecture, tokens)
+    if fit.remark:  # it also holds for later stages that read this text, which do not repeat it
+        run.say(f"    remark: {fit.remark}")
+    scores = calibrate(teacher, tokens, run.folder.calibration, fit.settings, job.layout, run.folder.log)
     scores.save(run.folder.scores)
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
     for line in describe_scores(scores):
@@ -202,12 +204,7 @@ def distill(run: Run) -> None:
     if why:
         run.say(f"    {why}")
     held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
-    fit = Fit(job.distillation, layout)
-    if job.distillation.teacher_cache:
-        cache = CacheHeader.load(job.distillation.teacher_cache)
-        fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
-    else:
-        fit.text(Tokens(train), Tokens(held_out))
+    fit = fitted_distillation(job, layout, Tokens(train), Tokens(held_out))
     if fit.remark:
         run.say(f"    remark: {fit.remark}")
     run_training(
@@ -236,7 +233,7 @@ def report(run: Run) -> None:
     run.say(f"    {write_report(run.folder.path)}")
 
 
-def _measure(run: Run, stage: str, folder: Path) -> dict[str, Any]:
+def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
     from nemo_minitron.data import Tokens
 
     row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)

@@ -70,11 +70,11 @@ def _in_place(run: Run) -> str:
     if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
         how = f"by least squares, ridge {notes['ridge']}, on {rows}"
-        parts.append(f"{len(refitted)} matrices behind the cut, solved anew {how}")
+        parts.append(f"{len(refitted)} matrices that lost inputs to the cut, re-fitted {how}")
     if notes.get("folded norms"):
-        parts.append("norms scaled for the hidden channels that went")
+        parts.append("norms scaled, because hidden channels were cut")
     if notes.get("head residual"):
-        parts.append(f"heads with the residual of those that went ({notes['head residual']})")
+        parts.append(f"kept heads with a part of the heads that were cut ({notes['head residual']})")
     return "; ".join(parts)
 
 

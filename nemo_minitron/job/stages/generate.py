@@ -6,10 +6,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import from_hf
@@ -21,6 +22,8 @@ from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.generation import Generation
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from nemo_minitron.data import Tokens
 
 WRITTEN = parse.grouped({"prompt": parse.text(), "continuation": parse.text()})
@@ -57,7 +60,7 @@ def generate(run: Run) -> None:
     run.say(f"    {len(tokens):,} documents, {tokens.tokens:,} tokens; {written['empty']} empty ones left out")
 
 
-def _rows(part: Path) -> list[dict[str, Any]]:
+def _rows(part: Path) -> list[JsonObject]:
     """The documents of one batch. Raises InputError for a damaged file."""
     from nemo_minitron.data.lines import json_lines
 
@@ -69,7 +72,7 @@ def _rows(part: Path) -> list[dict[str, Any]]:
         raise InputError(f"'{part}' is damaged ({first_line(error)}); delete it and run the same again") from None
 
 
-def prompts_of(settings: Generation, corpus: Tokens, tokenizer: Any) -> list[list[int]]:
+def prompts_of(settings: Generation, corpus: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of each document's prompt. Raises InputError for a file or a corpus with too few prompts."""
     from nemo_minitron.data import documents
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping
-from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
+from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RoundFolder, RunFolder
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.families import to_hf
 from nemo_minitron.job.calibrations import calibration_of
+from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
@@ -69,7 +69,7 @@ def job_of(job: Job, source: Architecture, number: int) -> tuple[Job, Architectu
     return dataclasses.replace(job, keep=keep, rounds=1, depth=depth, layout=layout), model
 
 
-def check_rounds(job: Job, source: Architecture, config: Mapping[str, Any]) -> None:
+def check_rounds(job: Job, source: Architecture, config: HfConfig) -> None:
     """Raises InputError for a round whose model cannot be written or scored. `config`: the teacher's."""
     for number in range(2, job.rounds + 1):
         of_round, model = job_of(job, source, number)
@@ -103,7 +103,7 @@ def score_again(run: Run, number: int) -> None:
     model = prune(teacher, plan, files.model, overwrite=True)
     job, _ = job_of(run.job, teacher.architecture, number)
     tokens, log = Tokens(corpora.prefix(run, "calibration")), run.folder.log
-    calibration = calibration_of(job, plan.target)
+    calibration = fitted_calibration(job, plan.target, tokens).settings
     scores = calibrate(open_source(model), tokens, files.calibration, calibration, job.layout, log)
     scores.save(files.scores)
     shutil.rmtree(model)  # the plan makes it again, and the space check counts on its room

@@ -11,10 +11,11 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
 from nemo_minitron.artifacts.records import read_curve, read_known
 from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder, TrainingFolder
@@ -25,12 +26,14 @@ from nemo_minitron.commands.distill import run_training
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.families import multiples_of, to_hf
+from nemo_minitron.job.fitted import fitted_distillation
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.settings.recipe import Distillation, Evaluation, Job
+from nemo_minitron.settings.search import Search
 from nemo_minitron.sources.open import config_of, open_source
 
 if TYPE_CHECKING:
@@ -71,17 +74,20 @@ def _measure_inputs(run: Run) -> object:
 
 
 def _rank_inputs(run: Run) -> object:
-    return [dataclasses.asdict(_brief(run)), run.job.search.rounds, run.job.search.distil]
+    return [
+        dataclasses.asdict(_brief(run.job.distillation, run.job.search)),
+        run.job.search.rounds,
+        run.job.search.distil,
+    ]
 
 
 def _evaluation(run: Run) -> Evaluation:
     return dataclasses.replace(run.job.evaluation, tokens=run.job.search.tokens, prompts=())
 
 
-def _brief(run: Run) -> Distillation:
-    """The job's distillation, but brief: `search.steps` long and saved at the end of each round. The teacher is not
+def _brief(settings: Distillation, search: Search) -> Distillation:
+    """A job's distillation, but brief: `search.steps` long and saved at the end of each round. The teacher is not
     corrected, and nothing ends it early."""
-    settings, search = run.job.distillation, run.job.search
     return dataclasses.replace(
         settings, tokens=search.steps * settings.tokens_per_step, save_every=search.steps // search.rounds,
         correction_tokens=0, validate_every=0, patience=0,
@@ -118,7 +124,7 @@ def solve_all(run: Run) -> None:
     solve_cuts(run, [run.folder.candidate(row["name"]) for row in rows])
 
 
-def _latency(run: Run, config: Mapping[str, Any]) -> float:
+def _latency(run: Run, config: HfConfig) -> float:
     """Seconds of a forward pass of a model of this config, measured on this machine."""
     from nemo_minitron.evaluation import forward_seconds
 
@@ -130,7 +136,7 @@ def _latency(run: Run, config: Mapping[str, Any]) -> float:
 
 def measure_all(run: Run) -> None:
     """The stage: cuts and measures each candidate, and keeps the students that are among the best so far."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for row in read_json(run.folder.candidates, "the candidates", records.CANDIDATES):
         rows.append(row | {"loss": _loss(run, row["name"])})
         run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
@@ -139,7 +145,7 @@ def measure_all(run: Run) -> None:
     write_json(run.folder.measured, _ordered(rows))
 
 
-def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ordered(rows: list[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: row["loss"])
 
 
@@ -157,7 +163,7 @@ def _loss(run: Run, name: str) -> float:
     return known["loss"]
 
 
-def _known(path: Path, identity: str, **fields: Kind) -> Any:
+def _known(path: Path, identity: str, **fields: Kind) -> JsonObject | None:
     """The content of a file if it was made from the same things; None for another or a damaged one, which is remade."""
     try:
         return read_known(path, identity, **fields)
@@ -208,7 +214,10 @@ def rank_all(run: Run) -> None:
 
 def _curve(run: Run, name: str, steps: int) -> Curve:
     """(step, loss) of a candidate's brief distillation, as far as `steps`. The training resumes where it ended."""
-    files, train, brief = run.folder.candidate(name), corpora.prefix(run, "train"), _brief(run)
+    from nemo_minitron.data import Tokens
+
+    files, train = run.folder.candidate(name), corpora.prefix(run, "train")
+    brief = _brief(fitted_distillation(run.job, run.job.layout, Tokens(train)).settings, run.job.search)
     identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
     known = _known(files.curve, identity, losses=listed(anything()))
     if known is None or (len(known["losses"]) < steps and not known.get("diverged")):

@@ -20,6 +20,15 @@ from nemo_minitron.pruning import HFSource
 LOSS = {5: 1.0, 6: 2.0, 4: 3.0, 3: 4.0}  # of the cut model, by its layers
 
 
+class Text(str):
+    """The prefix of a text, which is long enough for every row."""
+
+    tokens = 1 << 20
+
+    def samples(self, length):
+        return self.tokens // length
+
+
 class World:
     """A run folder with scores; `done` lists what was measured and trained, in order."""
 
@@ -44,7 +53,7 @@ class World:
         for name, function in put.items():
             monkeypatch.setattr(search_stages, name, function)
         monkeypatch.setattr("nemo_minitron.job.stages.corpora.prefix", lambda run, split: split)
-        monkeypatch.setattr("nemo_minitron.data.Tokens", lambda prefix: prefix)
+        monkeypatch.setattr("nemo_minitron.data.Tokens", Text)
 
     def measure(self, folder, tokens, settings):
         layers = from_hf(folder).num_layers
