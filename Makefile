@@ -49,7 +49,7 @@ demo: venv
 	  && echo "make demo: done in $$((SECONDS - start)) s; open runs/demo/report.html"
 
 test: venv lint
-	@echo "make test: every test on this machine, real processes over gloo (20 to 30 minutes on two cores)"
+	@echo "make test: every test on this machine, real processes over gloo (12 to 25 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$code
 	@if test -n "$(PYTHON312)"; then $(MAKE) --no-print-directory test-bridge; \
