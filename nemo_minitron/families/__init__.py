@@ -22,11 +22,12 @@ from nemo_minitron.families.nemotron import Nemotron
 from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
+from nemo_minitron.families.qwen3_moe import Qwen3Moe
 from nemo_minitron.families.side_files import without_code
 
 # The files that are taken from a hub repository; a pickle is never among them.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Nemotron(), Phi3())
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -44,11 +45,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
-def family_of_nemo(model_class: str) -> Family:
-    """The family whose NeMo class has this name. Raises InputError for one that is not supported."""
-    for family in FAMILIES:
-        if family.nemo_model == model_class:
+def family_of_nemo(model_class: str, fields: Mapping[str, Any]) -> Family:
+    """The family whose NeMo class has this name; `fields` (of its config) decide where several families share a class.
+
+    Raises InputError for a class that is not supported."""
+    of_class = [family for family in FAMILIES if family.nemo_model == model_class]
+    for family in of_class:
+        if family.claims(fields):
             return family
+    if of_class:
+        return of_class[0]
     raise InputError(
         f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
         f"{', '.join(f.nemo_model for f in FAMILIES)}"
