@@ -63,6 +63,15 @@ def pico_qwen3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **o
     return _write(Qwen3ForCausalLM, Qwen3Config(**{**SIZES, **overrides}), Path(folder), dtype, seed)
 
 
+def pico_qwen3_moe(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Qwen3-MoE of four experts, two for a token, whose probabilities are normalized; `overrides` as in
+    `pico_llama`."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {**SIZES, "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    return _write(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**sizes, **overrides}), Path(folder), dtype, seed)
+
+
 def pico_nemotron(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random Nemotron that rotates three quarters of a head; `overrides` as in `pico_llama`."""
     from transformers import NemotronConfig, NemotronForCausalLM
@@ -93,7 +102,7 @@ def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -
                 # Nemotron stores its norms' weights less 1; biases lie around 0.
                 mean = 0.0 if config.model_type == "nemotron" or name.endswith("bias") else mean
                 # Routers that prefer some experts clearly, so that routing wrongly shows.
-                spread = 0.5 if name.endswith("block_sparse_moe.gate.weight") else spread
+                spread = 0.5 if name.endswith(("block_sparse_moe.gate.weight", "mlp.gate.weight")) else spread
                 parameter.normal_(mean, spread)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

@@ -10,6 +10,7 @@ from nemo_minitron.errors import InputError
 
 NEMOTRON = {"gated_mlp": False, "normalization": "layernorm"}
 QWEN3 = {"qk_norm": True}
+QWEN3_MOE = QWEN3 | {"num_moe_experts": 128, "moe_router_topk": 8, "moe_ffn_hidden_size": 768}
 # name: layers, hidden, heads, groups, ffn, vocab, features, billions, billions without embeddings
 TABLE = {
     "nemotron-4-15b": (32, 6144, 48, 8, 24576, 256_000, NEMOTRON, 15.629, 12.483),
@@ -23,8 +24,11 @@ TABLE = {
     "qwen3-8b": (36, 4096, 32, 8, 12288, 151_936, QWEN3, 8.191, 6.946),
     "qwen3-6b-depth": (24, 4096, 32, 8, 12288, 151_936, QWEN3, 5.875, 4.631),
     "qwen3-6b-width": (36, 3584, 32, 8, 9216, 151_936, QWEN3, 5.978, 4.889),
+    "qwen3-30b-a3b": (48, 2048, 32, 4, 6144, 151_936, QWEN3_MOE, 30.532, 29.910),
+    "qwen3-16b-experts": (48, 2048, 32, 4, 6144, 151_936, QWEN3_MOE | {"num_moe_experts": 64}, 16.030, 15.408),
 }
 EXACT = {"llama-3.1-8b": 8_030_261_248, "mistral-nemo-12b": 12_247_782_400, "qwen3-8b": 8_190_735_360}
+EXACT |= {"qwen3-30b-a3b": 30_532_122_624, "qwen3-16b-experts": 16_030_316_544}
 
 
 def of_table(name):

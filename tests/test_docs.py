@@ -195,6 +195,7 @@ def test_the_recipes_table_says_what_the_recipes_are():
 
 
 FIELDS = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "layers": "num_layers", "heads": "num_attention_heads"}
+FIELDS |= {"experts": "num_moe_experts"}
 assert set(FIELDS.values()) <= set(Architecture.__dataclass_fields__)
 
 

@@ -12,11 +12,14 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.statistics import AGGREGATIONS, ROUTED, TOKENS, State, aggregation_of, criterion
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, nearest
 
 States = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 NORMS = ("all", "layers")
+REAP, FREQUENCY = "reap", "frequency"
+EXPERTS = ("criterion", REAP, FREQUENCY)
+"""What scores an expert: the calibration's criterion, or one of those of `experts_by`."""
 
 
 def check_norms(norms: str) -> None:
@@ -104,6 +107,26 @@ def derive(numbers: Arrays, architecture: Architecture, norms: str = "all") -> A
         summed = scores["norms"] if norms == "all" else scores["norms"][:-1]
         scores["hidden"] = summed.sum(0, dtype=np.float64).astype(np.float32)
     return scores
+
+
+def experts_by(states: States, name: str, half: int | None = None) -> np.ndarray:
+    """The scores of experts, fp32 [num_layers, experts], by another rule than the criterion.
+
+    "reap": the mean, over the tokens that came to an expert, of the router's probability times the L2 norm of the
+    expert's output (2510.13999, section 3). The probability is what the model multiplies with: normalized over the
+    chosen experts where the model does so, and without a correction bias. "frequency": the share of the routed tokens
+    that came to it. Raises InputError for another name, and if no experts were scored.
+    """
+    if name not in (REAP, FREQUENCY):
+        raise InputError(f"experts are not scored by '{name}'; {nearest(name, EXPERTS)}")
+    pair = (ROUTED, "mean")
+    if f"experts/{','.join(pair)}/count" not in states:
+        raise InputError(f"experts by '{name}' need activations of experts, and these scores have none")
+    state = state_of(states, "experts", pair, half)
+    if name == REAP:
+        return aggregation_of(pair).finish(state).astype(np.float32)
+    tokens = state[1].sum(-1, keepdims=True)
+    return (state[1] / (tokens + (tokens == 0))).astype(np.float32)
 
 
 def merge(a: States, b: States) -> Arrays:

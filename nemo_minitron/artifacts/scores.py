@@ -77,8 +77,16 @@ class Scores:
         if not self.states:
             raise InputError(f"these scores keep no statistics; their only criterion is '{self.criterion}'")
         numbers = criteria.derive(criteria.finish(self.states, criterion), self.architecture, norms)
-        return dataclasses.replace(
+        made = dataclasses.replace(
             self, tensors={**self._without_states(), **numbers}, criterion=criterion, norms=norms
+        )
+        return made.by_experts(self.notes["experts"]) if "experts" in self.notes else made
+
+    def by_experts(self, name: str) -> Scores:
+        """The same scores with experts scored by "reap" or "frequency" (`criteria.experts_by`); the notes keep it."""
+        experts = criteria.experts_by(self.states, name)
+        return dataclasses.replace(
+            self, tensors=self.tensors | {"experts": experts}, notes=self.notes | {"experts": name}
         )
 
     def merge(self, other: Scores) -> Scores:

@@ -20,7 +20,7 @@ from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
-from nemo_minitron.settings.calibration import REMOVAL, SCANNED, STATISTICS, Calibration
+from nemo_minitron.settings.calibration import BY_CRITERION, REMOVAL, SCANNED, STATISTICS, Calibration
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.fp8 import check_tokens
 from nemo_minitron.settings.layout import Layout
@@ -87,7 +87,7 @@ def calibrate(
     names = ("samples", "sequence_length", "seed", "precision")
     run = {"data": digest} | {name: getattr(calibration, name) for name in names}
     scores.notes = {"runs": [run], "config": dict(model.config)} | (scanned.notes if scanned else {})
-    return _examined(scores)
+    return _examined(scores if calibration.experts == BY_CRITERION else scores.by_experts(calibration.experts))
 
 
 def _without_running(model: ModelSource, calibration: Calibration) -> Scores:
@@ -181,13 +181,16 @@ def merged(other: Scores, scores: Scores) -> Scores:
 
     Raises InputError for scores of another model or of other statistics.
     """
-    result = other.merge(scores).under(scores.criterion, scores.norms)
+    result = other.merge(scores)
+    result.notes = {}  # those of both runs follow
+    result = result.under(scores.criterion, scores.norms)
     runs = [*_runs(other), *_runs(scores)]
     seen = [run.get("data") for run in _runs(other)]
-    notes = other.notes | scores.notes | {"runs": runs}
+    notes = {name: note for name, note in other.notes.items() if name != "experts"} | scores.notes | {"runs": runs}
     if scores.data_digest in seen:
         notes["overlap"] = "both runs drew rows of the same text with other seeds: some may count twice"
-    return _examined(dataclasses.replace(result, depth=other.depth | scores.depth, notes=notes))
+    result = dataclasses.replace(result, depth=other.depth | scores.depth, notes=notes)
+    return _examined(result.by_experts(notes["experts"]) if "experts" in scores.notes else result)
 
 
 def _runs(scores: Scores) -> list[JsonObject]:

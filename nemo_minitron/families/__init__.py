@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
+from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import Family
@@ -22,11 +22,12 @@ from nemo_minitron.families.nemotron import Nemotron
 from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
+from nemo_minitron.families.qwen3_moe import Qwen3Moe
 from nemo_minitron.families.side_files import without_code
 
 # The files that are taken from a hub repository; a pickle is never among them.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Nemotron(), Phi3())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Nemotron(), Phi3())
 
 
 def family_of(config: HfConfig) -> Family:
@@ -44,11 +45,16 @@ def family_of(config: HfConfig) -> Family:
     )
 
 
-def family_of_nemo(model_class: str) -> Family:
-    """The family whose NeMo class has this name. Raises InputError for one that is not supported."""
-    for family in FAMILIES:
-        if family.nemo_model == model_class:
+def family_of_nemo(model_class: str, fields: JsonFields) -> Family:
+    """The family whose NeMo class has this name; `fields` (of its config) decide where several families share a class.
+
+    Raises InputError for a class that is not supported."""
+    of_class = [family for family in FAMILIES if family.nemo_model == model_class]
+    for family in of_class:
+        if family.claims(fields):
             return family
+    if of_class:
+        return of_class[0]
     raise InputError(
         f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
         f"{', '.join(f.nemo_model for f in FAMILIES)}"

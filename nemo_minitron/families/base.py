@@ -205,6 +205,10 @@ class Family:
         fields |= translate.nemo_activation(self.value(config, "hidden_act"), self.defaults["hidden_act"])
         return self.nemo_class, fields | translate.nemo_rope(config, self.rope_types, self.nemo_model)
 
+    def claims(self, fields: JsonFields) -> bool:
+        """Whether a NeMo config of the family's class is this family's, where other families share the class."""
+        return bool(fields.get("num_moe_experts")) == ("num_moe_experts" in self.sizes)
+
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         """The Hugging Face config of a NeMo config's fields (those that were set, and the class's defaults).
 

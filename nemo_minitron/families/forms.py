@@ -16,6 +16,8 @@ from nemo_minitron.errors import InputError
 # transformers 4 keeps these beside the scaling, transformers 5 within it
 MOVED = ("rope_theta", "partial_rotary_factor")
 _KIND = ("rope_type", "type")
+# what transformers 5 writes under another name: model type -> its key -> transformers 4's, which both versions read
+RENAMED: Mapping[str, Mapping[str, str]] = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 
 
 def normalized(config: HfConfig) -> JsonObject:
@@ -29,6 +31,11 @@ def normalized(config: HfConfig) -> JsonObject:
     if dtype is not None:
         _agree("torch_dtype", result.get("torch_dtype"), "dtype", dtype)
         result["torch_dtype"] = dtype
+    for newer, older in RENAMED.get(str(result.get("model_type")), {}).items():
+        value = result.pop(newer, None)
+        if value is not None:
+            _agree(older, result.get(older), newer, value)
+            result[older] = value
     scaling = _mapping("rope_scaling", result.get("rope_scaling"))
     parameters = _of_all_layers(_mapping("rope_parameters", result.pop("rope_parameters", None)))
     if not parameters and not scaling.keys() & set(MOVED):

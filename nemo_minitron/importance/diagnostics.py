@@ -92,6 +92,8 @@ def split_half(scores: Scores) -> dict[str, float]:
         numbers = criteria.finish(scores.states, scores.criterion, half)
         if not any(array.any() for array in numbers.values()):
             return {}
+        if "experts" in scores.notes:
+            numbers["experts"] = criteria.experts_by(scores.states, scores.notes["experts"], half)
         halves.append(criteria.derive(numbers, scores.architecture, scores.norms))
     names = [name for name in RANKED if name in halves[0]]
     return {name: _correlation(halves[0][name], halves[1][name]) for name in names}

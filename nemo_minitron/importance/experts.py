@@ -33,7 +33,10 @@ class ExpertAccumulator(Accumulator):
 
     def __init__(self, estimator: Estimator, pairs: Sequence[Pair], config: TransformerConfig) -> None:
         super().__init__(estimator, pairs, config)
-        self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequence for _, sequence in pairs)]
+        sequences = [sequence for _, sequence in pairs]
+        if estimator.axis == "experts":
+            sequences.append("mean")  # REAP and the router's frequency, whatever the criterion (`criteria.experts_by`)
+        self.pairs = [(ROUTED, name) for name in dict.fromkeys(sequences)]
         # The dispatcher has spread the tokens over the ranks. `reduce` merges the ranks with copies of an expert.
         self.groups = []
         self.align = align_of(config)

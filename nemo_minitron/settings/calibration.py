@@ -21,8 +21,11 @@ TAYLOR = "taylor"
 RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights, or nothing at all
 METHODS = (*RUNNING, "magnitude", "random")
 NORMS = ("all", "layers")
+BY_CRITERION = "criterion"
+EXPERTS = (BY_CRITERION, "reap", "frequency")
 CRITERION = "Aggregations over batch,sequence: mean, l2, var, max. Repeat the option for several criteria."
 METHOD_HELP = "What units are scored by: activation, taylor (activation x gradient), magnitude (of weights), random."
+EXPERTS_HELP = "What scores experts: criterion, reap (gate x norm of the output), frequency (of routing)."
 READ = ("sequence_length", "batch_size", "precision", "seed")
 WIDTH = (*READ, "samples", "method", "criterion", "norms", "axes", "save_every")
 ROWS = (*READ, "depth_samples")
@@ -47,6 +50,7 @@ class Calibration(ValidatedSettings):
     corpus and seed: loss, perplexity and accuracy (on the questions in the JSONL file `items`) without each block of
     `depth_sizes` layers, and the removal of `remove` layers one by one. `method`: what scores the width axes. It is
     activation; taylor (activation times gradient), magnitude (of weights) and random are there for comparison.
+    `experts`: what scores experts in place of the criterion (`artifacts.criteria.experts_by`); it gathers nothing more.
 
     Raises InputError for a number out of range and an unknown name.
     """
@@ -78,6 +82,7 @@ class Calibration(ValidatedSettings):
     )
     remove: int = setting(0, "Number of layers that --depth removal removes, one by one.", least=0)
     method: str = setting("activation", METHOD_HELP, legal=METHODS)
+    experts: str = setting(BY_CRITERION, EXPERTS_HELP, legal=EXPERTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +121,11 @@ class Calibration(ValidatedSettings):
             if (name in self.depth) != given:
                 have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
                 raise InputError(f"{have} needs {lack}; set both or neither")
+        if self.experts != BY_CRITERION and (self.method != RUNNING[0] or "experts" not in (self.axes or legal)):
+            raise InputError(
+                f"experts by {self.experts} need a mixture's activations: method 'activation', and the axis 'experts' "
+                f"among those that are scored; the nearest legal value is '{BY_CRITERION}'"
+            )
         if self.method == TAYLOR and layout.vp > 1:
             raise InputError(f"Taylor scores need one stage a rank, not vp={layout.vp}; the nearest legal vp is 1")
         most = architecture.num_layers - 1
@@ -134,6 +144,7 @@ class Calibration(ValidatedSettings):
         """What is read and gathered, in one line."""
         text = f"{self.samples} rows of {self.sequence_length} tokens, {', '.join(self.axes) or 'all axes'} by "
         text += "; ".join(self.criteria) + (f" of {self.method}" if self.method != "activation" else "")
+        text += f", experts by {self.experts}" if self.experts != BY_CRITERION else ""
         sizes = ", ".join(map(str, self.depth_sizes))
         scans = [f"{name} without blocks of {sizes} layers" for name in self.depth if name in SCANS]
         scans += [f"removal of {self.remove} layers"] if REMOVAL in self.depth else []

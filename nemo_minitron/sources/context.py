@@ -192,4 +192,4 @@ def hf_config(checkpoint: str | Path) -> JsonObject:
     """The Hugging Face config that corresponds to a NeMo checkpoint's context. Raises InputError as `read_context`
     does."""
     context = read_context(Path(checkpoint) / "context")
-    return family_of_nemo(context.model_class).from_nemo(context.config)
+    return family_of_nemo(context.model_class, context.config).from_nemo(context.config)

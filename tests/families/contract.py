@@ -20,6 +20,10 @@ MODELS = {
     "mixtral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None}},
     "qwen2": {"own": {}, "other": OTHER},
     "qwen3": {"own": {}, "other": OTHER | {"hidden_act": "relu2"}},
+    "qwen3_moe": {  # with a window and normalized probabilities; with a dense layer and neither
+        "own": {"moe_intermediate_size": 80, "intermediate_size": 88, "use_sliding_window": True, "sliding_window": 8},
+        "other": OTHER | {"moe_intermediate_size": 80, "norm_topk_prob": False, "mlp_only_layers": [2]},
+    },
     "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
@@ -94,14 +98,16 @@ def sizes(keep):
 
 
 def plan_of(source, keep):
-    """`keep` as a plan for a model of this Architecture: experts for a mixture, neurons for a dense one."""
-    target, lacking = sizes(keep), {"experts", "expert_ffn"}
-    if source.num_moe_experts:
-        first, lacking = keep["layers"][0], {"ffn"}
-        width = len(keep["expert_ffn"][first][keep["experts"][first][0]])
-        target |= {"num_moe_experts": len(keep["experts"][first]), "moe_ffn_hidden_size": width}
-    cut = {axis: _of_layers(kept, keep["layers"]) for axis, kept in keep.items() if axis not in lacking}
-    return PrunePlan(source, source.replace(**target), cut)
+    """`keep` as a plan for a model of this Architecture: experts in its mixtures, neurons in its dense layers."""
+    target, stay = sizes(keep), keep["layers"]
+    mixtures = [layer for layer in stay if layer in source.moe_layers]
+    if mixtures:
+        experts = keep["experts"][mixtures[0]]
+        target["num_moe_experts"] = len(experts)
+        target["moe_ffn_hidden_size"] = len(keep["expert_ffn"][mixtures[0]][experts[0]])
+    of_axis = dict.fromkeys(("experts", "expert_ffn"), mixtures) | {"ffn": sorted({*stay} - {*mixtures})}
+    cut = {axis: _of_layers(kept, of_axis.get(axis, stay)) for axis, kept in keep.items() if of_axis.get(axis, stay)}
+    return PrunePlan(source, source.keep_layers(stay).replace(**target), cut)
 
 
 def _of_layers(kept, layers):

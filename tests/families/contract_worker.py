@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from workers import process_group
 
 IMPORTERS = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
-             "nemotron": "Nemotron", "phi3": "Phi3"}  # fmt: skip
+             "qwen3_moe": "Qwen3", "nemotron": "Nemotron", "phi3": "Phi3"}  # fmt: skip
 LAYOUTS = {"whole": {"dp": 2}, "split": {"tp": 2, "sp": True}}
 
 
@@ -68,7 +68,7 @@ def run_importer(family, folder, out):
 
     layout, expected = Layout(**LAYOUTS["whole"]), HFSource(folder / f"{family}-import")
     start(layout)
-    file = "phi3mini" if family == "phi3" else family
+    file = {"phi3": "phi3mini", "qwen3_moe": "qwen3"}.get(family, family)
     module = importlib.import_module(f"nemo.collections.llm.gpt.model.{file}")
     importer = getattr(module, f"HF{IMPORTERS[family]}Importer")(str(expected.folder))
     importer.trust_remote_code = False

@@ -56,6 +56,8 @@ def test_no_key_is_claimed_twice(model_type):
 )  # fmt: skip
 def test_what_changes_the_function_is_refused_by_name(model_type, name, value):
     from_hf(config(model_type, **{name: None}))
+    if name in FAMILY[model_type].read:
+        pytest.skip("this family reads it")
     with pytest.raises(InputError, match=f"the config's {name} is "):
         from_hf(config(model_type, **{name: value}))
 

@@ -45,7 +45,7 @@ def sizes_that_load(name):
     """What of the cut is another one, since transformers 5 refuses the sizes of `everything`."""
     if name.startswith("llama"):
         return {"hidden": list(range(40))}  # a multiple of 8 heads
-    if name.startswith("mixtral"):
+    if name.startswith(("mixtral", "qwen3_moe")):
         experts = {layer: {e: neurons(layer + e)[:48] for e in kept} for layer, kept in CUT_EXPERTS.items()}
         return {"hidden": list(range(40)), "expert_ffn": experts}
     return {}

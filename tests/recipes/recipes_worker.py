@@ -25,7 +25,8 @@ def parameters_of_rank(architecture, layout):
     kind = KINDS["llama" if architecture.gated_mlp else "nemotron"]
     config = TransformerConfig(
         **sizes, **kind | {"add_bias_linear": False, "add_qkv_bias": False}, qk_layernorm=architecture.qk_norm,
-        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp, perform_initialization=False,
+        tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp, sequence_parallel=layout.sp, perform_initialization=False,
         params_dtype=torch.bfloat16, bf16=True,
     )  # fmt: skip
     with FakeTensorMode():
@@ -52,7 +53,8 @@ def main():
     for name, models in json.loads(sys.argv[1]).items():
         layout = Layout(**models[0][0])
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.processes)
-        parallel_state.initialize_model_parallel(layout.tp, create_gloo_process_groups=False)
+        experts = {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.expert_tp}
+        parallel_state.initialize_model_parallel(layout.tp, create_gloo_process_groups=False, **experts)
         found[name] = []
         for _, sizes in models:
             architecture = Architecture.from_dict(sizes)

@@ -27,6 +27,7 @@ RECIPES = {  # -> teacher and student of the papers, whose sizes test_architectu
     "mistral_nemo_12b_to_8b": ("mistral-nemo-12b", "mn-minitron-8b"),
     "qwen3_8b_to_6b_width": ("qwen3-8b", "qwen3-6b-width"),
     "qwen3_8b_to_6b_depth": ("qwen3-8b", "qwen3-6b-depth"),
+    "qwen3_30b_a3b_to_16b_experts": ("qwen3-30b-a3b", "qwen3-16b-experts"),
     "nemotron4_15b_to_8b_search": ("nemotron-4-15b", "minitron-8b"),  # the shape closest to the target
 }
 CHAIN = "nemotron4_15b_to_8b_to_4b"
@@ -73,7 +74,8 @@ def test_the_search_goes_through_the_papers_space():
     assert job.search.describe(of_table("nemotron-4-15b"), {}).startswith("160 shapes, 20 with")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# 6,144 experts take transformers 15 s; tests/families/test_qwen3_moe.py counts pico mixtures
+@pytest.mark.parametrize("name", RECIPES.keys() - {"qwen3_30b_a3b_to_16b_experts"})
 def test_transformers_builds_as_many_parameters(name):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -101,7 +103,8 @@ def test_megatron_builds_each_rank_as_counted():
     for name, models in found.items():
         for (held, counted), architecture in zip(models, cases[name][1], strict=True):
             assert held == counted
-            assert held > architecture.parameters() // cases[name][0].layout.tp  # norms are on every rank
+            layout = cases[name][0].layout
+            assert held > architecture.parameters() // (layout.tp * layout.ep)  # norms are on every rank
 
 
 def test_the_dry_run_tells_tokens_steps_and_gpu_hours_and_loads_nothing(tmp_path):

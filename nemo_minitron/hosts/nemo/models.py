@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 import nemo_minitron.backend as backend
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.families import family_of
@@ -51,10 +53,22 @@ def nemo_config(
     home = sys.modules[getattr(llm, family_of(config).nemo_model).__module__]
     if "activation_func" in fields:
         fields["activation_func"] = pkgutil.resolve_name(fields["activation_func"])
+    fields |= _layer_spec(architecture)
     result = getattr(home, name)(**fields, bf16=weights == "bf16", fp16=False, params_dtype=DTYPES[weights])
     apply(result, precision, training=training)
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result
+
+
+def _layer_spec(architecture: Architecture) -> dict[str, Any]:
+    """NeMo's field for a model of which some layers are mixtures of experts and some dense.
+
+    NeMo's default spec reads no `moe_layer_freq`: it makes a mixture of every layer."""
+    if not architecture.num_moe_experts or not architecture.dense_layers:
+        return {}
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return {"transformer_layer_spec": functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)}
 
 
 def nemo_model(config: Mapping[str, Any], *, tokenizer: Any = None, **options: Any) -> Any:

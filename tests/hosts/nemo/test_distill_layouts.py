@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mixture64 import farthest, first_step
-from pico import pico_llama, pico_mixtral
+from pico import pico_llama, pico_mixtral, pico_qwen3_moe
 from ranks import run_ranks
 from tolerances import FIRST_GRADIENT_FP32, LOSS_LAYOUT_FP32
 from words import save_tokenizer
@@ -40,6 +40,17 @@ MODELS = {  # name -> its maker, what of it a student keeps
         ),
         {"hidden": 40},
     ),
+    "qwen": (
+        lambda f: pico_qwen3_moe(
+            f,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            norm_topk_prob=False,
+            mlp_only_layers=[1],
+        ),
+        {"hidden": 40, "experts": 2},
+    ),
 }
 BASE = {
     "tokens": 24 * 8 * 4, "sequence_length": 24, "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3,
@@ -61,8 +72,11 @@ LAYOUTS = {  # world size -> model, recipe, layout; a new layout is one entry
         ("four", "kl", {}),
         ("four", "all", {}),
         *[("moe", recipe, {}) for recipe in ("kl", "aux", "top")],
+        ("qwen", "kl", {}),
     ],
     2: [
+        ("qwen", "kl", {"ep": 2, "dp": 2}),
+        ("qwen", "kl", {"pp": 2}),
         ("three", "kl", {"pp": 2}),
         ("four", "all", {"pp": 2}),
         ("three", "all", {"pp": 2, "vp": 2}),
