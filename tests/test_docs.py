@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.cli import app
-from nemo_minitron.cli.find import find, names
+from nemo_minitron.cli.find import find, is_model, names
 from nemo_minitron.families import FAMILIES, from_hf
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,9 @@ def check_minitron(words, folder):
     given = ["1" if word == "N" else word for word in words[1:]]
     context = command.make_context(words[0], given)
     recipe = context.params.get("recipe")
-    if recipe and recipe not in ("RECIPE", "runs/NAME/recipe.json"):
+    if recipe and is_model(recipe):
+        assert context.params["data"], "a model needs a text"
+    elif recipe and recipe not in ("RECIPE", "runs/NAME/recipe.json"):
         own = [text for text in context.params["overrides"] or [] if not text.startswith("executor.")]
         job = find(str(folder / recipe) if (folder / recipe).is_file() else recipe).override(own)
         offline = job.teacher_config and not job.chain

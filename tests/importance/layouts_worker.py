@@ -18,7 +18,7 @@ AXES = ("ffn", "ffn_pre_activation", "heads", "head_channels", "norms", "layers"
 
 
 def register_own_estimator():
-    """The README's example of a user's own estimator."""
+    """The example of docs/own-estimator.md."""
     from megatron.core.transformer.mlp import MLP
 
     from nemo_minitron.importance import Estimator, Watch, estimator
