@@ -25,6 +25,10 @@ MODELS = {
         "other": OTHER | {"moe_intermediate_size": 80, "norm_topk_prob": False, "mlp_only_layers": [2]},
     },
     "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
+    "smollm3": {
+        "own": {"no_rope_layer_interval": 2},
+        "other": OTHER | BIASES | {"no_rope_layer_interval": 3},
+    },
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
         "other": TIED | {"sliding_window": None, "hidden_act": "relu"},
