@@ -89,6 +89,14 @@ def pico_phi3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **ov
     return _write(Phi3ForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_smollm3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random SmolLM3 whose every third layer has no rotary positions; `overrides` as in `pico_llama`."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(**{**SIZES, "pad_token_id": None, "no_rope_layer_interval": 3, **overrides})
+    return _write(SmolLM3ForCausalLM, config, Path(folder), dtype, seed)
+
+
 def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:
     import torch
 

@@ -24,10 +24,21 @@ from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.qwen3_moe import Qwen3Moe
 from nemo_minitron.families.side_files import without_code
+from nemo_minitron.families.smollm3 import SmolLM3
 
 # The files that are taken from a hub repository; a pickle is never among them.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Nemotron(), Phi3())
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Mixtral(),
+    Qwen2(),
+    Qwen3(),
+    Qwen3Moe(),
+    Nemotron(),
+    Phi3(),
+    SmolLM3(),
+)
 
 
 def family_of(config: HfConfig) -> Family:

@@ -42,6 +42,9 @@ class Llama(Family):
             return "Llama31Config", fields | {field: rope_field(rope, key) for field, key in _LLAMA3_ROPE.items()}
         return name, fields
 
+    def claims(self, fields: JsonFields) -> bool:
+        return fields.get("no_rope_freq") is None
+
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         config = super().from_nemo(fields)
         config |= dict.fromkeys(("attention_bias", "mlp_bias"), bool(fields["add_bias_linear"]))

@@ -25,6 +25,10 @@ MODELS = {
         "other": OTHER | {"moe_intermediate_size": 80, "norm_topk_prob": False, "mlp_only_layers": [2]},
     },
     "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
+    "smollm3": {
+        "own": {"no_rope_layer_interval": 2},
+        "other": OTHER | BIASES | {"no_rope_layer_interval": 3},
+    },
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
         "other": TIED | {"sliding_window": None, "hidden_act": "relu"},
@@ -154,3 +158,37 @@ def _sliced(tensor, words, layer, keep):
 
 def _channels(units):
     return [unit * HEAD_DIM + i for unit in units for i in range(HEAD_DIM)]
+
+
+# -- units that write nothing ----------------------------------------------------------------------------------
+def silenced(tensors, axis):
+    """Makes units of an axis write nothing, in place; returns what a plan keeps when it cuts them."""
+    keep = nothing()
+    if axis == "layers":
+        keep["layers"] = [0, 2, 3]
+    for layer in range(DEPTH):
+        prefix = f"model.layers.{layer}."
+        if axis == "layers" and layer == 1:
+            for name in tensors:
+                if name.startswith(prefix) and name.split(".")[-2] in ("o_proj", "down_proj", "w2"):
+                    tensors[name][:] = 0
+        elif axis in ("heads", "query_groups"):
+            groups = [g for g in range(GROUPS) if axis == "heads" or g != layer]
+            heads = [3 * g + i for g in groups for i in range(3) if axis == "query_groups" or i != layer % 3]
+            gone = [h * HEAD_DIM + i for h in set(range(HEADS)) - set(heads) for i in range(HEAD_DIM)]
+            tensors[f"{prefix}self_attn.o_proj.weight"][:, gone] = 0
+            keep["heads"][layer], keep["query_groups"][layer] = heads, groups
+        elif axis == "ffn":
+            keep["ffn"][layer] = neurons(layer)
+            gone = sorted(set(range(FFN)) - set(keep["ffn"][layer]))
+            if f"{prefix}mlp.down_proj.weight" in tensors:  # a mixture has none
+                tensors[f"{prefix}mlp.down_proj.weight"][:, gone] = 0
+        elif axis == "expert_ffn":
+            for expert in keep["expert_ffn"][layer]:
+                keep["expert_ffn"][layer][expert] = neurons(layer + expert)
+                gone = sorted(set(range(FFN)) - set(keep["expert_ffn"][layer][expert]))
+                second = (f"experts.{expert}.w2.weight", f"experts.{expert}.down_proj.weight")
+                for name in tensors:
+                    if name.startswith(prefix) and name.endswith(second):
+                        tensors[name][:, gone] = 0
+    return keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from nemo_minitron.hosts.nemo.models import build
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
 from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import LiveSource, fill
-from nemo_minitron.sources.context import resize_context
+from nemo_minitron.sources.context import read_context, resize_context
 from nemo_minitron.sources.mapping import padded_vocab
 from nemo_minitron.sources.open import open_source
 
 # Fields of the config that stay as the teacher has them.
 KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")
+
+# Fields with one value a layer, beside `moe_layer_freq`, which the sizes have.
+PER_LAYER = ("no_rope_freq",)
 
 
 def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:
@@ -59,6 +63,7 @@ def save_like(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -
     state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
     dist_checkpointing.save(state, str(folder / "weights"))
     sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
+    sizes |= _layer_lists(read_context(teacher / "context").config, plan)
     resize_context(teacher / "context", folder / "context", sizes)
 
 
@@ -76,9 +81,20 @@ def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:
     for name, value in nemo_sizes(plan.target).items():
         if name == "vocab_size" or name not in KEPT:
             setattr(recorded.config, name, value)
+    for name, values in _layer_lists({name: getattr(module.config, name, None) for name in PER_LAYER}, plan).items():
+        setattr(recorded.config, name, values)
     student = fdl.build(recorded)
     student.config.vocab_size = padded_vocab(plan.target.vocab_size, tp)
     return student
+
+
+def _layer_lists(fields: Mapping[str, Any], plan: PrunePlan) -> dict[str, list[Any]]:
+    """The fields of NeMo's config that have one value a layer, for the layers that stay."""
+    kept = plan.keep.get("layers")
+    if kept is None:
+        return {}
+    lists = {name: fields.get(name) for name in PER_LAYER}
+    return {name: [values[layer] for layer in kept] for name, values in lists.items() if isinstance(values, list)}
 
 
 def sharded_state(chunks: list[Any]) -> dict[str, Any]:
