@@ -6,7 +6,6 @@ Nothing heavy is imported at module level, because saving a checkpoint starts a 
 from __future__ import annotations
 
 import faulthandler
-import gc
 import multiprocessing
 import os
 import signal

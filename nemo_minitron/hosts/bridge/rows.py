@@ -19,6 +19,7 @@ class Ids:
 
     def __init__(self, tokenizer: Any) -> None:
         self.eod = self.pad = tokenizer.eos_token_id
+        self.vocab_size = len(tokenizer)
         self.unique_identifiers = {"class": type(tokenizer).__name__}
 
 
