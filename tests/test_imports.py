@@ -25,6 +25,7 @@ LAW = (  # a room imports what stands above it, never what stands beside it; `ne
 )
 FLOOR = {room: number for number, rooms in enumerate(LAW) for room in rooms}
 NEMO = ("nemo", "nemo_run", "lightning")
+HOSTS = ("nemo", "bridge")
 HEAVY = ("torch", "nemo", "nemo_run", "lightning", "megatron", "transformers")
 
 
@@ -136,9 +137,20 @@ def test_nemo_only_in_hosts():
     assert _breaches(lambda _: NEMO, lambda path: applies(path) and _room(path) == "cli", inside_functions=False) == []
 
 
+def test_bridge_only_in_its_host():
+    assert _breaches(lambda _: ("megatron.bridge",), lambda path: not str(path).startswith("hosts/bridge")) == []
+
+
 def test_a_host_is_asked_by_its_protocol():
     """All else goes through `hosts.host_of`: which host it is, is nobody's business."""
-    assert _breaches(lambda _: ("nemo_minitron.hosts.nemo",), lambda path: _room(path) != "hosts") == []
+    hosts = tuple(f"nemo_minitron.hosts.{name}" for name in HOSTS)
+    assert _breaches(lambda _: hosts, lambda path: _room(path) != "hosts") == []
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts_are_blind_to_each_other(host):
+    others = tuple(f"nemo_minitron.hosts.{name}" for name in HOSTS if name != host)
+    assert _breaches(lambda _: others, lambda path: str(path).startswith(f"hosts/{host}")) == []
 
 
 def test_megatron_only_where_models_run():

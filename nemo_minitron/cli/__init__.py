@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
+from nemo_minitron.hosts import HOST, host_name
 from nemo_minitron.schema import OUTPUT
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -35,8 +37,21 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. It may stand anywhere.")] = False,
+    host: Annotated[str, typer.Option(help="What runs models: nemo or bridge. It may stand anywhere.")] = "",
 ) -> None:
-    """The options of every command; `main` reads `--debug`."""
+    """The options of every command; `main` reads them."""
+
+
+def _take_host(arguments: list[str]) -> list[str]:
+    """Sets MINITRON_HOST, which this process and its workers read, from `--host NAME`. Returns the other arguments."""
+    left: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--host" or word.startswith("--host="):
+            os.environ[HOST] = word.partition("=")[2] if "=" in word else next(words, "")
+        else:
+            left.append(word)
+    return left
 
 
 class Command(TyperCommand):
@@ -87,6 +102,7 @@ def main() -> None:
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    arguments = _take_host(arguments)
     if not debug:
         _quiet()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -94,6 +110,8 @@ def main() -> None:
             signal.signal(number, _leave)
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
     try:
+        if HOST in os.environ:
+            host_name()
         _app([with_options(command) for command in named] or _titles())(arguments)
     except (InputError, OSError, RuntimeError) as error:
         if debug:

@@ -52,7 +52,7 @@ def estimate(order: EstimateOrder, host: Runner) -> None:
         return
     chunks = load(estimation.source, build=host.build, precision=calibration.precision, layout=order.layout)
     if estimation.rows_left:
-        estimation.differentiate(chunks)
+        estimation.score(chunks)
     depth.run(chunks)
 
 
@@ -71,25 +71,27 @@ class Estimation:
         self.before = Scores.load(self.statistics) if self.statistics.exists() else None
         self.done = self.before.samples if self.before else 0
         # Megatron's schedule of virtual stages needs at least as many micro-batches as there are pipeline stages.
-        micro_batches = self.layout.pp if self.layout.vp > 1 else 1
-        self.rows_per_step = self.calibration.batch_size * self.layout.dp * micro_batches
+        self.micro_batches = self.layout.pp if self.layout.vp > 1 else 1
+        self.rows_per_step = self.calibration.batch_size * self.layout.dp * self.micro_batches
         self.save_every = max(1, self.calibration.save_every // self.rows_per_step)
 
     @property
     def rows_left(self) -> int:
         return self.calibration.samples - self.done if self.calibration.runs else 0
 
-    def differentiate(self, chunks: list[MegatronModule]) -> None:
-        """Taylor scores of the rows that are left. Rank 0 saves them every `save_every` batches. Collective."""
+    def score(self, chunks: list[MegatronModule]) -> None:
+        """Scores of the rows that are left, by the calibration's method. Rank 0 saves them every `save_every` steps.
+        Collective."""
         settings, scores = self.calibration, self.before
         first = torch.distributed.get_rank() == 0
         rows = Rows(settings.samples, settings.sequence_length, self.done) if first else None
-        batches = self.batches(self.done, settings.samples)
-        for start in range(0, len(batches), self.save_every):
-            part = batches[start : start + self.save_every]
+        batches, architecture = self.batches(self.done, settings.samples), self.source.architecture
+        size = self.save_every * self.micro_batches
+        for start in range(0, len(batches), size):
             new = scores_of(
-                chunks, part, criterion=settings.criteria, norms=settings.norms, axes=settings.statistics, method=TAYLOR
-            )
+                chunks, batches[start : start + size], criterion=settings.criteria, norms=settings.norms,
+                axes=settings.statistics, method=settings.method, architecture=architecture,
+            )  # fmt: skip
             new.model_digest = scores.model_digest if scores else live_digest(chunks, new.architecture)
             scores = scores.merge(new) if scores else new
             if rows is not None:

@@ -26,7 +26,7 @@ ROOT = f"Root Cause (first observed failure):{ENTRY}"
 WORKER = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-from nemo_minitron.hosts.nemo import beat
+from nemo_minitron.hosts import beat
 rank = int(os.environ["RANK"])
 if sys.argv[1] == f"unheard {rank}":
     os.kill(os.getpid(), signal.SIGSTOP)

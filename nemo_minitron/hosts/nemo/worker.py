@@ -5,62 +5,15 @@ Nothing heavy is imported at module level, because saving a checkpoint starts a 
 
 from __future__ import annotations
 
-import faulthandler
 import gc
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-
-def main() -> None:
-    """Runs one stage. The exit code is 2 for a refusal, whose sentence is written to a file for the launcher."""
-    stage, file = sys.argv[1:3]
-    # torchrun ignores SIGTERM here, and this process inherits that; but torchrun sends it to end this process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if "MINITRON_LIFELINE" in os.environ:
-        threading.Thread(target=_watch_lifeline, daemon=True).start()
-    faulthandler.register(signal.SIGUSR1)  # the launcher asks for the stacks of all threads of a stalled stage
-    from nemo_minitron.errors import DivergedError, InputError
-    from nemo_minitron.hosts.nemo.beat import begin
-    from nemo_minitron.settings.orders import Order, read_order
-
-    if "MINITRON_LIFELINE" in os.environ:
-        begin()
-
-    order: Order | None = None
-    try:
-        order = read_order(stage, file)
-        _stages()[stage](order)
-    except InputError as error:
-        folder = os.environ.get("MINITRON_ERRORS")
-        if folder:
-            Path(folder, f"refused-{os.environ.get('RANK', '0')}").write_text(str(error))
-        print(f"minitron: {error}", file=sys.stderr, flush=True)
-        _leave(2)
-    except DivergedError as error:
-        _tell(f"{DivergedError.__name__}: {error}")
-        _leave(1)
-    except Exception as error:
-        from nemo_minitron.hosts.nemo.failure import words
-
-        _tell(words(error, order.place if order else ""))
-        raise
-
-
-def _tell(error: str) -> None:
-    """Tells the launcher what ended this rank."""
-    from nemo_minitron.launch.output import tell
-
-    tell(rank=int(os.environ.get("RANK", "0")), error=error)
+from nemo_minitron.hosts.worker import main
 
 
 def _stages() -> dict[str, Callable[[Any], None]]:
-    """Stage -> the function that runs its order. It loads NeMo.
+    """Loads NeMo. `hosts.worker.main` says what it returns.
 
     The garbage collector is off meanwhile: NeMo brings a million objects that stay, and to search them again and again
     takes a seventh of the time.
@@ -69,40 +22,15 @@ def _stages() -> dict[str, Callable[[Any], None]]:
     import nemo_minitron.backend as backend
 
     backend.setup()  # it comes first, because a Transformer Engine that cannot run makes Megatron's import fail
-    from nemo_minitron.hosts.nemo import beat, finetune, stages, validate  # noqa: F401 (loaded before `gc.freeze`)
+    from nemo_minitron.hosts.nemo import finetune, stages, validate  # noqa: F401 (loaded before `gc.freeze`)
     from nemo_minitron.hosts.nemo.host import NEMO
-    from nemo_minitron.megatron import cache, compensate, estimate, prune
+    from nemo_minitron.hosts.worker import loaded
 
-    beat.count_layers()
+    found = loaded(NEMO)
     gc.freeze()
     gc.enable()
-    return {
-        "estimate": lambda order: estimate.estimate(order, NEMO),
-        "prune": lambda order: prune.prune(order, NEMO),
-        "compensate": lambda order: compensate.compensate(order, NEMO),
-        "cache": lambda order: cache.cache_logits(order, NEMO),
-        "distill": NEMO.train,
-        "finetune": NEMO.finetune,
-    }
-
-
-def _watch_lifeline() -> None:
-    """Reads standard input, a pipe from the process that launched this one. A byte asks to save and to end. The pipe
-    closes when that process ends, in whatever way; this one must then end too."""
-    from nemo_minitron.megatron.shutdown import ASKED
-
-    while os.read(0, 1):
-        ASKED.set()
-    _leave(1)
-
-
-def _leave(code: int) -> None:
-    """Ends this process at once, without a clean-up that could wait for other ranks. The helper that saves checkpoints
-    is killed, because it would stay for ever."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    main(_stages)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from nemo_minitron.hosts.nemo import failure
-from nemo_minitron.hosts.nemo.failure import words
+from nemo_minitron.hosts import failure
+from nemo_minitron.hosts.failure import words
 
 
 def full(name=None):

@@ -1,0 +1,1 @@
+"""Megatron-Bridge as a host. Nothing outside this folder imports `megatron.bridge`."""

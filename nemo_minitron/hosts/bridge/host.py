@@ -1,0 +1,61 @@
+"""Megatron-Bridge as a host (`hosts.protocol`). Each method loads Bridge when it is called, because commands import
+this file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from nemo_minitron.artifacts import PrunePlan
+    from nemo_minitron.megatron.depth import DepthCriteria
+    from nemo_minitron.megatron.estimate import Estimation
+    from nemo_minitron.settings.layout import Layout
+    from nemo_minitron.settings.orders import DistillOrder, FinetuneOrder
+
+
+class Bridge:
+    """`hosts.protocol.Host` says what each method gets, returns and raises.
+
+    It cannot train, nor write a checkpoint, yet: those methods raise InputError.
+    """
+
+    name = "bridge"
+    worker = "nemo_minitron.hosts.bridge.worker"
+
+    def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
+        raise _lacking("train")
+
+    def build(self, config: Mapping[str, Any], *, precision: str, layout: Layout) -> list[Any]:
+        from nemo_minitron.hosts.bridge.models import build_model
+
+        return build_model(config, precision=precision, layout=layout)
+
+    def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
+        raise _lacking("write a checkpoint")
+
+    def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
+        from nemo_minitron.hosts.bridge.rows import rows
+
+        return rows(estimation, first, samples, length)
+
+    def validate(self, estimation: Estimation, depth: DepthCriteria) -> None:
+        from nemo_minitron.hosts.bridge.validate import validate
+
+        validate(estimation, depth)
+
+    def train(self, order: DistillOrder) -> None:
+        raise _lacking("train")
+
+    def finetune(self, order: FinetuneOrder) -> None:
+        raise _lacking("train")
+
+
+def _lacking(what: str) -> InputError:
+    return InputError(f"the host 'bridge' cannot {what} yet; give --host nemo")
+
+
+BRIDGE = Bridge()
