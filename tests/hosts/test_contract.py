@@ -1,0 +1,64 @@
+"""What every host must do (`hosts.protocol`), run for each host that is installed here."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from pico import pico_llama, pico_qwen3
+
+WORKER = Path(__file__).with_name("contract_worker.py")
+LOGITS_FP32 = 1e-4
+
+
+def installed(distribution):
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def run(*command, host):
+    environment = os.environ | {"MINITRON_HOST": host}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+
+
+class HostContract:
+    host: str
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("family", [pico_llama, pico_qwen3])
+    def test_a_model_filled_by_reading_equals_transformers(self, tmp_path, family):
+        done = run(WORKER, self.host, family(tmp_path / "model"), host=self.host)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert float(done.stdout.split("error ")[-1]) < LOGITS_FP32
+
+    def test_its_entry_is_light(self):
+        code = "from nemo_minitron.hosts import host_of; import sys; print(host_of().name, 'torch' in sys.modules)"
+        assert run("-c", code, host=self.host).stdout.split() == [self.host, "False"]
+
+
+@pytest.mark.skipif(not installed("nemo_toolkit"), reason="NeMo is not installed here")
+class TestNeMo(HostContract):
+    host = "nemo"
+
+
+@pytest.mark.skipif(not installed("megatron-bridge"), reason="Megatron-Bridge is not installed here")
+class TestBridge(HostContract):
+    host = "bridge"
+
+    def test_what_it_cannot_do_yet_is_refused(self):
+        code = "from nemo_minitron.hosts import host_of; host_of().train(None)"
+        assert "cannot train yet; give --host nemo" in run("-c", code, host=self.host).stderr
+
+
+@pytest.mark.parametrize("name", ["nemo", "bridge", "other"])
+def test_a_host_that_is_not_here_is_refused_in_one_sentence(name):
+    if installed({"nemo": "nemo_toolkit", "bridge": "megatron-bridge"}.get(name, "") or "no-such-distribution"):
+        pytest.skip(f"{name} is installed here")
+    done = run("-m", "nemo_minitron.cli", "doctor", "--host", name, host="")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"minitron: the host '{name}' is ")
+    assert done.stderr.count("\n") == 1
