@@ -22,6 +22,7 @@ LAW = (  # a room imports what stands above it, never what stands beside it; `ne
     ("job",),
     ("recipes",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(LAW) for room in rooms}
 NEMO = ("nemo", "nemo_run", "lightning")

@@ -20,6 +20,7 @@ NEEDS_TRANSFORMER_ENGINE: dict[str, Any] = {
     "fused_single_qkv_rope": False,
     "persist_layer_norm": False,
     "memory_efficient_layer_norm": False,
+    "fused_residual_rmsnorm": False,  # since Megatron-core 0.19
     "cross_entropy_fusion_impl": "native",
     "tp_comm_overlap": False,
     "delay_wgrad_compute": False,

@@ -21,7 +21,7 @@ from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import check_trains, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
@@ -163,6 +163,7 @@ def run_distill(
     from nemo_minitron.pruning import HFSource
     from nemo_minitron.sources.open import open_source
 
+    check_trains()
     if teacher is None and not recipe.teacher_cache:
         raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
     source, teacher_folder = resolve(student), resolve(teacher) if teacher else None

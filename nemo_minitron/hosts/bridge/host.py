@@ -25,6 +25,7 @@ class Bridge:
 
     name = "bridge"
     worker = "nemo_minitron.hosts.bridge.worker"
+    trains = False
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
         raise _lacking("train")
