@@ -176,10 +176,10 @@ def run_distill(
         check_host(model.config)
     models = [model.architecture for model in opened]
     fit = Fit(recipe, layout)
-    fit.model(positions_of(*(model.config for model in opened)))
     if recipe.teacher_cache:
         cache = CacheHeader.load(recipe.teacher_cache)
         fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
+    fit.model(positions_of(*(model.config for model in opened)))
     recipe = fit.settings
     if recipe.learns_from_teacher and len(models) > 1:
         check_vocabularies(models[0], models[1])
@@ -195,7 +195,7 @@ def run_distill(
     recipe.check_tokens(layout)
     recipe.check_batch(layout)
     if recipe.tokens == Distillation.tokens:
-        say(f"the student is trained on {recipe.tokens:,} tokens, the default; --tokens gives another number")
+        say(f"the student is trained on {recipe.tokens:,} tokens; --tokens gives another number")
     work = cache_of(out)
     with locked(work):
         rows = models[0].vocab_size

@@ -35,6 +35,7 @@ class Fit:
     def __init__(self, settings: Any, layout: Layout) -> None:
         self.settings, self.layout = settings, layout
         self._why: dict[str, str] = {}  # name of a derived setting -> the reason, for the remark
+        self._fixed: set[str] = set()  # names of derived settings that nothing may change again
         if self._derivable("sequence_length") and settings.sequence_length % self._multiple():
             self.length(settings.sequence_length, "the layout must divide it")
         if self._derivable("global_batch_size"):
@@ -49,10 +50,12 @@ class Fit:
             return
         self.length(positions, "the model has no more positions")
         if self.settings.sequence_length > positions:
-            legal = positions - positions % self._multiple()
+            multiple = self._multiple()
+            legal = positions - positions % multiple
+            cure = f"the nearest legal value is {legal}" if legal else f"the layout needs a multiple of {multiple}"
             raise InputError(
                 f"sequence_length is {self.settings.sequence_length}, but the model has {positions} positions "
-                f"(max_position_embeddings); the nearest legal value is {legal}"
+                f"(max_position_embeddings); {cure}"
             )
 
     def text(self, *corpora: Corpus) -> None:
@@ -64,9 +67,10 @@ class Fit:
                 self._set(name, rows, "the text has no more rows")
 
     def exactly(self, length: int, why: str) -> None:
-        """Sets the sequence length that something else, such as a cache, has."""
+        """Sets the sequence length that something else, such as a cache, has. It does not give way any more."""
         if self._derivable("sequence_length") and length != self.settings.sequence_length:
             self._set("sequence_length", length, why)
+        self._fixed.add("sequence_length")
 
     def length(self, most: int, why: str) -> None:
         """Sets the longest legal sequence length of at most `most` tokens, if the default is longer."""
@@ -81,8 +85,9 @@ class Fit:
         return "; ".join(f"{name} is {getattr(self.settings, name)}, since {why}" for name, why in self._why.items())
 
     def _derivable(self, name: str) -> bool:
-        """Whether nobody asked for this size, or it was derived before."""
-        return name in self._why or not asked_for(getattr(self.settings, name, 0))
+        """Whether nobody asked for this size, or it was derived before and is not fixed."""
+        derived = name in self._why or not asked_for(getattr(self.settings, name, 0))
+        return derived and name not in self._fixed
 
     def _set(self, name: str, value: int | float, why: str) -> None:
         self.settings, self._why[name] = dataclasses.replace(self.settings, **{name: value}), why

@@ -145,3 +145,18 @@ def test_a_default_stays_one_through_every_way_that_a_job_takes():
     read = with_defaults_unasked(Job.from_dict(written))
     assert not asked_for(read.distillation.sequence_length)
     assert read == job
+
+
+def test_a_caches_length_does_not_give_way():
+    fit = Fit(Distillation(), Layout())
+    fit.exactly(128, "the cache's rows have this length")
+    assert fit.settings.sequence_length == 128
+    fit.text(Text(100))
+    assert fit.settings.sequence_length == 128
+    with pytest.raises(InputError, match="sequence_length is 128, but the model has 64 positions .* value is 64"):
+        fit.model(64)
+
+
+def test_a_model_with_fewer_positions_than_the_layout_divides():
+    with pytest.raises(InputError, match="the model has 3 positions .*; the layout needs a multiple of 8"):
+        Fit(Distillation(), Layout(cp=4)).model(3)
