@@ -51,7 +51,10 @@ def test_distill_says_how_many_tokens_nobody_asked_for(world, monkeypatch, capsy
         raise InputError("stopped")
 
     monkeypatch.setattr(distill, "locked", stop)
-    for settings, words in ((Distillation(), "trained on 1,000,000 tokens; --tokens gives another number"), (Distillation(tokens=9), "")):
+    for settings, words in (
+        (Distillation(), "trained on 1,000,000 tokens; --tokens gives another number"),
+        (Distillation(tokens=9), ""),
+    ):
         with pytest.raises(InputError, match="stopped"):
             distill.run_distill(
                 str(world / "model"), str(world / "model"), "text.jsonl", world / "out", settings, Layout()

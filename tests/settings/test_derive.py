@@ -153,10 +153,10 @@ def test_a_caches_length_does_not_give_way():
     assert fit.settings.sequence_length == 128
     fit.text(Text(100))
     assert fit.settings.sequence_length == 128
-    with pytest.raises(InputError, match="sequence_length is 128, but the model has 64 positions .* value is 64"):
+    with pytest.raises(InputError, match=r"sequence_length is 128, but the model has 64 positions .* value is 64"):
         fit.model(64)
 
 
 def test_a_model_with_fewer_positions_than_the_layout_divides():
-    with pytest.raises(InputError, match="the model has 3 positions .*; the layout needs a multiple of 8"):
+    with pytest.raises(InputError, match=r"the model has 3 positions .*; the layout needs a multiple of 8"):
         Fit(Distillation(), Layout(cp=4)).model(3)
