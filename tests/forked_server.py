@@ -28,9 +28,9 @@ PARENT_DEATH_SIGNAL = 1  # prctl: what this process gets when its parent ends
 def serve(handle: int) -> None:
     """Loads the framework that builds models, and forks a process an order."""
     import gc
-    import importlib.util
+    from importlib import metadata
 
-    if importlib.util.find_spec("nemo"):
+    if "nemo" in metadata.packages_distributions():  # not find_spec: a folder of tests has this name, too
         import nemo.collections.llm  # noqa: F401
     else:
         import nemo_minitron.backend as backend

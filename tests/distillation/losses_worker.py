@@ -180,6 +180,10 @@ def twice_in_place():
 def both_losses(group, dtype):
     """KL and LM loss of the same padded logits, as the step has them: how far the gradient is from float64's, whole."""
     import torch
+
+    from nemo_minitron.backend import differences
+
+    differences.load()
     from megatron.core import parallel_state
 
     from nemo_minitron.distillation.step import Objective

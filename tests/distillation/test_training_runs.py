@@ -13,6 +13,8 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
 from nemo_minitron.pruning import HFSource
 
+pytestmark = pytest.mark.nemo  # the host that trains
+
 RECIPE = Distillation(tokens=64, sequence_length=8, global_batch_size=2)  # 4 steps
 
 
