@@ -74,7 +74,6 @@ class TrainingFolder(Folder):
     settings = Name("settings.json")
     losses = Name("loss.csv")
     validation = Name("validation.csv")
-    checkpoints = Name("nemo/checkpoints")
     index = Name("index")
     teacher = Name("teacher")
 

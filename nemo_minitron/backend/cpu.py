@@ -77,6 +77,8 @@ CUDA: dict[str, Any] = {
     "synchronize": _nothing(),
     "empty_cache": _nothing(),
     "reset_peak_memory_stats": _nothing(),
+    "memory_stats": lambda *args, **kwargs: {},
+    **{name: lambda *args, **kwargs: 0 for name in ("memory_allocated", "max_memory_allocated", "memory_reserved")},
     "manual_seed": _seed,
     "get_rng_state": _get_state,
     "set_rng_state": _set_state,

@@ -6,6 +6,7 @@ already.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -51,7 +52,25 @@ def _reading(pl: ModuleType) -> None:
     replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)
 
 
+def _starting(initialize: ModuleType) -> None:
+    """Bridge starts a training only with CUDA, seeds Megatron only if it sees a CUDA device, and compiles Megatron's
+    C++ helpers of datasets with a Makefile, though Megatron's wheel has them compiled and has no Makefile."""
+    begin, seed_torch = initialize.initialize_megatron, initialize._set_random_seed
+
+    def seed_all(seed_: int, *arguments: Any, **options: Any) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        seed_torch(seed_, *arguments, **options)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed_ + 100 * stage)
+
+    replace(initialize, "initialize_megatron", functools.partial(begin, allow_no_cuda=True))
+    replace(initialize, "_set_random_seed", seed_all)
+    replace(initialize, "compile_helpers", lambda: None)
+
+
 CPU: dict[str, Mend] = {
+    "megatron.bridge.training.initialize": _starting,
     "nemo.lightning.megatron_init": _seeding,
     "nemo.lightning.io.pl": _reading,
 }

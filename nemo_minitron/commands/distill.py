@@ -21,7 +21,7 @@ from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.hosts import check_trains, host_of
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
@@ -129,7 +129,7 @@ def _noted(mark: Path) -> JsonObject:
 
 def _saved(out: Path) -> dict[int, Path]:
     """Step -> checkpoint of a training, for the whole ones. Damaged ones are removed, and a line says so."""
-    folder = TrainingFolder(out).checkpoints
+    folder = out / host_of().checkpoints
     if not folder.is_dir():
         return {}
     seals = _noted(TrainingFolder(out).whole).items()
@@ -144,7 +144,7 @@ def _saved(out: Path) -> dict[int, Path]:
 def _of_checkpoint(out: Path, name: str) -> bool:
     """Whether a file belongs to an existing checkpoint: the training removes earlier ones as it proceeds."""
     parts = Path(name).parts
-    return parts[:2] == Path(TrainingFolder.checkpoints).parts and out.joinpath(*parts[:3]).is_dir()
+    return parts[:2] == Path(host_of().checkpoints).parts and out.joinpath(*parts[:3]).is_dir()
 
 
 def left_by_training(out: Path) -> list[str]:
@@ -163,7 +163,6 @@ def run_distill(
     from nemo_minitron.pruning import HFSource
     from nemo_minitron.sources.open import open_source
 
-    check_trains()
     if teacher is None and not recipe.teacher_cache:
         raise InputError("there is nothing to learn from; give --teacher or --teacher-cache")
     source, teacher_folder = resolve(student), resolve(teacher) if teacher else None

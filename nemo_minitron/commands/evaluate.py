@@ -16,7 +16,7 @@ from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Evaluation
 from nemo_minitron.settings.validated import check_whole
-from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
+from nemo_minitron.sources.open import config_of, is_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
     if draft_out.exists() and not draft_out.is_dir():
         raise InputError(f"--draft-out '{draft_out}' is a file; give a folder")
     for side in (draft_of, model):
-        if is_nemo_checkpoint(resolve(side)):
+        if is_checkpoint(resolve(side)):
             raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
 
 

@@ -22,7 +22,7 @@ from nemo_minitron.commands.distill import (
 )
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
-from nemo_minitron.hosts import check_trains, host_of
+from nemo_minitron.hosts import host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
@@ -39,7 +39,6 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     may be derived. Raises InputError for what cannot run, and RuntimeError if a process fails."""
     from nemo_minitron.pruning import HFSource
 
-    check_trains()
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)

@@ -15,7 +15,7 @@ from nemo_minitron.hosts import host_of
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.orders import PruneOrder
-from nemo_minitron.sources.open import is_nemo_checkpoint
+from nemo_minitron.sources.open import is_checkpoint
 from nemo_minitron.sources.tensors import ModelSource
 
 
@@ -43,9 +43,9 @@ def run_prune(
     from nemo_minitron.sources.open import open_source
 
     path, loaded = resolve(model), PrunePlan.load(plan)
-    if extras == Extras() and not is_nemo_checkpoint(path):
+    if extras == Extras() and not is_checkpoint(path):
         return from_hf(prune(path, loaded, out, overwrite=overwrite))
-    nemo = is_nemo_checkpoint(path)
+    nemo = is_checkpoint(path)
     if nemo:
         _check_place(path, loaded, out, overwrite)
     source = open_source(path)
@@ -91,7 +91,7 @@ def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> Non
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
         raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_nemo_checkpoint(out))):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_checkpoint(out))):
         raise InputError(f"'{out}' already exists; give a new folder, or --overwrite for a NeMo checkpoint")
     if "vocab" in plan.keep:
         raise InputError(

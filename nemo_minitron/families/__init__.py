@@ -5,6 +5,7 @@ No torch: configs are dicts, names are strings.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def family_of_nemo(model_class: str, fields: JsonFields) -> Family:
     raise InputError(
         f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
         f"{', '.join(f.nemo_model for f in FAMILIES)}"
+    )
+
+
+def family_of_fields(fields: JsonFields) -> Family:
+    """The first family that can represent a Megatron model with these fields, where no class is named.
+
+    Llama is the first one: whatever it can represent is a Llama. Raises InputError if none can."""
+    for family in FAMILIES:
+        with contextlib.suppress(InputError):
+            if family.claims(fields) and family.architecture(family.from_nemo(fields)):
+                return family
+    raise InputError(
+        "no supported family has a model with these fields of Megatron; supported are: "
+        f"{', '.join(family.hf_class for family in FAMILIES)}"
     )
 
 

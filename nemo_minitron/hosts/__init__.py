@@ -29,16 +29,6 @@ def host_of() -> Host:
     return NEMO
 
 
-def check_trains() -> None:
-    """Raises InputError if the host cannot train yet, before a command reads or writes anything."""
-    host = host_of()
-    if not host.trains:
-        raise InputError(
-            f"the host '{host.name}' builds and scores models, but cannot train yet; give --host nemo, where NeMo 2 is "
-            "installed"
-        )
-
-
 def host_name() -> str:
     """The name of the host, as `host_of` chooses it. Raises what `host_of` raises."""
     named = os.environ.get(HOST, "")

@@ -48,7 +48,7 @@ class Host(Protocol):
 
     name: str  # a word for messages
     worker: str  # the module that runs a stage
-    trains: bool  # whether it has `train`, `finetune`, `save` and `keep_whole`; without them it builds and scores
+    checkpoints: str  # the folder of a training's checkpoints, relative to the training's own
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
         """Removes all checkpoints of a training but the newest one that is complete.

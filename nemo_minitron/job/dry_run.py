@@ -29,7 +29,7 @@ from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
 from nemo_minitron.settings.written import as_yaml
-from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
+from nemo_minitron.sources.open import config_of, is_checkpoint
 
 Known = Mapping[str, HfConfig]  # a model's folder -> its Hugging Face config
 
@@ -218,7 +218,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in describe_benchmarks(measured))]
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
-    names = stage_names(job, nemo=folder is not None and is_nemo_checkpoint(folder))
+    names = stage_names(job, nemo=folder is not None and is_checkpoint(folder))
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, on_disk, resolve
-from nemo_minitron.sources.open import config_of, is_nemo_checkpoint
+from nemo_minitron.sources.open import config_of, is_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.job.run import Run
@@ -39,7 +39,7 @@ def teacher_config(job: Job, *, offline: bool = False) -> JsonObject:
 def teacher_folder(run: Run) -> Path:
     """A run's teacher as a Hugging Face folder. A NeMo checkpoint was converted to one by the first stage."""
     path = resolve(run.job.teacher)
-    return run.folder.teacher if is_nemo_checkpoint(path) else path
+    return run.folder.teacher if is_checkpoint(path) else path
 
 
 def clear_torn(folder: Path) -> None:

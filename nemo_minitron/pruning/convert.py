@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import TOKENIZER, copy_side_files
 from nemo_minitron.pruning.write import write_weights
-from nemo_minitron.sources.open import is_nemo_checkpoint
+from nemo_minitron.sources.open import is_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.architecture import Architecture
@@ -28,7 +28,7 @@ def as_folder(model: str | Path) -> Iterator[Path]:
     A converted one is deleted when the context ends.
     """
     path = resolve(model)
-    if not is_nemo_checkpoint(path):
+    if not is_checkpoint(path):
         yield path
         return
     with apart() as scratch:

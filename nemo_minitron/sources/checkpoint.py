@@ -1,7 +1,8 @@
-"""A NeMo checkpoint (torch_dist weights beside a context) as a TensorSource, read chunk by chunk.
+"""A checkpoint of NeMo or Megatron-Bridge (torch_dist weights beside a config) as a TensorSource, read chunk by chunk.
 
-Neither part is trusted. `checkpoint_files.py` checks `.metadata` and the chunks; the context's `io.json` names classes
-that NeMo would import and call, but here it is read as data. Chunks are read one at a time.
+Neither part is trusted. `checkpoint_files.py` checks `.metadata` and the chunks; NeMo's `io.json` and Bridge's
+`run_config.yaml` name classes that the frameworks would import and call, but here they are read as data. Chunks are
+read one at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from nemo_minitron.artifacts.records import read_last
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
+from nemo_minitron.sources import bridge_config
 from nemo_minitron.sources.bits import DTYPES, as_raw
+from nemo_minitron.sources.bridge_config import is_bridge_checkpoint, newest
 from nemo_minitron.sources.checkpoint_files import load_chunk, place_of, read_metadata
 from nemo_minitron.sources.context import hf_config, tokenizer_folder
 from nemo_minitron.sources.mapping import Piece, pieces
@@ -32,11 +35,13 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+OTHERS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state")  # what Bridge saves beside the model
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
 
 
 class CheckpointSource(ModelSource):
-    """A NeMo checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: the folder of its tokenizer.
+    """A checkpoint's canonical tensors. `config`: its Hugging Face config; `folder`: the folder of its tokenizer. A
+    folder of Bridge's checkpoints is the newest of them.
 
     It holds one chunk (one layer's piece of one tensor, as it was saved) in memory at a time.
     Raises InputError if the checkpoint is damaged, hostile or not a model of a supported family.
@@ -44,12 +49,15 @@ class CheckpointSource(ModelSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.folder = tokenizer_folder(self.path)
-        self.config = hf_config(self.path)
-        self._weights = self.path / "weights"
+        if is_bridge_checkpoint(self.path):
+            self.path = self._weights = newest(self.path)
+            self.folder, self.config, self._prefix = self.path / "tokenizer", bridge_config.hf_config(self.path), ""
+        else:
+            self._weights, self._prefix = self.path / "weights", "module."
+            self.folder, self.config = tokenizer_folder(self.path), hf_config(self.path)
         self._metadata = read_metadata(self._weights)
         if self.config["vocab_size"] is None:  # NeMo took it from the tokenizer and padded it
-            embedding = self._metadata.state_dict_metadata.get("module.embedding.word_embeddings.weight")
+            embedding = self._metadata.state_dict_metadata.get(f"{self._prefix}embedding.word_embeddings.weight")
             self.config["vocab_size"] = embedding.size[0] if embedding else None
         self.architecture = from_hf(self.config)
         self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
@@ -68,10 +76,10 @@ class CheckpointSource(ModelSource):
         tensor)."""
         located: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
-            if not key.startswith("module.") or not hasattr(entry, "size"):
+            if not key.startswith(self._prefix) or key.startswith(OTHERS) or not hasattr(entry, "size"):
                 continue
             stacked = 0
-            for name, at in _parameters(key.removeprefix("module."), entry.size, self.architecture):
+            for name, at in _parameters(key.removeprefix(self._prefix), entry.size, self.architecture):
                 stacked = len(at)
                 for piece in pieces(name, self.architecture):
                     located.setdefault(piece.tensor, []).append((key, at, piece))

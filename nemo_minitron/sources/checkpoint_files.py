@@ -180,9 +180,12 @@ def _load(place: Place, size: int) -> object:
 def check_resumable(folder: Path) -> None:
     """Raises InputError if a pickle of a training's checkpoint in `folder` holds more than values.
 
-    The pickles are `.metadata`, `common.pt` and the objects among the chunks; Megatron and torch would load them with
-    pickle's own loader, which runs what they name."""
-    for weights in sorted(path.parent for path in folder.glob("*/weights/.metadata")):
+    The pickles are `.metadata`, `common.pt`, Bridge's records and the objects among the chunks; Megatron and torch
+    would load them with pickle's own loader, which runs what they name."""
+    for file in sorted(folder.glob("*.pt")):
+        _load(Place(file, 0, file.stat().st_size), file.stat().st_size)
+    found = [*folder.glob("*/weights/.metadata"), *folder.glob("*/.metadata")]  # NeMo's, Bridge's
+    for weights in sorted(path.parent for path in found):
         metadata = read_metadata(weights)
         for index, info in metadata.storage_data.items():
             if not hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):  # an object, not a tensor

@@ -25,10 +25,12 @@ class Bridge:
 
     name = "bridge"
     worker = "nemo_minitron.hosts.bridge.worker"
-    trains = False
+    checkpoints = "bridge/checkpoints"
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
-        raise _lacking("train")
+        from nemo_minitron.hosts.bridge.saved import keep_whole
+
+        return keep_whole(checkpoints)
 
     def build(self, config: Mapping[str, Any], *, precision: str, layout: Layout) -> list[Any]:
         from nemo_minitron.hosts.bridge.models import build_model
@@ -49,7 +51,9 @@ class Bridge:
         validate(estimation, depth)
 
     def train(self, order: DistillOrder) -> None:
-        raise _lacking("train")
+        from nemo_minitron.hosts.bridge.stages import distill
+
+        distill(order)
 
     def finetune(self, order: FinetuneOrder) -> None:
         raise _lacking("train")

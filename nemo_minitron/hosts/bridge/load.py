@@ -1,17 +1,21 @@
-"""Imports Megatron-Bridge on a machine that may lack Transformer Engine."""
+"""Imports Megatron-Bridge on a machine that may lack Transformer Engine and Energon, the loader of pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
+from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nemo_minitron.backend as backend
 
 ENGINE = "transformer_engine"
-MISSING = "absent"
+ENERGON = "megatron.energon"
 
 
 @functools.cache
@@ -24,20 +28,39 @@ def load_bridge() -> ModuleType:
     reference = backend.setup().reference
     import megatron.core.extensions  # noqa: F401 (it must not see the empty classes)
 
-    stubs = _stubs() if reference else {}
-    hidden: dict[str, Any] = {name: sys.modules.get(name, MISSING) for name in stubs}
-    sys.modules.update(stubs)
-    try:
+    with _standing_in(_engine() if reference else {}):
         import megatron.bridge as bridge
-    finally:
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not MISSING:
-                sys.modules[name] = module
     return bridge
 
 
-def _stubs() -> dict[str, ModuleType]:
+@functools.cache
+def load_training() -> ModuleType:
+    """The module `megatron.bridge.training.train`, and with it all that a training needs.
+
+    It imports Energon, which loads pictures and is never used for text. If Energon is not installed, empty classes
+    stand in its place during the import, and nowhere else.
+    """
+    load_bridge()
+    with _standing_in({}) if importlib.util.find_spec(ENERGON) else _energon():
+        import megatron.bridge.training.pretrain  # noqa: F401
+        import megatron.bridge.training.train as train
+    return train
+
+
+@contextlib.contextmanager
+def _standing_in(stubs: dict[str, ModuleType]) -> Iterator[None]:
+    """A context in which imports find the stubs. Afterwards they find what they found before."""
+    hidden = {name: sys.modules[name] for name in stubs if name in sys.modules}
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def _engine() -> dict[str, ModuleType]:
     """The modules of Transformer Engine that Bridge imports, with the classes that its LoRA layers inherit from."""
     import torch
 
@@ -54,3 +77,36 @@ def _module(name: str) -> ModuleType:
     module.__path__ = []
     module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
     return module
+
+
+@contextlib.contextmanager
+def _energon() -> Iterator[None]:
+    """A context in which every module of Energon can be imported, and every name in it is an empty class."""
+    finder = _Energon()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{ENERGON}.")]:
+            del sys.modules[name]
+
+
+class _Empty(ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__class_getitem__": classmethod(lambda kind, _: kind)})
+
+
+class _Energon(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
+        if f"{name}.".startswith(f"{ENERGON}."):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

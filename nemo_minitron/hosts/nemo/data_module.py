@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.artifacts.files import naming, sync_tree
 from nemo_minitron.artifacts.temporary import beside
 from nemo_minitron.data.index_file import check_arrays
-from nemo_minitron.data.indexed import Tokens, check_tokenizer
-from nemo_minitron.data.vocabulary import load_tokenizer
+from nemo_minitron.data.indexed import Tokens
+from nemo_minitron.data.training import check_batch, index_name, training_corpora
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import on_disk
 from nemo_minitron.families.tokenizer import copy_tokenizer
@@ -53,10 +53,10 @@ def data_module(
     Raises InputError if a file is missing, if the tokens come from another tokenizer, if a corpus is too short for one
     sample or (validation) for one global batch, or if the micro batch does not divide the global batch.
     """
-    _check_batch(micro_batch_size, global_batch_size)
-    sources = _sources(train, validation, tokenizer, sequence_length, global_batch_size)
+    check_batch(micro_batch_size, global_batch_size)
+    sources = training_corpora(train, validation, tokenizer, sequence_length, global_batch_size)
     folder = Path(index_folder or sources[0].prefix.with_name(sources[0].prefix.name + ".index"))
-    check_arrays(folder / _identity(*sources))
+    check_arrays(folder / index_name(*sources))
     return _over(
         *sources,
         tokenizer=nemo_tokenizer(tokenizer, folder),
@@ -65,7 +65,7 @@ def data_module(
         global_batch_size=global_batch_size,
         seed=seed,
         num_workers=workers,
-        index_mapping_dir=str(folder / _identity(*sources)),
+        index_mapping_dir=str(folder / index_name(*sources)),
         **({"pin_memory": False} | options),  # a batch has a few kB, and pinned memory serves only copies to a GPU
     )
 
@@ -121,48 +121,3 @@ def _tokenizer_copy(source: Path, folder: Path) -> Path:
     if not target.is_dir():
         raise InputError(f"the tokenizer's files could not be put into '{target}'")
     return target
-
-
-def _sources(
-    train: str | Path, validation: str | Path, tokenizer: Any, sequence_length: int, global_batch_size: int
-) -> tuple[Tokens, Tokens]:
-    """Opens both corpora. It refuses unfit input before NeMo's slow import."""
-    sources = Tokens(train), Tokens(validation)
-    for name, source, samples in zip(("training", "validation"), sources, (1, global_batch_size), strict=True):
-        _check_length(name, source, sequence_length, samples)
-        check_tokenizer(source.prefix, load_tokenizer(tokenizer))
-    return sources
-
-
-def _identity(*sources: Tokens) -> str:
-    """A name for the index folder, made from the corpora's digests. A corpus without a sidecar file has no digest; its
-    size and time take the digest's place."""
-    digest = hashlib.sha256()
-    for source in sources:
-        state = source.prefix.with_name(source.prefix.name + ".bin").stat()
-        corpus = source.corpus
-        content = (corpus.content, corpus.tokenizer) if corpus else (state.st_size, state.st_mtime_ns)
-        digest.update(repr(content).encode())
-    return digest.hexdigest()[:16]
-
-
-def _check_batch(micro: int, total: int) -> None:
-    """Raises InputError if micro batches of `micro` rows do not fill a global batch of `total` rows."""
-    if micro < 1 or total < 1 or total % micro:
-        legal = max(micro, total - total % micro) if micro > 0 and total > 0 else 1
-        raise InputError(
-            f"the global batch is {total} and the micro batch {micro}: the first must be a multiple of the "
-            f"second, give a global batch of {legal}"
-        )
-
-
-def _check_length(name: str, source: Tokens, sequence_length: int, samples: int) -> None:
-    """Raises InputError if a corpus has fewer samples. Megatron's samples have one token more than the sequence, the
-    last label."""
-    available = max(0, (source.tokens - 1) // sequence_length)
-    longest = max(1, (source.tokens - 1) // samples)
-    if available < samples:
-        raise InputError(
-            f"the {name} corpus gives {available} samples of {sequence_length} tokens, {samples} are needed for "
-            f"one batch: give a sequence length of {longest} or less, or more text"
-        )

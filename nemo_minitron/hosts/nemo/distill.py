@@ -7,18 +7,12 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from nemo_minitron.artifacts import PrunePlan
-from nemo_minitron.distillation import losses
-from nemo_minitron.distillation.intermediate import MEASURES
-from nemo_minitron.distillation.step import Objective
-from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.errors import InputError
+from nemo_minitron.hosts.distillation import distiller_factory
 from nemo_minitron.hosts.nemo.models import build_model
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_config
-from nemo_minitron.megatron.distiller import Distiller
 from nemo_minitron.megatron.live import fill
 from nemo_minitron.megatron.random_start import RandomStart
-from nemo_minitron.schema import SEEDS
-from nemo_minitron.settings.validated import check_number, check_whole
 from nemo_minitron.sources.tensors import ModelSource
 
 STATE = "minitron_distillation"  # the key in a checkpoint's common state, where NeMo has its own keys
@@ -89,23 +83,11 @@ class Distillation(Callback):
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
         plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
     ) -> None:  # fmt: skip
-        for name, value, legal in (("loss", loss, losses.__all__), ("intermediate_loss", intermediate_loss, MEASURES)):
-            if value not in legal:
-                raise InputError(f"{name} '{value}' is unknown; {nearest(value, legal)}")
-        for name, number in (
-            ("temperature", temperature), ("logits_weight", logits_weight), ("lm_weight", lm_weight),
-            ("intermediate_weight", intermediate_weight or 0.0), ("moe_aux_loss_coeff", moe_aux_loss_coeff),
-        ):  # fmt: skip
-            check_number(name, number, above_zero=name == "temperature")
-        check_whole("top_k", top_k)
-        check_whole("seed", seed, least=0, most=SEEDS)
-        if not (logits_weight or lm_weight):
-            raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
-        self.distiller = Distiller(
-            teacher, Objective(0, loss, temperature, top_k, logits_weight, lm_weight), build_model, model_inputs,
-            precision=precision, offload=offload, cache=cache, aux=moe_aux_loss_coeff, pairs=intermediate,
-            measure=intermediate_loss, weight=intermediate_weight, plan=PrunePlan.load(plan) if plan else None,
-            seed=seed,
+        self.distiller = distiller_factory(build_model, model_inputs)(
+            teacher, loss, temperature, precision, offload, top_k=top_k, logits_weight=logits_weight,
+            lm_weight=lm_weight, intermediate=intermediate, intermediate_loss=intermediate_loss,
+            intermediate_weight=intermediate_weight, plan=plan, seed=seed, cache=cache,
+            moe_aux_loss_coeff=moe_aux_loss_coeff,
         )  # fmt: skip
 
     @property

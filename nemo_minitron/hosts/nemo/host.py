@@ -19,7 +19,7 @@ class NeMo:
 
     name = "nemo"
     worker = "nemo_minitron.hosts.nemo.worker"
-    trains = True
+    checkpoints = "nemo/checkpoints"
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
         from nemo_minitron.hosts.nemo.saved import keep_whole

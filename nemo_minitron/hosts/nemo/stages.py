@@ -8,6 +8,7 @@ from typing import Any
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.run_folder import TrainingFolder
+from nemo_minitron.hosts.distillation import options_of
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.sources.tensors import ModelSource
@@ -67,13 +68,7 @@ def _callbacks(order: DistillOrder, student: ModelSource) -> list[Any]:
     from nemo_minitron.hosts.nemo.stop import SaveWhenAsked, StopAfter
 
     recipe = order.distillation
-    distillation = DistillationCallback(
-        str(order.teacher or ""), recipe.loss, recipe.temperature, recipe.teacher_precision or recipe.precision,
-        recipe.offload_teacher, top_k=recipe.top_k, logits_weight=recipe.logits_weight, lm_weight=recipe.lm_weight,
-        intermediate=recipe.intermediate, intermediate_loss=recipe.intermediate_loss,
-        intermediate_weight=recipe.intermediate_weight or None, plan=str(order.plan) if order.plan else None,
-        seed=recipe.seed, cache=recipe.teacher_cache, moe_aux_loss_coeff=recipe.moe_aux_loss_coeff,
-    )  # fmt: skip
+    distillation = DistillationCallback(**options_of(order))
     callbacks = [
         FillStudent(student, random=recipe.seed if recipe.start == "random" else None),
         distillation,

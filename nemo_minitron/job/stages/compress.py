@@ -31,7 +31,7 @@ from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
+from nemo_minitron.sources.open import is_checkpoint, open_source
 
 LAST = f"{RunFolder.distilled}/{TrainingFolder.last}"
 
@@ -42,7 +42,7 @@ def stages(job: Job) -> list[Stage]:
     names = RunFolder
     measured = (names.numbers, names.samples)
     cuts = [names.pruned, *[names.random] * job.evaluation.random_baseline]
-    nemo = is_nemo_checkpoint(resolve(job.teacher))
+    nemo = is_checkpoint(resolve(job.teacher))
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
     first = [converting] if nemo else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) * nemo, corpora.outputs(job.data), corpora.sidecars)
