@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start processes come first, so that none of them runs alone at the end beside an idle worker. Without
-    NeMo its tests are skipped."""
-    if not any(metadata.packages_distributions().get("nemo", ())):  # a folder of tests has this name, too
-        for item in items:
-            if item.get_closest_marker("nemo"):
-                item.add_marker(pytest.mark.skip(reason="NeMo is not installed here"))
+    """Files that start processes come first, so that none of them runs alone at the end beside an idle worker. Tests of
+    a host that is not installed are skipped."""
+    distributions = {distribution.name for distribution in metadata.distributions()}
+    for name, distribution in (("nemo", "nemo_toolkit"), ("bridge", "megatron-bridge")):
+        for item in items if distribution not in distributions else ():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{distribution} is not installed here"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -30,8 +30,13 @@ def serve(handle: int) -> None:
     import gc
     from importlib import metadata
 
-    if "nemo" in metadata.packages_distributions():  # not find_spec: a folder of tests has this name, too
+    distributions = {distribution.name for distribution in metadata.distributions()}
+    if "nemo_toolkit" in distributions:
         import nemo.collections.llm  # noqa: F401
+    elif "megatron-bridge" in distributions:
+        from nemo_minitron.hosts.bridge.load import load_training
+
+        load_training()
     else:
         import nemo_minitron.backend as backend
 

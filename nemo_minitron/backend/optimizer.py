@@ -1,11 +1,14 @@
-"""Megatron's distributed optimizer over torch's Adam can save its state, but cannot resume from it. It is mended here.
+"""Two faults of Megatron's distributed optimizer when it is saved, mended.
 
-Without Transformer Engine and apex, Megatron asks torch's Adam for its step before there was a first step. So an
-optimizer that has not stepped gets the state that it would start from.
+Over torch's Adam, that is without Transformer Engine and apex, it can save its state but not resume from it: it asks
+Adam for its step before there was a first step (`install`). On every machine it saves wrong numbers if a gradient
+buffer has more than one bucket and one of them is padded (`save_whole`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +41,48 @@ def install() -> None:
 
     replace(optimizer, "state_dict", state_dict)
     replace(optimizer, "_set_main_param_and_optimizer_states", set_all)
+
+
+def save_whole() -> None:
+    """Mends the format of checkpoints that another layout can read (Megatron-core 0.15 to 0.19). Only the first call of
+    a process does something. Call it before a training.
+
+    Megatron gathers a buffer without the padding behind each bucket, and then looks the parameters up at their places
+    with the padding: every parameter behind the first bucket is saved from a wrong place. A tied embedding in pipeline
+    stages has a bucket of its own, which is padded where 128 does not divide its numbers.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def saved(self: Any, *arguments: Any, **options: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda *args, **kwargs: _in_place(self.buffers, gather(*args, **kwargs))
+        try:
+            return original(self, *arguments, **options)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", saved)
+
+
+def _in_place(buffers: Sequence[Any], state: Any) -> Any:
+    """A gathered state whose tensors have the padding between buckets again. Other ranks have none."""
+    for index, buffer in enumerate(buffers):
+        if state is None or len(buffer.buckets) == 1:
+            continue
+        for tensors in state[index].values():
+            for name, gathered in tensors.items():
+                if torch.is_tensor(gathered):
+                    tensors[name], start = gathered.new_zeros(buffer.numel), 0
+                    for bucket in buffer.buckets:
+                        end = start + bucket.numel_unpadded
+                        tensors[name][bucket.offset : bucket.offset + end - start] = gathered[start:end]
+                        start = end
+    return state
 
 
 def _begin(optimizer: Any) -> None:

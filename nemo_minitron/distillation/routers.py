@@ -22,7 +22,8 @@ KINDS = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancin
 
 
 def set_routers_loss(config: TransformerConfig, coefficient: float) -> None:
-    """Sets what the routers of a NeMo config add to the gradient. Call it in the model's layout, before it is built.
+    """Sets what the routers of a live config add to the gradient. Call it before the model is built; the layout is that
+    of Megatron's groups, or the config's if they do not exist yet.
 
     The config that NeMo saves keeps its own value. Raises InputError for a coefficient above 0 if the model has no
     routers.
@@ -39,7 +40,10 @@ def set_routers_loss(config: TransformerConfig, coefficient: float) -> None:
             )
         return
     # Tensor-parallel ranks split the sequence, too: Megatron trains no mixture under TP without sequence parallelism.
-    parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    if parallel_state.model_parallel_is_initialized():
+        parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    else:
+        parts = config.tensor_model_parallel_size * config.context_parallel_size
     config.moe_aux_loss_coeff, config.moe_z_loss_coeff = coefficient * parts, None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.distillation import losses
@@ -54,7 +54,7 @@ def distiller_factory(build: Build, inputs: Inputs) -> Callable[..., Distiller]:
     return make
 
 
-def options_of(order: DistillOrder) -> dict[str, object]:
+def options_of(order: DistillOrder) -> dict[str, Any]:
     """An order's settings as the options of a distillation callback."""
     recipe = order.distillation
     return {

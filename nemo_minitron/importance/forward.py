@@ -81,10 +81,10 @@ def architecture_of(model: MegatronModule) -> Architecture:
     """The Architecture of a live Megatron model, read from its config.
 
     The vocabulary of a live config may be padded for its layout. So it is taken from what the config was constructed
-    with, if NeMo has recorded that; otherwise it is the model's own.
+    with, if NeMo has recorded that, or from Bridge's config, which pads it while it builds; else it is the model's own.
     """
     config = model.config
-    recorded = getattr(getattr(config, "__io__", None), "vocab_size", None)
+    recorded = getattr(getattr(config, "__io__", config), "vocab_size", None)
     qkv = bool(config.add_bias_linear or config.add_qkv_bias)
     return Architecture(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,

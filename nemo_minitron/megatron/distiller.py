@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.backend.optimizer import save_whole
 from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.distillation.layer_map import Pair, layer_map
 from nemo_minitron.distillation.meter import Meter
@@ -72,6 +73,7 @@ class Distiller:
     def prepare(self, config: TransformerConfig) -> None:
         """Sets the student's live config (Megatron's TransformerConfig). It must run before Megatron's DDP reads the
         config. Raises InputError for a routers' loss of a model without routers."""
+        save_whole()
         # Without it, a rank with few tokens would have the weight of a rank with many.
         config.calculate_per_token_loss = True
         set_routers_loss(config, self.aux)

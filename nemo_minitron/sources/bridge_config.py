@@ -81,6 +81,7 @@ def hf_config(checkpoint: str | Path) -> JsonObject:
             raise InputError(f"the checkpoint's {name} is {model[name]!r}; only {value!r} is supported")
     try:
         fields = {name: _plain(value) for name, value in model.items()}
+        fields.setdefault("max_position_embeddings", fields["seq_length"])  # a field of some of NeMo's classes
         if fields.get("rope_scaling"):
             fields |= LLAMA3 | {"scale_factor": fields["rope_scaling_factor"]}
         return family_of_fields(fields).from_nemo(fields)

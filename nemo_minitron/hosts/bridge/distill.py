@@ -122,15 +122,17 @@ class Distillation(Callback):
             return
         with atomic_file(state_file(folder, step)) as file:
             torch.save(dict(state), file)
-        for old in Path(folder).glob(state_file(folder, 0).name.replace(name_of(0), "iter_*")):
-            name = old.name.split(".")[0]
-            if name != name_of(step) and not (Path(folder) / name).is_dir():
+        for old in Path(folder).glob("distillation_*.pt"):
+            saved = name_of(int(old.stem.removeprefix("distillation_")))
+            if saved != name_of(step) and not (Path(folder) / saved).is_dir():
                 old.unlink()
 
 
 def state_file(folder: str | Path, step: int) -> Path:
     """The file of the linear between states, for the checkpoint after so many steps."""
-    return Path(folder) / f"{name_of(step)}.distillation.pt"
+    return (
+        Path(folder) / f"distillation_{step:07d}.pt"
+    )  # Bridge takes every name that begins with iter_ for a checkpoint
 
 
 def _check_sum(config: Any, chunks: list[Any]) -> list[Any]:

@@ -56,7 +56,9 @@ class Bridge:
         distill(order)
 
     def finetune(self, order: FinetuneOrder) -> None:
-        raise _lacking("train")
+        from nemo_minitron.hosts.bridge.finetune import finetune
+
+        finetune(order)
 
 
 def _lacking(what: str) -> InputError:

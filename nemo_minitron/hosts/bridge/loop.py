@@ -28,7 +28,7 @@ from nemo_minitron.sources.bridge_config import name_of
 class Watch(Callback):
     """Logs the losses of a training, and ends it early when the held-out loss does not fall any more."""
 
-    def __init__(self, out: Path, recipe: Recipe, distillation: Distillation | None) -> None:
+    def __init__(self, out: Path, recipe: Recipe, distillation: Distillation | None = None) -> None:
         self.out, self.recipe, self.distillation = out, recipe, distillation
         self.stop: Stop | None = None
         self.held_out: Any = None
@@ -87,8 +87,8 @@ class _Checked:
 
 def run(
     config: Any, forward_step: Callable[..., Any], callbacks: Sequence[Callback], *, watch: Watch,
-    datasets: Callable[..., Any], held_out: Callable[[Any], Any], vocab_size: int, stop: int | None = None,
-    distillation: Distillation | None = None,
+    datasets: Callable[..., Any], vocab_size: int,
+    held_out: Callable[[Any], Any] | None = None, stop: int | None = None,
 ) -> None:  # fmt: skip
     """Trains until the last step, or until step `stop`; from the last checkpoint in `config.checkpoint.load`, if there
     is one. Collective.
@@ -111,14 +111,14 @@ def run(
     # The padding belongs to this layout. Whoever loads a checkpoint pads for his own.
     config.model.vocab_size, config.model.should_pad_vocab = vocab_size, True
     config.model.make_vocab_size_divisible_by = 1
-    watch.held_out = held_out(made.pg_collection.dp)
+    watch.held_out = held_out(made.pg_collection.dp) if held_out else None
     state.train_state.do_valid = watch.held_out is not None
     watch.stop = state._signal_handler = Stop(state, stop)
     if state.train_state.step < config.train.train_iters:
         with contextlib.suppress(SystemExit):  # Bridge's loop leaves in this way when it is told to stop
             train.train(
                 forward_step, made.model, made.optimizer, made.scheduler, made.train_data_iterator, watch.held_out,
-                state, _Checked(made.checkpoint_manager, guard, distillation), made.pg_collection,
+                state, _Checked(made.checkpoint_manager, guard, watch.distillation), made.pg_collection,
                 callback_manager=manager,
             )  # fmt: skip
     _mark_last(watch.out, state.train_state.step, stop or config.train.train_iters)

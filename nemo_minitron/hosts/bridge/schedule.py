@@ -47,7 +47,7 @@ def around_steps(before: Callable[[Step], None], after: Callable[[Step, list[Any
     `after` also gets what the schedule returns: on the last pipeline stage a dict of losses for each micro-batch.
     Bridge's loop asks for its schedule by one name, which is replaced here. A validation asks elsewhere.
     """
-    train = load_training()
+    train: Any = load_training()
     original = train.get_forward_backward_func
 
     @functools.wraps(original)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nemo_minitron.hosts.bridge.host import BRIDGE
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.distillation import options_of
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.sources.checkpoint_files import check_resumable
-from nemo_minitron.sources.tensors import ModelSource
 
 
 def distill(order: DistillOrder) -> None:
@@ -19,7 +16,7 @@ def distill(order: DistillOrder) -> None:
     from nemo_minitron.hosts.bridge.data import Corpora
     from nemo_minitron.hosts.bridge.distill import Distillation
     from nemo_minitron.hosts.bridge.loop import Watch, run
-    from nemo_minitron.hosts.bridge.trainer import settings
+    from nemo_minitron.hosts.bridge.trainer import fill_first, settings
     from nemo_minitron.sources.open import open_source
 
     recipe, out = order.distillation, order.out
@@ -32,25 +29,5 @@ def distill(order: DistillOrder) -> None:
     run(
         config, distillation.forward_step, [distillation], watch=Watch(out, recipe, distillation),
         datasets=corpora.datasets, held_out=corpora.held_out, vocab_size=student.architecture.vocab_size,
-        stop=order.stop, distillation=distillation,
+        stop=order.stop,
     )  # fmt: skip
-
-
-def fill_first(config: Any, student: ModelSource, random: int | None = None) -> None:
-    """Fills the model before it is wrapped, unless there is a checkpoint to resume from.
-
-    `random`: a seed; the weights are then random, the same in every layout. Raises InputError as `megatron.live.fill`.
-    """
-    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
-
-    from nemo_minitron.backend.wrappers import unwrap
-    from nemo_minitron.megatron.live import fill
-    from nemo_minitron.megatron.random_start import RandomStart
-
-    def filled(chunks: list[Any]) -> list[Any]:
-        if not checkpoint_exists(config.checkpoint.load):
-            source = student if random is None else RandomStart(student.architecture, random)
-            fill([unwrap(chunk) for chunk in chunks], source)
-        return chunks
-
-    config.model.register_pre_wrap_hook(filled)

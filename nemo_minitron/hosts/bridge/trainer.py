@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.backend.optimizer import save_whole
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.hosts.bridge.host import BRIDGE
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.bridge.models import DTYPES, provider_of
@@ -25,6 +27,7 @@ def settings(student: ModelSource, recipe: Distillation, layout: Layout, out: Pa
     Raises InputError as `models.provider_of`.
     """
     load_training()
+    save_whole()
     from megatron.bridge.training import config as bridge
 
     provider = provider_of(student.config, precision=recipe.precision, layout=layout, training=True)
@@ -49,6 +52,7 @@ def settings(student: ModelSource, recipe: Distillation, layout: Layout, out: Pa
         tokenizer=bridge.TokenizerConfig(
             tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(student.folder.resolve())
         ),
+        rerun_state_machine=bridge.RerunStateMachineConfig(check_for_nan_in_loss=False),  # `StopWhenNotFinite` checks
         rng=bridge.RNGConfig(seed=recipe.seed or 1),  # Megatron needs a positive seed; nothing here draws from it
         dist=bridge.DistributedInitConfig(distributed_backend=backend, use_gloo_process_groups=True),
     )  # fmt: skip
@@ -88,3 +92,22 @@ def _checkpoints(recipe: Distillation, out: Path) -> Any:
         fully_parallel_save=True, dist_ckpt_optim_fully_reshardable=True, async_save=False,
         save_rng=False, load_rng=False,
     )  # fmt: skip
+
+
+def fill_first(config: Any, student: ModelSource, random: int | None = None) -> None:
+    """Fills the model before it is wrapped, unless there is a checkpoint to resume from.
+
+    `random`: a seed; the weights are then random, the same in every layout. Raises InputError as `megatron.live.fill`.
+    """
+    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
+
+    from nemo_minitron.megatron.live import fill
+    from nemo_minitron.megatron.random_start import RandomStart
+
+    def filled(chunks: list[Any]) -> list[Any]:
+        if not checkpoint_exists(config.checkpoint.load):
+            source = student if random is None else RandomStart(student.architecture, random)
+            fill([unwrap(chunk) for chunk in chunks], source)
+        return chunks
+
+    config.model.register_pre_wrap_hook(filled)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.backend.optimizer import save_whole
 from nemo_minitron.backend.precision import forward_fields, trained_fields
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.hosts.nemo.host import NEMO
@@ -89,6 +90,7 @@ def training_strategy() -> dict[str, Any]:
     """The arguments of NeMo's strategy for a trainer that takes steps."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
+    save_whole()
     return {
         "ddp": DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False

@@ -1,0 +1,163 @@
+"""Distillation in Bridge's own training loop, in every layout: the losses of one process, step by step.
+
+Samples have masks of unlike lengths (bridge_worker.py), teacher and student have another depth, and each step has
+eight micro-batches. Mutations tried by hand, each of which makes tests here fail: the replayed micro-batches of a
+staged teacher in reverse; `calculate_per_token_loss` off (DP=2); the loss on an earlier stage not broadcast;
+`backend.optimizer.save_whole` left out ("moved").
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pico import pico_llama, pico_qwen3_moe
+from ranks import run_ranks
+from tolerances import LOSS_LAYOUT_FP32
+from words import save_tokenizer
+
+from nemo_minitron.data import build, load_tokenizer
+from nemo_minitron.families import from_hf
+from nemo_minitron.pruning import prune
+from nemo_minitron.search import random_plan
+from nemo_minitron.sources.checkpoint import CheckpointSource, last_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.bridge]
+WORKER = Path(__file__).parent / "bridge_worker.py"
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
+MODELS = {  # name -> its maker, what of it a student keeps
+    "llama": (
+        lambda f: pico_llama(
+            f, vocab_size=509, hidden_size=48, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=6,
+            tie_word_embeddings=True,
+        ),
+        {"ffn": 64, "layers": 4, "hidden": 40},
+    ),
+    "moe": (
+        lambda f: pico_qwen3_moe(f, vocab_size=509, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4),
+        {"hidden": 40},
+    ),
+}  # fmt: skip
+BASE = {
+    "tokens": 24 * 8 * 4, "sequence_length": 24, "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3,
+    "warmup_steps": 1, "precision": "fp32", "validate_every": 2, "validation_batches": 2,
+}  # fmt: skip
+RECIPES = {
+    "kl": BASE,
+    "all": BASE | {"lm_weight": 0.3, "intermediate": "embedding,attention:1:2,mlp:3:5,block:0:1,block:2:4"},
+    "aux": BASE | {"moe_aux_loss_coeff": 0.3},
+}
+LAYOUTS = {  # world size -> model, recipe, layout
+    1: [("llama", "kl", {}), ("llama", "all", {}), ("moe", "aux", {})],
+    2: [
+        ("llama", "kl", {"pp": 2}),
+        ("llama", "all", {"pp": 2, "vp": 2}),
+        ("llama", "all", {"dp": 2}),
+        ("llama", "kl", {"cp": 2}),
+        ("llama", "all", {"tp": 2, "sp": True}),
+        ("moe", "aux", {"ep": 2, "dp": 2}),
+    ],
+}
+
+
+def _case(world, model, recipe, layout, /, **others):
+    name = f"{model}-{recipe}" + "".join(f"-{k}{v}" for k, v in layout.items())
+    return {
+        "name": name, "teacher": model, "student": f"{model}-student", "layouts": [layout], "recipe": RECIPES[recipe],
+        "one": f"{model}-{recipe}", "world": world, "plan": f"{model}-plan.json", **others,
+    }  # fmt: skip
+
+
+CASES = [_case(world, *case) for world, cases in LAYOUTS.items() for case in cases]
+RESUMED = [
+    _case(1, "llama", "all", {}, name="resumed", stops=[2, None], layouts=[{}, {}]),
+    _case(2, "llama", "all", {}, name="moved", stops=[2, None], layouts=[{"pp": 2}, {"tp": 2, "sp": True}]),
+]
+DIVERGING = [
+    _case(1, "llama", "kl", {}, name="weights", diverges="weights", recipe=BASE | {"save_every": 1}),
+    _case(2, "llama", "kl", {}, name="loss", diverges="loss", layouts=[{"pp": 2}], recipe=BASE | {"save_every": 1}),
+]
+ALL = [*CASES, *RESUMED, *DIVERGING]
+SPREAD = [case for case in [*CASES, *RESUMED] if case["name"] != case["one"]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, (make, keep) in MODELS.items():
+        make(folder / name)
+        save_tokenizer(folder / name, TEXTS, 509)
+        plan = random_plan(from_hf(folder / name), keep=keep)
+        plan.save(folder / f"{name}-plan.json")
+        prune(folder / name, plan, folder / f"{name}-student")
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    build(folder / "corpus.jsonl", load_tokenizer(folder / "llama"), folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models, tmp_path_factory):
+    """Case -> its folder. One worker runs all layouts of a world size."""
+    done = {}
+
+    def of(case):
+        world = case["world"]
+        if world not in done:
+            done[world] = tmp_path_factory.mktemp(f"world{world}")
+            run_ranks(world, WORKER, models, json.dumps([c for c in ALL if c["world"] == world]), done[world])
+        return done[world] / case["name"]
+
+    return of
+
+
+def columns(folder, name="loss.csv"):
+    rows = list(csv.DictReader((folder / name).open()))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=lambda case: case["name"])
+def test_losses_equal_one_process(case, results):
+    """Each part of the loss is compared too, and the held-out loss."""
+    one = next(other for other in CASES if other["name"] == case["one"])
+    for name in ("loss.csv", "validation.csv"):
+        found, expected = columns(results(case), name), columns(results(one), name)
+        assert found.keys() == expected.keys()
+        assert len(found["loss"]) == (4 if name == "loss.csv" else 2)
+        for column in found.keys() - {"seconds"}:
+            np.testing.assert_allclose(found[column], expected[column], rtol=LOSS_LAYOUT_FP32, err_msg=column)
+
+
+def test_the_losses_are_those_that_were_asked_for(results):
+    found = columns(results(CASES[1]))
+    parts = ["logits", "lm", "embedding", "attention:1:2", "mlp:3:5", "block:0:1", "block:2:4"]
+    assert list(found) == ["step", "tokens", "loss", "seconds", *parts, "alpha"]
+    np.testing.assert_allclose(found["loss"], found["logits"] + 0.3 * found["lm"], rtol=1e-4)
+    assert "moe_aux_loss" in columns(results(CASES[2]))
+
+
+@pytest.mark.parametrize("case", [*CASES, *RESUMED], ids=lambda case: case["name"])
+def test_a_checkpoint_is_bridges_and_the_students_alone(case, results, models):
+    """It names no class of this package and no path of the teacher, and holds all of the student's tensors."""
+    folder = last_checkpoint(results(case))
+    assert folder.name == "iter_0000004"
+    source = CheckpointSource(folder)
+    assert source.architecture == from_hf(models / case["student"])
+    text = (folder / "run_config.yaml").read_text()
+    assert "nemo_minitron" not in text
+    assert str(models / case["teacher"]) + "\n" not in text
+    assert b"nemo_minitron" not in (folder / ".metadata").read_bytes()
+    assert [path.name for path in folder.parent.glob("iter_*") if path.is_dir()] == [folder.name]
+
+
+@pytest.mark.parametrize("case", DIVERGING, ids=lambda case: case["name"])
+def test_a_training_that_diverges_stops_at_that_step_on_all_ranks(case, results):
+    folder = results(case)
+    number = {"weights": "the weights' extreme is infinite", "loss": "the loss is NaN"}[case["diverges"]]
+    for rank in range(case["world"]):
+        said = json.loads((folder / f"said-{rank}.json").read_text())
+        assert said.startswith("training stopped at step 3: ")
+        assert number in said
+        assert said.endswith("bridge/checkpoints/iter_0000002")
+    assert np.isfinite(columns(folder)["loss"]).all()
+    assert [path.name for path in (folder / "bridge" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
