@@ -18,7 +18,7 @@ LAW = (  # a room imports what stands above it, never what stands beside it; `ne
     ("settings",),
     ("megatron", "launch"),
     ("hosts",),
-    ("nemo", "commands"),
+    ("nemo", "bridge", "commands"),
     ("job",),
     ("recipes",),
     ("cli",),
@@ -193,7 +193,7 @@ def test_the_law_sees_imports():
     assert "torch.nn" in set(_imports(tree))
 
 
-@pytest.mark.parametrize("package", ["importance", "importance.depth", "nemo"])
+@pytest.mark.parametrize("package", ["importance", "importance.depth", "nemo", "bridge"])
 def test_no_module_takes_the_place_of_a_name(package):
     """A name that is looked up on first use must not be a submodule's: once that is imported, it would win."""
     names = importlib.import_module(f"nemo_minitron.{package}").__all__

@@ -103,7 +103,7 @@ class RowLinear(_Emulating, RowParallelLinear):
         self.fp8 = fp8.scaling_for(self.config)
 
 
-class NormColumnLinear(ColumnLinear):
+class LayerNormColumnParallelLinear(ColumnLinear):
     """A norm and a column-parallel linear layer in one module, as Transformer Engine fuses them.
 
     Besides the parameters of ColumnLinear it has `layer_norm_weight` [D] and, for LayerNorm, `layer_norm_bias` [D].
@@ -217,7 +217,7 @@ class ReferenceSpecProvider(BackendSpecProvider):
         return True
 
     def column_parallel_layer_norm_linear(self) -> type:
-        return NormColumnLinear
+        return LayerNormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return Norm  # the config decides which kind of norm, as with Transformer Engine's
@@ -235,7 +235,7 @@ class ReferenceSpecProvider(BackendSpecProvider):
 TWINS = {
     "TELinear": Linear,
     "TENorm": Norm,
-    "TELayerNormColumnParallelLinear": NormColumnLinear,
+    "TELayerNormColumnParallelLinear": LayerNormColumnParallelLinear,
     "TEColumnParallelLinear": ColumnLinear,
     "TERowParallelLinear": RowLinear,
     "TEDotProductAttention": Attention,

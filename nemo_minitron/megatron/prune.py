@@ -46,5 +46,5 @@ def precision_of(source: TensorSource) -> str:
     """The precision in which a source stores its weights. Raises InputError if checkpoints cannot have it."""
     stored = source.dtype(next(iter(source.architecture.shapes())))
     if stored not in PRECISIONS:
-        raise InputError(f"the teacher stores {stored}; NeMo's students are {' or '.join(PRECISIONS)}")
+        raise InputError(f"the teacher stores {stored}; a checkpoint's students are {' or '.join(PRECISIONS)}")
     return PRECISIONS[stored]

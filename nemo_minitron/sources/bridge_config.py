@@ -72,21 +72,25 @@ def hf_config(checkpoint: str | Path) -> JsonObject:
     Bridge does not keep the longest sequence of a model: `max_position_embeddings` is the training's sequence length.
     Raises InputError as `run_config`, and for a model that no family of this package is.
     """
-    model = run_config(checkpoint)["model"]
+    try:
+        return config_of_model(run_config(checkpoint)["model"])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"'{checkpoint}' has no model of Bridge's: {type(error).__name__} {error}") from None
+
+
+def config_of_model(model: JsonFields) -> JsonObject:
+    """The Hugging Face config of a model's part of a run config. Raises InputError as `hf_config`."""
     provider, spec = _target(model), _target(model.get("transformer_layer_spec"))
     if not str(provider).startswith(PROVIDERS) or not (spec is None or str(spec).startswith(SPECS)):
         raise InputError(f"the checkpoint's model is a {provider} with the layers of {spec}, which is not supported")
     for name, value in FIXED.items():
         if model.get(name, value) != value:
             raise InputError(f"the checkpoint's {name} is {model[name]!r}; only {value!r} is supported")
-    try:
-        fields = {name: _plain(value) for name, value in model.items()}
-        fields.setdefault("max_position_embeddings", fields["seq_length"])  # a field of some of NeMo's classes
-        if fields.get("rope_scaling"):
-            fields |= LLAMA3 | {"scale_factor": fields["rope_scaling_factor"]}
-        return family_of_fields(fields).from_nemo(fields)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"'{checkpoint}' has no model of Bridge's: {type(error).__name__} {error}") from None
+    fields = {name: _plain(value) for name, value in model.items()}
+    fields.setdefault("max_position_embeddings", fields["seq_length"])  # a field of some of NeMo's classes
+    if fields.get("rope_scaling"):
+        fields |= LLAMA3 | {"scale_factor": fields["rope_scaling_factor"]}
+    return family_of_fields(fields).from_nemo(fields)
 
 
 def _target(value: Json) -> Json:
@@ -96,8 +100,3 @@ def _target(value: Json) -> Json:
 def _plain(value: Json) -> Json:
     """A function is given by its dotted name."""
     return _target(value) if isinstance(value, dict) and not value.get("_call_") else value
-
-
-def resized(config: JsonFields, sizes: JsonFields) -> JsonObject:
-    """A run config whose model has other sizes."""
-    return {**config, "model": {**config["model"], **sizes}}

@@ -284,7 +284,7 @@ def test_nemo_is_mended():
         assert not config.apply_rope_fusion
         assert config.__io__.apply_rope_fusion and config.__io__.persist_layer_norm  # what a context keeps
         spec = base.default_layer_spec(config)
-        assert spec.submodules.self_attention.submodules.linear_qkv.__name__ == "NormColumnLinear"
+        assert spec.submodules.self_attention.submodules.linear_qkv.__name__ == "LayerNormColumnParallelLinear"
         if not torch.cuda.is_available():
             assert pl._fix_tensors_device({"a": 1}) == {"a": 1}
     """)

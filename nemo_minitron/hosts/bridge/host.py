@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.errors import InputError
-
 if TYPE_CHECKING:
     from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.megatron.depth import DepthCriteria
@@ -18,10 +16,7 @@ if TYPE_CHECKING:
 
 
 class Bridge:
-    """`hosts.protocol.Host` says what each method gets, returns and raises.
-
-    It cannot train, nor write a checkpoint, yet: those methods raise InputError.
-    """
+    """`hosts.protocol.Host` says what each method gets, returns and raises."""
 
     name = "bridge"
     worker = "nemo_minitron.hosts.bridge.worker"
@@ -38,7 +33,10 @@ class Bridge:
         return build_model(config, precision=precision, layout=layout)
 
     def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
-        raise _lacking("write a checkpoint")
+        from nemo_minitron.hosts.bridge.students import save_chunks
+        from nemo_minitron.sources.open import open_source
+
+        save_chunks(chunks, folder, plan.target.vocab_size, open_source(teacher).folder)
 
     def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
         from nemo_minitron.hosts.bridge.rows import rows
@@ -59,10 +57,6 @@ class Bridge:
         from nemo_minitron.hosts.bridge.finetune import finetune
 
         finetune(order)
-
-
-def _lacking(what: str) -> InputError:
-    return InputError(f"the host 'bridge' cannot {what} yet; give --host nemo")
 
 
 BRIDGE = Bridge()

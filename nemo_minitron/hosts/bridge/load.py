@@ -16,6 +16,11 @@ import nemo_minitron.backend as backend
 
 ENGINE = "transformer_engine"
 ENERGON = "megatron.energon"
+# How the parameters of the twin's classes are divided: Bridge's own loading and saving of Hugging Face weights asks.
+TWINS = {
+    "Attention": "column", "ColumnLinear": "column", "LayerNormColumnParallelLinear": "column", "Linear": "replicated",
+    "Norm": "replicated", "RowLinear": "row",
+}  # fmt: skip
 
 
 @functools.cache
@@ -30,6 +35,11 @@ def load_bridge() -> ModuleType:
 
     with _standing_in(_engine() if reference else {}):
         import megatron.bridge as bridge
+    if reference:
+        from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+        for name, how in TWINS.items():
+            AutoMapping.register_module_type(name, how)
     return bridge
 
 
@@ -45,6 +55,12 @@ def load_training() -> ModuleType:
         import megatron.bridge.training.pretrain  # noqa: F401
         import megatron.bridge.training.train as train
     return train
+
+
+def setup() -> None:
+    """Makes Megatron-Bridge run on this machine and imports it, before anything else does. Only the first call of a
+    process does something. Raises InputError as `backend.setup`."""
+    load_training()
 
 
 @contextlib.contextmanager

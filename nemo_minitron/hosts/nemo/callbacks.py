@@ -14,10 +14,9 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
+from nemo_minitron.hosts.scoring import Gathering
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.forward import architecture_of
-from nemo_minitron.importance.reduction import reduce
-from nemo_minitron.megatron.live import live_digest
 
 
 class Importance(Callback):
@@ -49,9 +48,7 @@ class Importance(Callback):
         self.out, self.norms, self.axes = out, norms, None if axes is None else tuple(axes)
         self.save_every, self.partial, self.previous = save_every, partial, previous
         self.scores: Scores | None = None
-        self._collector: Collector | None = None
-        self._batches = 0  # batches that the collector has seen
-        self._digest: str | None = None
+        self._gathering: Gathering | None = None
         self._data_step: DataStep | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -60,10 +57,10 @@ class Importance(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "validate":
             return
-        chunks = chunks_of(trainer)
-        self.scores, self._batches = self.previous, 0
-        self._digest = live_digest(chunks, architecture_of(chunks[0]))
-        self._data_step = DataStep(trainer, self._open(chunks))
+        # If the collector refuses the model here, there is nothing to close.
+        self._gathering = Gathering(chunks_of(trainer), self.criteria, self.norms, self.axes, self.previous)
+        self.scores = self.previous
+        self._data_step = DataStep(trainer, self._gathering.collector)
 
     def on_validation_batch_start(self, *_: Any) -> None:
         if self._data_step is not None:
@@ -72,54 +69,33 @@ class Importance(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
-        if self._collector is None or self._data_step is None:
+        if self._gathering is None or self._data_step is None:
             return
-        self._batches += 1
-        if self.save_every and self._batches == self.save_every:
-            self._merge()
-            self._data_step.collector = self._open(chunks_of(trainer))
-            self._save(self.partial)
+        self._gathering.batches += 1
+        if self.save_every and self._gathering.batches == self.save_every:
+            self._gathering.merge()
+            self._data_step.collector = self._gathering.open()
+            self._gathering.save(self.partial)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._collector is None:
+        if self._gathering is None:
             return
-        self._merge()
+        gathering = self._gathering
+        gathering.merge()
         self._close()
-        self._save(self.partial)
-        self._save(self.out)
+        self.scores = gathering.scores
+        gathering.save(self.partial)
+        gathering.save(self.out)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._collector is not None:
+        if self._gathering is not None:
             self._close()
 
-    def _open(self, chunks: list[Any]) -> Collector:
-        collector = Collector(chunks, architecture_of(chunks[0]), self.criteria, self.axes)
-        # If the collector refuses the model here, `_collector` stays None and `on_exception` has nothing to close.
-        self._collector = collector.__enter__()
-        return self._collector
-
-    def _merge(self) -> None:
-        """Merges what the collector has gathered into `scores`, and closes the collector. Collective."""
-        assert self._collector is not None
-        self._collector.__exit__()
-        if not self._batches:
-            return
-        self._batches, new = 0, reduce(self._collector, self.norms)
-        new.model_digest = self._digest
-        if self.scores is not None:
-            new.notes, new.data_digest = self.scores.notes, self.scores.data_digest
-            new = self.scores.merge(new)
-        self.scores = new
-
-    def _save(self, path: str | None) -> None:
-        if path and self.scores is not None and torch.distributed.get_rank() == 0:
-            self.scores.save(path)
-
     def _close(self) -> None:
-        collector, self._collector = self._collector, None
-        assert collector is not None
+        gathering, self._gathering = self._gathering, None
+        assert gathering is not None
         assert self._data_step is not None
-        collector.__exit__()
+        gathering.close()
         self._data_step.remove()
 
 
@@ -219,7 +195,7 @@ class Pruning(Importance):
         super().on_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._collector is None:
+        if self._gathering is None:
             return
         super().on_validation_end(trainer, pl_module)
         from nemo_minitron.hosts.nemo.students import save_student
