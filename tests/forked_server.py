@@ -33,9 +33,9 @@ def serve(handle: int) -> None:
     if "nemo" in metadata.packages_distributions():  # not find_spec: a folder of tests has this name, too
         import nemo.collections.llm  # noqa: F401
     else:
-        import nemo_minitron.backend as backend
+        from nemo_minitron.hosts.bridge.load import load_bridge
 
-        backend.setup()
+        load_bridge()
     gc.freeze()  # what was loaded stays: processes need not look through it
     client = socket.socket(fileno=handle)
     client.send(b"ready")
