@@ -39,9 +39,8 @@ def main() -> None:
         scores = estimate(model, [batch])
         prune(teacher, plan(scores, keep={"ffn": 48, "layers": 1}), student)
         parameters = LlamaForCausalLM.from_pretrained(student).num_parameters()
-    print(
-        f"scored and cut to {parameters:,} parameters; host: {host_of().name}; families: {', '.join(f.model_type for f in FAMILIES)}"
-    )
+    families = ", ".join(family.model_type for family in FAMILIES)
+    print(f"scored and cut to {parameters:,} parameters; host: {host_of().name}; families: {families}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import cache_of, corpus_identity, positions_of, say, tokenise
+from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, written_config
@@ -52,7 +53,7 @@ def run_training(
     files = TrainingFolder(out)
     if out.exists() and not made_with(files.settings, identity):
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    begin_on_this_host(out)
     write_json(files.settings, identity)
     if finished(out, stop or recipe.steps):
         return

@@ -20,6 +20,7 @@ from nemo_minitron.commands.distill import (
     left_by_training,
     made_with,
 )
+from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.hosts import check_model, check_trains, host_of
@@ -76,6 +77,7 @@ def _begin(training: Path, made_of: list[object], data: Path) -> None:
     identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
+    begin_on_this_host(training)
     rows = training / "data" / "training.jsonl"
     if not rows.is_file() or file_digest(rows) != file_digest(data):
         with atomic_file(rows) as copy:
