@@ -13,7 +13,7 @@ from nemo_minitron.errors import InputError
 MEGATRON = ">=0.15,<0.20"
 TO_INSTALL = (
     "install NeMo 2 with: pip install 'nemo_minitron[nemo]', or, on Python 3.12, Megatron-Bridge with: "
-    "pip install 'nemo_minitron[bridge]'"
+    "pip install 'nemo_minitron[bridge]' (without CUDA: make venv-bridge)"
 )
 # The frameworks that build and train models, each with the Megatron-core that it was written for.
 SETS = {

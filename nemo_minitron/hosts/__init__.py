@@ -10,11 +10,11 @@ from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.backend.versions import TO_INSTALL, installed
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, read_config
+from nemo_minitron.settings.orders import HOST
 
 if TYPE_CHECKING:  # saving a checkpoint starts a helper process that imports this package: it must stay light
     from nemo_minitron.hosts.protocol import Host
 
-HOST = "MINITRON_HOST"  # names the host of this process and of those that it starts
 PACKAGES = {"nemo": "nemo_toolkit", "bridge": "megatron-bridge"}  # host -> its distribution; the first one is preferred
 
 

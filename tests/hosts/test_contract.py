@@ -105,6 +105,14 @@ def test_without_a_host_a_command_says_how_to_install_one(arguments, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_without_nemo_run_an_executor_says_how_to_install_it():
+    arguments = ["compress", "llama31_8b_to_4b_width", "--executor", "slurm", "executor.account=lab", "--dry-run"]
+    done = run("-c", WITHOUT.replace("import sys", "import sys; sys.modules['nemo_run'] = None").format(
+        arguments=arguments), host="")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "minitron: --executor needs NeMo-Run; install it with: pip install nemo_run 'leptonai<0.28'\n"
+
+
 def test_without_a_host_a_dry_run_runs():
     code = WITHOUT.format(arguments=["compress", "llama31_8b_to_4b_width", "--dry-run"])
     done = run("-c", code, host="")
