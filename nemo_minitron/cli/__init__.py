@@ -111,7 +111,7 @@ def main() -> None:
             signal.signal(number, _leave)
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
     try:
-        if HOST in os.environ:
+        if os.environ.get(HOST):
             host_name()
         _app([with_options(command) for command in named] or _titles())(arguments)
     except (InputError, OSError, RuntimeError) as error:
