@@ -21,7 +21,7 @@ from nemo_minitron.settings.layout import Layout
 WORKER = Path(__file__).parent / "reap_worker.py"
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 MODELS = {"normalized": HEADS, "plain": HEADS | {"norm_topk_prob": False, "mlp_only_layers": [1]}}
-LAYOUTS = {1: [{}], 2: [{"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"pp": 2}]}
+LAYOUTS = {1: [{}], 2: [{"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vp": 2}]}
 KINDS = ("plain", "masked")
 NAMES = ("gate", "up", "down")
 CASES = [

@@ -23,6 +23,11 @@ LLAMA3 = {  # the table's field -> Megatron's argument, and the only value that 
     "high_freq_factor": ("high_freq_factor", 4.0),
     "old_context_len": ("original_max_position_embeddings", 8192),
 }
+OF_LLAMA = {  # as Bridge's class for Llama has it, and its mixtures' dispatch
+    "apply_rope_fusion": True, "bias_activation_fusion": True, "bias_dropout_fusion": True,
+    "masked_softmax_fusion": True, "persist_layer_norm": True,
+    "moe_router_load_balancing_type": "aux_loss", "moe_token_dispatcher_type": "alltoall",
+}  # fmt: skip
 WITHOUT_EFFECT = ("max_position_embeddings",)  # a field of NeMo's classes; rotary positions do not read it
 
 
@@ -82,4 +87,4 @@ def plain_provider(fields: Mapping[str, Any]) -> Any:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     sizes = {name: fields[name] for name in ("num_layers", "hidden_size", "num_attention_heads")}
-    return GPTModelProvider(**sizes, activation_func=torch.nn.functional.silu)
+    return GPTModelProvider(**sizes, **OF_LLAMA, activation_func=torch.nn.functional.silu)

@@ -10,7 +10,6 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.backend.precision import apply
-from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of
 from nemo_minitron.hosts.bridge.fields import fields_of, overwrite, plain_provider
 from nemo_minitron.hosts.bridge.load import load_bridge
@@ -51,10 +50,7 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
 
 
 def _provider(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    """What Bridge makes of a Hugging Face config: the provider of its own class for the family, or its general one.
-
-    Raises InputError if Bridge's class refuses the config.
-    """
+    """What Bridge makes of a Hugging Face config: the provider of its own class for the family, or its general one."""
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
@@ -66,10 +62,7 @@ def _provider(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
         bridge = AutoBridge.from_hf_config(hf)
     except ValueError:  # it has no class for the family
         return plain_provider(fields)
-    try:
-        return bridge.to_megatron_provider(load_weights=False)
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"Megatron-Bridge refuses this {kind} model: {first_line(error)}; give --host nemo") from error
+    return bridge.to_megatron_provider(load_weights=False)
 
 
 def build_model(
