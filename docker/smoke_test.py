@@ -1,4 +1,4 @@
-"""Scores and cuts a random Llama of two layers with this machine's NeMo and Megatron, in a temporary folder."""
+"""Scores and cuts a random Llama of two layers with this machine's host and Megatron, in a temporary folder."""
 
 import tempfile
 from pathlib import Path
@@ -23,22 +23,24 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from nemo_minitron.families import FAMILIES
+    from nemo_minitron.hosts import host_of
     from nemo_minitron.importance import estimate
-    from nemo_minitron.nemo import load_model, register
+    from nemo_minitron.megatron.load import load
     from nemo_minitron.pruning import prune
     from nemo_minitron.search import plan
+    from nemo_minitron.sources.open import open_source
 
     with tempfile.TemporaryDirectory() as folder:
         teacher, student = Path(folder, "teacher"), Path(folder, "student")
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(teacher)
-        register()
-        model = load_model(teacher)
+        model = load(open_source(teacher), build=host_of().build)
         batch = torch.arange(64, device=torch.cuda.current_device()).reshape(2, 32)
         scores = estimate(model, [batch])
         prune(teacher, plan(scores, keep={"ffn": 48, "layers": 1}), student)
         parameters = LlamaForCausalLM.from_pretrained(student).num_parameters()
-    print(f"scored and cut to {parameters:,} parameters; families: {', '.join(f.nemo_model for f in FAMILIES)}")
+    families = ", ".join(family.model_type for family in FAMILIES)
+    print(f"scored and cut to {parameters:,} parameters; host: {host_of().name}; families: {families}")
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def serve(handle: int) -> None:
 
         load_training()
     else:
-        import nemo_minitron.backend as backend
+        from nemo_minitron.hosts.bridge.load import load_bridge
 
-        backend.setup()
+        load_bridge()
     gc.freeze()  # what was loaded stays: processes need not look through it
     client = socket.socket(fileno=handle)
     client.send(b"ready")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pico import raw_tensors
 
 
 def grams64(folder: str | Path, tokens: Any, mask: Any = None) -> dict[str, np.ndarray]:
@@ -14,7 +15,11 @@ def grams64(folder: str | Path, tokens: Any, mask: Any = None) -> dict[str, np.n
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    if hasattr(model, "set_experts_implementation"):  # transformers 5: its grouped product has no float64
+        model.set_experts_implementation("eager")
+    raw = {name: torch.from_numpy(bits.view(np.float32)).double() for name, bits in raw_tensors(folder).items()}
+    top_k = getattr(model.config, "num_experts_per_tok", 0)
     tokens = torch.as_tensor(tokens)
     counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
     found = {}
@@ -28,26 +33,30 @@ def grams64(folder: str | Path, tokens: Any, mask: Any = None) -> dict[str, np.n
 
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.register_forward_pre_hook(keep(f"layers.{i}.o.weight"))
-        if hasattr(layer, "mlp"):
+        if not top_k:
             layer.mlp.down_proj.register_forward_pre_hook(keep(f"layers.{i}.down.weight"))
-        else:
-            layer.block_sparse_moe.register_forward_pre_hook(
-                lambda block, args, i=i: found.update(_of_experts(block, args[0][counted], f"layers.{i}."))
-            )
+            continue
+        block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp  # transformers 4 or 5
+        block.register_forward_pre_hook(
+            lambda block, args, i=i: found.update(_of_experts(raw, args[0][counted], f"layers.{i}.", top_k))
+        )
     with torch.no_grad():
         model(tokens)
     return found
 
 
-def _of_experts(block, hidden, prefix):
+def _of_experts(raw, hidden, prefix, top_k):
     import torch
 
-    chosen = block.gate(hidden).softmax(-1).topk(block.top_k)
+    block = f"model.{prefix}block_sparse_moe."
+    router = raw[f"{block}gate.weight"]
+    chosen = (hidden @ router.t()).softmax(-1).topk(top_k)
     shares = chosen.values / chosen.values.sum(-1, keepdim=True)
     found = {}
-    for e, expert in enumerate(block.experts):
+    for e in range(len(router)):
         came, place = torch.where(chosen.indices == e)
-        inner = expert.act_fn(expert.w1(hidden[came])) * expert.w3(hidden[came])
+        gate, up = (raw[f"{block}experts.{e}.{name}.weight"].t() for name in ("w1", "w3"))
+        inner = torch.nn.functional.silu(hidden[came] @ gate) * (hidden[came] @ up)
         x = (inner * shares[came, place, None]).numpy()
         found[f"{prefix}experts.{e}.down.weight"] = x.T @ x
     return found

@@ -13,7 +13,8 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from nemo_minitron.backend.wanted import SET_OF_NEMO
+from nemo_minitron.backend.wanted import SET_OF, SET_OF_NEMO
+from nemo_minitron.hosts import host_name
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -83,27 +84,63 @@ def test_the_bases_fit_the_constraints_and_the_doctor():
     assert Version(rows[base][1]).release[:2] == ours, "the base is another Megatron-core than the tests'"
 
 
+def test_the_containers_of_megatron_bridge_fit_the_doctor():
+    gpu = (DOCKER / "Dockerfile").read_text()
+    (image, *_), *containers = SET_OF["bridge"].containers
+    ranges = {wanted.name: Requirement(f"{wanted.name}{wanted.range}").specifier for wanted in SET_OF["bridge"].wanted}
+    for tag, _, megatron, engine in containers:
+        number = tag.split()[0]
+        assert f"--build-arg BASE={image}:{number} --build-arg HOST=bridge" in gpu
+        assert f"{number} has {'Megatron-core ' * (number == '26.06')}{megatron}" in gpu
+        assert megatron in ranges["megatron-core"]
+        assert engine in ranges["transformer-engine"]
+
+
 def test_pip_adds_what_is_lacking_and_changes_nothing(tmp_path, capsys):
-    module = lacking()
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert module.lacking(ROOT / "pyproject.toml", {}) == wanted
+    module, project, host = lacking(), ROOT / "pyproject.toml", host_name()
     installed = module.versions()
-    assert not module.lacking(ROOT / "pyproject.toml", installed), "this environment lacks nothing"
-    assert module.lacking(ROOT / "pyproject.toml", {k: v for k, v in installed.items() if k != "scipy"}) == ["scipy"]
+    assert not module.lacking(project, host, installed), "this environment lacks nothing"
+    assert module.lacking(project, host, {k: v for k, v in installed.items() if k != "scipy"}) == ["scipy"]
     held = tmp_path / "held.txt"
-    assert module.main(["--save", str(held)]) is None
+    assert module.main([host, "--save", str(held)]) is None
     assert capsys.readouterr().out == ""
     assert f"torch=={installed['torch']}\n" in held.read_text()
-    assert module.main(["--compare", str(held)]) is None
+    assert module.main([host, "--compare", str(held)]) is None
     held.write_text("numpy==1.0\nnothing-of-the-kind==2\n")
-    message = module.main(["--compare", str(held)])
+    message = module.main([host, "--compare", str(held)])
     assert f"numpy was 1.0 and is {installed['numpy']}; nothing-of-the-kind was 2 and is gone" in message
 
 
-def test_a_base_without_megatron_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("host", ["bridge", "nemo"])
+def test_a_hosts_range_counts(host):
+    """Of a distribution that the package and the host both name, the host's requirement alone is printed."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = lacking().lacking(ROOT / "pyproject.toml", host, {})
+    own = table["optional-dependencies"][host]
+    assert set(own) <= set(found)
+    names = [Requirement(text).name for text in found]
+    assert len(names) == len(set(names))
+    assert set(names) == {Requirement(text).name for text in [*table["dependencies"], *own]}
+
+
+@pytest.mark.parametrize(("host", "package"), [("bridge", "megatron-bridge"), ("nemo", "nemo-toolkit")])
+def test_a_base_without_megatron_or_the_host_is_refused(host, package, tmp_path, monkeypatch):
     module = lacking()
-    monkeypatch.setattr(module, "versions", lambda: {"torch": "2.9", "nemo-toolkit": "2.6.0"})
-    assert "has no megatron-core" in module.main(["--save", str(tmp_path / "held.txt")])
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "2.9", package: "1"})
+    assert "has no megatron-core" in module.main([host, "--save", str(tmp_path / "held.txt")])
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "2.9", "megatron-core": "1"})
+    assert f"has no {package}" in module.main([host, "--save", str(tmp_path / "held.txt")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", ["bridge", "nemo"])
+def test_the_hosts_extras_have_the_doctors_ranges(host):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][host]
+    ranges = {Requirement(text).name: Requirement(text).specifier for text in extras}
+    wanted = {entry.name: Requirement(f"{entry.name}{entry.range}").specifier for entry in SET_OF[host].wanted}
+    both = ranges.keys() & wanted.keys()
+    assert {"megatron-core", "transformers", "datasets" if host == "nemo" else "megatron-bridge"} <= both
+    assert {name: ranges[name] for name in both} == {name: wanted[name] for name in both}
 
 
 @pytest.mark.slow

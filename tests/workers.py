@@ -36,6 +36,15 @@ def process_group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def load_model(source: str | Path, plan: Any = None, *, layout: Any = None, **options: Any) -> list[Any]:
+    """A folder's filled chunks, or those of a plan's student, built by the host that is installed here."""
+    from nemo_minitron.hosts import host_of
+    from nemo_minitron.megatron.load import load
+    from nemo_minitron.sources.open import open_source
+
+    return load(open_source(source), plan, build=host_of().build, layout=layout, **options)
+
+
 def run_cases(run_case: Callable[[dict[str, Any], Path, Path], None]) -> None:
     """Calls `run_case(case, folder, out)` for every case; an error says in which case it happened.
 

@@ -67,11 +67,13 @@ class RoundFolder(CutFolder):
 
 class TrainingFolder(Folder):
     """The files from which a training resumes. `last`: where its last checkpoint lies; `whole`: sizes and digests of
-    its files; `settings`: a digest of what it was begun with; `teacher`: the training that corrects its teacher."""
+    its files; `settings`: a digest of what it was begun with; `host`: the name of what trains it; `teacher`: the
+    training that corrects its teacher."""
 
     last = Name("last.json")
     whole = Name("whole.json")
     settings = Name("settings.json")
+    host = Name("host.json")
     losses = Name("loss.csv")
     validation = Name("validation.csv")
     index = Name("index")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from nemo_minitron.backend import engine as transformer_engine
 from nemo_minitron.backend.precision import unsupported
-from nemo_minitron.backend.versions import fits, installed
-from nemo_minitron.backend.wanted import ENGINE, Set, Wanted, set_of
+from nemo_minitron.backend.versions import SETS, TO_INSTALL, fits, installed
+from nemo_minitron.backend.wanted import ENGINE, SET_OF, Wanted
 from nemo_minitron.precisions import FP8
 
 BUILD_ON_GPU = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ENGINE}'"
@@ -44,6 +44,7 @@ class Report:
     """The result of `examine`. `ok` is False if something that is needed is missing or does not fit."""
 
     host: str
+    because: str  # why it is this host
     findings: tuple[Finding, ...]
     devices: tuple[str, ...]
     layers: str
@@ -63,7 +64,7 @@ class Report:
     def text(self) -> str:
         """For people: a line for each distribution, what will be used, and what to run."""
         lines = [_line(finding) for finding in self.findings]
-        lines += ["", f"host:    {self.host}"]
+        lines += ["", f"host:    {self.host}, because {self.because}"]
         lines += [f"devices: {', '.join(self.devices) or 'none with CUDA; the CPU and gloo are used'}"]
         lines += [f"layers:  {self.layers}", f"adam:    {self.adam}"]
         lines += [f"{name + ':':15}{how}" for name, how in self.precisions]
@@ -86,9 +87,9 @@ def _row(cells: tuple[str, ...]) -> str:
     return "  " + "".join(f"{cell:<22}" for cell in cells).rstrip()
 
 
-def examine() -> Report:
-    """Examines this environment. Imports neither torch nor Megatron nor NeMo."""
-    here: Set = set_of(installed)
+def examine(host: str, because: str) -> Report:
+    """Examines this environment for a host, `nemo` or `bridge`. Imports neither torch nor Megatron nor NeMo."""
+    here = SET_OF[host]
     packages = (_judge(wanted, installed(wanted.name)) for wanted in here.wanted)
     findings = (_judge(here.python, platform.python_version()), *packages)
     versions = {finding.name: finding.version for finding in findings}
@@ -97,6 +98,7 @@ def examine() -> Report:
     engine = versions["transformer-engine"] is not None and fine["transformer-engine"]
     return Report(
         host=here.host,
+        because=because,
         findings=findings,
         devices=devices,
         layers=_layers(devices, engine, versions["torch"] or ""),
@@ -172,7 +174,7 @@ def _precisions(layers: str, versions: dict[str, str | None]) -> Iterator[tuple[
 
 
 def _notes(versions: dict[str, str | None], devices: tuple[str, ...]) -> list[str]:
-    notes = []
+    notes = [] if any(map(installed, SETS)) else [f"no host is installed here; {TO_INSTALL}"]
     megatron, torch = versions["megatron-core"], versions["torch"] or ""
     if megatron and fits(megatron, ">=0.16,<0.17"):
         notes.append(

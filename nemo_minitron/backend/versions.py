@@ -11,6 +11,10 @@ from packaging.version import Version
 from nemo_minitron.errors import InputError
 
 MEGATRON = ">=0.15,<0.20"
+TO_INSTALL = (
+    "install NeMo 2 with: pip install 'nemo_minitron[nemo]', or, on Python 3.12, Megatron-Bridge with: "
+    "pip install 'nemo_minitron[bridge]' (without CUDA: make venv-bridge)"
+)
 # The frameworks that build and train models, each with the Megatron-core that it was written for.
 SETS = {
     "nemo_toolkit": {"nemo_toolkit": ">=2.6,<3", "megatron-core": ">=0.15,<0.17"},
@@ -36,7 +40,7 @@ def check() -> None:
     does not fit it."""
     megatron = installed("megatron-core")
     if megatron is None:
-        raise InputError(f"megatron-core is not installed; run: pip install 'megatron-core{MEGATRON}'")
+        raise InputError(f"megatron-core is not installed here; it comes with a host: {TO_INSTALL}")
     if not fits(megatron, MEGATRON):
         raise InputError(f"megatron-core {megatron} is installed; {MEGATRON} is supported: minitron doctor tells more")
     for framework, ranges in SETS.items():

@@ -6,7 +6,6 @@ constraints.txt and constraints-bridge.txt pin one working choice of each set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from nemo_minitron.backend.versions import SETS
 
@@ -78,7 +77,4 @@ SET_OF_BRIDGE = Set(
 )
 
 
-def set_of(installed: Callable[[str], str | None]) -> Set:
-    """The set of the host that is installed; NeMo's if both are, or none."""
-    only_bridge = installed("megatron-bridge") and not installed("nemo_toolkit")
-    return SET_OF_BRIDGE if only_bridge else SET_OF_NEMO
+SET_OF = {"nemo": SET_OF_NEMO, "bridge": SET_OF_BRIDGE}  # by the name of a host

@@ -26,8 +26,9 @@ from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
 from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
-from nemo_minitron.hosts import HOST, host_name
+from nemo_minitron.hosts import host_name
 from nemo_minitron.schema import OUTPUT
+from nemo_minitron.settings.orders import HOST
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
@@ -110,7 +111,7 @@ def main() -> None:
             signal.signal(number, _leave)
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
     try:
-        if HOST in os.environ:
+        if os.environ.get(HOST):
             host_name()
         _app([with_options(command) for command in named] or _titles())(arguments)
     except (InputError, OSError, RuntimeError) as error:

@@ -116,8 +116,14 @@ def _describe(job: Job, folder: Path, as_json: bool) -> str:
 
 
 def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Executor:
-    """NeMo-Run's executor for the job, which can reach its folder. Raises InputError for an unknown one."""
-    from nemo_minitron.launch import executors
+    """NeMo-Run's executor for the job, which can reach its folder. Raises InputError for an unknown one, and if
+    NeMo-Run is not installed."""
+    try:
+        from nemo_minitron.launch import executors
+    except ModuleNotFoundError as error:
+        if error.name != "nemo_run":
+            raise
+        raise InputError("--executor needs NeMo-Run; install it with: pip install nemo_run 'leptonai<0.28'") from None
 
     here, there = Path.cwd(), folder.absolute().parent
     return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])

@@ -22,7 +22,8 @@ def doctor(
 ) -> None:
     """Check what is installed and whether it fits together, and say how to mend what does not."""
     from nemo_minitron.backend.doctor import examine
+    from nemo_minitron.hosts import chosen
 
-    diagnosis = examine()
+    diagnosis = examine(*chosen())
     print(diagnosis.json() if as_json else diagnosis.text())
     raise typer.Exit(0 if diagnosis.ok else 1)

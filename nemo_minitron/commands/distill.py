@@ -17,11 +17,12 @@ from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import cache_of, corpus_identity, positions_of, say, tokenise
+from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, resolve, written_config
+from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
@@ -52,7 +53,7 @@ def run_training(
     files = TrainingFolder(out)
     if out.exists() and not made_with(files.settings, identity):
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    begin_on_this_host(out)
     write_json(files.settings, identity)
     if finished(out, stop or recipe.steps):
         return
@@ -172,7 +173,7 @@ def run_distill(
     base, taught = HFSource(source), open_source(teacher_folder) if teacher_folder else None
     opened: list[ModelSource] = [base, *([taught] if taught else [])]
     for model in opened:
-        check_host(model.config)
+        check_model(model.config)
     models = [model.architecture for model in opened]
     fit = Fit(recipe, layout)
     if recipe.teacher_cache:

@@ -15,8 +15,7 @@ from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import check_model, chosen, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
@@ -44,7 +43,7 @@ def run_estimate(
 
     source = open_source(model)
     if calibration.runs:
-        check_host(source.config)
+        check_model(source.config)
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
     calibration = fit.settings
@@ -76,7 +75,8 @@ def calibrate(
     fails.
     """
     digest = data_digest(tokens)
-    _forget_others(work, calibration.marks(*model.identity, digest, digest_of(dataclasses.asdict(layout))))
+    runs_in = digest_of([dataclasses.asdict(layout), chosen()[0]])
+    _forget_others(work, calibration.marks(*model.identity, digest, runs_in))
     if not calibration.runs:
         _without_running(model, calibration).save(work / STATISTICS)
     if not _complete(work, calibration):

@@ -20,9 +20,10 @@ from nemo_minitron.commands.distill import (
     left_by_training,
     made_with,
 )
+from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, resolve
-from nemo_minitron.hosts import host_of
+from nemo_minitron.families import resolve
+from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
@@ -42,7 +43,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)
-    check_host(opened.config)
+    check_model(opened.config)
     fit = Fit(recipe, layout)
     fit.model(positions_of(opened.config))
     say(fit.remark)
@@ -75,6 +76,7 @@ def _begin(training: Path, made_of: list[object], data: Path) -> None:
     identity, mark = digest_of(made_of), TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
+    begin_on_this_host(training)
     rows = training / "data" / "training.jsonl"
     if not rows.is_file() or file_digest(rows) != file_digest(data):
         with atomic_file(rows) as copy:

@@ -145,12 +145,6 @@ def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     return family_of(config).remark(architecture)
 
 
-def check_host(model: str | Path | HfConfig) -> None:
-    """Raises InputError, before anything is loaded, if NeMo's class of the family cannot represent the model."""
-    config = read_config(model)
-    family_of(config).nemo_config(config)
-
-
 def remarks(model: str | Path | HfConfig) -> list[str]:
     """Remarks on a model's config for the user, one sentence each: it names the keys that nothing reads."""
     config = read_config(model)

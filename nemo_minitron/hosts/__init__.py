@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.artifacts.json_types import HfConfig
+from nemo_minitron.backend.versions import TO_INSTALL, installed
 from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of, read_config
+from nemo_minitron.settings.orders import HOST
 
 if TYPE_CHECKING:  # saving a checkpoint starts a helper process that imports this package: it must stay light
     from nemo_minitron.hosts.protocol import Host
 
-HOST = "MINITRON_HOST"  # names the host of this process and of those that it starts
 PACKAGES = {"nemo": "nemo_toolkit", "bridge": "megatron-bridge"}  # host -> its distribution; the first one is preferred
 
 
 def host_of() -> Host:
-    """The host that MINITRON_HOST names. Without that, the one that is installed; NeMo if both are or none is.
+    """The host that MINITRON_HOST names. Without that, the one that is installed; NeMo if both are.
 
-    Raises InputError for another name, and for a host that is named and not installed.
+    Raises InputError for another name, for a host that is named and not installed, and if none is installed.
     """
     if host_name() == "bridge":
         from nemo_minitron.hosts.bridge.host import BRIDGE
@@ -29,21 +32,41 @@ def host_of() -> Host:
     return NEMO
 
 
+def check_model(model: str | Path | HfConfig) -> None:
+    """Raises InputError, before anything is loaded, if the host is not installed or cannot build the model."""
+    host_name()
+    check_represented(model)
+
+
+def check_represented(model: str | Path | HfConfig) -> None:
+    """Raises InputError if the host, which may not be installed, cannot build the model."""
+    config = read_config(model)
+    name, _ = chosen()
+    if name == "bridge":
+        from nemo_minitron.hosts.bridge.fields import named_fields
+
+        named_fields(config)
+    else:
+        family_of(config).nemo_config(config)
+
+
 def host_name() -> str:
     """The name of the host, as `host_of` chooses it. Raises what `host_of` raises."""
+    name, _ = chosen()
+    if not installed(PACKAGES[name]):
+        here = f"the host '{name}' is not installed here" if os.environ.get(HOST) else "no host is installed here"
+        raise InputError(f"{here}; {TO_INSTALL}")
+    return name
+
+
+def chosen() -> tuple[str, str]:
+    """The name of the host, which may not be installed, and why it is this one. Raises InputError for another name."""
     named = os.environ.get(HOST, "")
-    if not named:
-        return next(filter(_installed, PACKAGES), "nemo")
-    if named not in PACKAGES:
+    if named and named not in PACKAGES:
         raise InputError(f"the host '{named}' is unknown; legal is {' or '.join(PACKAGES)}")
-    if not _installed(named):
-        raise InputError(f"the host '{named}' is not installed here; run: pip install {PACKAGES[named]}")
-    return named
-
-
-def _installed(host: str) -> bool:
-    try:
-        metadata.version(PACKAGES[host])
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    if named:
+        return named, f"--host or {HOST} names it"
+    here = [host for host, package in PACKAGES.items() if installed(package)]
+    if not here:
+        return next(iter(PACKAGES)), "no host is installed"
+    return here[0], "it is the one that is installed" if len(here) == 1 else "both are installed, and nothing names one"

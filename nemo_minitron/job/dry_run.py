@@ -15,7 +15,8 @@ from nemo_minitron.commands.corpus import positions_of
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
-from nemo_minitron.families import check_host, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
+from nemo_minitron.families import from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
+from nemo_minitron.hosts import check_represented
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.lineage import check_lineage
@@ -49,11 +50,11 @@ def _target(job: Job, source: Architecture, config: HfConfig) -> Architecture:
 
 def learned(job: Job, source: Architecture, known: Known) -> Architecture:
     """The Architecture of the model that the student learns from; `source` is the teacher's. Raises InputError if that
-    model cannot be read, or if NeMo's class cannot represent it."""
+    model cannot be read, or if the host cannot build it."""
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)
-    check_host(config)
+    check_represented(config)
     return from_hf(config)
 
 
@@ -84,7 +85,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     ancestor = learned(job, source, known)
     target = _target(job, source, config)
     to_hf(target, config)
-    check_host(config)
+    check_represented(config)
     job.cutting.check(source, target, job.search.wanted)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)

@@ -17,13 +17,16 @@ from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.families import resolve
+from nemo_minitron.hosts import host_name
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.written import as_python, as_yaml
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
 
-PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "transformer-engine", "torch", "transformers")
+PACKAGES = (
+    "nemo_minitron", "nemo_toolkit", "megatron-bridge", "megatron-core", "transformer-engine", "torch", "transformers",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -157,8 +160,8 @@ def write_recipe(files: RunFolder, job: Job) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, of the packages that decide a result and are installed."""
-    installed = {}
+    """Package -> version, of the packages that decide a result and are installed; and `host`, what runs models."""
+    installed = {"host": host_name()}
     for package in PACKAGES:
         try:
             installed[package] = importlib.metadata.version(package)

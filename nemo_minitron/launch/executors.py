@@ -30,6 +30,7 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.launch.connection import SECRET
 from nemo_minitron.launch.nodes import Nodes
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.orders import HOST
 
 Values = dict[str, Any]  # fields of an executor
 GPUS = 8  # of a node, if the settings do not say it
@@ -201,12 +202,15 @@ KINDS = {  # name -> NeMo-Run's class, and the function that completes its setti
 def script(executor: Executor, arguments: Sequence[str]) -> run.Script:
     """NeMo-Run's script for a `minitron` command. It runs in this folder, or on SkyPilot in the copy of the repository.
 
-    `arguments`: the words behind `minitron`.
+    `arguments`: the words behind `minitron`, without `--host`. A host that is named here is named there; otherwise the
+    container's own is used.
     """
     contained = getattr(executor, "container_image", None) or isinstance(executor, run.SkypilotExecutor)
     minitron = "minitron" if contained else f"{shlex.quote(sys.executable)} -m nemo_minitron.cli"
     here = "" if isinstance(executor, run.SkypilotExecutor) else f"cd {shlex.quote(os.getcwd())}\n"
-    return run.Script(inline=f"{here}exec {minitron} {shlex.join(arguments)}\n")
+    named = os.environ.get(HOST, "")
+    host = f"export {HOST}={shlex.quote(named)}\n" if named else ""
+    return run.Script(inline=f"{here}{host}exec {minitron} {shlex.join(arguments)}\n")
 
 
 def _check_name(name: str) -> None:

@@ -17,7 +17,7 @@ NAME = "run_config.yaml"
 LARGEST = 1 << 24  # bytes
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the number of the newest complete checkpoint
 PROVIDERS = "megatron.bridge.models."
-SPECS = "megatron.bridge.models.gpt_provider."
+SPECS = ("megatron.bridge.models.gpt_provider.", "megatron.core.models.gpt.gpt_layer_specs.")
 # Fields of Bridge's that no family of this package has, with the only value that they may have here.
 FIXED: JsonObject = {
     "attention_output_gate": False, "apply_residual_connection_post_layernorm": False, "glu_linear_offset": 0.0,

@@ -31,7 +31,7 @@ def machine(monkeypatch):
 
     def examine(
         changes=None, devices=("NVIDIA H100",), apex=None, capability=(9, 0), compiled=True, torch_file="cuda = None",
-        refusal="", locks=(),
+        refusal="", locks=(), host="nemo",
     ):  # fmt: skip
         table = {**GOOD, **(changes or {})}
         monkeypatch.setattr(doctor, "installed", lambda name: table.get(name))
@@ -44,7 +44,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(doctor.transformer_engine, "builds_left", lambda: list(locks))
         monkeypatch.setattr(doctor, "module_found", lambda name: apex is not None)
         monkeypatch.setattr(doctor.platform, "python_version", lambda: table.get("python", "3.11.7"))
-        return doctor.examine()
+        return doctor.examine(host, "it is the one that is installed")
 
     return examine
 
@@ -70,18 +70,22 @@ BRIDGE = {
 }  # fmt: skip
 
 
-def test_the_set_of_the_host_that_is_installed(machine):
-    assert "host:    NeMo 2" in machine().text().splitlines()
-    report = machine(BRIDGE, devices=())
+def test_the_set_of_the_host(machine):
+    because = "because it is the one that is installed"
+    assert f"host:    NeMo 2, {because}" in machine().text().splitlines()
+    report = machine(BRIDGE, devices=(), host="bridge")
     assert report.ok
-    assert "host:    Megatron-Bridge" in report.text().splitlines()
-    assert bad(machine(BRIDGE | {"python": "3.11.7", "megatron-core": "0.16.1"}, devices=())) == {
+    assert f"host:    Megatron-Bridge, {because}" in report.text().splitlines()
+    assert json.loads(report.json())["because"] == report.because
+    old = BRIDGE | {"python": "3.11.7", "megatron-core": "0.16.1"}
+    assert bad(machine(old, devices=(), host="bridge")) == {
         "python": "python3.12 -m venv .venv  # and install everything anew in it",
         "megatron-core": "pip install 'megatron-core>=0.17,<0.20'",
     }
-    assert "26.06" in machine(BRIDGE | {"transformers": "4.57.6"}).text()
-    both = machine({"megatron-bridge": "0.6.2"})
-    assert "host:    NeMo 2" in both.text().splitlines()
+    none = machine({"nemo_toolkit": None})
+    assert any("nemo_minitron[nemo]" in note and "nemo_minitron[bridge]" in note for note in none.notes)
+    assert not any("no host" in note for note in [*report.notes, *machine().notes])
+    assert "26.06" in machine(BRIDGE | {"transformers": "4.57.6"}, host="bridge").text()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ def test_the_adam_is_megatrons_choice():
     """On this machine, by Megatron's own word."""
     from megatron.core.optimizer import Adam
 
-    library = doctor.examine().adam.split("'")[0]
+    library = doctor.examine("nemo", "").adam.split("'")[0]
     assert {"torch": "torch", "apex": "apex", "Transformer Engine": "transformer_engine"}[library] == (
         Adam.__module__.split(".")[0]
     )
@@ -254,7 +258,7 @@ def test_devices_are_read_from_the_driver(tmp_path, monkeypatch):
 
 def test_it_imports_nothing_heavy():
     code = (
-        "import sys; from nemo_minitron.backend.doctor import examine; examine().text(); "
+        "import sys; from nemo_minitron.backend.doctor import examine; examine('nemo', '').text(); "
         "assert not {'torch', 'megatron', 'nemo'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -73,3 +73,48 @@ def test_a_host_that_is_not_here_is_refused_in_one_sentence(name):
     assert done.returncode == 2
     assert done.stderr.startswith(f"minitron: the host '{name}' is ")
     assert done.stderr.count("\n") == 1
+
+
+WITHOUT = """
+import sys
+from nemo_minitron import cli, hosts
+hosts.installed = lambda name: None
+sys.argv[1:] = {arguments!r}
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["estimate", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
+        ["cache-logits", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
+        ["distill", "MODEL", "--teacher", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
+        ["finetune", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
+        ["compress", "smollm2_135m_to_108m_width", "--out", "OUT"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_a_host_a_command_says_how_to_install_one(arguments, tmp_path):
+    places = {"MODEL": str(pico_llama(tmp_path / "model")), "OUT": str(tmp_path / "out")}
+    code = WITHOUT.format(arguments=[places.get(word, word) for word in arguments])
+    done = run("-c", code, host="")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("minitron: no host is installed here; install NeMo 2 with: pip install 'nemo_mini")
+    assert "nemo_minitron[bridge]" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_without_nemo_run_an_executor_says_how_to_install_it():
+    arguments = ["compress", "llama31_8b_to_4b_width", "--executor", "slurm", "executor.account=lab", "--dry-run"]
+    done = run("-c", WITHOUT.replace("import sys", "import sys; sys.modules['nemo_run'] = None").format(
+        arguments=arguments), host="")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "minitron: --executor needs NeMo-Run; install it with: pip install nemo_run 'leptonai<0.28'\n"
+
+
+def test_without_a_host_a_dry_run_runs():
+    code = WITHOUT.format(arguments=["compress", "llama31_8b_to_4b_width", "--dry-run"])
+    done = run("-c", code, host="")
+    assert done.returncode == 0, done.stderr
+    assert "nothing was loaded or written" in done.stdout

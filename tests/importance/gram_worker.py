@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from depth_worker import own_batches
 from ranks import leave_layout
-from workers import process_group, run_cases
+from workers import load_model, process_group, run_cases
 
 
 class Grouped(torch.nn.Module):
@@ -31,7 +31,6 @@ class Grouped(torch.nn.Module):
 def run_case(case, folder):
     """Every G of the model, gathered from the pipeline's stages; one layer at a time, and all at once."""
     from nemo_minitron.importance.gram import gram, whole
-    from nemo_minitron.nemo import load_model
     from nemo_minitron.settings.layout import Layout
 
     layout = Layout(**case["layout"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from ranks import leave_layout
-from workers import process_group, run_cases
+from workers import load_model, process_group, run_cases
 
 CRITERIA = ["l2,mean", *(",".join(p) for p in itertools.product(("mean", "l2", "var", "max"), repeat=2))]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
@@ -55,7 +55,6 @@ def run_case(case, folder, out):
 
     from nemo_minitron.importance import estimate, magnitude
     from nemo_minitron.megatron.live import LiveSource
-    from nemo_minitron.nemo import load_model
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.sources.folder import HFSource
     from nemo_minitron.sources.tensors import source_digest, whole

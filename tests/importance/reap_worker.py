@@ -5,7 +5,7 @@ Arguments: folder of pico models, JSON list of cases, output folder. Rank 0 writ
 
 import numpy as np
 from ranks import leave_layout
-from workers import process_group, run_cases
+from workers import load_model, process_group, run_cases
 
 
 def run_case(case, folder, out):
@@ -13,7 +13,6 @@ def run_case(case, folder, out):
     from layouts_worker import batches_of
 
     from nemo_minitron.importance import estimate
-    from nemo_minitron.nemo import load_model
     from nemo_minitron.settings.layout import Layout
 
     chunks = load_model(folder / case["model"], layout=Layout(**case["layout"]))

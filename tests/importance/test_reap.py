@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pico import pico_qwen3_moe
+from pico import pico_qwen3_moe, raw_tensors
 from ranks import run_ranks
 from tolerances import SCORES_FLOAT64, SCORES_FP32
 
@@ -21,8 +21,9 @@ from nemo_minitron.settings.layout import Layout
 WORKER = Path(__file__).parent / "reap_worker.py"
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 MODELS = {"normalized": HEADS, "plain": HEADS | {"norm_topk_prob": False, "mlp_only_layers": [1]}}
-LAYOUTS = {1: [{}], 2: [{"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"pp": 2}]}
+LAYOUTS = {1: [{}], 2: [{"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vp": 2}]}
 KINDS = ("plain", "masked")
+NAMES = ("gate", "up", "down")
 CASES = [
     {"name": f"{model}-{'-'.join(layout) or 'one'}", "model": model, "layout": layout, "kinds": KINDS, "world": world}
     for world, layouts in LAYOUTS.items()
@@ -58,18 +59,25 @@ def by_the_book(folder, kind, models):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):  # transformers 5: its grouped product has no float64
+        model.set_experts_implementation("eager")
     top_k, normalized = model.config.num_experts_per_tok, model.config.norm_topk_prob
     sums, counts = np.zeros((2, len(model.model.layers), model.config.num_experts))
+    raw = {name: torch.from_numpy(bits.view(np.float32)).double() for name, bits in raw_tensors(folder).items()}
+
+    def expert(layer, e, h):
+        gate, up, down = (raw[f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight"] for name in NAMES)
+        return down @ (torch.nn.functional.silu(gate @ h) * (up @ h))
 
     def keep(layer):
         def hook(mlp, args, output):
             h = args[0].flatten(0, 1)
-            weights, chosen = mlp.gate(h).softmax(-1).topk(top_k)
+            weights, chosen = (h @ raw[f"model.layers.{layer}.mlp.gate.weight"].t()).softmax(-1).topk(top_k)
             weights = weights / weights.sum(-1, keepdim=True) if normalized else weights
-            for token, experts in enumerate(chosen):
+            for token, experts in enumerate(chosen.tolist()):
                 for weight, e in zip(weights[token], experts, strict=True):
-                    sums[layer, e] += weight * mlp.experts[e](h[token]).norm()
+                    sums[layer, e] += weight * expert(layer, e, h[token]).norm()
                     counts[layer, e] += 1
 
         return hook

@@ -51,6 +51,16 @@ def test_the_batch_script(executors, tmp_path):
     assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
 
 
+@pytest.mark.parametrize("host", ["", "bridge"])
+def test_the_host_that_is_named_here_is_named_there(executors, tmp_path, monkeypatch, host):
+    monkeypatch.setenv("MINITRON_HOST", host)
+    executors.dry_run(executors.executor_of("slurm", SLURM, LAYOUT, [tmp_path]), "pico", COMMAND)
+    (inside,) = (tmp_path / "home").rglob("scripts/pico.sh")
+    lines = inside.read_text().splitlines()
+    assert lines[-1] == "exec minitron " + " ".join(COMMAND)
+    assert lines[2:-1] == (["export MINITRON_HOST=bridge"] if host else [])
+
+
 def test_a_cluster_without_gpus_and_containers(executors, tmp_path):
     executor = executors.executor_of("slurm", ["account=lab", "nodes=4", "gpus_per_node=0"], LAYOUT, [tmp_path])
     text = executors.dry_run(executor, "pico", COMMAND)

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 from ranks import leave_layout
-from workers import process_group, run_cases
+from workers import load_model, process_group, run_cases
 
 
 def differing(source, expected):
@@ -30,14 +30,14 @@ def fills_with_nan(chunks, teacher):
 
     def read(name, index):
         raw = teacher.read(name, index)
-        if name == "layers.1.router.weight":
+        if name == "layers.3.router.weight":
             raw[..., -1] = 0x7FC00000
         return raw
 
     try:
         fill(chunks, types.SimpleNamespace(architecture=teacher.architecture, dtype=teacher.dtype, read=read))
     except InputError as error:
-        return "'layers.1.router.weight' hold a number that is not finite" not in str(error)
+        return "'layers.3.router.weight' hold a number that is not finite" not in str(error)
     return True
 
 
@@ -45,11 +45,10 @@ def run_case(case, folder, out):
     """Fills a model in this layout from a folder, the folder's student through the plan, and both from
     checkpoints that this layout wrote."""
     import torch
-    from checkpoints import save_checkpoint
 
     from nemo_minitron.artifacts import PrunePlan
+    from nemo_minitron.hosts import host_of
     from nemo_minitron.megatron.live import LiveSource, fill
-    from nemo_minitron.nemo import load_model
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.sources.checkpoint import CheckpointSource
     from nemo_minitron.sources.folder import HFSource
@@ -63,7 +62,9 @@ def run_case(case, folder, out):
     result = {"filled": differing(live, teacher), "cut": differing(LiveSource(cut, plan.target), student)}
     fill(cut, live, plan)
     result["cut from live"] = differing(LiveSource(cut, plan.target), student)
-    for kind in ("stacked", "one key a layer"):
+    for kind in ("stacked", "one key a layer") if host_of().name == "nemo" else ():
+        from checkpoints import save_checkpoint
+
         checkpoint = out / f"{case['name']}-{kind}"
         save_checkpoint(chunks, checkpoint, teacher.config, non_homogeneous_layers=kind != "stacked")
         result[f"saved, {kind}"] = differing(CheckpointSource(checkpoint), teacher)

@@ -10,8 +10,8 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.backend.precision import apply
-from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of
+from nemo_minitron.hosts.bridge.fields import fields_of, overwrite, plain_provider
 from nemo_minitron.hosts.bridge.load import load_bridge
 from nemo_minitron.megatron.groups import model_sizes, start
 from nemo_minitron.precisions import weights_in
@@ -28,12 +28,14 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     Raises InputError for a model or a precision that Bridge does not have, and for a layout that does not fit the
     model.
     """
-    bridge = _bridge_of(config)
+    load_bridge()  # before anything imports Megatron
+    fields = fields_of(config)
+    provider = _provider(config, fields)
     weights = weights_in(precision)
     architecture = family_of(config).architecture(config)
     layout.check(architecture)
     check_fp8(architecture, layout, precision)
-    provider = bridge.to_megatron_provider(load_weights=False)
+    overwrite(provider, fields)
     for name, size in model_sizes(layout).items():
         setattr(provider, name, size)
     provider.bf16, provider.fp16, provider.params_dtype = weights == "bf16", False, DTYPES[weights]
@@ -47,19 +49,20 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     return provider
 
 
-def _bridge_of(config: Mapping[str, Any]) -> Any:
-    """Bridge's AutoBridge for a Hugging Face config. Raises InputError if Bridge has none for the model."""
+def _provider(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    """What Bridge makes of a Hugging Face config: the provider of its own class for the family, or its general one."""
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
-    load_bridge()
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
-    kind, names = str(config.get("model_type", "")), ", ".join(config.get("architectures") or ())
+    kind = str(config.get("model_type", ""))
+    own = {name: value for name, value in config.items() if name != "model_type"}
+    hf = AutoConfig.for_model(kind, **own | {"architectures": [family_of(config).hf_class]})
     try:
-        fields = {name: value for name, value in config.items() if name != "model_type"}
-        return AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
-    except ValueError as error:
-        raise InputError(f"Megatron-Bridge has no model for '{names or kind}': {first_line(error)}") from error
+        bridge = AutoBridge.from_hf_config(hf)
+    except ValueError:  # it has no class for the family
+        return plain_provider(fields)
+    return bridge.to_megatron_provider(load_weights=False)
 
 
 def build_model(

@@ -80,3 +80,9 @@ def test_a_training_of_one_step_is_saved(world):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((folder / "one" / "loss.csv").read_text().splitlines()) == 1 + 1
     assert from_hf(folder / "one") == plan.target
+    host = folder / ".one.work" / "training" / "host.json"
+    assert host.read_text().strip() == '"nemo"'
+    host.write_text('"bridge"')
+    done = distill(folder, "one", {"tokens": 96})
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "was begun on the host 'bridge', and 'nemo' cannot resume from its checkpoints" in done.stderr

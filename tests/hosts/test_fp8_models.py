@@ -1,4 +1,4 @@
-"""NeMo's models in FP8, emulated: what of scores, plans, logits and gradients it changes, and what it does not.
+"""The host's models in FP8, emulated: what of scores, plans, logits and gradients it changes, and what it does not.
 
 One process. FP8 depends on the layout by nature (a scale is that of a rank's shard), so no layout is compared here.
 """
@@ -9,6 +9,7 @@ import torch
 from pico import pico_llama
 from scipy.stats import spearmanr
 from tolerances import FP8_GRADIENT, FP8_KL, FP8_OVERLAP, FP8_SCORES
+from workers import load_model
 
 import nemo_minitron.backend as backend
 from nemo_minitron.errors import InputError
@@ -23,7 +24,6 @@ SIZES = {
 def found(tmp_path_factory):
     """Precision -> (Scores, logits, gradients of all parameters) of one pico model, on the same rows."""
     backend.setup()
-    from nemo_minitron.hosts.nemo.models import load_model
     from nemo_minitron.importance import estimate
 
     folder = pico_llama(tmp_path_factory.mktemp("fp8") / "teacher", **SIZES)
@@ -75,8 +75,6 @@ def test_recipes_differ(found):
 
 
 def test_sizes_and_names_are_refused(tmp_path):
-    from nemo_minitron.hosts.nemo.models import load_model
-
     folder = pico_llama(tmp_path / "odd", num_hidden_layers=1)
     with pytest.raises(InputError, match=r"query_groups=3 is not legal in fp8-current.*the nearest legal size is 4"):
         load_model(folder, precision="fp8-current")
