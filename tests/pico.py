@@ -97,6 +97,20 @@ def pico_smollm3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(SmolLM3ForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_arcee(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Arcee, whose MLP has two matrices and squared ReLU; `overrides` as in `pico_llama`."""
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    return _write(ArceeForCausalLM, ArceeConfig(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
+def pico_seed_oss(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Seed-OSS, with biases of q, k and v alone; `overrides` as in `pico_llama`."""
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    return _write(SeedOssForCausalLM, SeedOssConfig(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
 def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:
     import torch
 

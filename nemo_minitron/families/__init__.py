@@ -13,6 +13,7 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
+from nemo_minitron.families.arcee import Arcee
 from nemo_minitron.families.base import Family
 from nemo_minitron.families.forms import normalized
 from nemo_minitron.families.llama import Llama
@@ -23,6 +24,7 @@ from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.qwen3_moe import Qwen3Moe
+from nemo_minitron.families.seed_oss import SeedOss
 from nemo_minitron.families.side_files import without_code
 from nemo_minitron.families.smollm3 import SmolLM3
 
@@ -38,6 +40,8 @@ FAMILIES: tuple[Family, ...] = (
     Nemotron(),
     Phi3(),
     SmolLM3(),
+    Arcee(),
+    SeedOss(),
 )
 
 

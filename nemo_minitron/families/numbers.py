@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest legal val
     "hidden_dropout": (0.0, 1.0),
     "embd_pdrop": (0.0, 1.0),
     "resid_pdrop": (0.0, 1.0),
+    "residual_dropout": (0.0, 1.0),
 }
 
 

@@ -29,6 +29,8 @@ MODELS = {
         "own": {"no_rope_layer_interval": 2},
         "other": OTHER | BIASES | {"no_rope_layer_interval": 3},
     },
+    "arcee": {"own": {}, "other": OTHER | BIASES},
+    "seed_oss": {"own": {}, "other": OTHER},
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
         "other": TIED | {"sliding_window": None, "hidden_act": "relu"},

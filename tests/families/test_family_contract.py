@@ -124,7 +124,7 @@ def test_a_cut_is_slicing_by_hand(name, models):
         config.layer_types = config.layer_types[:3]
     if name.startswith("smollm3"):
         config.no_rope_layers = [config.no_rope_layers[layer] for layer in contract.CUT_LAYERS]
-    by_hand = AutoModelForCausalLM.from_config(config)
+    by_hand = AutoModelForCausalLM.from_config(config).eval()
     state = {hf: torch.from_numpy(bits.view(np.float32).copy()) for hf, bits in sliced.items()}
     by_hand.load_state_dict(state, strict=not config.tie_word_embeddings)
     tokens = tokens_of(models)

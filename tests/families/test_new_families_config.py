@@ -54,6 +54,30 @@ def test_counted_sizes(row):
     assert from_hf(sized(*sizes, tie_word_embeddings=tied)).parameters() == count
 
 
+def test_phi_4s_published_config_is_a_phi_3():
+    """Every key that changes what it computes is read; of the others, `attention_bias` is one that nothing reads."""
+    published = {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "auto_map": {},
+        "bos_token_id": 100257, "embd_pdrop": 0.0, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 5120,
+        "initializer_range": 0.02, "intermediate_size": 17920, "max_position_embeddings": 16384, "model_type": "phi3",
+        "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 10,
+        "original_max_position_embeddings": 16384, "pad_token_id": 100257, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 100352,
+    }  # fmt: skip
+    family = family_of(published)
+    assert from_hf(published).parameters() == 14_659_507_200
+    assert family.unread(published) == ["attention_bias"]
+    name, fields = family.nemo_config(published)
+    assert (name, fields["rotary_base"], fields["rotary_percent"], fields["kv_channels"]) == (
+        "Phi3Config",
+        250000,
+        1,
+        128,
+    )
+    assert (fields["window_size"], fields["add_qkv_bias"], fields["seq_length"]) == (128, None, False, 16384)
+
+
 @pytest.mark.parametrize("absent", [(), ("head_dim",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads")])
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_sizes_where_a_config_is_silent_are_transformers(model_type, absent):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from layouts_worker import AXES, BOUNDARIES, CRITERIA
-from pico import pico_llama, pico_mistral, pico_smollm3
+from pico import pico_arcee, pico_llama, pico_mistral, pico_seed_oss, pico_smollm3
 from ranks import run_ranks
 from scores64 import activations, scores64
 from tolerances import LOGITS_PICO_FP32, SCORES_FLOAT64, SCORES_FP32
@@ -26,6 +26,8 @@ MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the
     "linear-rope": lambda folder: pico_llama(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
     "smollm3": lambda folder: pico_smollm3(folder, num_attention_heads=8, num_key_value_heads=4),
+    "arcee": lambda folder: pico_arcee(folder, num_attention_heads=8, num_key_value_heads=4),
+    "seed_oss": lambda folder: pico_seed_oss(folder, num_attention_heads=8, num_key_value_heads=4),
 }
 PLAIN, MASKED, PACKED = "plain", "masked", "packed"
 ALL = (PLAIN, MASKED, PACKED)
@@ -37,6 +39,8 @@ LAYOUTS = {  # world size -> model, layout, kinds of batches; a new layout is on
         ("llama3-rope", {}, (PLAIN,)),
         ("linear-rope", {}, (PLAIN,)),
         ("smollm3", {}, (PLAIN,)),
+        ("arcee", {}, (MASKED,)),
+        ("seed_oss", {}, (PLAIN,)),
     ],
     2: [
         ("four", {"tp": 2}, ALL),
@@ -49,6 +53,8 @@ LAYOUTS = {  # world size -> model, layout, kinds of batches; a new layout is on
         ("four", {"cp": 2}, (PLAIN, MASKED)),
         ("smollm3", {"pp": 2, "first_stage": 4}, (PLAIN,)),  # the global numbers of layers without rotary positions
         ("smollm3", {"tp": 2, "sp": True}, (PLAIN,)),
+        ("arcee", {"tp": 2, "sp": True}, (MASKED,)),
+        ("seed_oss", {"tp": 2, "sp": True}, (PLAIN,)),
     ],
     3: [
         ("three", {"tp": 3}, (PLAIN,)),
@@ -172,7 +178,10 @@ def _by_the_book(folder, kind):
     return [tokens[k, a:b] for k, bounds in enumerate(BOUNDARIES) for a, b in itertools.pairwise(bounds)]
 
 
-@pytest.mark.parametrize(("model", "kind"), [*itertools.product(["three", "four"], ALL), ("smollm3", PLAIN)])
+IN_FLOAT64 = [*itertools.product(["three", "four"], ALL), ("smollm3", PLAIN), ("arcee", MASKED), ("seed_oss", PLAIN)]
+
+
+@pytest.mark.parametrize(("model", "kind"), IN_FLOAT64)
 def test_scores_equal_transformers_in_float64(model, kind, results, models):
     scores = _scores(results, 1, model, kind)
     found = activations(models / model, _by_the_book(models, kind))
