@@ -41,6 +41,14 @@ def pico_mistral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(MistralForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_ministral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Ministral with a sliding window of 64; `overrides`, such as `layer_types`, as in `pico_llama`."""
+    from transformers import MinistralConfig, MinistralForCausalLM
+
+    config = MinistralConfig(**{**SIZES, "sliding_window": 64, **overrides})
+    return _write(MinistralForCausalLM, config, Path(folder), dtype, seed)
+
+
 def pico_mixtral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random Mixtral of four experts, two for a token; `overrides` as in `pico_llama`."""
     from transformers import MixtralConfig, MixtralForCausalLM

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import host_name, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
@@ -40,7 +40,7 @@ def run_cache(
     for name, value in (("rows_per_shard", rows_per_shard), ("micro_batch_size", micro_batch_size)):
         check_whole(name, value)
     source = open_source(model)
-    check_host(source.config)
+    check_host(source.config, host_name())
     fit = Fit(settings, layout)
     fit.model(positions_of(source.config))
     settings = fit.settings

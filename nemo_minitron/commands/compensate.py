@@ -10,7 +10,7 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import host_name, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import solvable
@@ -41,7 +41,7 @@ def run_compensate(
     loaded = PrunePlan.load(plan)
     check_plan(loaded, source)
     check_solvable(loaded, ridge, memory)
-    check_host(source.config)
+    check_host(source.config, host_name())
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
     layout.check(source.architecture)

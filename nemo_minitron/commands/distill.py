@@ -21,7 +21,7 @@ from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.hosts import check_trains, host_of
+from nemo_minitron.hosts import check_trains, host_name, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.convert import identity
@@ -173,7 +173,7 @@ def run_distill(
     base, taught = HFSource(source), open_source(teacher_folder) if teacher_folder else None
     opened: list[ModelSource] = [base, *([taught] if taught else [])]
     for model in opened:
-        check_host(model.config)
+        check_host(model.config, host_name())
     models = [model.architecture for model in opened]
     fit = Fit(recipe, layout)
     if recipe.teacher_cache:

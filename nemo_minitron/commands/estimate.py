@@ -16,7 +16,7 @@ from nemo_minitron.artifacts.records import MARKS
 from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host
-from nemo_minitron.hosts import host_of
+from nemo_minitron.hosts import host_name, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
@@ -44,7 +44,7 @@ def run_estimate(
 
     source = open_source(model)
     if calibration.runs:
-        check_host(source.config)
+        check_host(source.config, host_name())
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
     calibration = fit.settings

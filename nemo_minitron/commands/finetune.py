@@ -22,7 +22,7 @@ from nemo_minitron.commands.distill import (
 )
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve
-from nemo_minitron.hosts import check_trains, host_of
+from nemo_minitron.hosts import check_trains, host_name, host_of
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
@@ -43,7 +43,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)
-    check_host(opened.config)
+    check_host(opened.config, host_name())
     fit = Fit(recipe, layout)
     fit.model(positions_of(opened.config))
     say(fit.remark)

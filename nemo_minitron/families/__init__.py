@@ -15,8 +15,10 @@ from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.arcee import Arcee
 from nemo_minitron.families.base import Family
+from nemo_minitron.families.bridge import bridge_fields
 from nemo_minitron.families.forms import normalized
 from nemo_minitron.families.llama import Llama
+from nemo_minitron.families.ministral import Ministral
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.mixtral import Mixtral
 from nemo_minitron.families.nemotron import Nemotron
@@ -33,6 +35,7 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
+    Ministral(),
     Mixtral(),
     Qwen2(),
     Qwen3(),
@@ -134,10 +137,16 @@ def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     return family_of(config).remark(architecture)
 
 
-def check_host(model: str | Path | HfConfig) -> None:
-    """Raises InputError, before anything is loaded, if NeMo's class of the family cannot represent the model."""
+def check_host(model: str | Path | HfConfig, host: str) -> None:
+    """Raises InputError, before anything is loaded, if the host's class of the family cannot represent the model.
+
+    `host`: "nemo" or "bridge"."""
     config = read_config(model)
-    family_of(config).nemo_config(config)
+    family = family_of(config)
+    if host == "bridge":
+        bridge_fields(family, config)
+    else:
+        family.nemo_config(config)
 
 
 def remarks(model: str | Path | HfConfig) -> list[str]:

@@ -16,6 +16,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
 from nemo_minitron.families import check_host, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
+from nemo_minitron.hosts import host_name
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.lineage import check_lineage
@@ -53,7 +54,7 @@ def learned(job: Job, source: Architecture, known: Known) -> Architecture:
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)
-    check_host(config)
+    check_host(config, host_name())
     return from_hf(config)
 
 
@@ -84,7 +85,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     ancestor = learned(job, source, known)
     target = _target(job, source, config)
     to_hf(target, config)
-    check_host(config)
+    check_host(config, host_name())
     job.cutting.check(source, target, job.search.wanted)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)

@@ -14,19 +14,25 @@ LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"hidden_act": "gelu", "tie_word_embeddings": True}
 OTHER = TIED | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8}  # in some layers; the tests' samples are longer
 MODELS = {
     "llama": {"own": {"rope_scaling": LLAMA3_ROPE}, "other": OTHER | BIASES},
     "mistral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None, "hidden_act": "relu"}},
+    "ministral": {
+        "own": {"sliding_window": 8, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+        "other": OTHER | {"sliding_window": 8, "layer_types": [SLIDING, FULL, FULL, FULL]},
+    },
     "mixtral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None}},
-    "qwen2": {"own": {}, "other": OTHER},
-    "qwen3": {"own": {}, "other": OTHER | {"hidden_act": "relu2"}},
+    "qwen2": {"own": WINDOWED | {"max_window_layers": 2}, "other": OTHER},
+    "qwen3": {"own": WINDOWED | {"max_window_layers": 1}, "other": OTHER | {"hidden_act": "relu2"}},
     "qwen3_moe": {  # with a window and normalized probabilities; with a dense layer and neither
         "own": {"moe_intermediate_size": 80, "intermediate_size": 88, "use_sliding_window": True, "sliding_window": 8},
         "other": OTHER | {"moe_intermediate_size": 80, "norm_topk_prob": False, "mlp_only_layers": [2]},
     },
     "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
     "smollm3": {
-        "own": {"no_rope_layer_interval": 2},
+        "own": WINDOWED | {"no_rope_layer_interval": 2},
         "other": OTHER | BIASES | {"no_rope_layer_interval": 3},
     },
     "arcee": {"own": {}, "other": OTHER | BIASES},

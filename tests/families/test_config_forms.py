@@ -29,6 +29,7 @@ def in_form_5(old):
 def variants():
     for model_type, kinds in MODELS.items():
         for kind, fields in kinds.items():
+            fields = {"num_hidden_layers": len(fields.get("layer_types", range(6)))} | fields
             yield pytest.param(config(model_type, torch_dtype="bfloat16", **fields), id=f"{model_type}-{kind}")
 
 

@@ -23,7 +23,9 @@ from nemo_minitron.pruning import HFSource, prune
 WORKER = Path(__file__).parent / "contract_worker.py"
 # What NeMo's importers can read at all: of the families that are not here, any untied model. Qwen2's and Phi-3's take
 # head_dim for hidden / heads, Qwen3's for 128, with 8 of 128 experts, Phi-3's reads no query groups.
-IMPORTED = {"qwen2": {"head_dim": 4}, "qwen3": {"head_dim": 128}, "phi3": {"head_dim": 4, "num_key_value_heads": HEADS}}
+FULL_ONLY = {"use_sliding_window": False}  # neither Qwen2's nor Qwen3's importer reads a window
+IMPORTED = {"qwen2": FULL_ONLY | {"head_dim": 4}, "qwen3": FULL_ONLY | {"head_dim": 128}}
+IMPORTED |= {"phi3": {"head_dim": 4, "num_key_value_heads": HEADS}}
 IMPORTED |= {"qwen3_moe": {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8}}
 # Fields of NeMo's config that its importers set otherwise than transformers reads the folder. The vocabulary is left
 # to a tokenizer; the window is one token too long, or forgotten with the partial rotary positions (Phi-3).
@@ -120,8 +122,8 @@ def test_a_cut_is_slicing_by_hand(name, models):
     if name.startswith("qwen3_moe"):
         config.num_experts, config.moe_intermediate_size = 3, 50
         config.mlp_only_layers = [1] if config.mlp_only_layers else []
-    elif name.startswith(("qwen", "smollm3")):
-        config.layer_types = config.layer_types[:3]
+    elif name.startswith(("ministral", "qwen", "smollm3")):
+        config.layer_types = [config.layer_types[layer] for layer in contract.CUT_LAYERS]
     if name.startswith("smollm3"):
         config.no_rope_layers = [config.no_rope_layers[layer] for layer in contract.CUT_LAYERS]
     by_hand = AutoModelForCausalLM.from_config(config).eval()

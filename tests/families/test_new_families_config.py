@@ -69,13 +69,8 @@ def test_phi_4s_published_config_is_a_phi_3():
     assert from_hf(published).parameters() == 14_659_507_200
     assert family.unread(published) == ["attention_bias"]
     name, fields = family.nemo_config(published)
-    assert (name, fields["rotary_base"], fields["rotary_percent"], fields["kv_channels"]) == (
-        "Phi3Config",
-        250000,
-        1,
-        128,
-    )
-    assert (fields["window_size"], fields["add_qkv_bias"], fields["seq_length"]) == (128, None, False, 16384)
+    assert (name, fields["rotary_base"], fields["rotary_percent"]) == ("Phi3Config", 250000, 1)
+    assert (fields["kv_channels"], fields["window_size"], fields["seq_length"]) == (128, None, 16384)
 
 
 @pytest.mark.parametrize("absent", [(), ("head_dim",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads")])
@@ -132,8 +127,6 @@ LONGROPE = {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "lon
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (config("qwen2", use_sliding_window=True, max_window_layers=3), "Qwen2Model has no sliding window"),
-        (config("qwen3", layer_types=["full_attention"] * 5 + ["sliding_attention"]), "has no sliding window"),
         (config("qwen3", attention_bias=True), "this Qwen3ForCausalLM has them in attention alone"),
         (config("nemotron", mlp_bias=True), "this NemotronForCausalLM has them in the MLP alone"),
         (config("phi3", **LONGROPE), "rope_scaling 'longrope' is not supported by NeMo's Phi3Model; it has default"),
@@ -161,7 +154,8 @@ def test_what_nemos_class_cannot_be(base, message):
         ("nemotron", {"layernorm_zero_centered_gamma": False}, "layernorm_zero_centered_gamma is False"),
         ("nemotron", {"gated_linear_unit": True}, "gated_linear_unit is True"),
         ("llama", {"rotary_percent": 0.5}, r"rotary_percent is 0\.5"),
-        ("qwen2", {"window_size": [7, 0]}, r"window_size is \[7, 0\]"),
+        ("nemotron", {"window_size": [7, 0]}, r"window_size is \[7, 0\]"),
+        ("llama", {"window_attn_skip_freq": 2}, "window_attn_skip_freq is 2"),
         ("phi3", {"activation_func": "megatron.core.activations.quick_gelu"}, "quick_gelu' is not one of silu"),
     ],
 )

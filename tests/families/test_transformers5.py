@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 def sizes_that_load(name):
     """What of the cut is another one, since transformers 5 refuses the sizes of `everything`."""
-    if name.startswith("llama"):
+    if name.startswith(("llama", "arcee")):
         return {"hidden": list(range(40))}  # a multiple of 8 heads
     if name.startswith(("mixtral", "qwen3_moe")):
         experts = {layer: {e: neurons(layer + e)[:48] for e in kept} for layer, kept in CUT_EXPERTS.items()}

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of
+from nemo_minitron.hosts.bridge.fields import describe, plain_provider
 from nemo_minitron.hosts.bridge.load import load_bridge
 from nemo_minitron.megatron.groups import model_sizes, start
 from nemo_minitron.precisions import weights_in
@@ -33,7 +34,8 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     architecture = family_of(config).architecture(config)
     layout.check(architecture)
     check_fp8(architecture, layout, precision)
-    provider = bridge.to_megatron_provider(load_weights=False)
+    provider = bridge.to_megatron_provider(load_weights=False) if bridge else plain_provider(architecture)
+    describe(provider, config)
     for name, size in model_sizes(layout).items():
         setattr(provider, name, size)
     provider.bf16, provider.fp16, provider.params_dtype = weights == "bf16", False, DTYPES[weights]
@@ -48,18 +50,21 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
 
 
 def _bridge_of(config: Mapping[str, Any]) -> Any:
-    """Bridge's AutoBridge for a Hugging Face config. Raises InputError if Bridge has none for the model."""
+    """Bridge's AutoBridge for a Hugging Face config; None if Bridge has none for the family. Raises InputError if it
+    cannot read the config."""
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
     load_bridge()
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
-    kind, names = str(config.get("model_type", "")), ", ".join(config.get("architectures") or ())
+    kind, name = str(config.get("model_type", "")), family_of(config).hf_class
+    if name not in AutoBridge.list_supported_models():
+        return None
     try:
         fields = {name: value for name, value in config.items() if name != "model_type"}
         return AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
     except ValueError as error:
-        raise InputError(f"Megatron-Bridge has no model for '{names or kind}': {first_line(error)}") from error
+        raise InputError(f"Megatron-Bridge cannot read this {name}: {first_line(error)}") from error
 
 
 def build_model(

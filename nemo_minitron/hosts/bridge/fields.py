@@ -1,0 +1,64 @@
+"""Says what a model is to Megatron-Bridge's provider, by the family's own tables.
+
+Bridge reads a Hugging Face config itself, but leaves some of it out without a word: windows, a mixture's dense layers,
+linear scaling of positions, biases, Mistral's activation. So the tables decide here, as they do for NeMo.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import family_of
+from nemo_minitron.families.bridge import bridge_fields
+from nemo_minitron.families.translate import ACTIVATIONS
+
+# Of a run or of NeMo's own files: `models.provider_of` sets what a provider has in their place.
+_LEFT_OUT = ("make_vocab_size_divisible_by", "max_position_embeddings", "vocab_size")
+_SQUARED_RELU = "megatron.core.activations.squared_relu"  # NeMo's is not installed beside Bridge
+
+
+def plain_provider(architecture: Architecture) -> Any:
+    """Bridge's provider of any GPT model, for a family that Bridge has no class for."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+    sizes = {n: getattr(architecture, n) for n in ("num_layers", "hidden_size", "num_attention_heads")}
+    fused = dict.fromkeys(("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion"), True)
+    return GPTModelProvider(**sizes, **fused, attention_dropout=0.0, hidden_dropout=0.0, hf_model_id=None)
+
+
+def describe(provider: Any, config: Mapping[str, Any]) -> None:
+    """Sets all that the family's tables say of the model on a provider that is not finalized.
+
+    Raises InputError for what Bridge's provider or Megatron-core cannot represent.
+    """
+    family = family_of(config)
+    fields = bridge_fields(family, config)
+    activation = family.value(config, "hidden_act")
+    fields["activation_func"] = pkgutil.resolve_name(
+        _SQUARED_RELU if activation == "relu2" else ACTIVATIONS[activation]
+    )
+    if fields.get("num_moe_experts"):
+        fields |= _mixture(fields)
+    for name, value in fields.items():
+        if name in _LEFT_OUT:
+            continue
+        if not hasattr(provider, name):
+            raise InputError(f"Megatron-Bridge's {type(provider).__name__} has no field '{name}'; give --host nemo")
+        setattr(provider, name, value)
+
+
+def _mixture(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The dispatcher that fits every layout, and a spec that reads `moe_layer_freq`; Bridge's default does not."""
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
+    if isinstance(fields.get("moe_layer_freq", 1), int):
+        return dispatcher
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return dispatcher | {
+        "transformer_layer_spec": functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    }
