@@ -105,6 +105,15 @@ def pico_smollm3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(SmolLM3ForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_granite(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Granite with four multipliers, none a power of two; `overrides` as in `pico_llama`."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    multipliers = {"embedding_multiplier": 12.0, "logits_scaling": 0.3, "residual_multiplier": 0.22}
+    config = GraniteConfig(**{**SIZES, **multipliers, "attention_multiplier": 0.21, **overrides})
+    return _write(GraniteForCausalLM, config, Path(folder), dtype, seed)
+
+
 def pico_arcee(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random Arcee, whose MLP has two matrices and squared ReLU; `overrides` as in `pico_llama`."""
     from transformers import ArceeConfig, ArceeForCausalLM

@@ -17,6 +17,7 @@ from nemo_minitron.families.arcee import Arcee
 from nemo_minitron.families.base import Family
 from nemo_minitron.families.bridge import bridge_fields
 from nemo_minitron.families.forms import normalized
+from nemo_minitron.families.granite import Granite
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.ministral import Ministral
 from nemo_minitron.families.mistral import Mistral
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     SmolLM3(),
     Arcee(),
     SeedOss(),
+    Granite(),
 )
 
 
@@ -75,7 +77,7 @@ def family_of_nemo(model_class: str, fields: JsonFields) -> Family:
         return of_class[0]
     raise InputError(
         f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
-        f"{', '.join(f.nemo_model for f in FAMILIES)}"
+        f"{', '.join(dict.fromkeys(f.nemo_model for f in FAMILIES if 'nemo' in f.hosts))}"
     )
 
 

@@ -28,7 +28,7 @@ def bridge_fields(family: Family, config: HfConfig) -> JsonObject:
     if yarn:
         family.architecture(config)  # checks the numbers of the scaling, too
     plain = {**config, "rope_scaling": None} if yarn else config
-    fields = {**family.nemo_fixed, **family.nemo_config(plain)[1]}
+    fields = {**family.nemo_fixed, **family.bridge_config(plain)}
     if yarn:
         positions = family.value(config, "max_position_embeddings")
         return fields | {"rope_scaling": False} | _yarn(rope, positions)

@@ -8,6 +8,7 @@ import numpy as np
 import pico
 
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.families import FAMILIES, family_of
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
@@ -37,12 +38,15 @@ MODELS = {
     },
     "arcee": {"own": {}, "other": OTHER | BIASES},
     "seed_oss": {"own": {}, "other": OTHER},
+    "granite": {"own": {}, "other": OTHER | BIASES | {"residual_multiplier": 1.7}},
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
         "other": TIED | {"sliding_window": None, "hidden_act": "relu"},
     },
 }
 NAMES = [f"{family}-{variant}" for family, variants in MODELS.items() for variant in variants]
+ON_BRIDGE_ALONE = {family.model_type for family in FAMILIES if "nemo" not in family.hosts}
+NEMO_NAMES = [name for name in NAMES if name.split("-")[0] not in ON_BRIDGE_ALONE]
 
 HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, EXPERTS, DEPTH = 48, 80, 12, 4, 8, 4, 4
 SIZES = {"num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS}
@@ -124,6 +128,15 @@ def plan_of(source, keep):
 
 def _of_layers(kept, layers):
     return {layer: kept[layer] for layer in layers} if isinstance(kept, dict) else kept
+
+
+def megatron_fields(config):
+    """What the first of the family's hosts is told of the model, and the name of NeMo's class where there is one."""
+    family = family_of(config)
+    if "nemo" not in family.hosts:
+        return family.bridge_config(config)
+    name, fields = family.nemo_config(config)
+    return fields | {"class": name}
 
 
 # -- the same cut without the table of axes, by Hugging Face's names --------------------------------------------

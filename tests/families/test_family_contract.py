@@ -12,7 +12,7 @@ from pathlib import Path
 import contract
 import numpy as np
 import pytest
-from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES
+from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES, NEMO_NAMES
 from pico import raw_tensors, save_tensors
 from ranks import run_ranks
 from tolerances import LOGITS_PICO_FP32
@@ -204,7 +204,7 @@ def test_order_changes_nothing(name, models, tmp_path):
 # -- NeMo's own class, whole and split --------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "split"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_megatron_has_the_folders_bits_and_transformers_logits(name, kind, models, results):
     result = json.loads((results / f"{name}-{kind}.json").read_text())
     assert (result["teacher"], result["student"]) == ([], [])
@@ -217,7 +217,7 @@ def test_megatron_has_the_folders_bits_and_transformers_logits(name, kind, model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_nemo_loads_the_students_context(name, models, results):
     """By itself, with the activation that transformers computes."""
     result = json.loads((results / f"{name}-split.json").read_text())
@@ -231,7 +231,7 @@ UNSAID += ("max_window_layers", "no_rope_layer_interval")  # of a window not in 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
     """Tensors bit by bit, under their Hugging Face names; of the config all that is not about tokens or files."""
     from transformers import AutoConfig
@@ -252,7 +252,7 @@ def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_a_trained_student_is_exported(name, models, results, tmp_path):
     """`distill`'s last step: the checkpoint's weights in a folder like the student's, which transformers loads."""
     from nemo_minitron.commands.distill import export_student
