@@ -41,6 +41,14 @@ def pico_mistral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
     return _write(MistralForCausalLM, config, Path(folder), dtype, seed)
 
 
+def pico_ministral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Ministral with a sliding window of 64; `overrides`, such as `layer_types`, as in `pico_llama`."""
+    from transformers import MinistralConfig, MinistralForCausalLM
+
+    config = MinistralConfig(**{**SIZES, "sliding_window": 64, **overrides})
+    return _write(MinistralForCausalLM, config, Path(folder), dtype, seed)
+
+
 def pico_mixtral(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random Mixtral of four experts, two for a token; `overrides` as in `pico_llama`."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -95,6 +103,29 @@ def pico_smollm3(folder: str | Path, *, dtype: str = "float32", seed: int = 0, *
 
     config = SmolLM3Config(**{**SIZES, "pad_token_id": None, "no_rope_layer_interval": 3, **overrides})
     return _write(SmolLM3ForCausalLM, config, Path(folder), dtype, seed)
+
+
+def pico_granite(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Granite with four multipliers, none a power of two; `overrides` as in `pico_llama`."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    multipliers = {"embedding_multiplier": 12.0, "logits_scaling": 0.3, "residual_multiplier": 0.22}
+    config = GraniteConfig(**{**SIZES, **multipliers, "attention_multiplier": 0.21, **overrides})
+    return _write(GraniteForCausalLM, config, Path(folder), dtype, seed)
+
+
+def pico_arcee(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Arcee, whose MLP has two matrices and squared ReLU; `overrides` as in `pico_llama`."""
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    return _write(ArceeForCausalLM, ArceeConfig(**{**SIZES, **overrides}), Path(folder), dtype, seed)
+
+
+def pico_seed_oss(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Seed-OSS, with biases of q, k and v alone; `overrides` as in `pico_llama`."""
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    return _write(SeedOssForCausalLM, SeedOssConfig(**{**SIZES, **overrides}), Path(folder), dtype, seed)
 
 
 def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:

@@ -10,6 +10,7 @@ release in between is served as well.
 | 0.17 | layer specs choose their provider in a function of their own | `chooses_provider` |
 | 0.18 | `get_batch_on_this_cp_rank` needs to know about hybrid context parallelism | `batch_on_this_cp_rank` |
 | 0.18 | the dispatcher's `all_to_all` has one more option | `dispatch.py` |
+| 0.19 | a model multiplies its logits behind the output layer, under MuP | `scaled_logits` |
 | 0.19 | the import fails beside nvidia-resiliency-ext below 0.6, which 0.4.1, the last on the index, is | `load` |
 """
 
@@ -66,3 +67,9 @@ def batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Tensor]:
         group = parallel_state.get_context_parallel_group()  # without it Megatron cuts among all ranks
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return get_batch_on_this_cp_rank(batch)
+
+
+def scaled_logits(model: Any, logits: Tensor) -> Tensor:
+    """The output layer's logits as the model gives them: multiplied by `mup_output_mult`, if its config says so."""
+    scale = getattr(model, "_scale_logits", None)
+    return logits if scale is None else scale(logits)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from nemo_minitron.backend.differences import scaled_logits
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
@@ -65,6 +66,9 @@ class Objective:
         """
         weight = student_head.weight
         student_SBH = student_SBH.to(weight.dtype)  # a mixed-precision wrapper gives its outputs in fp32
+        # what multiplies the logits may as well multiply the states
+        student_SBH = scaled_logits(student_head.model, student_SBH)
+        teacher_SBU = scaled_logits(teacher_head.model, teacher_SBU)
         loss_SB = fused_forward_kl(
             student_SBH, weight, teacher_SBU, teacher_head.weight, temperature=self.temperature,
             loss_mask=batch["loss_mask"].t(), vocab_size=self.vocab_size, group=_group(),

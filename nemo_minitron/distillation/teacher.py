@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from nemo_minitron.backend.differences import scaled_logits
 from nemo_minitron.backend.engine import forget_copies
 
 if TYPE_CHECKING:
@@ -119,13 +120,13 @@ class Head:
     """
 
     def __init__(self, model: MegatronModule) -> None:
-        self.layer = model.output_layer
+        self.model, self.layer = model, model.output_layer
         tied = model.share_embeddings_and_output_weights
         self.weight: Tensor = model.shared_embedding_or_output_weight() if tied else self.layer.weight
 
     def __call__(self, hidden_SBU: Tensor) -> Tensor:
         logits_SBW, _ = self.layer(hidden_SBU, weight=self.weight)
-        return logits_SBW.transpose(0, 1)
+        return scaled_logits(self.model, logits_SBW).transpose(0, 1)
 
     def tied_to(self, module: nn.Module) -> bool:
         """Whether the module has the weight, too."""

@@ -14,9 +14,13 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
+from nemo_minitron.families.arcee import Arcee
 from nemo_minitron.families.base import Family
+from nemo_minitron.families.bridge import bridge_fields
 from nemo_minitron.families.forms import normalized
+from nemo_minitron.families.granite import Granite
 from nemo_minitron.families.llama import Llama
+from nemo_minitron.families.ministral import Ministral
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.mixtral import Mixtral
 from nemo_minitron.families.nemotron import Nemotron
@@ -24,6 +28,7 @@ from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.qwen3_moe import Qwen3Moe
+from nemo_minitron.families.seed_oss import SeedOss
 from nemo_minitron.families.side_files import without_code
 from nemo_minitron.families.smollm3 import SmolLM3
 
@@ -32,6 +37,7 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FAMILIES: tuple[Family, ...] = (
     Llama(),
     Mistral(),
+    Ministral(),
     Mixtral(),
     Qwen2(),
     Qwen3(),
@@ -39,6 +45,9 @@ FAMILIES: tuple[Family, ...] = (
     Nemotron(),
     Phi3(),
     SmolLM3(),
+    Arcee(),
+    SeedOss(),
+    Granite(),
 )
 
 
@@ -69,7 +78,7 @@ def family_of_nemo(model_class: str, fields: JsonFields) -> Family:
         return of_class[0]
     raise InputError(
         f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
-        f"{', '.join(f.nemo_model for f in FAMILIES)}"
+        f"{', '.join(dict.fromkeys(f.nemo_model for f in FAMILIES if 'nemo' in f.hosts))}"
     )
 
 
@@ -143,6 +152,18 @@ def multiples_of(config: HfConfig) -> Mapping[str, int | str]:
 def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     """One sentence if some version of transformers cannot load a model of these sizes and this family; else None."""
     return family_of(config).remark(architecture)
+
+
+def check_host(model: str | Path | HfConfig, host: str) -> None:
+    """Raises InputError, before anything is loaded, if the host's class of the family cannot represent the model.
+
+    `host`: "nemo" or "bridge"."""
+    config = read_config(model)
+    family = family_of(config)
+    if host == "bridge":
+        bridge_fields(family, config)
+    else:
+        family.nemo_config(config)
 
 
 def remarks(model: str | Path | HfConfig) -> list[str]:

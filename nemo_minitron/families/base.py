@@ -73,6 +73,8 @@ class Family:
 
     model_type: ClassVar[str]
     hf_class: ClassVar[str]
+    hosts: ClassVar[tuple[str, ...]] = ("nemo", "bridge")
+    """The hosts whose Megatron-core has all that the family needs."""
     nemo_model: ClassVar[str]
     nemo_class: ClassVar[str]
     """NeMo's config class."""
@@ -204,6 +206,11 @@ class Family:
         fields |= nemo_sizes(architecture) | translate.nemo_biases(architecture, self.hf_class)
         fields |= translate.nemo_activation(self.value(config, "hidden_act"), self.defaults["hidden_act"])
         return self.nemo_class, fields | translate.nemo_rope(config, self.rope_types, self.nemo_model)
+
+    def bridge_config(self, config: HfConfig) -> JsonObject:
+        """The same for Megatron-Bridge: NeMo's fields, and those of its provider that NeMo's config lacks. A scaling of
+        positions that only Bridge has is not in `config` (`bridge.bridge_fields`)."""
+        return self.nemo_config(config)[1]
 
     def claims(self, fields: JsonFields) -> bool:
         """Whether a NeMo config of the family's class is this family's, where other families share the class."""

@@ -43,7 +43,9 @@ class Llama(Family):
         return name, fields
 
     def claims(self, fields: JsonFields) -> bool:
-        return fields.get("no_rope_freq") is None
+        """NeMo's LlamaModel is also that of Arcee, Seed-OSS and SmolLM3."""
+        gated = fields.get("gated_linear_unit", True)
+        return bool(gated) and not fields.get("add_qkv_bias") and fields.get("no_rope_freq") is None
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         config = super().from_nemo(fields)

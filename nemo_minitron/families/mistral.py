@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
-from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, Family
-from nemo_minitron.families.keys import FULL, layer_types
+from nemo_minitron.families.keys import layer_types
 from nemo_minitron.families.translate import fixed, hf_window, nemo_window
 
 
@@ -23,15 +22,12 @@ class Mistral(Family):
     reads = frozenset({"layer_types"})  # transformers loads a Mistral that has layer_types as a Ministral
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
-        """As in Family; also refuses a model whose layers attend in different ways."""
         name, fields = super().nemo_config(config)
-        window, kinds = self.value(config, "sliding_window"), set(layer_types(config))
-        if len(kinds) > 1:
-            raise InputError(
-                f"some layers of this model look back over a window and some over everything; NeMo's {self.nemo_model} "
-                "has only one kind of layer"
-            )
-        return name, fields | nemo_window(None if kinds == {FULL} else window)
+        kinds = layer_types(config) if "layer_types" in self.read else []
+        return name, fields | nemo_window(self.value(config, "sliding_window"), kinds)
+
+    def claims(self, fields: JsonFields) -> bool:
+        return fields.get("window_attn_skip_freq") is None
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         return super().from_nemo(fields) | hf_window(fields)

@@ -30,6 +30,11 @@ RANGES: dict[str, tuple[float, float]] = {  # key -> least and largest legal val
     "hidden_dropout": (0.0, 1.0),
     "embd_pdrop": (0.0, 1.0),
     "resid_pdrop": (0.0, 1.0),
+    "residual_dropout": (0.0, 1.0),
+    "attention_multiplier": (1e-6, 1e6),
+    "embedding_multiplier": (1e-6, 1e6),
+    "logits_scaling": (1e-6, 1e6),
+    "residual_multiplier": (1e-3, 1e3),
 }
 
 

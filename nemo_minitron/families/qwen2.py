@@ -9,7 +9,7 @@ from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Family, biases
 from nemo_minitron.families.keys import FULL, SLIDING, layer_types
-from nemo_minitron.families.translate import fixed
+from nemo_minitron.families.translate import fixed, hf_layer_types, hf_window, nemo_window
 
 
 class Qwen2(Family):
@@ -24,7 +24,7 @@ class Qwen2(Family):
         "num_key_value_heads": 32,
         "sliding_window": 4096,
     }
-    nemo_fixed = fixed("seq_len_interpolation_factor", add_qkv_bias=True)
+    nemo_fixed = fixed("window_size", "window_attn_skip_freq", "seq_len_interpolation_factor", add_qkv_bias=True)
     reads = frozenset({"layer_types", "use_sliding_window"})
 
     def features(self, config: HfConfig) -> JsonObject:
@@ -47,12 +47,17 @@ class Qwen2(Family):
         return result | {"max_window_layers": sum(layer < first for layer in stay)}
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
-        if set(self._layer_types(config)) - {FULL}:
-            raise InputError(f"NeMo's {self.nemo_model} has no sliding window; set use_sliding_window to false")
-        return super().nemo_config(config)
+        name, fields = super().nemo_config(config)
+        window = self.value(config, "sliding_window") if config.get("use_sliding_window") else None
+        return name, fields | nemo_window(window, self._layer_types(config))
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
-        return super().from_nemo(fields) | {"use_sliding_window": False}
+        result = super().from_nemo(fields)
+        if not fields.get("window_size"):
+            return result | {"use_sliding_window": False}
+        kinds = hf_layer_types(fields)
+        own = {"layer_types": kinds, "max_window_layers": kinds.index(SLIDING) if SLIDING in kinds else len(kinds)}
+        return result | hf_window(fields) | {"use_sliding_window": True} | own
 
     def _layer_types(self, config: HfConfig) -> list[str]:
         """transformers' name for the attention of each layer."""

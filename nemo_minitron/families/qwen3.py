@@ -21,7 +21,7 @@ class Qwen3(Qwen2):
     }  # fmt: skip
     defaults = Qwen2.defaults | {"head_dim": 128}
     nemo_fields = NEMO_FIELDS | {"max_position_embeddings": "max_position_embeddings"}
-    nemo_fixed = fixed("seq_len_interpolation_factor", qk_layernorm=True)
+    nemo_fixed = fixed("window_size", "window_attn_skip_freq", "seq_len_interpolation_factor", qk_layernorm=True)
     reads = Qwen2.reads | {"attention_bias"}
 
     def features(self, config: HfConfig) -> JsonObject:

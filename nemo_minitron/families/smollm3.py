@@ -12,8 +12,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Family, biases
-from nemo_minitron.families.keys import FULL, layer_types
-from nemo_minitron.families.translate import fixed
+from nemo_minitron.families.keys import FULL, SLIDING, layer_types
+from nemo_minitron.families.translate import fixed, hf_layer_types, hf_window, nemo_window
 
 
 class SmolLM3(Family):
@@ -29,7 +29,7 @@ class SmolLM3(Family):
         "rope_theta": 2e6,
         "sliding_window": None,
     }
-    nemo_fixed = fixed("add_bias_linear", "seq_len_interpolation_factor")
+    nemo_fixed = fixed("add_bias_linear", "window_size", "window_attn_skip_freq", "seq_len_interpolation_factor")
     reads = frozenset({"attention_bias", "layer_types", "mlp_bias", "no_rope_layers", "use_sliding_window"})
 
     def features(self, config: HfConfig) -> JsonObject:
@@ -66,20 +66,19 @@ class SmolLM3(Family):
         return bool(config.get("tie_word_embeddings", True))  # transformers' default
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
-        windowed = config.get("use_sliding_window") and self.value(config, "sliding_window") is not None
-        kinds = set(layer_types(config)) or ({FULL} if not windowed else set())
-        if windowed and kinds != {FULL}:
-            raise InputError(
-                f"a {self.hf_class} with a sliding window is not supported; set use_sliding_window to false"
-            )
         name, fields = super().nemo_config(config)
-        return name, fields | {"no_rope_freq": [1 - rope for rope in self.rope_layers(config)]}
+        window = self.value(config, "sliding_window") if config.get("use_sliding_window") else None
+        ropes = self.rope_layers(config)
+        # where the config does not say, transformers gives the window to the layers without rotary positions
+        kinds = layer_types(config) or [FULL if rope or not window else SLIDING for rope in ropes]
+        return name, fields | nemo_window(window, kinds) | {"no_rope_freq": [1 - rope for rope in ropes]}
 
     def claims(self, fields: JsonFields) -> bool:
         return fields.get("no_rope_freq") is not None
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
-        config = super().from_nemo(fields) | {"use_sliding_window": False, "sliding_window": None}
+        windows = hf_window(fields) | {"use_sliding_window": bool(fields.get("window_size"))}
+        config = super().from_nemo(fields) | windows | {"layer_types": hf_layer_types(fields)}
         skipped, layers = fields["no_rope_freq"], fields["num_layers"]
         if isinstance(skipped, int):  # Megatron's N: every N-th layer has none
             skipped = [int((layer + 1) % skipped == 0) for layer in range(layers)]

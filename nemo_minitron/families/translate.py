@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError, nearest
+from nemo_minitron.families.keys import FULL, SLIDING
 
 ACTIVATIONS = {  # Hugging Face's name -> the function in NeMo's config
     "silu": "torch.nn.functional.silu",
@@ -20,6 +21,7 @@ _FIXED = {
     "rotary_percent": 1.0,
     "seq_len_interpolation_factor": None,
     "window_size": None,
+    "window_attn_skip_freq": None,
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
     "qk_layernorm": False,
@@ -109,7 +111,10 @@ def nemo_rope(config: HfConfig, legal: tuple[str, ...], nemo_model: str) -> Json
     """NeMo's fields for `rope_scaling`. Raises InputError for a kind that NeMo's class lacks."""
     kind, rope = rope_of(config)
     if kind not in legal:
-        raise InputError(f"rope_scaling '{kind}' is not supported by NeMo's {nemo_model}; it has {', '.join(legal)}")
+        other = "; Megatron-Bridge has it: give --host bridge" if kind == "yarn" and "linear" in legal else ""
+        raise InputError(
+            f"rope_scaling '{kind}' is not supported by NeMo's {nemo_model}; it has {', '.join(legal)}{other}"
+        )
     return {"seq_len_interpolation_factor": float(rope_field(rope, "factor"))} if kind == "linear" else {}
 
 
@@ -118,14 +123,36 @@ def hf_rope(fields: JsonFields) -> JsonObject:
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}} if factor else {}
 
 
-def nemo_window(window: int | None) -> JsonObject:
+def nemo_window(window: int | None, kinds: Sequence[str] = ()) -> JsonObject:
     """NeMo's fields for a sliding window of `window` tokens; None: no window.
 
-    transformers counts the current token into the window, Transformer Engine's `window_size[0]` does not. Under context
-    parallelism Transformer Engine then needs `a2a`."""
-    return {"window_size": [window - 1, 0] if window else None, "cp_comm_type": "a2a" if window else None}
+    `kinds`: transformers' name for the attention of each layer, if the layers may differ; without it, all layers have
+    the window. transformers counts the current token into the window, Transformer Engine's `window_size[0]` does not.
+    Under context parallelism Transformer Engine then needs `a2a`. Raises InputError if a layer has a window of which
+    the config does not say how long it is."""
+    if kinds and SLIDING not in kinds:
+        window = None
+    elif kinds and not window:
+        raise InputError(
+            f"the config gives layers '{SLIDING}', and no sliding_window is in use; set it, and use_sliding_window "
+            f"where the family has it, or make all layers '{FULL}'"
+        )
+    fields: JsonObject = {"window_size": [window - 1, 0] if window else None, "cp_comm_type": "a2a" if window else None}
+    if window and FULL in kinds:
+        fields["window_attn_skip_freq"] = [int(kind == SLIDING) for kind in kinds]
+    return fields
 
 
 def hf_window(fields: JsonFields) -> JsonObject:
     window = fields.get("window_size")
     return {"sliding_window": window[0] + 1 if window else None}
+
+
+def hf_layer_types(fields: JsonFields) -> list[str]:
+    """transformers' name for the attention of each layer, of a NeMo config's fields."""
+    layers, skip = fields["num_layers"], fields.get("window_attn_skip_freq")
+    if not fields.get("window_size"):
+        return [FULL] * layers
+    if isinstance(skip, int):  # Megatron's N: every N-th layer has no window
+        skip = [int((layer + 1) % skip != 0) for layer in range(layers)]
+    return [SLIDING if windowed else FULL for windowed in skip or [1] * layers]

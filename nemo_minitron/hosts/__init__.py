@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.backend.versions import TO_INSTALL, installed
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import family_of, read_config
+from nemo_minitron.families import check_host
 from nemo_minitron.settings.orders import HOST
 
 if TYPE_CHECKING:  # saving a checkpoint starts a helper process that imports this package: it must stay light
@@ -40,14 +40,7 @@ def check_model(model: str | Path | HfConfig) -> None:
 
 def check_represented(model: str | Path | HfConfig) -> None:
     """Raises InputError if the host, which may not be installed, cannot build the model."""
-    config = read_config(model)
-    name, _ = chosen()
-    if name == "bridge":
-        from nemo_minitron.hosts.bridge.fields import named_fields
-
-        named_fields(config)
-    else:
-        family_of(config).nemo_config(config)
+    check_host(model, chosen()[0])
 
 
 def host_name() -> str:

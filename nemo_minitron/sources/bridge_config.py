@@ -12,6 +12,7 @@ import yaml
 from nemo_minitron.artifacts.json_types import Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of_fields
+from nemo_minitron.families.bridge import LLAMA3
 
 NAME = "run_config.yaml"
 LARGEST = 1 << 24  # bytes
@@ -25,8 +26,6 @@ FIXED: JsonObject = {
     "multi_latent_attention": False, "qk_l2_norm": False, "softmax_type": "vanilla", "use_mup": False,
     "experimental_attention_variant": None, "activation_func_clamp_value": None, "softmax_scale": None,
 }  # fmt: skip
-# Bridge keeps one number of Llama 3's rotary positions; Megatron has the others.
-LLAMA3: JsonObject = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 
 
 def name_of(step: int) -> str:
@@ -89,7 +88,7 @@ def config_of_model(model: JsonFields) -> JsonObject:
     fields = {name: _plain(value) for name, value in model.items()}
     fields.setdefault("max_position_embeddings", fields["seq_length"])  # a field of some of NeMo's classes
     if fields.get("rope_scaling"):
-        fields |= LLAMA3 | {"scale_factor": fields["rope_scaling_factor"]}
+        fields |= dict(LLAMA3) | {"scale_factor": fields["rope_scaling_factor"]}
     return family_of_fields(fields).from_nemo(fields)
 
 

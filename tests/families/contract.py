@@ -8,33 +8,45 @@ import numpy as np
 import pico
 
 from nemo_minitron.artifacts import PrunePlan
+from nemo_minitron.families import FAMILIES, family_of
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"hidden_act": "gelu", "tie_word_embeddings": True}
 OTHER = TIED | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWED = {"use_sliding_window": True, "sliding_window": 8}  # in some layers; the tests' samples are longer
 MODELS = {
     "llama": {"own": {"rope_scaling": LLAMA3_ROPE}, "other": OTHER | BIASES},
     "mistral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None, "hidden_act": "relu"}},
+    "ministral": {
+        "own": {"sliding_window": 8, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+        "other": OTHER | {"sliding_window": 8, "layer_types": [SLIDING, FULL, FULL, FULL]},
+    },
     "mixtral": {"own": {"sliding_window": 8}, "other": OTHER | {"sliding_window": None}},
-    "qwen2": {"own": {}, "other": OTHER},
-    "qwen3": {"own": {}, "other": OTHER | {"hidden_act": "relu2"}},
+    "qwen2": {"own": WINDOWED | {"max_window_layers": 2}, "other": OTHER},
+    "qwen3": {"own": WINDOWED | {"max_window_layers": 1}, "other": OTHER | {"hidden_act": "relu2"}},
     "qwen3_moe": {  # with a window and normalized probabilities; with a dense layer and neither
         "own": {"moe_intermediate_size": 80, "intermediate_size": 88, "use_sliding_window": True, "sliding_window": 8},
         "other": OTHER | {"moe_intermediate_size": 80, "norm_topk_prob": False, "mlp_only_layers": [2]},
     },
     "nemotron": {"own": {}, "other": TIED | BIASES | {"partial_rotary_factor": 0.5}},
     "smollm3": {
-        "own": {"no_rope_layer_interval": 2},
+        "own": WINDOWED | {"no_rope_layer_interval": 2},
         "other": OTHER | BIASES | {"no_rope_layer_interval": 3},
     },
+    "arcee": {"own": {}, "other": OTHER | BIASES},
+    "seed_oss": {"own": {}, "other": OTHER},
+    "granite": {"own": {}, "other": OTHER | BIASES | {"residual_multiplier": 1.7}},
     "phi3": {
         "own": {"sliding_window": 8, "partial_rotary_factor": 0.75},
         "other": TIED | {"sliding_window": None, "hidden_act": "relu"},
     },
 }
 NAMES = [f"{family}-{variant}" for family, variants in MODELS.items() for variant in variants]
+ON_BRIDGE_ALONE = {family.model_type for family in FAMILIES if "nemo" not in family.hosts}
+NEMO_NAMES = [name for name in NAMES if name.split("-")[0] not in ON_BRIDGE_ALONE]
 
 HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, EXPERTS, DEPTH = 48, 80, 12, 4, 8, 4, 4
 SIZES = {"num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS}
@@ -116,6 +128,15 @@ def plan_of(source, keep):
 
 def _of_layers(kept, layers):
     return {layer: kept[layer] for layer in layers} if isinstance(kept, dict) else kept
+
+
+def megatron_fields(config):
+    """What the first of the family's hosts is told of the model, and the name of NeMo's class where there is one."""
+    family = family_of(config)
+    if "nemo" not in family.hosts:
+        return family.bridge_config(config)
+    name, fields = family.nemo_config(config)
+    return fields | {"class": name}
 
 
 # -- the same cut without the table of axes, by Hugging Face's names --------------------------------------------

@@ -114,12 +114,12 @@ def write(path, result, found):
 
 
 def main():
-    from contract import NAMES
+    from contract import NEMO_NAMES
 
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     with process_group():
         for kind in LAYOUTS:
-            for name in NAMES:
+            for name in NEMO_NAMES:
                 run_case(name, kind, folder, out)
         for family in IMPORTERS:
             run_importer(family, folder, out)

@@ -5,7 +5,7 @@ from contract import MODELS
 from pico import SIZES
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import FAMILIES, from_hf, remarks, to_hf
+from nemo_minitron.families import FAMILIES, family_of_nemo, from_hf, remarks, to_hf
 from nemo_minitron.families.forms import normalized
 from nemo_minitron.families.keys import FULL, NO_EFFECT, ONE_VALUE, PER_LAYER, READ, SLIDING
 
@@ -84,11 +84,11 @@ def test_a_class_of_another_model_type_is_refused():
 
 
 # -- lists go with the layers ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["ministral", "mistral", "qwen2", "qwen3"])
 def test_layer_types_are_cut_with_the_layers(model_type):
     kinds = [FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
     base = config(model_type, layer_types=kinds, sliding_window=8, use_sliding_window=True)
-    base = {n: v for n, v in base.items() if n != "use_sliding_window" or model_type != "mistral"}
+    base = {n: v for n, v in base.items() if n != "use_sliding_window" or "stral" not in model_type}
     smaller = from_hf(base).replace(num_layers=3)
     assert to_hf(smaller, base, [0, 3, 5])["layer_types"] == [FULL, SLIDING, FULL]
     with pytest.raises(InputError, match=r"differ from layer to layer, .* cut to 3 before it is known which ones stay"):
@@ -126,13 +126,26 @@ def test_a_list_that_nothing_reads_stops_a_cut_of_layers():
 
 
 # -- NeMo's classes --------------------------------------------------------------------------------------------
-def test_a_ministral_is_not_windowed_in_all_layers():
+def test_a_mistral_with_layer_types_is_windowed_in_some_layers():
     family, window = FAMILY["mistral"], {"sliding_window": 16}
     assert family.nemo_config(config("mistral", **window))[1]["window_size"] == [15, 0]
     assert family.nemo_config(config("mistral", layer_types=[SLIDING] * 6, **window))[1]["window_size"] == [15, 0]
     assert family.nemo_config(config("mistral", layer_types=[FULL] * 6, **window))[1]["window_size"] is None
-    with pytest.raises(InputError, match="some layers of this model look back over a window"):
-        family.nemo_config(config("mistral", layer_types=[FULL] * 5 + [SLIDING], **window))
+    mixed = family.nemo_config(config("mistral", layer_types=[FULL] * 5 + [SLIDING], **window))[1]
+    assert (mixed["window_size"], mixed["window_attn_skip_freq"]) == ([15, 0], [0, 0, 0, 0, 0, 1])
+    assert family_of_nemo("MistralModel", mixed).model_type == "ministral"
+
+
+def test_a_mixtral_reads_no_layer_types():
+    base = config("mixtral", layer_types=[FULL] * 6, sliding_window=16)
+    assert FAMILY["mixtral"].nemo_config(base)[1]["window_size"] == [15, 0]
+
+
+@pytest.mark.parametrize("model_type", ["ministral", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_window_of_no_length_is_refused(model_type):
+    base = config(model_type, layer_types=[FULL] * 5 + [SLIDING], sliding_window=None)
+    with pytest.raises(InputError, match="gives layers 'sliding_attention', and no sliding_window is in use"):
+        FAMILY[model_type].nemo_config(base)
 
 
 def test_keys_that_nothing_reads_are_one_remark():

@@ -12,7 +12,7 @@ from pathlib import Path
 import contract
 import numpy as np
 import pytest
-from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES
+from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES, NEMO_NAMES
 from pico import raw_tensors, save_tensors
 from ranks import run_ranks
 from tolerances import LOGITS_PICO_FP32
@@ -23,7 +23,9 @@ from nemo_minitron.pruning import HFSource, prune
 WORKER = Path(__file__).parent / "contract_worker.py"
 # What NeMo's importers can read at all: of the families that are not here, any untied model. Qwen2's and Phi-3's take
 # head_dim for hidden / heads, Qwen3's for 128, with 8 of 128 experts, Phi-3's reads no query groups.
-IMPORTED = {"qwen2": {"head_dim": 4}, "qwen3": {"head_dim": 128}, "phi3": {"head_dim": 4, "num_key_value_heads": HEADS}}
+FULL_ONLY = {"use_sliding_window": False}  # neither Qwen2's nor Qwen3's importer reads a window
+IMPORTED = {"qwen2": FULL_ONLY | {"head_dim": 4}, "qwen3": FULL_ONLY | {"head_dim": 128}}
+IMPORTED |= {"phi3": {"head_dim": 4, "num_key_value_heads": HEADS}}
 IMPORTED |= {"qwen3_moe": {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 8}}
 # Fields of NeMo's config that its importers set otherwise than transformers reads the folder. The vocabulary is left
 # to a tokenizer; the window is one token too long, or forgotten with the partial rotary positions (Phi-3).
@@ -120,11 +122,11 @@ def test_a_cut_is_slicing_by_hand(name, models):
     if name.startswith("qwen3_moe"):
         config.num_experts, config.moe_intermediate_size = 3, 50
         config.mlp_only_layers = [1] if config.mlp_only_layers else []
-    elif name.startswith(("qwen", "smollm3")):
-        config.layer_types = config.layer_types[:3]
+    elif name.startswith(("ministral", "qwen", "smollm3")):
+        config.layer_types = [config.layer_types[layer] for layer in contract.CUT_LAYERS]
     if name.startswith("smollm3"):
         config.no_rope_layers = [config.no_rope_layers[layer] for layer in contract.CUT_LAYERS]
-    by_hand = AutoModelForCausalLM.from_config(config)
+    by_hand = AutoModelForCausalLM.from_config(config).eval()
     state = {hf: torch.from_numpy(bits.view(np.float32).copy()) for hf, bits in sliced.items()}
     by_hand.load_state_dict(state, strict=not config.tie_word_embeddings)
     tokens = tokens_of(models)
@@ -202,7 +204,7 @@ def test_order_changes_nothing(name, models, tmp_path):
 # -- NeMo's own class, whole and split --------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "split"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_megatron_has_the_folders_bits_and_transformers_logits(name, kind, models, results):
     result = json.loads((results / f"{name}-{kind}.json").read_text())
     assert (result["teacher"], result["student"]) == ([], [])
@@ -215,7 +217,7 @@ def test_megatron_has_the_folders_bits_and_transformers_logits(name, kind, model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_nemo_loads_the_students_context(name, models, results):
     """By itself, with the activation that transformers computes."""
     result = json.loads((results / f"{name}-split.json").read_text())
@@ -229,7 +231,7 @@ UNSAID += ("max_window_layers", "no_rope_layer_interval")  # of a window not in 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
     """Tensors bit by bit, under their Hugging Face names; of the config all that is not about tokens or files."""
     from transformers import AutoConfig
@@ -250,7 +252,7 @@ def test_a_nemo_checkpoint_is_the_folder_again(name, models, results, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NEMO_NAMES)
 def test_a_trained_student_is_exported(name, models, results, tmp_path):
     """`distill`'s last step: the checkpoint's weights in a folder like the student's, which transformers loads."""
     from nemo_minitron.commands.distill import export_student

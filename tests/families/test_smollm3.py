@@ -55,7 +55,6 @@ def test_the_tie_is_written_out():
         ({"no_rope_layers": [1] * 5}, "no_rope_layers is .* it needs a 0 or 1 for each of its layers"),
         ({"no_rope_layers": [1, 1, 1, 1, 1, 2]}, "no_rope_layers is"),
         ({"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0; it must be at least 1"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "with a sliding window is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
     ],
 )

@@ -29,7 +29,7 @@ def activations(folder, samples):
     for i, layer in enumerate(model.model.layers):
         watched = [
             (layer.mlp.down_proj, "ffn", i, lambda given, out: given),
-            (layer.mlp.gate_proj, "ffn_pre_activation", i, lambda given, out: out),
+            (getattr(layer.mlp, "gate_proj", layer.mlp.up_proj), "ffn_pre_activation", i, lambda given, out: out),
             (layer.mlp.down_proj, "mlp_output", i, lambda given, out: out),
             (layer.self_attn.o_proj, "head_channels", i, lambda given, out: given),
             (layer.self_attn.o_proj, "heads", i, lambda given, out: given.unflatten(-1, (-1, 8)).norm(dim=-1)),

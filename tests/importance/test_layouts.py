@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from layouts_worker import AXES, BOUNDARIES, CRITERIA
-from pico import pico_llama, pico_mistral, pico_smollm3
+from pico import pico_arcee, pico_llama, pico_ministral, pico_mistral, pico_seed_oss, pico_smollm3
 from ranks import run_ranks
 from scores64 import activations, scores64
 from tolerances import LOGITS_PICO_FP32, SCORES_FLOAT64, SCORES_FP32
@@ -19,13 +19,19 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "layouts_worker.py"
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
+KINDS = [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full", "sliding", "full")]
 MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the vocabulary of 509 divides by none
     "three": lambda folder: pico_llama(folder, num_attention_heads=6, num_key_value_heads=3),
     "four": lambda folder: pico_llama(folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
     "llama3-rope": lambda folder: pico_llama(folder, rope_scaling=LLAMA3_ROPE),
     "linear-rope": lambda folder: pico_llama(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
+    "ministral": lambda folder: pico_ministral(
+        folder, num_attention_heads=8, num_key_value_heads=4, sliding_window=8, layer_types=KINDS
+    ),
     "smollm3": lambda folder: pico_smollm3(folder, num_attention_heads=8, num_key_value_heads=4),
+    "arcee": lambda folder: pico_arcee(folder, num_attention_heads=8, num_key_value_heads=4),
+    "seed_oss": lambda folder: pico_seed_oss(folder, num_attention_heads=8, num_key_value_heads=4),
 }
 PLAIN, MASKED, PACKED = "plain", "masked", "packed"
 ALL = (PLAIN, MASKED, PACKED)
@@ -36,7 +42,10 @@ LAYOUTS = {  # world size -> model, layout, kinds of batches; a new layout is on
         ("mistral", {}, (PLAIN,)),
         ("llama3-rope", {}, (PLAIN,)),
         ("linear-rope", {}, (PLAIN,)),
+        ("ministral", {}, ALL),
         ("smollm3", {}, (PLAIN,)),
+        ("arcee", {}, (MASKED,)),
+        ("seed_oss", {}, (PLAIN,)),
     ],
     2: [
         ("four", {"tp": 2}, ALL),
@@ -47,8 +56,13 @@ LAYOUTS = {  # world size -> model, layout, kinds of batches; a new layout is on
         ("three", {"pp": 2, "vp": 3}, ALL),
         ("three", {"dp": 2}, ALL),
         ("four", {"cp": 2}, (PLAIN, MASKED)),
+        ("ministral", {"pp": 2, "first_stage": 4}, (PLAIN,)),  # the global numbers of layers with a window
+        ("ministral", {"tp": 2, "sp": True}, (MASKED, PACKED)),
+        ("ministral", {"cp": 2}, (PLAIN,)),
         ("smollm3", {"pp": 2, "first_stage": 4}, (PLAIN,)),  # the global numbers of layers without rotary positions
         ("smollm3", {"tp": 2, "sp": True}, (PLAIN,)),
+        ("arcee", {"tp": 2, "sp": True}, (MASKED,)),
+        ("seed_oss", {"tp": 2, "sp": True}, (PLAIN,)),
     ],
     3: [
         ("three", {"tp": 3}, (PLAIN,)),
@@ -172,7 +186,15 @@ def _by_the_book(folder, kind):
     return [tokens[k, a:b] for k, bounds in enumerate(BOUNDARIES) for a, b in itertools.pairwise(bounds)]
 
 
-@pytest.mark.parametrize(("model", "kind"), [*itertools.product(["three", "four"], ALL), ("smollm3", PLAIN)])
+IN_FLOAT64 = [
+    *itertools.product(["three", "four", "ministral"], ALL),
+    ("smollm3", PLAIN),
+    ("arcee", MASKED),
+    ("seed_oss", PLAIN),
+]
+
+
+@pytest.mark.parametrize(("model", "kind"), IN_FLOAT64)
 def test_scores_equal_transformers_in_float64(model, kind, results, models):
     scores = _scores(results, 1, model, kind)
     found = activations(models / model, _by_the_book(models, kind))

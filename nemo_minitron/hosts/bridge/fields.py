@@ -1,8 +1,7 @@
-"""Megatron's fields for a Hugging Face config, from the tables of its family.
+"""Says what a model is to Megatron-Bridge's provider, by the family's own tables.
 
-Bridge's own conversion of a config leaves out what its authors did not meet: another activation, windows of Qwen3-MoE,
-biases, dense layers among mixtures, linear scaling of positions. So the tables that describe a family to NeMo, whose
-fields have the same names, are written over what Bridge has read. Importing this file loads neither torch nor Megatron.
+Bridge reads a Hugging Face config itself, but leaves some of it out without a word: windows, a mixture's dense layers,
+linear scaling of positions, biases, Mistral's activation. So the tables decide here, as they do for NeMo.
 """
 
 from __future__ import annotations
@@ -12,79 +11,58 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
+from nemo_minitron.families.bridge import bridge_fields
+from nemo_minitron.families.translate import ACTIVATIONS
 
-OF_NEMO = {  # a name in the families' tables -> the same function of Megatron's
-    "nemo.collections.llm.fn.activation.squared_relu": "megatron.core.activations.squared_relu"
-}
-LLAMA3 = {  # the table's field -> Megatron's argument, and the only value that its GPTModel gives it
-    "low_freq_factor": ("low_freq_factor", 1.0),
-    "high_freq_factor": ("high_freq_factor", 4.0),
-    "old_context_len": ("original_max_position_embeddings", 8192),
-}
-OF_LLAMA = {  # as Bridge's class for Llama has it, and its mixtures' dispatch
+# Of a run or of NeMo's own files: `models.provider_of` sets what a provider has in their place.
+_LEFT_OUT = ("make_vocab_size_divisible_by", "max_position_embeddings", "vocab_size")
+OF_LLAMA = {  # as Bridge's class for Llama has it
     "apply_rope_fusion": True, "bias_activation_fusion": True, "bias_dropout_fusion": True,
-    "masked_softmax_fusion": True, "persist_layer_norm": True,
-    "moe_router_load_balancing_type": "aux_loss", "moe_token_dispatcher_type": "alltoall",
+    "masked_softmax_fusion": True, "persist_layer_norm": True, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "moe_router_load_balancing_type": "aux_loss",
 }  # fmt: skip
-WITHOUT_EFFECT = ("max_position_embeddings",)  # a field of NeMo's classes; rotary positions do not read it
+_SQUARED_RELU = "megatron.core.activations.squared_relu"  # NeMo's is not installed beside Bridge
 
 
-def named_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Field of Bridge's GPTModelProvider -> its value for this model; functions by their dotted names.
+def plain_provider(architecture: Architecture) -> Any:
+    """Bridge's provider of any GPT model, for a family that Bridge has no class for."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-    No layer drops activations, as in NeMo's classes. Raises InputError if Megatron or Bridge cannot represent the
-    model.
+    sizes = {n: getattr(architecture, n) for n in ("num_layers", "hidden_size", "num_attention_heads")}
+    return GPTModelProvider(**sizes, **OF_LLAMA, hf_model_id=None)
+
+
+def describe(provider: Any, config: Mapping[str, Any]) -> None:
+    """Sets all that the family's tables say of the model on a provider that is not finalized.
+
+    Raises InputError for what Bridge's provider or Megatron-core cannot represent.
     """
     family = family_of(config)
-    _, named = family.nemo_config(config)
-    fields: dict[str, Any] = {**family.nemo_fixed, "hidden_dropout": 0.0, "attention_dropout": 0.0, **named}
-    if name := fields.get("activation_func"):
-        fields["activation_func"] = OF_NEMO.get(name, name)
-    if "scale_factor" in fields:
-        fields |= _llama3(fields, family.hf_class)
-    return {name: value for name, value in fields.items() if name not in WITHOUT_EFFECT}
-
-
-def _llama3(fields: dict[str, Any], hf_class: str) -> dict[str, Any]:
-    """Megatron's fields for the scaling of Llama 3; the table's own leave `fields`."""
-    for name, (argument, legal) in LLAMA3.items():
-        given = fields.pop(name)
-        if given != legal:
-            raise InputError(
-                f"the {argument} of this {hf_class}'s rope_scaling is {given}; on Megatron-Bridge {legal} alone is "
-                "legal; --host nemo builds this model, where NeMo 2 is installed"
-            )
-    return {"rope_scaling": True, "rope_scaling_factor": fields.pop("scale_factor")}
-
-
-def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`named_fields` with the functions themselves, and with a spec of each layer for a model that has both mixtures
-    and dense layers. Loads Megatron."""
-    fields = named_fields(config)
-    if name := fields.get("activation_func"):
-        fields["activation_func"] = pkgutil.resolve_name(name)
-    architecture = family_of(config).architecture(config)
-    if architecture.num_moe_experts and architecture.dense_layers:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-        fields["transformer_layer_spec"] = functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    return fields
-
-
-def overwrite(provider: Any, fields: Mapping[str, Any]) -> None:
-    """Sets the fields of a provider. Raises InputError for one that this version of Bridge does not have."""
+    fields = bridge_fields(family, config)
+    activation = family.value(config, "hidden_act")
+    fields["activation_func"] = pkgutil.resolve_name(
+        _SQUARED_RELU if activation == "relu2" else ACTIVATIONS[activation]
+    )
+    if fields.get("num_moe_experts"):
+        fields |= _mixture(fields)
     for name, value in fields.items():
+        if name in _LEFT_OUT:
+            continue
         if not hasattr(provider, name):
-            raise InputError(f"Megatron-Bridge's {type(provider).__name__} has no '{name}'; give --host nemo")
+            raise InputError(f"Megatron-Bridge's {type(provider).__name__} has no field '{name}'; give --host nemo")
         setattr(provider, name, value)
 
 
-def plain_provider(fields: Mapping[str, Any]) -> Any:
-    """Bridge's general provider, for a family of Llama's kind that Bridge has no class for."""
-    import torch
-    from megatron.bridge.models.gpt_provider import GPTModelProvider
+def _mixture(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The dispatcher that fits every layout, and a spec that reads `moe_layer_freq`; Bridge's default does not."""
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
+    if isinstance(fields.get("moe_layer_freq", 1), int):
+        return dispatcher
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    sizes = {name: fields[name] for name in ("num_layers", "hidden_size", "num_attention_heads")}
-    return GPTModelProvider(**sizes, **OF_LLAMA, activation_func=torch.nn.functional.silu)
+    return dispatcher | {
+        "transformer_layer_spec": functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    }

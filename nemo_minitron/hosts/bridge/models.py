@@ -10,8 +10,9 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.backend.precision import apply
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of
-from nemo_minitron.hosts.bridge.fields import fields_of, overwrite, plain_provider
+from nemo_minitron.hosts.bridge.fields import describe, plain_provider
 from nemo_minitron.hosts.bridge.load import load_bridge
 from nemo_minitron.megatron.groups import model_sizes, start
 from nemo_minitron.precisions import weights_in
@@ -28,14 +29,13 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     Raises InputError for a model or a precision that Bridge does not have, and for a layout that does not fit the
     model.
     """
-    load_bridge()  # before anything imports Megatron
-    fields = fields_of(config)
-    provider = _provider(config, fields)
+    bridge = _bridge_of(config)
     weights = weights_in(precision)
     architecture = family_of(config).architecture(config)
     layout.check(architecture)
     check_fp8(architecture, layout, precision)
-    overwrite(provider, fields)
+    provider = bridge.to_megatron_provider(load_weights=False) if bridge else plain_provider(architecture)
+    describe(provider, config)
     for name, size in model_sizes(layout).items():
         setattr(provider, name, size)
     provider.bf16, provider.fp16, provider.params_dtype = weights == "bf16", False, DTYPES[weights]
@@ -49,20 +49,22 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     return provider
 
 
-def _provider(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    """What Bridge makes of a Hugging Face config: the provider of its own class for the family, or its general one."""
+def _bridge_of(config: Mapping[str, Any]) -> Any:
+    """Bridge's AutoBridge for a Hugging Face config; None if Bridge has none for the family. Raises InputError if it
+    cannot read the config."""
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
+    load_bridge()
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
-    kind = str(config.get("model_type", ""))
-    own = {name: value for name, value in config.items() if name != "model_type"}
-    hf = AutoConfig.for_model(kind, **own | {"architectures": [family_of(config).hf_class]})
+    kind, name = str(config.get("model_type", "")), family_of(config).hf_class
+    if name not in AutoBridge.list_supported_models():
+        return None
     try:
-        bridge = AutoBridge.from_hf_config(hf)
-    except ValueError:  # it has no class for the family
-        return plain_provider(fields)
-    return bridge.to_megatron_provider(load_weights=False)
+        fields = {name: value for name, value in config.items() if name != "model_type"}
+        return AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
+    except ValueError as error:
+        raise InputError(f"Megatron-Bridge cannot read this {name}: {first_line(error)}") from error
 
 
 def build_model(

@@ -25,7 +25,7 @@ from nemo_minitron.sources.open import open_source
 KEPT = ("vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by")
 
 # Fields with one value a layer, beside `moe_layer_freq`, which the sizes have.
-PER_LAYER = ("no_rope_freq",)
+PER_LAYER = ("no_rope_freq", "window_attn_skip_freq")
 
 
 def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher: str | None = None) -> None:

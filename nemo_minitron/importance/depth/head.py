@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nemo_minitron.backend.differences import scaled_logits
 from nemo_minitron.importance.depth.stages import Stages
 from nemo_minitron.importance.forward import architecture_of
 
@@ -50,7 +51,7 @@ class Head:
             chosen_NH = hidden_SBH.transpose(0, 1)[mask_BS]
             weight_WH = self.model.shared_embedding_or_output_weight() if tied else None
             output, _ = self.model.output_layer(chosen_NH[:, None], weight=weight_WH, runtime_gather_output=False)
-        return output[:, 0, : self.width]
+        return scaled_logits(self.model, output)[:, 0, : self.width]
 
     @contextlib.contextmanager
     def _whole_sequence(self) -> Iterator[None]:
