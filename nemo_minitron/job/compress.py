@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import say
 from nemo_minitron.errors import InputError
+from nemo_minitron.hosts import host_name
 from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
 from nemo_minitron.job.dry_run import check, check_space, fit_to_models
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run, write_recipe
@@ -27,6 +28,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     depends on are run. `overwrite`: stages that another recipe finished in the folder may be redone.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
+    host_name()
     job, remark = fit_job(with_resolved_precisions(job))
     say(remark)
     folder = job.folder(out)

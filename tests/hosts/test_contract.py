@@ -66,21 +66,6 @@ class TestBridge(HostContract):
         wrong = {line["name"]: line for line in lines if line.get("error", 0) > LOGITS_PICO_FP32}
         assert wrong == {}
 
-    def test_a_command_that_trains_is_refused_before_it_reads_anything(self, tmp_path):
-        for command in (
-            ["distill", "student", "--teacher", "teacher", "--data", "text", "--out", "out"],
-            ["finetune", "student", "--data", "text", "--out", "out"],
-            ["compress", "smollm2_135m_to_108m_width", "--out", tmp_path / "out"],
-        ):
-            done = run("-m", "nemo_minitron.cli", *command, host=self.host)
-            assert done.returncode == 2, done.stderr
-            assert "cannot train yet; give --host nemo" in done.stderr
-        assert not list(tmp_path.iterdir())
-
-    def test_what_it_cannot_do_yet_is_refused(self):
-        code = "from nemo_minitron.hosts import host_of; host_of().train(None)"
-        assert "cannot train yet; give --host nemo" in run("-c", code, host=self.host).stderr
-
 
 @pytest.mark.parametrize("name", ["nemo", "bridge", "other"])
 def test_a_host_that_is_not_here_is_refused_in_one_sentence(name):

@@ -33,6 +33,7 @@ class Bridge:
         return build_model(config, precision=precision, layout=layout)
 
     def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
+        _load()
         from nemo_minitron.hosts.bridge.students import save_chunks
         from nemo_minitron.sources.open import open_source
 
@@ -49,14 +50,23 @@ class Bridge:
         validate(estimation, depth)
 
     def train(self, order: DistillOrder) -> None:
+        _load()
         from nemo_minitron.hosts.bridge.stages import distill
 
         distill(order)
 
     def finetune(self, order: FinetuneOrder) -> None:
+        _load()
         from nemo_minitron.hosts.bridge.finetune import finetune
 
         finetune(order)
+
+
+def _load() -> None:
+    """Loads Bridge's training, before anything else imports Megatron."""
+    from nemo_minitron.hosts.bridge.load import load_training
+
+    load_training()
 
 
 BRIDGE = Bridge()
