@@ -61,7 +61,8 @@ def _bridge_of(config: Mapping[str, Any]) -> Any:
     if name not in AutoBridge.list_supported_models():
         return None
     try:
-        fields = {name: value for name, value in config.items() if name != "model_type"}
+        # `describe` says how positions are scaled; Mistral's bridge fails on YaRN
+        fields = {name: value for name, value in config.items() if name not in ("model_type", "rope_scaling")}
         return AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
     except ValueError as error:
         raise InputError(f"Megatron-Bridge cannot read this {name}: {first_line(error)}") from error
