@@ -22,8 +22,10 @@ from contract import CUT_EXPERTS, LLAMA3_ROPE, MODELS, NAMES, everything, neuron
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import FAMILIES, from_hf, read_config
+from nemo_minitron.hosts import check_represented
 from nemo_minitron.hosts.bridge.fields import LLAMA3, named_fields
 from nemo_minitron.pruning import prune
+from nemo_minitron.settings.orders import HOST
 
 WORKER = Path(__file__).with_name("families_worker.py")
 BRIDGE = any(name == "megatron-bridge" for names in metadata.packages_distributions().values() for name in names)
@@ -106,6 +108,16 @@ def test_another_scaling_than_llama_3s_is_refused(field, models):
     config["rope_scaling"] = {**LEGAL, key: legal * 2}
     with pytest.raises(InputError, match=rf"the {key} of this .* is {legal * 2}; .* {legal} alone is .*--host nemo"):
         named_fields(config)
+
+
+def test_a_command_asks_its_host_before_it_loads_anything(models, monkeypatch):
+    config = read_config(models / "llama-own-teacher")
+    config["rope_scaling"] = {**LEGAL, "original_max_position_embeddings": 16}
+    monkeypatch.setenv(HOST, "nemo")
+    check_represented(config)
+    monkeypatch.setenv(HOST, "bridge")
+    with pytest.raises(InputError, match="on Megatron-Bridge 8192 alone is legal"):
+        check_represented(config)
 
 
 @bridge
