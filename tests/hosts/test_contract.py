@@ -11,6 +11,8 @@ import pytest
 from pico import pico_llama, pico_qwen3
 from tolerances import LOGITS_PICO_FP32
 
+from nemo_minitron import hosts
+
 WORKER = Path(__file__).with_name("contract_worker.py")
 FAMILIES = Path(__file__).with_name("families_worker.py")
 LOGITS_FP32 = 1e-4
@@ -75,6 +77,22 @@ def test_a_host_that_is_not_here_is_refused_in_one_sentence(name):
     assert done.returncode == 2
     assert done.stderr.startswith(f"minitron: the host '{name}' is ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("here", "named", "name", "because"),
+    [
+        (("nemo",), "", "nemo", "it is the one that is installed"),
+        (("bridge",), "", "bridge", "it is the one that is installed"),
+        (("bridge", "nemo"), "", "nemo", "both are installed, and nothing names one"),
+        (("bridge", "nemo"), "bridge", "bridge", "--host or MINITRON_HOST names it"),
+        ((), "", "nemo", "no host is installed"),
+    ],
+)
+def test_why_it_is_this_host(here, named, name, because, monkeypatch):
+    monkeypatch.setattr(hosts, "installed", lambda package: package in {hosts.PACKAGES[host] for host in here})
+    monkeypatch.setenv("MINITRON_HOST", named)
+    assert hosts.chosen() == (name, because)
 
 
 WITHOUT = """

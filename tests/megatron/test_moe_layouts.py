@@ -34,7 +34,7 @@ CASES = [{"name": "-".join(f"{k}{v}" for k, v in layout.items()), "layout": layo
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}  # the groups divide by TP=2
 
 
-MIXED = {"mlp_only_layers": [1]}  # a dense layer among mixtures
+MIXED = {"mlp_only_layers": [3]}  # a dense layer among mixtures
 
 
 def plan_of(source):

@@ -20,9 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 import contract
 from contract import CUT_EXPERTS, LLAMA3_ROPE, MODELS, NAMES, everything, neurons
 
-from nemo_minitron.families import FAMILIES, from_hf
+from nemo_minitron.errors import InputError
+from nemo_minitron.families import FAMILIES, from_hf, read_config
 from nemo_minitron.families.bridge import LLAMA3
+from nemo_minitron.hosts import check_represented
 from nemo_minitron.pruning import prune
+from nemo_minitron.settings.orders import HOST
 
 WORKER = Path(__file__).with_name("families_worker.py")
 BRIDGE = any(name == "megatron-bridge" for names in metadata.packages_distributions().values() for name in names)
@@ -95,6 +98,16 @@ def test_transformers_logits(name, model, models, results):
     found = np.load(results / f"{name}-tp.npz")[model]
     assert expected.std() > 0.1
     assert np.abs(found - expected).max() < LOGITS_PICO_FP32
+
+
+def test_a_command_asks_its_host_before_it_loads_anything(models, monkeypatch):
+    config = read_config(models / "llama-own-teacher")
+    config["rope_scaling"] = {**LEGAL, "original_max_position_embeddings": 16}
+    monkeypatch.setenv(HOST, "nemo")
+    check_represented(config)
+    monkeypatch.setenv(HOST, "bridge")
+    with pytest.raises(InputError, match="old_context_len 16, and Megatron-Bridge's is always 8192"):
+        check_represented(config)
 
 
 @bridge
