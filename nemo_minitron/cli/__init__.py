@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -29,13 +30,22 @@ from nemo_minitron.errors import DISK, InputError, visible
 from nemo_minitron.hosts import HOST, host_name
 from nemo_minitron.schema import OUTPUT
 
+VERSION = "Print the version."
 COMMANDS: tuple[Callable[..., None], ...] = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
     report, recipes, doctor,
 )  # fmt: skip
 
 
+def _version(asked: bool) -> None:
+    """Prints the version and ends the command."""
+    if asked:
+        print(f"minitron {metadata.version('nemo_minitron')}")
+        raise typer.Exit
+
+
 def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help=VERSION)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. It may stand anywhere.")] = False,
     host: Annotated[str, typer.Option(help="What runs models: nemo or bridge. It may stand anywhere.")] = "",
 ) -> None:

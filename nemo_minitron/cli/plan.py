@@ -20,7 +20,7 @@ KEEP = "Sizes to keep, e.g. ffn=1024,layers=24. Beside a target: axes that are h
 DEPTH = "Criterion that chooses which layers are dropped: block_influence, or a depth criterion of the scores."
 CONTIGUOUS = "Drop layers as one block, if --depth scored blocks."
 ARCHITECTURE = "Folder or JSON file of a model, instead of scores; it only lists candidates."
-OUT = "File of the plan; a search writes candidates.csv and pareto.svg beside it."
+OUT = "File of the plan. For plan.json a search writes plan.candidates.csv and plan.pareto.svg beside it."
 BASELINE = "Baseline to plan instead: random units, or the least important ones (least)."
 WIDE = 140
 COLUMNS = {  # column -> heading, the unit that its numbers are divided by, format
@@ -59,7 +59,7 @@ def plan(
         print("nothing was written")
         return
     if outcome.rows:
-        print("written: " + ", ".join(map(str, write_candidates(out.parent, outcome, search.cost))))
+        print("written: " + ", ".join(map(str, write_candidates(out, outcome, search.cost))))
     if outcome.plan:
         outcome.plan.save(out)
         before, after = outcome.plan.source, outcome.plan.target

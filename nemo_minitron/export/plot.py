@@ -73,12 +73,12 @@ def _with_named_ids(drawing: str, name: str) -> str:
     return re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", drawing)
 
 
-def write_plot(folder: Path, plot: Plot) -> str:
-    """Writes NAME.svg and NAME.csv into `folder`; returns the SVG's text."""
-    drawing = svg(plot)
-    with atomic_file(folder / f"{plot.name}.svg") as temporary:
+def write_plot(folder: Path, plot: Plot, name: str = "") -> str:
+    """Writes NAME.svg and NAME.csv into `folder`, by default under the plot's name; returns the SVG's text."""
+    drawing, name = svg(plot), name or plot.name
+    with atomic_file(folder / f"{name}.svg") as temporary:
         temporary.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + drawing, encoding="utf-8")
-    write_rows(folder / f"{plot.name}.csv", plot.columns, plot.rows)
+    write_rows(folder / f"{name}.csv", plot.columns, plot.rows)
     return drawing
 
 

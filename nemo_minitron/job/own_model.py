@@ -26,7 +26,6 @@ from nemo_minitron.settings.search import Search
 from nemo_minitron.sources.open import config_of
 
 TARGETS = ("params", "memory", "keep")
-SHARE = re.compile(r"(0?\.\d+)x")
 SMALL = 10**9  # parameters; below it a short training takes the larger learning rate
 FULL = 0.8  # share of a GPU's memory that a step may take by our count, which leaves out buffers and the allocator
 
@@ -128,10 +127,9 @@ def _search(own: OwnModel, source: Architecture, scale: Scale, layout: Layout) -
     """What is searched for: nothing if the sizes are given."""
     if own.keep:
         return Search()
-    share = SHARE.fullmatch(own.params)
-    params = str(round(float(share[1]) * source.parameters())) if share else own.params
     divisors = f"tp={layout.tp}" if layout.tp > 1 else ""
-    return dataclasses.replace(scale.search, params=params, memory=own.memory, divisors=divisors)
+    search = dataclasses.replace(scale.search, params=own.params, memory=own.memory, divisors=divisors)
+    return search.for_model(source)
 
 
 def _data(own: OwnModel) -> Data:
