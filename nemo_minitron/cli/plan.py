@@ -9,6 +9,7 @@ import typer
 
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.json_types import JsonFields
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.options import Taking
 from nemo_minitron.schema import METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.search import Search
@@ -46,9 +47,11 @@ def plan(
     ] = False,
 ) -> None:
     """Choose what is kept: the best shape within a budget, or given sizes."""
+    from nemo_minitron.commands.place import check_file
     from nemo_minitron.commands.plan import run_plan, write_candidates
     from nemo_minitron.search import parse
 
+    check_file(out)
     outcome = run_plan(
         scores, parse.sizes(keep), search, architecture=architecture, depth=depth, contiguous=contiguous,
         baseline=baseline, seed=seed,
@@ -57,6 +60,8 @@ def plan(
         _show(outcome)
     if dry_run:
         print("nothing was written")
+        if architecture is None:
+            print("next: the same command without --dry-run")
         return
     if outcome.rows:
         print("written: " + ", ".join(map(str, write_candidates(out, outcome, search.cost))))
@@ -66,6 +71,8 @@ def plan(
         print(f"{out}: {before.parameters():,} -> {after.parameters():,} parameters")
     if outcome.remark:
         print(f"remark: {outcome.remark}")
+    if outcome.plan:
+        comes_next("prune", "MODEL", out, "STUDENT")
 
 
 def _show(outcome: Outcome) -> None:

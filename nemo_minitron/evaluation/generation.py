@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 
 def generate(
-    folder: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 48, precision: str = "bf16"
-) -> list[str]:
+    folder: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 48, precision: str = "bf16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:  # fmt: skip
     """The greedy continuation of each prompt, without the prompt; the same on every run.
 
     Prompts run one at a time, since a batch would need padding. The sampling settings of the folder's generation config
-    are ignored. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
+    are ignored. `progress(prompts done, all)` is called after each. Raises InputError for a folder without model or
+    tokenizer, and for an empty prompt.
     """
     tokenizer = _tokenizer(folder)
     encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
@@ -36,7 +38,11 @@ def generate(
         check_ids(ids.numpy(), tokenizer, from_hf(folder).vocab_size, prompt)
     model = load(folder, precision)
     _settle(model, tokenizer, max_new_tokens, do_sample=False)
-    return [_continue(model, tokenizer, ids) for ids in encoded]
+    texts = []
+    for ids in encoded:
+        texts.append(_continue(model, tokenizer, ids))
+        progress(len(texts), len(encoded))
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)

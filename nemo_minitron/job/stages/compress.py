@@ -29,6 +29,7 @@ from nemo_minitron.job.stages.generate import WRITE, trained_on
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_nemo_checkpoint, open_source
@@ -236,7 +237,7 @@ def report(run: Run) -> None:
 def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
     from nemo_minitron.data import Tokens
 
-    row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
+    row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation, lambda line: run.say(f"    {line}"))
     run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
     return row | {"stage": stage, "corpus": run.job.data.name}
 
@@ -248,5 +249,8 @@ def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
     prompts = list(settings.prompts)
     if not prompts:
         return []
-    texts = generate(folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision)
+    progress = Progress("generate: prompt", "tokens", settings.new_tokens, lambda line: run.say(f"    {line}"))
+    texts = generate(
+        folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision, progress=progress
+    )
     return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
