@@ -37,7 +37,7 @@ class Progress:
         now = time.monotonic()
         if now - self._said < SECONDS or done <= self._first:
             return
-        self._said, rate = now, (done - self._first) / (now - self._start)
+        self._said, rate = now, (done - self._first) / max(now - self._start, 1e-9)
         left = max(0, total - done) / rate
         self.say(f"> {self.what} {done:,}/{total:,}  {rate * self.scale:,.0f} {self.unit}/s  {left:,.0f} s left")
 

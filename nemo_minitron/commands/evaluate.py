@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_minitron.data import Tokens
+    from nemo_minitron.evaluation import Numbers
 
 
 def run_evaluate(
@@ -88,9 +89,14 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
             raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
 
 
-def measure(
+def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
+    """The numbers of `measured`, as plain values."""
+    return measured(folder, tokens, settings).as_dict()
+
+
+def measured(
     folder: Path, tokens: Tokens, settings: Evaluation, say: Callable[[str], None] = to_stderr
-) -> JsonObject:  # fmt: skip
+) -> Numbers:  # fmt: skip
     """Numbers of a Hugging Face folder on the first windows of a corpus of its tokens: loss in nats a token,
     perplexity, bits per byte, seconds. `say` prints a line of progress. Raises InputError."""
     from nemo_minitron.data import load_tokenizer, token_bytes
@@ -103,7 +109,7 @@ def measure(
     return evaluate(
         folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size,
         progress=progress,
-    ).as_dict()  # fmt: skip
+    )  # fmt: skip
 
 
 def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:

@@ -47,7 +47,7 @@ def corpus(world):
     """The prefix of the tokens of the text, as the command makes them in a folder that it removes."""
     from nemo_minitron.commands.corpus import tokenise
 
-    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "again" / "rows", 509).prefix
+    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "tokens" / "rows", 509).prefix
 
 
 def grams(world):

@@ -80,7 +80,7 @@ def test_a_killed_cache_goes_on_and_ends_with_the_same_bytes(world):
 
 def corpus(world):
     """The tokens of the text, as the command makes them in a folder that it removes."""
-    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "again" / "train", 509)
+    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "tokens" / "train", 512)
 
 
 @pytest.mark.slow
