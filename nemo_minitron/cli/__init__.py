@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from nemo_minitron.cli.cache_logits import cache_logits
+from nemo_minitron.cli.chat import chat
 from nemo_minitron.cli.compensate import compensate
 from nemo_minitron.cli.compress import compress
 from nemo_minitron.cli.distill import distill
@@ -22,6 +23,7 @@ from nemo_minitron.cli.finetune import finetune
 from nemo_minitron.cli.options import with_options
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
+from nemo_minitron.cli.push import push
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
@@ -32,8 +34,8 @@ from nemo_minitron.schema import OUTPUT
 
 VERSION = "Print the version."
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
-    report, recipes, doctor,
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, chat,
+    push, serving, report, recipes, doctor,
 )  # fmt: skip
 
 

@@ -51,6 +51,6 @@ def distill(
             skip_bad_lines=skip_bad_lines,
         )  # fmt: skip
         print(f"{out}: distilled on {trained.steps * trained.tokens_per_step:,} tokens")
-        comes_next("evaluate", out, "--data", validation or "HELD_OUT")
+        comes_next("chat", out, *(("--beside", teacher) if teacher else ()))
 
     machines.run(layout, out, command)

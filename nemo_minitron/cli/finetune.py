@@ -32,4 +32,4 @@ def finetune(
 
     trained = run_finetune(student, data, out, settings, layout)
     print(f"{out}: tuned in {trained.steps} steps of {trained.global_batch_size} rows")
-    comes_next("evaluate", out, "--data", "HELD_OUT")
+    comes_next("chat", out)

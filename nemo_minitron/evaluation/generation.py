@@ -37,7 +37,7 @@ def generate(
             raise InputError(f"the prompt {prompt!r} has no token; give at least one word")
         check_ids(ids.numpy(), tokenizer, from_hf(folder).vocab_size, prompt)
     model = load(folder, precision)
-    _settle(model, tokenizer, max_new_tokens, do_sample=False)
+    settle(model, tokenizer, max_new_tokens, do_sample=False)
     texts = []
     for ids in encoded:
         texts.append(_continue(model, tokenizer, ids))
@@ -75,7 +75,7 @@ def sample(
     if not left:
         return
     model = load(folder, precision)
-    _settle(model, tokenizer, max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    settle(model, tokenizer, max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     for first, rows in left:
         yield first, _draw(model, tokenizer, rows, [seed, first])
 
@@ -108,7 +108,8 @@ def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return open_tokenizer(folder)
 
 
-def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **how: object) -> None:
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **how: object) -> None:
+    """Sets how `model.generate` writes: at most so many tokens, until the model ends the text, and as `how` says."""
     from transformers import GenerationConfig
 
     eos = model.generation_config.eos_token_id

@@ -26,7 +26,7 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
     """
     folder, base = Path(folder), Path(base_folder)
     architecture = from_hf(folder)
-    _check_weights(folder, architecture)
+    check_weights(folder, architecture)
     same_vocabulary = architecture.vocab_size == from_hf(base).vocab_size
     for name, file in side_files(base, TOKENIZER):
         _take_tokenizer_file(folder / name, file, same_vocabulary)
@@ -57,7 +57,7 @@ def _as_copied(file: Path) -> bytes:
         return (scratch / file.name).read_bytes()
 
 
-def _check_weights(folder: Path, architecture: Architecture) -> None:
+def check_weights(folder: Path, architecture: Architecture) -> None:
     """Raises InputError unless the folder has exactly the tensors that its config needs, in their shapes."""
     stored = stored_shapes(folder)
     shapes = architecture.shapes()

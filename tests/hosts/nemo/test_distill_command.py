@@ -55,7 +55,7 @@ def test_a_student_of_uneven_stages_with_all_losses_and_a_corrected_teacher(worl
     before, after = raw_tensors(folder / "student"), raw_tensors(folder / "out")
     assert all(not np.array_equal(before[name], after[name]) for name in before)
     assert [row["step"] for row in csv.DictReader((folder / "out" / "validation.csv").open())] == ["2", "4"]
-    assert f"next: minitron evaluate out --data {MORE['validation']}" in done.stdout
+    assert "next: minitron chat out --beside teacher" in done.stdout
     assert not (folder / ".out.work").exists()
 
 
