@@ -18,15 +18,13 @@ def run_chat(
     """`minitron chat`: answers each line with every model of `models` (name -> folder, hub id or NeMo checkpoint), and
     writes the answers to `out` while they are made. Gives the number of lines. With several models each answer begins
     with its model's name. Raises InputError, before a model is loaded, for what is no model."""
-    from nemo_minitron.evaluation.chat import Speaker
+    from nemo_minitron.evaluation.chat import Speaker, seed_draws
     from nemo_minitron.families import from_hf
 
     for model in models.values():
         from_hf(config_of(model))
     begin(f"loading {' and '.join(models.values())}")
-    import torch
-
-    torch.manual_seed(seed)
+    seed_draws(seed)
     with contextlib.ExitStack() as stack:
         speakers = {}
         for name, model in models.items():

@@ -83,6 +83,13 @@ class Speaker:
         return first if len(messages) > first + 1 else None
 
 
+def seed_draws(seed: int) -> None:
+    """Makes the draws of all speakers those of a seed."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
 def _stream(tokenizer: Any, show: Callable[[str], None]) -> Any:
     """transformers' streamer, which gives whole words to `show` and keeps them in `parts`."""
     from transformers import TextStreamer

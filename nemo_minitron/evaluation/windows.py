@@ -40,7 +40,7 @@ class Windows:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(arrays["nats"], arrays["likeliest"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"the teacher's windows '{path}' cannot be read ({error}); remove the file") from None
 
     def beside(self, teacher: Windows) -> JsonObject:

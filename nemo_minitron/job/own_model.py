@@ -135,16 +135,20 @@ def _search(own: OwnModel, source: Architecture, scale: Scale, layout: Layout) -
 def _data(own: OwnModel) -> Data:
     """The text, with a part of it held out if no other text is given."""
     from nemo_minitron.data import prefix_of
-    from nemo_minitron.data.text import HELD_OUT, JSONL, REST, parted
+    from nemo_minitron.data.files import TEXT, kind_of
+    from nemo_minitron.data.text import HELD_OUT, REST, source_of, with_field
 
-    name, split = parted(own.data)
+    data = with_field(own.data, own.field)
+    source = source_of(data)
+    name, split, field = source
     if own.test:
-        return Data(train=own.data, test=own.test)
-    if Path(name).suffix in JSONL and split is None:
-        return Data(train=f"{name}@{REST}", test=f"{name}@{HELD_OUT}")
+        return Data(train=data, test=with_field(own.test, own.field))
+    if source.is_file and kind_of(name) not in TEXT and split is None:
+        train, test = (with_field(f"{name}@{part}", field) for part in (REST, HELD_OUT))
+        return Data(train=train, test=test)
     if split is not None or prefix_of(name) is not None or Path(name).is_file():
         raise InputError(f"'{own.data}' has no part that can be held out; give held-out text with --test")
-    return Data(train=own.data, test=own.data)
+    return Data(train=data, test=data)
 
 
 def _name(model: str, size: str) -> str:
