@@ -18,6 +18,7 @@ from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
 from nemo_minitron.commands.corpus import begin, corpus_identity, positions_of, say, tokenise
 from nemo_minitron.commands.place import check_writable, working
+from nemo_minitron.commands.training_card import write_training_card
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, resolve, written_config
@@ -225,6 +226,7 @@ def run_distill(
             base, taught, prefixes, training, fit.settings, layout.for_depth(depth), work / "log.txt", plan=plan
         )
         export_student(training, base, out, identity)
+        write_training_card(out, student, teacher, taught, data, fit.settings)
     return fit.settings
 
 

@@ -70,6 +70,19 @@ def svg(plot: Plot, width: float = WIDTH) -> str:
     return _with_named_ids(text[text.index("<svg") :], name)
 
 
+def png(plot: Plot) -> bytes:
+    """The figure as a PNG on white, for places that show no SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
+        plot.draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def in_page(drawing: str) -> str:
     """The same drawing with the page's colours in place of fixed ones: they follow its light or dark scheme."""
     return re.sub(

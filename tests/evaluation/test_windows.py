@@ -7,7 +7,7 @@ import pytest
 from pico import pico_llama
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation import Windows, evaluate
+from nemo_minitron.evaluation import Windows, evaluate, speed
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,12 @@ def stages(job: Job) -> list[Stage]:
         Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), (*shown, names.speed)),
         *([MEASURE] if job.evaluation.benchmarks else []),
         Stage(
-            "report", report, _report_inputs, ("evaluate student",), (names.report, names.card), _made(names.figures)
+            "report",
+            report,
+            _report_inputs,
+            ("evaluate student",),
+            (names.report, names.card),
+            _made(names.figures, f"{names.student}/{names.figures}"),
         ),
     ]
 
