@@ -165,5 +165,5 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     manifest = run.manifest
     versions = sorted((manifest.versions if manifest else {}).items())
     digests = [(f"digest of {name}", value) for name, value in sorted((manifest.digests if manifest else {}).items())]
-    plan = [("digest of the plan", run.plan.digest)] if run.plan else []
-    return [*versions, *digests, *plan]
+    plan = [("digest of plan", run.plan.digest)] if run.plan else []
+    return [*versions, *digests, *(row for row in plan if row not in digests)]

@@ -7,7 +7,7 @@ import pytest
 from pico import pico_llama
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation import Windows, evaluate, speed
+from nemo_minitron.evaluation import Windows, evaluate, speeds
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,26 @@ def test_damaged_windows(tmp_path, raw):
         Windows.load(tmp_path / "windows.npz")
 
 
-def test_the_speed_of_an_answer(models, monkeypatch):
+@pytest.mark.parametrize("together", [True, False])
+def test_the_speeds_of_answers(models, monkeypatch, together):
     """A clock that every look moves on by a second: one second to the first token, and one for all that follow."""
-    ticks = iter(range(1000))
-    room = sys.modules["nemo_minitron.evaluation.speed"]  # the function has the name of its module
+    room = sys.modules["nemo_minitron.evaluation.speed"]
+    ticks, order = iter(range(1000)), []
+    answer = room._answer
     monkeypatch.setattr(room.time, "perf_counter", lambda: float(next(ticks)))
-    found = speed(models[0], precision="fp32", prompt=300, new=8)  # the model has 256 positions
-    assert (found["latency"], found["tokens_per_second"], found["prompt"], found["new"]) == (1.0, 8.0, 248, 8)
-    assert found["precision"] == "fp32"
-    assert found["device"].startswith("CPU, ")
+    monkeypatch.setattr(room, "_answer", lambda model, *rest: (order.append(id(model)), answer(model, *rest))[1])
+    monkeypatch.setattr(room, "_fit_together", lambda folders: together)
+    found = speeds(dict(zip("ab", models, strict=True)), precision="fp32", prompt=300, new=8)  # of 256 positions
+    for row in found.values():
+        assert (row["latency"], row["tokens_per_second"], row["prompt"], row["new"]) == (1.0, 8.0, 248, 8)
+        assert (row["precision"], row["in_turn"]) == ("fp32", together)
+        assert row["device"].startswith("CPU, ")
+    a, b = order[0], next(other for other in order if other != order[0])
+    assert order == ([a, b] * 3 if together else [a] * 3 + [b] * 3)
+
+
+def test_models_that_do_not_fit_together(models, monkeypatch):
+    room = sys.modules["nemo_minitron.evaluation.speed"]
+    assert room._fit_together(models)
+    monkeypatch.setattr(room.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
+    assert not room._fit_together(models)

@@ -58,7 +58,7 @@ def run(tmp_path, scores, width_plan):
     rows = json.loads((folder / "numbers.json").read_text())
     rows[0] |= {"gap": 1.3716, "gap_error": 0.01, "agreement": 0.612, "agreement_error": 0.004}
     write(folder, "numbers.json", rows)
-    timed = {"prompt": 256, "new": 32, "precision": "bf16", "device": "CPU, 2 threads"}
+    timed = {"prompt": 256, "new": 32, "precision": "bf16", "device": "CPU, 2 threads", "in_turn": True}
     speeds = {"teacher": (1.25, 17.04), "distilled": (0.8, 21.0)}
     write(folder, "speed.json", {
         stage: timed | {"latency": latency, "tokens_per_second": rate} for stage, (latency, rate) in speeds.items()

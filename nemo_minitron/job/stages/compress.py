@@ -229,7 +229,7 @@ def evaluate_student(run: Run) -> None:
     write_json(run.folder.numbers, [*numbers, _measure(run, "distilled", student)])
     samples = [row for row in read_samples(run.folder.samples) if row["stage"] != "distilled"]
     write_json(run.folder.samples, [*samples, *_continue(run, "distilled", student)])
-    write_json(run.folder.speed, {"teacher": _speed(run, teacher_folder(run)), "distilled": _speed(run, student)})
+    write_json(run.folder.speed, _speeds(run, {"teacher": teacher_folder(run), "distilled": student}))
 
 
 def report(run: Run) -> None:
@@ -256,12 +256,14 @@ def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
     return row
 
 
-def _speed(run: Run, folder: Path) -> JsonObject:
-    from nemo_minitron.evaluation import speed
+def _speeds(run: Run, models: dict[str, Path]) -> dict[str, JsonObject]:
+    from nemo_minitron.evaluation import speeds
 
-    took = speed(folder, precision=run.job.evaluation.precision)
-    run.say(f"    {folder.name}: {took['latency']:.3f} s to the first token, {took['tokens_per_second']:,.1f} tokens/s")
-    return took
+    found = speeds(models, precision=run.job.evaluation.precision)
+    for name, took in found.items():
+        rate = f"{took['tokens_per_second']:,.1f} tokens/s"
+        run.say(f"    {name:10} {took['latency']:.3f} s to the first token, then {rate}")
+    return found
 
 
 def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
