@@ -31,7 +31,7 @@ NUMBERS = listed(grouped({"stage": text(), "corpus": text(), "bits_per_byte": ma
     "loss_error": maybe(number(0)), "gap": number(), "gap_error": maybe(number(0)), "agreement": number(0),
     "agreement_error": maybe(number(0))}))  # fmt: skip
 SPEED = mapped(grouped({"latency": number(0), "tokens_per_second": number(0), "prompt": whole(), "new": whole(),
-    "precision": text(), "device": text(), "in_turn": flag()}))  # fmt: skip
+    "precision": text(), "device": text(), "in_turn": flag}))  # fmt: skip
 BENCHMARKS = mapped(mapped(mapped(number())))
 SAMPLES = listed(grouped({"stage": text(), "prompt": text(), "text": text()}))
 LAST = grouped({"checkpoint": INSIDE}, {"stopped": whole()})
