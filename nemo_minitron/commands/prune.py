@@ -9,6 +9,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.commands.corpus import begin
 from nemo_minitron.commands.place import check_writable
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
@@ -45,6 +46,7 @@ def run_prune(
 
     check_writable(out)
     path, loaded = resolve(model), PrunePlan.load(plan)
+    begin(f"cutting {model}")
     if extras == Extras() and not is_nemo_checkpoint(path):
         return from_hf(prune(path, loaded, out, overwrite=overwrite))
     nemo = is_nemo_checkpoint(path)
