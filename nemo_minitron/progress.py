@@ -42,6 +42,22 @@ class Progress:
         self.say(f"> {self.what} {done:,}/{total:,}  {rate * self.scale:,.0f} {self.unit}/s  {left:,.0f} s left")
 
 
+class SoFar:
+    """Says `> WHAT 1,234,567 tokens  120,000 tokens/s`, at most every ten seconds, of work whose end is not known."""
+
+    def __init__(self, what: str, unit: str, say: Callable[[str], None] = to_stderr) -> None:
+        self.what, self.unit, self.say = what, unit, say
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        """Says that `done` are done, if the last line is old enough."""
+        now = time.monotonic()
+        if now - self._said < SECONDS:
+            return
+        self._said, rate = now, done / max(now - self._start, 1e-9)
+        self.say(f"> {self.what} {done:,} {self.unit}  {rate:,.0f} {self.unit}/s")
+
+
 def of_bytes(what: str, say: Callable[[str], None] = to_stderr) -> Progress:
     """Progress of a copy, whose steps are megabytes."""
     return Progress(what, "MB", say=say)

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_minitron import progress
-from nemo_minitron.progress import SECONDS, Progress
+from nemo_minitron.progress import SECONDS, Progress, SoFar
 
 
 @pytest.fixture
@@ -34,3 +34,13 @@ def test_what_was_done_before_does_not_count(clock):
     shown(30, 40)  # nothing yet
     shown(35, 40)
     assert lines == ["> generate: document 35/40  0 steps/s  10 s left"]
+
+
+def test_work_without_a_known_end(clock):
+    lines = []
+    shown = SoFar("tokenise:", "tokens", lines.append)
+    shown(5)  # too early
+    clock[0] += SECONDS
+    shown(1_200_000)
+    shown(1_300_000)  # too soon after the last line
+    assert lines == ["> tokenise: 1,200,000 tokens  120,000 tokens/s"]

@@ -22,6 +22,7 @@ from nemo_minitron.data.text import BadLines, raw_documents, source_of
 from nemo_minitron.data.vocabulary import chat_template, load_tokenizer, parts_of, tokenizer_digest
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
+from nemo_minitron.progress import SoFar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,6 +245,7 @@ def _tokenise(
     vocab_size: int | None,
 ) -> Corpus:
     content, out = Content(texts), Writer(prefix, largest_id(tokenizer) + 1)
+    progress = SoFar("tokenise:", "tokens")
     for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
         for piece, ids in zip(batch, encoded(tokenizer, batch), strict=True):
             if isinstance(ids, InputError):
@@ -254,6 +256,7 @@ def _tokenise(
                 out.add(ids)
             if piece.last and not out.close(tokenizer.eos_token_id):
                 content.forget(piece.document)
+        progress(out.tokens)
     check_ids(np.array([tokenizer.eos_token_id]), tokenizer, vocab_size, source)
     out.builder.finalize(str(with_ending(prefix, ".idx")))
     return Corpus(
