@@ -10,9 +10,9 @@ from nemo_minitron.export import write_report
 pytestmark = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed here (Debian: chromium)")
 WIDTHS = (390, 768, 1280)
 BEYOND = """
-[...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+[...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
   .map(e => e.tagName + "." + e.getAttribute("class")).concat(
-    document.documentElement.scrollWidth > innerWidth ? ["the page scrolls sideways"] : [])
+    document.documentElement.scrollWidth > document.documentElement.clientWidth ? ["the page scrolls sideways"] : [])
 """
 OVERLAPS = """
 [...document.querySelectorAll(".tiles"), ...document.querySelectorAll("svg")].flatMap(box => {
