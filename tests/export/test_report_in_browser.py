@@ -10,7 +10,8 @@ from nemo_minitron.export import write_report
 pytestmark = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed here (Debian: chromium)")
 WIDTHS = (390, 768, 1280)
 BEYOND = """
-[...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+[...document.querySelectorAll("body *")]
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
   .map(e => e.tagName + "." + e.getAttribute("class")).concat(
     document.documentElement.scrollWidth > document.documentElement.clientWidth ? ["the page scrolls sideways"] : [])
 """
