@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.records import read_curve
@@ -14,6 +15,10 @@ from nemo_minitron.pruning.cut import PLAN
 from nemo_minitron.settings.recipe import Distillation
 from nemo_minitron.sources.tensors import ModelSource
 
+if TYPE_CHECKING:
+    from nemo_minitron.export.run import RunFiles
+
+SHOWN = ("loss", "steps", "precision", "learning_rate")
 PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "transformers")
 
 
@@ -24,37 +29,37 @@ def write_training_card(
     learned from a cache, and the card compares it with the model of its plan, or with itself."""
     from nemo_minitron.export import CardFacts, write_card, write_card_figures
     from nemo_minitron.export.folder import dtype_of, has_chat_template
-    from nemo_minitron.export.run import RunFiles
 
     plan = PrunePlan.load(out / PLAN) if (out / PLAN).is_file() else None
-    target = from_hf(out)
-    source = taught.architecture if taught else plan.source if plan else target
-    record, keys = TrainingFolder(out), ("step", "tokens", "loss")
-    curve, validation = (
-        read_curve(file, keys) if file.is_file() else [] for file in (record.losses, record.validation)
-    )  # fmt: skip
-    run = RunFiles(out, recipe={"distillation": {"loss": recipe.loss}}, curve=curve, validation=validation)
+    target, base = from_hf(out), teacher or student
     tokens = recipe.steps * recipe.tokens_per_step
-    write_card(out, CardFacts(
+    facts = CardFacts(
         name=out.resolve().name,
-        base_model=Path(teacher or student).name if Path(teacher or student).exists() else teacher or student,
+        base_model=Path(base).name if Path(base).exists() else base,
         base_folder=taught.folder if taught else None,
-        source=source,
+        source=taught.architecture if taught else plan.source if plan else target,
         target=target,
         plan_digest=plan.digest if plan else "",
         dtype=dtype_of(out),
         chats=has_chat_template(out),
-        figures=write_card_figures(out, run),
+        figures=write_card_figures(out, _records(out, recipe)),
         command=_command(out, student, teacher, data, recipe, tokens),
         data=[{"name": data, "license": "unknown", "use": "distillation"}],
-        distillation={
-            "loss": recipe.loss, "tokens": tokens, "steps": recipe.steps, "precision": recipe.precision,
-            "learning_rate": recipe.learning_rate,
-        },
+        distillation={"tokens": tokens, **{name: getattr(recipe, name) for name in SHOWN}},
         versions=_versions(),
         language=None,
         limits=["It was not evaluated by the command that made it."],
-    ))  # fmt: skip
+    )
+    write_card(out, facts)
+
+
+def _records(out: Path, recipe: Distillation) -> RunFiles:
+    """What a figure reads of a training: its losses, on the text and on held-out text."""
+    from nemo_minitron.export.run import RunFiles
+
+    files, keys = TrainingFolder(out), ("step", "tokens", "loss")
+    curve, validation = (read_curve(f, keys) if f.is_file() else [] for f in (files.losses, files.validation))
+    return RunFiles(out, recipe={"distillation": {"loss": recipe.loss}}, curve=curve, validation=validation)
 
 
 def _command(out: Path, student: str, teacher: str | None, data: str, recipe: Distillation, tokens: int) -> str:

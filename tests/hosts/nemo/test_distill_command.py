@@ -57,6 +57,12 @@ def test_a_student_of_uneven_stages_with_all_losses_and_a_corrected_teacher(worl
     assert [row["step"] for row in csv.DictReader((folder / "out" / "validation.csv").open())] == ["2", "4"]
     assert "next: minitron chat out --beside teacher" in done.stdout
     assert not (folder / ".out.work").exists()
+    card = (folder / "out" / "README.md").read_text()
+    assert "forward_kl" not in card
+    assert f"reverse_kl, {BASE['tokens']:,} tokens" in card.replace("\\_", "_")
+    assert f"| {plan.source.num_layers} | {plan.target.num_layers} |" in card
+    assert "![Distillation](figures/distillation.png)" in card
+    assert (folder / "out" / "figures" / "distillation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
