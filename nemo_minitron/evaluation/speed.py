@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-PROMPT, NEW = 256, 32  # tokens of the prompt, and tokens written after it
+PROMPT, NEW = 256, 16  # tokens of the prompt, and tokens written after it
+LONGEST = 60  # seconds after which no further round begins
 
 
 def speeds(
     models: Mapping[str, str | Path], *, precision: str = "bf16", prompt: int = PROMPT, new: int = NEW, repeat: int = 3
 ) -> dict[str, JsonObject]:  # fmt: skip
     """For each of `models` (name -> folder): seconds until the first token after `prompt` tokens (`latency`), and
-    tokens a second of the `new` ones after it, one sequence, greedy; the medians of `repeat`, after one pass to warm
-    up. Also the precision, the `device`, and whether the models took turns.
+    tokens a second of the `new` ones after it, one sequence, greedy; the medians of up to `repeat` rounds, after one
+    pass to warm up. Also the precision, the `device`, and whether the models took turns.
 
     They take turns if memory holds them all, so that what else the machine does slows each of them alike. It is
     transformers' time, not that of a serving engine, so use it to compare models. Raises InputError as `load`.
@@ -51,7 +52,10 @@ def _in_turn(
     with torch.inference_mode():
         for model in loaded.values():
             model(ids.to(model.device), use_cache=False)
-        for _ in range(repeat):
+        begun = time.monotonic()
+        for number in range(repeat):
+            if number and time.monotonic() - begun > LONGEST:
+                break
             for name, model in loaded.items():
                 runs[name].append(_answer(model, ids.to(model.device), new))
     rest: JsonObject = {"prompt": prompt, "new": new, "precision": precision, "in_turn": True}

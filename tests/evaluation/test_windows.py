@@ -83,3 +83,12 @@ def test_models_that_do_not_fit_together(models, monkeypatch):
     assert room._fit_together(models)
     monkeypatch.setattr(room.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
     assert not room._fit_together(models)
+
+
+def test_a_slow_machine_does_one_round(models, monkeypatch):
+    room = sys.modules["nemo_minitron.evaluation.speed"]
+    rounds, answer = [], room._answer
+    monkeypatch.setattr(room, "_answer", lambda *asked: (rounds.append(1), answer(*asked))[1])
+    monkeypatch.setattr(room, "LONGEST", -1)
+    speeds(dict(zip("ab", models, strict=True)), precision="fp32", prompt=8, new=2)
+    assert len(rounds) == 2
