@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 
-.PHONY: venv venv-bridge demo test test-bridge test-gpu lint clean
+.PHONY: venv venv-bridge demo test test-bridge test-gpu lint docs clean
 
 venv: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ demo: venv
 	@echo "make demo: SmolLM2-135M -> 108M by width: score, cut, distil, export, report (10 to 15 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/minitron compress recipes/smollm2_135m_to_108m_width.py --out runs/demo \
 	  && echo "make demo: done in $$((SECONDS - start)) s; open runs/demo/report.html"
+
+docs: venv
+	@echo "make docs: the documentation as a site in site/, strictly (half a minute)"
+	@$(BIN)/pip install -q -c constraints.txt 'mkdocs-material>=9.5' && $(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
 
 test: venv lint
 	@echo "make test: every test on this machine, real processes over gloo (12 to 25 minutes on two cores)"

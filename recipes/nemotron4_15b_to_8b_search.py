@@ -18,6 +18,7 @@ def recipe() -> Job:
         data=h100.NEMOTRON_DATA,
         search=Search(
             params="8.27B",
+            tolerance="5%",
             space="layers=29,30,31,32;heads=32,48;ffn=2.5x,3x,3.5x,4x;hidden=4096,4608,5120,5632,6144",
             maximal=False,
             candidates=20,

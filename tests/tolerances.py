@@ -118,3 +118,4 @@ SMALL_LOSS_FP32 = 2e-3
 
 # First gradients of a pico mixture, through fp32 layers and back, against float64's. Relative to the tensor's largest.
 FIRST_GRADIENT_FP32 = 2e-4
+CONTRAST = 4.5  # of words on their background: WCAG 2.2, level AA, text of any size

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.artifacts.parse import SHA256, Kind, grouped, listed, mapped, maybe, number, shown, text, whole
+from nemo_minitron.artifacts.parse import SHA256, Kind, flag, grouped, listed, mapped, maybe, number, shown, text, whole
 from nemo_minitron.errors import InputError
 
 
@@ -27,7 +27,12 @@ INSIDE = text(re.compile(r"(?!\.\.?(/|$))[^/\0]+(/(?!\.\.?(/|$))[^/\0]+)*"), "a 
 PATH = text(re.compile(r"[^\0]+"), "a path")
 
 NUMBERS = listed(grouped({"stage": text(), "corpus": text(), "bits_per_byte": maybe(number()), "seconds": number(0),
-    "tokens": whole(), "parameters": whole(), "loss": number(), "perplexity": number()}))  # fmt: skip
+    "tokens": whole(), "parameters": whole(), "loss": number(), "perplexity": number()}, {
+    "loss_error": maybe(number(0)), "gap": number(), "gap_error": maybe(number(0)), "agreement": number(0),
+    "agreement_error": maybe(number(0))}))  # fmt: skip
+SPEED = mapped(grouped({"latency": number(0), "tokens_per_second": number(0), "prompt": whole(), "new": whole(),
+    "precision": text(), "device": text(), "in_turn": flag}))  # fmt: skip
+BENCHMARKS = mapped(mapped(mapped(number())))
 SAMPLES = listed(grouped({"stage": text(), "prompt": text(), "text": text()}))
 LAST = grouped({"checkpoint": INSIDE}, {"stopped": whole()})
 CANDIDATES = listed(grouped({"name": NAME, "parameters": whole()}), least=1)

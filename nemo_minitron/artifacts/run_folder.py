@@ -106,6 +106,8 @@ class RunFolder(CutFolder):
     distilled = Name("checkpoints/distilled")
     numbers = Name("numbers.json")
     samples = Name("samples.json")
+    windows = Name("windows.npz")  # what the teacher says of each held-out window
+    speed = Name("speed.json")
     benchmarks = Name("benchmarks.json")
     student = Name("student")
     card = Name("student/README.md")

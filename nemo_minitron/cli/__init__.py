@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from nemo_minitron.cli.cache_logits import cache_logits
+from nemo_minitron.cli.chat import chat
 from nemo_minitron.cli.compensate import compensate
 from nemo_minitron.cli.compress import compress
 from nemo_minitron.cli.distill import distill
@@ -21,6 +23,7 @@ from nemo_minitron.cli.finetune import finetune
 from nemo_minitron.cli.options import with_options
 from nemo_minitron.cli.plan import plan
 from nemo_minitron.cli.prune import prune
+from nemo_minitron.cli.push import push
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
@@ -30,13 +33,22 @@ from nemo_minitron.hosts import host_name
 from nemo_minitron.schema import OUTPUT
 from nemo_minitron.settings.orders import HOST
 
+VERSION = "Print the version."
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, serving,
-    report, recipes, doctor,
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, chat,
+    push, serving, report, recipes, doctor,
 )  # fmt: skip
 
 
+def _version(asked: bool) -> None:
+    """Prints the version and ends the command."""
+    if asked:
+        print(f"minitron {metadata.version('nemo_minitron')}")
+        raise typer.Exit
+
+
 def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help=VERSION)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. It may stand anywhere.")] = False,
     host: Annotated[str, typer.Option(help="What runs models: nemo or bridge. It may stand anywhere.")] = "",
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.artifacts.cache_settings import CacheSettings
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
@@ -46,3 +47,4 @@ def cache_logits(
     size = sum(file.stat().st_size for file in out.glob("*.logits"))
     tokens = header.rows * header.settings.sequence_length
     print(f"{out}: {header.rows:,} rows, {tokens:,} tokens, {size / tokens:.1f} bytes a token")
+    comes_next("distill", "STUDENT", "--teacher-cache", out, "--data", data, "--out", "DISTILLED")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.cli.options import Data, SkipBadLines, Taking
 from nemo_minitron.launch.stall import SECONDS
@@ -40,3 +41,4 @@ def compensate(
         skip_bad_lines=skip_bad_lines,
     )  # fmt: skip
     print(f"{out}: {len(compensation.tensors)} matrices")
+    comes_next("prune", model, plan, "STUDENT", "--compensation", out)

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Machines, Stall
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
@@ -50,5 +51,6 @@ def distill(
             skip_bad_lines=skip_bad_lines,
         )  # fmt: skip
         print(f"{out}: distilled on {trained.steps * trained.tokens_per_step:,} tokens")
+        comes_next("chat", out, *(("--beside", teacher) if teacher else ()))
 
     machines.run(layout, out, command)

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Machines, Stall
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
@@ -37,5 +38,6 @@ def estimate(
         print(f"{out}: {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
         for line in describe_scores(scores):
             print(f"  {line}")
+        comes_next("plan", out, "--params", "0.7x")
 
     machines.run(layout, out, command)

@@ -52,3 +52,4 @@ def evaluate(
     lines += [f"{task}  {metric:24}{value}" for task, row in results.items() for metric, value in row.items()]
     lines += [*(f"draft  {name:12}{value}" for name, value in draft.items()), *commands]
     print("\n".join(lines))
+    print(f"written: {draft_out}" if draft_out else "nothing was written; --json > FILE keeps the numbers")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import MODEL, OUTPUT
@@ -31,3 +32,4 @@ def finetune(
 
     trained = run_finetune(student, data, out, settings, layout)
     print(f"{out}: tuned in {trained.steps} steps of {trained.global_batch_size} rows")
+    comes_next("chat", out)

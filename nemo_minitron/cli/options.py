@@ -17,13 +17,17 @@ from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import MODEL, PANELS, Setting, asked_for, settings_of
 from nemo_minitron.settings.numbers import EXAMPLES, whole_number
+from nemo_minitron.settings.own_model import FIELD
 
-SOURCES = "Text file, JSONL file, .bin/.idx prefix, or `datasets` source NAME, NAME:CONFIG, NAME@SPLIT"
+SOURCES = (
+    "Text, JSONL, CSV or Parquet file or pattern, .bin/.idx prefix, or `datasets` source NAME, NAME:CONFIG, NAME@SPLIT"
+)
 Data = Annotated[
     str, typer.Option("--data", help=f"{SOURCES}. Without @SPLIT: the train split.", rich_help_panel=MODEL)
 ]
 SKIP = "Leave out lines that cannot be read, and say how many."
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help=SKIP, rich_help_panel=MODEL)]
+WITH_FIELD = ("data", "validation")  # options whose source takes the field of --field
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CONTEXT = "command_line"
 
@@ -100,6 +104,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         context = values.pop(CONTEXT)
+        if takes_field and (field := values.pop("field")):
+            from nemo_minitron.data.text import with_field
+
+            values |= {name: with_field(values[name], field) for name in WITH_FIELD if values.get(name)}
         given = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
         arguments = {name: group.build(given) for name, group in groups.items()}
         arguments |= {name: values[name] for name in declared if name not in groups}
@@ -109,7 +117,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             arguments[name] = dataclasses.replace(arguments[name], job=[command.__name__, same])
         command(**arguments)
 
+    takes_field = "data" in declared and get_args(declared["data"].annotation)[0] in (str, Optional[str])
     parameters = [parameter for name in declared for parameter in _expanded(declared[name], groups.get(name))]
+    if takes_field:
+        option = typer.Option(help=FIELD, rich_help_panel=MODEL)
+        parameters.append(inspect.Parameter("field", KEYWORD, default="", annotation=Annotated[str, option]))
     parameters.sort(key=_panel)
     context = inspect.Parameter(CONTEXT, KEYWORD, annotation=typer.Context)
     run.__name__, run.__doc__ = command.__name__, command.__doc__

@@ -9,6 +9,7 @@ import typer
 
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.json_types import JsonFields
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.options import Taking
 from nemo_minitron.schema import METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.search import Search
@@ -20,7 +21,7 @@ KEEP = "Sizes to keep, e.g. ffn=1024,layers=24. Beside a target: axes that are h
 DEPTH = "Criterion that chooses which layers are dropped: block_influence, or a depth criterion of the scores."
 CONTIGUOUS = "Drop layers as one block, if --depth scored blocks."
 ARCHITECTURE = "Folder or JSON file of a model, instead of scores; it only lists candidates."
-OUT = "File of the plan; a search writes candidates.csv and pareto.svg beside it."
+OUT = "File of the plan. For plan.json a search writes plan.candidates.csv and plan.pareto.svg beside it."
 BASELINE = "Baseline to plan instead: random units, or the least important ones (least)."
 WIDE = 140
 COLUMNS = {  # column -> heading, the unit that its numbers are divided by, format
@@ -46,9 +47,11 @@ def plan(
     ] = False,
 ) -> None:
     """Choose what is kept: the best shape within a budget, or given sizes."""
+    from nemo_minitron.commands.place import check_file
     from nemo_minitron.commands.plan import run_plan, write_candidates
     from nemo_minitron.search import parse
 
+    check_file(out)
     outcome = run_plan(
         scores, parse.sizes(keep), search, architecture=architecture, depth=depth, contiguous=contiguous,
         baseline=baseline, seed=seed,
@@ -57,15 +60,19 @@ def plan(
         _show(outcome)
     if dry_run:
         print("nothing was written")
+        if architecture is None:
+            print("next: the same command without --dry-run")
         return
     if outcome.rows:
-        print("written: " + ", ".join(map(str, write_candidates(out.parent, outcome, search.cost))))
+        print("written: " + ", ".join(map(str, write_candidates(out, outcome, search.cost))))
     if outcome.plan:
         outcome.plan.save(out)
         before, after = outcome.plan.source, outcome.plan.target
         print(f"{out}: {before.parameters():,} -> {after.parameters():,} parameters")
     if outcome.remark:
         print(f"remark: {outcome.remark}")
+    if outcome.plan:
+        comes_next("prune", "MODEL", out, "STUDENT")
 
 
 def _show(outcome: Outcome) -> None:

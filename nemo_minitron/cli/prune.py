@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nemo_minitron.cli.closing import beside, comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.cli.options import Taking
 from nemo_minitron.launch.stall import SECONDS
@@ -43,3 +44,5 @@ def prune(
     for sentence in (*remarks(config), remark_on(student, config)):
         if sentence:
             print(f"remark: {sentence}")
+    if (out / "config.json").is_file():  # a NeMo checkpoint is trained by the user's own script
+        comes_next("distill", out, "--teacher", model, "--data", "TEXT", "--out", beside(out, "distilled"))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.schema import OUTPUT
 
@@ -25,3 +26,4 @@ def rank_tokens(
     scores = run(model, data, out, skip_bad_lines)
     counts = scores.notes["vocab"]
     print(f"{out}: {counts['seen']:,} of {len(scores['vocab']):,} tokens occur in {counts['tokens']:,}")
+    comes_next("plan", out, "--keep", f"vocab={counts['seen']}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.schema import OUTPUT
 
 
@@ -14,7 +15,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of `minitron com
     """Write report.html, its figures, and a CSV file for each figure."""
     from nemo_minitron.export import write_report
 
-    print(write_report(run))
+    print(f"{write_report(run)}: one file for a browser; its figures and their data are in {RunFolder(run).figures}")
 
 
 def doctor(

@@ -9,11 +9,11 @@ from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
 from nemo_minitron.artifacts.temporary import sweep
-from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.hosts import check_model, host_of
-from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.fp8 import check_tokens
@@ -48,8 +48,8 @@ def run_cache(
     layout.check_sequence(settings.sequence_length)
     check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
     _check_out(out)
-    work = cache_of(out)
-    with locked(work):
+    begin(f"caching logits of {model} on {data}")
+    with working(out) as work:
         tokens = tokenise(data, source.folder, work / "train", source.architecture.vocab_size, skip_bad_lines)
         fit.text(tokens)
         say(fit.remark)
@@ -124,5 +124,6 @@ def _opened(header: CacheHeader, out: Path) -> CacheHeader:
 
 def _check_out(out: Path) -> None:
     """Raises InputError for a folder that holds anything but a cache: it is never written to."""
+    check_writable(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / HEADER).exists()):
         raise InputError(f"'{out}' exists and is no logit cache; give a new folder with --out")

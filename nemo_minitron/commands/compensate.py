@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.place import check_file, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import check_model, host_of
-from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
@@ -36,6 +36,7 @@ def run_compensate(
     """
     from nemo_minitron.sources.open import open_source
 
+    check_file(out)
     source = open_source(model)
     loaded = PrunePlan.load(plan)
     check_plan(loaded, source)
@@ -45,10 +46,9 @@ def run_compensate(
     fit.model(positions_of(source.config))
     layout.check(source.architecture)
     layout.check_sequence(fit.settings.sequence_length)
-    with locked(cache_of(out)):
-        tokens = tokenise(
-            data, source.folder, cache_of(out) / "calibration", source.architecture.vocab_size, skip_bad_lines
-        )
+    begin(f"re-fitting matrices of {model} on {data}")
+    with working(out) as work:
+        tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         fit.text(tokens)
         say(fit.remark)
         solve_for(source, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory)

@@ -42,9 +42,9 @@ def positions_of(*configs: JsonFields) -> int | None:
     return min((int(c["max_position_embeddings"]) for c in configs if c.get("max_position_embeddings")), default=None)
 
 
-def cache_of(out: Path) -> Path:
-    """The hidden folder beside the result `out`, in which a command keeps its tokens and what it resumes from."""
-    return out.parent / f".{out.name}.work"
+def begin(doing: str) -> None:
+    """Prints what a command begins to do, on stderr: the first line, before anything that takes long."""
+    print(f"{doing} ...", file=sys.stderr, flush=True)
 
 
 def corpus_identity(prefix: Path) -> str:

@@ -16,21 +16,25 @@ from nemo_minitron.artifacts.records import LAST, read_mark
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import damaged, sealed, take_away
 from nemo_minitron.commands.cache import check_cache
-from nemo_minitron.commands.corpus import cache_of, corpus_identity, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, corpus_identity, positions_of, say, tokenise
+from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.commands.same_host import begin_on_this_host
+from nemo_minitron.commands.training_card import write_training_card
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
 from nemo_minitron.hosts import check_model, host_of
-from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
+from nemo_minitron.progress import of_bytes
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
 from nemo_minitron.sources.tensors import ModelSource
+
+TRAINED = "minitron_training.json"  # in a student's folder: the digest of the training that made it
 
 
 def run_training(
@@ -44,12 +48,7 @@ def run_training(
     the recipe has a cache; else the cache must be of this teacher. Raises InputError for a cache of anything else, and
     RuntimeError if a process fails.
     """
-    models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
-    # Without validations the second text is not read, so another one does not start the training over.
-    texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
-    cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
-    # The path of a cache plays no part: its content is among `models`.
-    identity = digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
+    identity = training_identity(student, teacher, prefixes, recipe, plan)
     files = TrainingFolder(out)
     if out.exists() and not made_with(files.settings, identity):
         shutil.rmtree(out)
@@ -68,6 +67,19 @@ def run_training(
         _saved(out)  # half a checkpoint, after a full disk, would take the space of the next one
         raise
     write_json(files.whole, sealed(out, left_by_training(out)))
+
+
+def training_identity(
+    student: ModelSource, teacher: ModelSource | None, prefixes: tuple[Path, Path], recipe: Distillation,
+    plan: Path | None = None,
+) -> str:  # fmt: skip
+    """A digest of everything that decides a training's result. Arguments and refusals are those of `run_training`."""
+    models = [student.identity, _learned(teacher, recipe, prefixes[0], student)]
+    # Without validations the second text is not read, so another one does not start the training over.
+    texts = [corpus_identity(prefix) for prefix in prefixes[: 2 if recipe.validate_every else 1]]
+    cut = read_json(plan, "the plan") if plan and recipe.intermediate else None
+    # The path of a cache plays no part: its content is among `models`.
+    return digest_of([dataclasses.asdict(dataclasses.replace(recipe, teacher_cache="")), models, texts, cut])
 
 
 def made_with(mark: Path, identity: str) -> bool:
@@ -196,8 +208,8 @@ def run_distill(
     recipe.check_batch(layout)
     if recipe.tokens == Distillation.tokens:
         say(f"the student is trained on {recipe.tokens:,} tokens; --tokens gives another number")
-    work = cache_of(out)
-    with locked(work):
+    begin(f"distilling {student} on {data}")
+    with working(out) as work:
         rows = models[0].vocab_size
         train = tokenise(data, source, work / "train", rows, skip_bad_lines)
         held_out = train
@@ -206,13 +218,24 @@ def run_distill(
         if not recipe.teacher_cache:
             fit.text(train, held_out)
         say(fit.remark)
-        training = work / "training"
+        prefixes, training = (train.prefix, held_out.prefix), work / "training"
+        identity = training_identity(base, taught, prefixes, fit.settings, plan)
+        if trained_before(out, identity):
+            return fit.settings
         run_training(
-            base, taught, (train.prefix, held_out.prefix), training, fit.settings, layout.for_depth(depth),
-            work / "log.txt", plan=plan,
-        )  # fmt: skip
-        export_student(training, base, out)
+            base, taught, prefixes, training, fit.settings, layout.for_depth(depth), work / "log.txt", plan=plan
+        )
+        export_student(training, base, out, identity)
+        write_training_card(out, student, teacher, taught, data, fit.settings)
     return fit.settings
+
+
+def trained_before(out: Path, identity: str) -> bool:
+    """Whether a whole student of the same training lies in `out`. It then says so."""
+    if not made_with(out / TRAINED, identity):
+        return False
+    say(f"'{out}' was made by the same training before; nothing is trained")
+    return True
 
 
 def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
@@ -227,6 +250,7 @@ def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
 def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
     """Raises InputError for a folder that holds anything but a distilled student, which is never replaced, and for one
     of the `inputs`."""
+    check_writable(out)
     if any(out.resolve() == path.resolve() for path in inputs):
         raise InputError(f"'{out}' is also the student or the teacher; give another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not TrainingFolder(out).losses.is_file():
@@ -235,10 +259,11 @@ def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
         raise InputError(f"'{out}' is a file; give a new folder with --out")
 
 
-def export_student(training: Path, base: ModelSource, out: Path) -> Path:
+def export_student(training: Path, base: ModelSource, out: Path, identity_of_training: str = "") -> Path:
     """The last checkpoint of a training -> a Hugging Face folder `out` like that of `base`, with the new weights.
 
-    Weights keep the dtype that `base` stores, so that the folder agrees with its config.
+    Weights keep the dtype that `base` stores, so that the folder agrees with its config. `identity_of_training`: the
+    digest that `trained_before` finds again.
     """
     from nemo_minitron.export import finish_folder
     from nemo_minitron.pruning.write import write_weights
@@ -249,9 +274,11 @@ def export_student(training: Path, base: ModelSource, out: Path) -> Path:
     with atomic_folder(out, durable=True) as folder:
         copy_side_files(base.folder, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
         write_json(folder / "config.json", written_config(base.config))
-        write_weights(source, identity(base.architecture), folder, base.config)
+        write_weights(source, identity(base.architecture), folder, base.config, progress=of_bytes("export: MB"))
         finish_folder(folder, base_folder=base.folder)
-        losses = TrainingFolder(training).losses
-        if losses.exists():
-            shutil.copy2(losses, TrainingFolder(folder).losses)
+        for record in (TrainingFolder(training).losses, TrainingFolder(training).validation):
+            if record.exists():
+                shutil.copy2(record, folder / record.name)
+        if identity_of_training:
+            write_json(folder / TRAINED, identity_of_training)
     return out

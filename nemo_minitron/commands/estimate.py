@@ -13,10 +13,10 @@ from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.records import MARKS
-from nemo_minitron.commands.corpus import cache_of, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.place import check_file, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import check_model, chosen, host_of
-from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import BY_CRITERION, REMOVAL, SCANNED, STATISTICS, Calibration
@@ -36,11 +36,12 @@ def run_estimate(
 ) -> Scores:  # fmt: skip
     """`minitron estimate`: writes the Scores of a model to `out`, merged with the scores in the file `merge`.
 
-    What is gathered stays in a hidden folder beside `out`, from which the same command resumes. Raises InputError for
-    what cannot run, before a model is loaded, and RuntimeError if a process fails.
+    What is gathered stays in a hidden folder beside `out`, from which the same command resumes, until the scores are
+    there. Raises InputError for what cannot run, before a model is loaded, and RuntimeError if a process fails.
     """
     from nemo_minitron.sources.open import open_source
 
+    check_file(out)
     source = open_source(model)
     if calibration.runs:
         check_model(source.config)
@@ -51,8 +52,9 @@ def run_estimate(
     layout.check_sequence(calibration.sequence_length)
     check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
     calibration.check(source.architecture, layout)
-    other, work = Scores.load(merge) if merge else None, cache_of(out)
-    with locked(work):
+    other = Scores.load(merge) if merge else None
+    begin(f"scoring {model} on {data}")
+    with working(out) as work:
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         if other is not None:
             check_overlap(other, calibration, data_digest(tokens))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.temporary import apart
-from nemo_minitron.commands.corpus import positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
+from nemo_minitron.progress import Progress, to_stderr
 from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_minitron.data import Tokens
+    from nemo_minitron.evaluation import Numbers
 
 
 def run_evaluate(
@@ -50,6 +52,7 @@ def run_evaluate(
         fit.model(positions_of(*map(config_of, [model] if draft_of is None else [model, draft_of])))
         say(fit.remark)
         settings = fit.settings
+    begin(f"measuring {model}")
     numbers: JsonObject = {}
     with as_folder(model) as folder, apart() as scratch:
         if data is not None:
@@ -87,17 +90,26 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
 
 
 def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
+    """The numbers of `measured`, as plain values."""
+    return measured(folder, tokens, settings).as_dict()
+
+
+def measured(
+    folder: Path, tokens: Tokens, settings: Evaluation, say: Callable[[str], None] = to_stderr
+) -> Numbers:  # fmt: skip
     """Numbers of a Hugging Face folder on the first windows of a corpus of its tokens: loss in nats a token,
-    perplexity, bits per byte, seconds. Raises InputError."""
+    perplexity, bits per byte, seconds. `say` prints a line of progress. Raises InputError."""
     from nemo_minitron.data import load_tokenizer, token_bytes
     from nemo_minitron.evaluation import evaluate
 
     from_hf(folder)
     windows = _windows(tokens, settings)
     lengths = token_bytes(load_tokenizer(folder))
+    progress = Progress("evaluate: window", "tokens", settings.sequence_length, say)
     return evaluate(
-        folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size
-    ).as_dict()
+        folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size,
+        progress=progress,
+    )  # fmt: skip
 
 
 def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:

@@ -12,19 +12,20 @@ import numpy as np
 from nemo_minitron.artifacts.files import atomic_file, digest_of, file_digest, parse_json, write_json
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.artifacts.seals import sealed
-from nemo_minitron.commands.corpus import cache_of, positions_of, say
+from nemo_minitron.commands.corpus import begin, positions_of, say
 from nemo_minitron.commands.distill import (
     check_out,
     export_student,
     finished,
     left_by_training,
     made_with,
+    trained_before,
 )
+from nemo_minitron.commands.place import working
 from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve
 from nemo_minitron.hosts import check_model, host_of
-from nemo_minitron.launch.lock import locked
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.finetuning import Finetuning
@@ -55,10 +56,13 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     recipe.training().check_batch(layout)
     check_rows(data)
     _check_tokens(data, source, recipe, architecture.vocab_size)
-    work = cache_of(out)
-    with locked(work):
+    begin(f"tuning {student} on {data}")
+    made_of = digest_of([dataclasses.asdict(recipe), opened.identity, file_digest(data)])
+    if trained_before(out, made_of):
+        return recipe
+    with working(out) as work:
         training = work / "training"
-        _begin(training, [dataclasses.asdict(recipe), opened.identity, file_digest(data)], data)
+        _begin(training, made_of, data)
         if not finished(training, recipe.steps):
             _clear_index(training / "data")
             TrainingFolder(training).whole.unlink(missing_ok=True)
@@ -66,14 +70,14 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
             launch(order, host_of().worker, work / "log.txt")
             write_json(TrainingFolder(training).whole, sealed(training, left_by_training(training)))
         finished(training, recipe.steps)
-        export_student(training, opened, out)
+        export_student(training, opened, out, made_of)
     return recipe
 
 
-def _begin(training: Path, made_of: list[object], data: Path) -> None:
+def _begin(training: Path, identity: str, data: Path) -> None:
     """Prepares a training's folder; a training of other settings there starts over. The rows are copied into it, since
     NeMo writes its index beside them."""
-    identity, mark = digest_of(made_of), TrainingFolder(training).settings
+    mark = TrainingFolder(training).settings
     if training.exists() and not made_with(mark, identity):
         shutil.rmtree(training)
     begin_on_this_host(training)

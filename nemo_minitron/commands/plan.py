@@ -29,7 +29,7 @@ class Outcome:
     uncut: JsonFields = dataclasses.field(default_factory=dict)
     combinations: int = 0
     fitting: int = 0
-    remark: str | None = None
+    remark: str = ""
 
 
 def run_plan(
@@ -59,6 +59,7 @@ def run_plan(
     known = Scores.load(scores) if scores else None
     source, config = (known.architecture, known.notes.get("config")) if known else read_model(architecture or Path())
     outcome = Outcome(None)
+    search = search.for_model(source)
     if search.wanted:
         outcome, keep = _searched(source, config, keep, search, known, depth, contiguous)
     elif not keep or known is None:
@@ -73,7 +74,18 @@ def run_plan(
         to_hf(chosen.target, config, chosen.keep.get("layers"))
     if search.wanted:
         chosen.notes["budget"] = [str(target) for target in search.targets()]
-    return dataclasses.replace(outcome, plan=chosen, remark=remark_on(chosen.target, config) if config else None)
+    remark = (remark_on(chosen.target, config) or "") if config else ""
+    return dataclasses.replace(outcome, plan=chosen, remark=uncut(chosen.target, source) or remark)
+
+
+def uncut(target: Architecture, source: Architecture) -> str:
+    """A sentence that says that nothing has to be cut; "" if the student is smaller than the model."""
+    if target.as_dict() != source.as_dict():
+        return ""
+    return (
+        f"nothing has to be cut: the model, with {source.parameters():,} parameters, is within the budget; "
+        "give a smaller one, for example 0.7x"
+    )
 
 
 def _searched(
@@ -108,13 +120,14 @@ def read_model(path: Path) -> tuple[Architecture, JsonFields | None]:
     return (Architecture.from_dict(values), None) if "num_layers" in values else (from_hf(values), values)
 
 
-def write_candidates(folder: Path, outcome: Outcome, cost: str) -> list[Path]:
-    """Writes `candidates.csv`, and the figure `pareto.svg` of the column `cost` with its CSV, to `folder`. Gives the
-    files."""
+def write_candidates(plan: Path, outcome: Outcome, cost: str) -> list[Path]:
+    """Writes, beside the plan's file PLAN.json, `PLAN.candidates.csv`, and the figure `PLAN.pareto.svg` of the column
+    `cost` with its CSV. Gives the files."""
     from nemo_minitron.export.plot import write_plot, write_rows
     from nemo_minitron.export.search_figures import pareto
 
-    write_rows(folder / "candidates.csv", list(outcome.rows[0]), [list(row.values()) for row in outcome.rows])
-    plot = pareto(outcome.rows, cost)
-    write_plot(folder, plot)
-    return [folder / name for name in ("candidates.csv", f"{plot.name}.svg", f"{plot.name}.csv")]
+    candidates = plan.with_name(f"{plan.stem}.candidates.csv")
+    write_rows(candidates, list(outcome.rows[0]), [list(row.values()) for row in outcome.rows])
+    drawn = f"{plan.stem}.pareto"
+    write_plot(plan.parent, pareto(outcome.rows, cost), drawn)
+    return [candidates, *(plan.with_name(f"{drawn}.{kind}") for kind in ("svg", "csv"))]

@@ -9,6 +9,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
 from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.commands.corpus import begin
+from nemo_minitron.commands.place import check_writable
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, resolve
 from nemo_minitron.hosts import host_of
@@ -42,7 +44,9 @@ def run_prune(
     from nemo_minitron.pruning import prune
     from nemo_minitron.sources.open import open_source
 
+    check_writable(out)
     path, loaded = resolve(model), PrunePlan.load(plan)
+    begin(f"cutting {model}")
     if extras == Extras() and not is_checkpoint(path):
         return from_hf(prune(path, loaded, out, overwrite=overwrite))
     nemo = is_checkpoint(path)

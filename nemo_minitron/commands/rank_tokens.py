@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.temporary import apart
-from nemo_minitron.commands.corpus import tokenise
+from nemo_minitron.commands.corpus import begin, tokenise
+from nemo_minitron.commands.place import check_file
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
 
@@ -20,12 +21,14 @@ def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) 
     """
     from nemo_minitron.sources.open import open_source
 
+    check_file(out)
     source = open_source(model)
     rows = source.architecture.vocab_size
     digest, vocabulary = source.digest, Vocabulary(source.folder, rows)
     scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
     if scores.model_digest not in (None, digest):
         raise InputError(f"the scores '{out}' are of another model; give another --out")
+    begin(f"counting the tokens of {data}")
     with apart() as scratch:
         tokens = tokenise(data, source.folder, scratch / "corpus", rows, skip_bad_lines)
         counts = count_tokens(tokens, rows)

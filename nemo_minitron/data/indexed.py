@@ -18,10 +18,11 @@ from nemo_minitron.data.index_file import read_index
 from nemo_minitron.data.index_writer import Content, Writer, digest_of, with_ending
 from nemo_minitron.data.lines import Document
 from nemo_minitron.data.pieces import Pieces, batches, encoded
-from nemo_minitron.data.text import JSONL, TEXT, BadLines, parted, raw_documents
-from nemo_minitron.data.vocabulary import load_tokenizer, parts_of, tokenizer_digest
+from nemo_minitron.data.text import BadLines, raw_documents, source_of
+from nemo_minitron.data.vocabulary import chat_template, load_tokenizer, parts_of, tokenizer_digest
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
+from nemo_minitron.progress import SoFar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,10 +78,10 @@ def prefix_of(source: str | Path) -> Path | None:
 
 def held_out(source: str, split: str = "test") -> str:
     """`source`, with a split appended if `datasets` would choose "train" by itself: that is never held-out text."""
-    name, written = parted(source)
-    if written or prefix_of(name) or Path(name).suffix in (*TEXT, *JSONL):
+    parts = source_of(source)
+    if parts.split or prefix_of(parts.name) or parts.is_file:
         return source
-    return f"{source}@{split}"
+    return f"{parts.name}@{split}" + (f"::{parts.field}" if parts.field else "")
 
 
 def build(
@@ -110,7 +111,7 @@ def build(
 
     def texts() -> tuple[Iterator[Document], BadLines]:
         bad = BadLines(skip_bad_lines)
-        return raw_documents(source, split, field, bad), bad
+        return raw_documents(source, split, field, bad, chat_template(tokenizer)), bad
 
     if not _fresh(prefix, tokenizer, *texts()):
         _write(str(source), tokenizer, prefix, *texts(), vocab_size)
@@ -244,6 +245,7 @@ def _tokenise(
     vocab_size: int | None,
 ) -> Corpus:
     content, out = Content(texts), Writer(prefix, largest_id(tokenizer) + 1)
+    progress = SoFar("tokenise:", "tokens")
     for batch in batches(content, Pieces(tokenizer, parts_of(tokenizer))):
         for piece, ids in zip(batch, encoded(tokenizer, batch), strict=True):
             if isinstance(ids, InputError):
@@ -254,6 +256,7 @@ def _tokenise(
                 out.add(ids)
             if piece.last and not out.close(tokenizer.eos_token_id):
                 content.forget(piece.document)
+        progress(out.tokens)
     check_ids(np.array([tokenizer.eos_token_id]), tokenizer, vocab_size, source)
     out.builder.finalize(str(with_ending(prefix, ".idx")))
     return Corpus(

@@ -1,21 +1,21 @@
-"""Sources of text: a text file, a JSONL file, a folder, or anything that `datasets` can load."""
+"""Sources of text: files (`files.py` reads them), a folder, or anything that `datasets` can load."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.data.lines import LONG, Document, checked_utf8, json_lines, long_line, read_line, utf8
-from nemo_minitron.errors import InputError, first_line, nearest
+from nemo_minitron.data.files import JSONL, TEXT, Render, documents_of, endings, kind_of, matching, opened, text_of
+from nemo_minitron.data.lines import LONG, Document
+from nemo_minitron.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-TEXT, JSONL = (".txt", ".md"), (".jsonl", ".ndjson")
 EVERY = 20  # of a JSONL file's documents, every twentieth is in its part HELD_OUT, and all others in REST
 REST, HELD_OUT = "rest", "held_out"
 
@@ -37,15 +37,47 @@ class BadLines:
         self.first = self.first or str(error)
 
 
+class Source(NamedTuple):
+    """A source as its parts. `field`: the name of the text in its records; "" if none is written."""
+
+    name: str
+    split: str | None
+    field: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the name is that of a file of text, or a pattern of such files."""
+        return bool(kind_of(self.name)) or matching(self.name) is not None
+
+
+def source_of(source: str) -> Source:
+    """`NAME@SPLIT::FIELD` -> its parts. The name of an existing file or folder may contain an @ or a :: itself."""
+    name, _, field = source.rpartition("::")
+    if not name or not field or Path(source).exists():
+        name, field = source, ""
+    return Source(*parted(name), field)
+
+
+def with_field(source: str, field: str) -> str:
+    """The source whose text lies under `field`. Raises InputError if the source names another field already."""
+    if not field:
+        return source
+    if written := source_of(source).field:
+        raise InputError(f"'{source}' names the field '{written}', and --field the field '{field}'; give one of them")
+    return f"{source}::{field}"
+
+
 def documents(source: str | Path, split: str | None = None, field: str = "text") -> Iterator[str]:
     """The documents of a source, in its order; blank documents are left out.
 
     `source` is a text file (.txt, .md: the whole file is one document), a JSONL file (.jsonl, .ndjson: one object a
-    line, its text under `field`), a folder that `datasets` can load (of .txt files, each is one document), or a
-    `datasets` name, with its configuration after a colon where it has several
+    line, its text under `field`), either of them compressed (.gz, .zst), a table (.csv, .tsv, .parquet: its text in
+    the column `field`), a pattern of such files (`text/*.jsonl`), a folder that `datasets` can load (of .txt files,
+    each is one document), or a `datasets` name, with its configuration after a colon where it has several
     (`Salesforce/wikitext:wikitext-2-raw-v1`). The split of a folder or name follows an @
-    (`Salesforce/wikitext:wikitext-2-raw-v1@validation`) or is given as `split`; the default is "train". Of a JSONL
-    file, `FILE@held_out` is every twentieth document, and `FILE@rest` is all others.
+    (`Salesforce/wikitext:wikitext-2-raw-v1@validation`) or is given as `split`; the default is "train". Of files with
+    records, `FILE@held_out` is every twentieth document, and `FILE@rest` is all others. A field follows a double colon
+    (`text.jsonl::body`).
 
     Raises InputError for a missing or unreadable source, a line that is not JSON, lacks the field or is not Unicode, a
     split given for a file, and a source without text. The error comes when the bad place is reached, not before.
@@ -55,34 +87,47 @@ def documents(source: str | Path, split: str | None = None, field: str = "text")
 
 
 def raw_documents(
-    source: str | Path, split: str | None = None, field: str = "text", bad: BadLines | None = None
-) -> Iterator[Document]:
+    source: str | Path, split: str | None = None, field: str = "text", bad: BadLines | None = None,
+    render: Render | None = None,
+) -> Iterator[Document]:  # fmt: skip
     """As `documents`, but as UTF-8 bytes with their places: a Python text of a long document may take four times the
     memory.
 
-    `bad` decides whether lines that cannot be read are skipped, and counts them.
+    `bad` decides whether lines that cannot be read are skipped, and counts them. `render` makes text of chat messages,
+    a list under `field` or, without a field `text`, under `messages`.
     """
-    source, written = parted(str(source))
-    split, path, bad = written or split, Path(source), bad or BadLines()
-    if path.suffix in (*TEXT, *JSONL):
-        documents_of_source = _text_files([path], bad) if path.suffix in TEXT else _jsonl(path, field, bad)
+    name, written, named = source_of(str(source))
+    split, field, path, bad = written or split, named or field, Path(name), bad or BadLines()
+    files = matching(name) or ([path] if kind_of(path) else None)
+    if files:
+        found = _good((d for file in files for d in documents_of(file, field, render)), bad)
         if split is not None:
-            documents_of_source = _part(documents_of_source, path, split)
+            found = _part(found, name, split, single=len(files) == 1 and kind_of(path) in TEXT)
     else:
-        files = _texts_of_folder(path, split or "train")
-        documents_of_source = _text_files(files, bad) if files else _dataset(source, split or "train", field, bad)
+        texts = _texts_of_folder(path, split or "train")
+        read = (d for file in texts for d in documents_of(file, field, render))
+        found = _good(read if texts else _dataset(name, split or "train", field, render), bad)
     empty = True
-    for document in documents_of_source:
+    for document in found:
         if not _blank(document.raw):
             empty = False
             yield document
     if empty:
-        raise InputError(f"'{source}' holds no text" + (f"; the first bad line: {bad.first}" if bad.first else ""))
+        raise InputError(f"'{name}' holds no text" + (f"; the first bad line: {bad.first}" if bad.first else ""))
 
 
-def _part(documents: Iterator[Document], path: Path, part: str) -> Iterator[Document]:
-    """Every EVERY-th document of a JSONL file that is not blank, or all others."""
-    if path.suffix in TEXT:
+def _good(read: Iterable[Document | InputError], bad: BadLines) -> Iterator[Document]:
+    """The documents that could be read; `bad` takes the others."""
+    for document in read:
+        if isinstance(document, InputError):
+            bad.take(document)
+        else:
+            yield document
+
+
+def _part(documents: Iterator[Document], path: str, part: str, *, single: bool) -> Iterator[Document]:
+    """Every EVERY-th document of a file that is not blank, or all others. `single`: the file is one document."""
+    if single:
         raise InputError(f"'{path}' is one document and has no split '{part}': leave the split out")
     if part not in (REST, HELD_OUT):
         raise InputError(f"'{path}' is one file and has no split '{part}': leave it out, or take {REST} or {HELD_OUT}")
@@ -110,47 +155,13 @@ def _blank(raw: bytes | bytearray) -> bool:
     return raw.isspace() if len(raw) > LONG else not raw.decode("utf-8").strip()
 
 
-def _text_files(paths: list[Path], bad: BadLines) -> Iterator[Document]:
-    for path in paths:
-        with _open(path) as file:
-            raw = file.read()
-        try:
-            raw = checked_utf8(raw, f"'{path}'")
-        except InputError as error:
-            bad.take(error)
-            continue
-        yield Document(raw, f"'{path}'")
-
-
-def _jsonl(path: Path, field: str, bad: BadLines) -> Iterator[Document]:
-    with _open(path) as file:
-        for where, line in json_lines(file, str(path)):
-            try:
-                raw = _text_of_line(line, field, where)
-            except InputError as error:
-                bad.take(error)
-                continue
-            del line  # free its memory before the document is used: it may be long
-            yield Document(raw, where)
-
-
-def _text_of_line(line: bytes, field: str, where: str) -> bytes | bytearray:
-    if len(line) <= LONG:
-        return utf8(_text_of(read_line(line, where), field, where), where)
-    record, spelt = long_line(line, where)
-    text = _text_of(record, field, where)
-    return spelt(text) or utf8(text, where)
-
-
-def _dataset(name: str, split: str, field: str, bad: BadLines) -> Iterator[Document]:
+def _dataset(name: str, split: str, field: str, render: Render | None) -> Iterator[Document | InputError]:
     for number, record in enumerate(_load(name, split)):
         where = f"'{name}' ({split}), record {number}"
         try:
-            raw = utf8(_text_of(record, field, where), where)
+            yield Document(text_of(record, field, where, render), where)
         except InputError as error:
-            bad.take(error)
-            continue
-        yield Document(raw, where)
+            yield error
 
 
 def _texts_of_folder(path: Path, split: str) -> list[Path]:
@@ -178,9 +189,9 @@ def _load(name: str, split: str) -> Dataset:
     """A `datasets.Dataset` from a folder written by save_to_disk, from any other folder, or from a name."""
     path = Path(name)
     if not path.exists() and _is_path(path, name):
-        raise InputError(f"'{name}' does not exist{_beside(path)}")
+        opened(path)  # refuses it, and names the nearest file
     if path.is_file():
-        raise InputError(f"'{name}' is not a file of text: legal are {', '.join((*TEXT, *JSONL))}")
+        raise InputError(f"'{name}' is not a file of text: legal are {endings()}")
     import datasets
 
     try:
@@ -200,7 +211,7 @@ def _load(name: str, split: str) -> Dataset:
 
 def _is_path(path: Path, name: str) -> bool:
     """Whether a source that does not exist was meant as a file or folder and not as a name on the hub."""
-    return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", ".parquet")
+    return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", *JSONL)
 
 
 def _only_split(name: str, split: str, dataset: Dataset) -> Dataset:
@@ -214,32 +225,3 @@ def _only_split(name: str, split: str, dataset: Dataset) -> Dataset:
 def _splits(path: Path) -> str:
     names = read_json(path / "dataset_dict.json", "the list of splits")["splits"]
     return f"legal are {', '.join(names)}"
-
-
-def _text_of(record: object, field: str, where: str) -> str:
-    """The text of one record. Raises InputError, which names the nearest field, if the field is missing."""
-    if not isinstance(record, Mapping):
-        raise InputError(f"{where} is not an object with a field '{field}'")
-    if field not in record:
-        raise InputError(f"{where} has no field '{field}': {nearest(field, record)}")
-    if not isinstance(record[field], str):
-        raise InputError(f"{where}: field '{field}' holds {type(record[field]).__name__}, not text")
-    return record[field]
-
-
-def _open(path: Path) -> BinaryIO:
-    """The file, opened for bytes: newlines stay unchanged, so that byte counts are those of the file."""
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"'{path}' does not exist{_beside(path)}") from None
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}") from None
-
-
-def _beside(path: Path) -> str:
-    """The files that the folder has instead, for the end of a refusal."""
-    if not path.parent.is_dir():
-        return f", nor does the folder '{path.parent}'"
-    names = [p.name for p in path.parent.iterdir() if p.suffix in (*TEXT, *JSONL)]
-    return f": {nearest(path.name, names)}" if names else ""

@@ -7,16 +7,18 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    from nemo_minitron.data.files import Render
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\u2581"  # sentencepiece writes a space as ▁
@@ -102,3 +104,18 @@ def _sentencepiece_bytes(token: str) -> int:
 def parts_of(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """The tokenizer.json of a tokenizer."""
     return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """A function that writes chat messages as the tokenizer's template does. It raises InputError without a template,
+    and for messages that the template refuses."""
+
+    def render(messages: list[Any]) -> str:
+        if not tokenizer.chat_template:
+            raise InputError("the model's tokenizer has no chat template, so chat messages cannot be written as text")
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template is a program: it may raise anything
+            raise InputError(f"the chat template refuses the messages: {first_line(error)}") from None
+
+    return render

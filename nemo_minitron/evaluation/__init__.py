@@ -8,9 +8,11 @@ from nemo_minitron.evaluation.acceptance import Acceptance, draft_acceptance
 from nemo_minitron.evaluation.generation import generate, sample
 from nemo_minitron.evaluation.latency import forward_seconds
 from nemo_minitron.evaluation.perplexity import Numbers, evaluate
+from nemo_minitron.evaluation.speed import speeds
 from nemo_minitron.evaluation.tasks import check_tasks, run_tasks
+from nemo_minitron.evaluation.windows import Windows
 
 __all__ = [
-    "Acceptance", "Numbers", "check_tasks", "draft_acceptance", "evaluate", "forward_seconds", "generate", "run_tasks",
-    "sample",
+    "Acceptance", "Numbers", "Windows", "check_tasks", "draft_acceptance", "evaluate", "forward_seconds", "generate",
+    "run_tasks", "sample", "speeds",
 ]  # fmt: skip

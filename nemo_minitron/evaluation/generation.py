@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 
 def generate(
-    folder: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 48, precision: str = "bf16"
-) -> list[str]:
+    folder: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 48, precision: str = "bf16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:  # fmt: skip
     """The greedy continuation of each prompt, without the prompt; the same on every run.
 
     Prompts run one at a time, since a batch would need padding. The sampling settings of the folder's generation config
-    are ignored. Raises InputError for a folder without model or tokenizer, and for an empty prompt.
+    are ignored. `progress(prompts done, all)` is called after each. Raises InputError for a folder without model or
+    tokenizer, and for an empty prompt.
     """
     tokenizer = _tokenizer(folder)
     encoded = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
@@ -35,8 +37,12 @@ def generate(
             raise InputError(f"the prompt {prompt!r} has no token; give at least one word")
         check_ids(ids.numpy(), tokenizer, from_hf(folder).vocab_size, prompt)
     model = load(folder, precision)
-    _settle(model, tokenizer, max_new_tokens, do_sample=False)
-    return [_continue(model, tokenizer, ids) for ids in encoded]
+    settle(model, tokenizer, max_new_tokens, do_sample=False)
+    texts = []
+    for ids in encoded:
+        texts.append(_continue(model, tokenizer, ids))
+        progress(len(texts), len(encoded))
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ def sample(
     if not left:
         return
     model = load(folder, precision)
-    _settle(model, tokenizer, max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    settle(model, tokenizer, max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     for first, rows in left:
         yield first, _draw(model, tokenizer, rows, [seed, first])
 
@@ -102,7 +108,8 @@ def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return open_tokenizer(folder)
 
 
-def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **how: object) -> None:
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **how: object) -> None:
+    """Sets how `model.generate` writes: at most so many tokens, until the model ends the text, and as `how` says."""
     from transformers import GenerationConfig
 
     eos = model.generation_config.eos_token_id

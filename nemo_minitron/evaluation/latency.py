@@ -35,16 +35,16 @@ def forward_seconds(config: HfConfig, *, batch: int, context: int, precision: st
     model = model.to(getattr(torch, dtype)).eval()
     times = []
     for _ in range(repeat + 1):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         with torch.inference_mode():
             model(tokens, use_cache=False)
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Waits for the GPU, which works asynchronously."""
     if device.type == "cuda":
         import torch

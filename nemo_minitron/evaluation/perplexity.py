@@ -17,6 +17,7 @@ import numpy as np
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.model import load
+from nemo_minitron.evaluation.windows import Windows, standard_error
 from nemo_minitron.families import from_hf
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ class Numbers:
     """One row of `numbers.json`.
 
     `tokens`: predicted positions; `loss`: nats per predicted token; `bits_per_byte`: None if the bytes of the tokens
-    are not known; `seconds`: of the forward passes, without the time to load the model.
+    are not known; `seconds`: of the forward passes, without the time to load the model; `loss_error`: standard error of
+    the loss over windows, None for a single one; `windows`: what the model says of each window, which is no part of a
+    row.
     """
 
     corpus: str
@@ -43,6 +46,8 @@ class Numbers:
     bits_per_byte: float | None
     seconds: float
     stage: str = ""
+    loss_error: float | None = None
+    windows: Windows | None = None
 
     @classmethod
     def from_totals(cls, nats: float, tokens: int, text_bytes: int | None = None, **rest: Any) -> Numbers:
@@ -55,7 +60,8 @@ class Numbers:
 
     def as_dict(self) -> JsonObject:
         """Plain values, `stage` and `corpus` first."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, windows=None))
+        del values["windows"]
         return {"stage": values.pop("stage")} | values
 
 
@@ -84,58 +90,61 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     text_bytes = None if token_bytes is None else predicted_bytes(windows, token_bytes)
-    total, seconds = _measured(folder, windows, precision, batch_size, progress)
+    seen, seconds = _measured(folder, windows, precision, batch_size, progress)
     rest = {"corpus": corpus, "stage": stage, "parameters": architecture.parameters(), "seconds": seconds}
-    return Numbers.from_totals(total, windows[:, 1:].size, text_bytes, **rest)
+    rest |= {"loss_error": standard_error(seen.losses_N), "windows": seen}
+    # The sum is exactly rounded, so that it does not depend on the batches.
+    return Numbers.from_totals(math.fsum(seen.nats_N), windows[:, 1:].size, text_bytes, **rest)
 
 
 def _measured(
     folder: str | Path, windows: np.ndarray, precision: str, batch_size: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[float, float]:  # fmt: skip
-    """Summed cross entropy of all windows in nats, and the seconds of the forward passes."""
+) -> tuple[Windows, float]:  # fmt: skip
+    """What the model says of each window, and the seconds of the forward passes."""
     model = load(folder, precision)
     start = time.perf_counter()
-    total = _total_nats(model, windows, batch_size, progress)
-    if not math.isfinite(total):
+    seen = _seen(model, windows, batch_size, progress)
+    if not np.isfinite(seen.nats_N).all():
         raise InputError(f"the model '{folder}' gives logits that are not finite; its weights are damaged")
-    return total, round(time.perf_counter() - start, 3)
+    return seen, round(time.perf_counter() - start, 3)
 
 
-def _total_nats(
+def _seen(
     model: PreTrainedModel, windows: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None
-) -> float:
-    """The exactly rounded sum over windows, so that it does not depend on the batches."""
-    nats: list[float] = []
+) -> Windows:
+    rows: list[tuple[float, np.ndarray]] = []
     for first in range(0, len(windows), batch_size):
-        nats += _batch_nats(model, windows[first : first + batch_size])
+        rows += _batch(model, windows[first : first + batch_size])
         if progress:
-            progress(len(nats), len(windows))
-    return math.fsum(nats)
+            progress(len(rows), len(windows))
+    return Windows(np.array([nats for nats, _ in rows]), np.stack([likeliest for _, likeliest in rows]))
 
 
-def _batch_nats(model: PreTrainedModel, windows_BS: np.ndarray) -> list[float]:
-    """Summed cross entropy of each row, in nats."""
+def _batch(model: PreTrainedModel, windows_BS: np.ndarray) -> list[tuple[float, np.ndarray]]:
+    """For each row its summed cross entropy in nats, and the likeliest token at each position."""
     import torch
 
     tokens_BS = torch.from_numpy(windows_BS).to(model.device)
     with torch.inference_mode():
         logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
-        return [_row_nats(logits_BSV[row], tokens_BS[row]) for row in range(len(tokens_BS))]
+        return [_row(logits_BSV[row], tokens_BS[row]) for row in range(len(tokens_BS))]
 
 
-def _row_nats(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
-    """The summed cross entropy of a row, where position i predicts token i + 1; in chunks, to avoid an fp32 copy of all
-    logits."""
+def _row(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> tuple[float, np.ndarray]:
+    """The summed cross entropy of a row, where position i predicts token i + 1, and the likeliest token of each
+    position, int32; in chunks, to avoid an fp32 copy of all logits."""
+    import torch
     from torch.nn.functional import cross_entropy
 
-    total = 0.0
+    total, likeliest = 0.0, []
     for first in range(0, len(tokens_S) - 1, POSITIONS):
         last = min(first + POSITIONS, len(tokens_S) - 1)
         targets = tokens_S[first + 1 : last + 1]
         nats = cross_entropy(logits_SV[first:last].float(), targets, reduction="none")
         total += nats.double().sum().item()
-    return total
+        likeliest.append(logits_SV[first:last].argmax(-1))
+    return total, torch.cat(likeliest).int().cpu().numpy()
 
 
 def check_windows(windows: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -92,7 +92,9 @@ def _find(tasks: Sequence[str]) -> tuple[ModuleType, LmEvalTasks, dict[int | Non
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise InputError("tasks need lm-eval; install it with: pip install 'lm_eval[hf]'") from None
+        raise InputError(
+            "tasks need lm-eval; install it with: pip install 'lm_eval[hf]', or in a clone: pip install '.[eval]'"
+        ) from None
     folders = sorted({str(Path(task).parent) for task in tasks if task.endswith(YAML)})
     manager = TaskManager(include_path=folders or None)
     for name in (name for names in by_shots.values() for name in names):

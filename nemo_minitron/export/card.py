@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import atomic_file
@@ -14,6 +15,7 @@ from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.export import formatting
 
+DTYPES = ("bfloat16", "float16", "float32")
 NOTHING = ("", "~", "null", "Null", "NULL")  # spellings of nothing in YAML
 LARGEST_FRONT = 1 << 20  # most characters of a card that are read
 MARKS = {mark: f"\\{mark}" for mark in "\\`[]|"} | {
@@ -37,7 +39,10 @@ class CardFacts:
     `license` (an identifier such as apache-2.0). `samples`, `tokens`: of the calibration. `data`: rows of
     {"name", "license", "use"}; `distillation`: {"loss", "tokens", "steps", "precision", "learning_rate"} or
     None; `numbers`: rows of numbers.json; `command`: the command that made the model; `versions`: package -> version;
-    `limits`: more sentences about limits; `in_place`: weights that are not slices of the base's.
+    `limits`: more sentences about limits; `in_place`: weights that are not slices of the base's. `base_note`: what the
+    base was exactly; `dtype`: of the stored weights, as torch names it; `chats`: whether the tokenizer has a chat
+    template; `figures`: title -> the name of an image beside the card. Without a `criterion` the card says nothing
+    about scores.
 
     Raises InputError if a row lacks one of these keys.
     """
@@ -46,11 +51,11 @@ class CardFacts:
     base_model: str
     source: Architecture
     target: Architecture
-    criterion: str
-    samples: int
-    tokens: int
-    plan_digest: str
     command: str
+    criterion: str = ""
+    samples: int = 0
+    tokens: int = 0
+    plan_digest: str = ""
     license: str | None = None
     base_folder: str | Path | None = None
     language: str | None = "en"
@@ -60,6 +65,10 @@ class CardFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limits: Sequence[str] = ()
     in_place: str = ""
+    base_note: str = ""
+    dtype: str = "bfloat16"
+    chats: bool = False
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("data", self.data, DATA_KEYS)
@@ -157,6 +166,10 @@ def _template_values(facts: CardFacts) -> JsonObject:
         "versions": [(_cell(k), _cell(v)) for k, v in sorted(facts.versions.items())],
         "limits": [_cell(sentence) for sentence in facts.limits],
         "in_place": _cell(facts.in_place),
+        "base_note": _cell(facts.base_note),
+        "dtype": facts.dtype if facts.dtype in DTYPES else "auto",
+        "chats": facts.chats,
+        "figures": {_cell(title): quote(name) for title, name in facts.figures.items()},
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.artifacts.parse import grouped, mapped, text
+from nemo_minitron.artifacts.parse import anything, grouped, mapped, text
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of, from_hf, read_config
@@ -26,7 +27,7 @@ def finish_folder(folder: str | Path, *, base_folder: str | Path) -> list[str]:
     """
     folder, base = Path(folder), Path(base_folder)
     architecture = from_hf(folder)
-    _check_weights(folder, architecture)
+    check_weights(folder, architecture)
     same_vocabulary = architecture.vocab_size == from_hf(base).vocab_size
     for name, file in side_files(base, TOKENIZER):
         _take_tokenizer_file(folder / name, file, same_vocabulary)
@@ -57,7 +58,7 @@ def _as_copied(file: Path) -> bytes:
         return (scratch / file.name).read_bytes()
 
 
-def _check_weights(folder: Path, architecture: Architecture) -> None:
+def check_weights(folder: Path, architecture: Architecture) -> None:
     """Raises InputError unless the folder has exactly the tensors that its config needs, in their shapes."""
     stored = stored_shapes(folder)
     shapes = architecture.shapes()
@@ -92,3 +93,22 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in read_header(file).items()}
+
+
+def dtype_of(folder: Path) -> str:
+    """torch's name of the dtype that most of a folder's weights have."""
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for entry in read_header(file).values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
+    most = max(sizes, key=lambda name: sizes[name], default="")
+    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(most, most)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder's tokenizer has a chat template, in its config or in a file of its own."""
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and bool(
+        read_json(config, "the tokenizer's config", mapped(anything())).get("chat_template")
+    )
+    return inside or (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file()

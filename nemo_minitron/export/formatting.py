@@ -54,6 +54,11 @@ def seconds(value: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def seconds_of(value: float) -> str:
+    """0.0321 -> 32 ms, 1.25 -> 1.25 s"""
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
 def change(before: float, after: float) -> str:
     """The change against `before` in per cent, with a true minus sign; empty if nothing changed."""
     if before == after:

@@ -15,6 +15,7 @@ from nemo_minitron.export.plot import (
     INK,
     KEPT,
     MUTED,
+    is_narrow,
     layer_ticks,
     log_axis,
     log_ticks,
@@ -94,7 +95,8 @@ def neurons(
     share: dict[int, float],
 ) -> None:
     """Draws a heat map with the line between kept and cut, and beside it the share of each layer's score that stays."""
-    panels = figure.subplots(1, 2 if counts else 1, width_ratios=(5, 1) if counts else None, squeeze=False)[0]
+    shares = bool(counts) and not is_narrow(figure)  # a phone has no room beside the map
+    panels = figure.subplots(1, 2 if shares else 1, width_ratios=(5, 1) if shares else None, squeeze=False)[0]
     main = panels[0]
     image = _heat_map(main, edges, mean_LC)
     main.set(xlabel="neurons of the layer, most important first", ylabel="layer")
@@ -102,6 +104,7 @@ def neurons(
     _colour_bar(figure, image, main, location="top", aspect=45, pad=0.02, shrink=0.8)
     if counts:
         _thresholds(main, counts)
+    if shares:
         _shares(panels[1], share, main.get_ylim())
 
 

@@ -58,7 +58,7 @@ def neurons(run: RunFiles) -> Plot | str:
     score_LF, why_not = _scores(run, "ffn", "FFN width")
     if score_LF is None:
         return why_not
-    kept: Kept = run.plan.keep["ffn"] if run.plan else {}
+    kept: Kept = run.plan.keep.get("ffn", {}) if run.plan else {}
     order_LF = np.argsort(-score_LF, axis=1, kind="stable")
     width = score_LF.shape[1]
     edges = np.linspace(0, width, min(COLUMNS, width) + 1).round().astype(int)
@@ -74,7 +74,9 @@ def neurons(run: RunFiles) -> Plot | str:
     counts = {i: len(indices) for i, indices in kept.items()}
     draw = partial(drawing.neurons, edges=edges, mean_LC=mean_LC, counts=counts, share=share)
     height = float(np.clip(1.8 + 0.11 * len(mean_LC), 3, 7))
-    return Plot("ffn", _neuron_caption(order_LF, kept, share), columns, rows, draw, height)
+    return Plot(
+        "ffn", _neuron_caption(order_LF, kept, share) + _uncut(run, "ffn", "FFN width"), columns, rows, draw, height
+    )
 
 
 def _neuron_caption(order_LF: np.ndarray, kept: Kept, share: dict[int, float]) -> str:
@@ -96,13 +98,15 @@ def hidden(run: RunFiles) -> Plot | str:
     score_H, why_not = _scores(run, "hidden", "hidden size")
     if score_H is None:
         return why_not
-    kept_H = kept_mask(run.plan.keep["hidden"] if run.plan else None, len(score_H))
+    kept = run.plan.keep.get("hidden") if run.plan else None
+    kept_H = kept_mask(kept, len(score_H))
     order_H = np.argsort(-score_H, kind="stable")
     caption = "One bar for each channel of the residual stream; the same channels stay in the whole model."
-    if run.plan:
-        caption += f" The kept ones hold {100 * _share(score_H, run.plan.keep['hidden']):.1f} % of the score."
+    if kept is not None:
+        caption += f" The kept ones hold {100 * _share(score_H, kept):.1f} % of the score."
+    caption += _uncut(run, "hidden", "hidden size")
     rows = [(rank, i, score_H[i], kept_H[i]) for rank, i in enumerate(order_H)]
-    draw = partial(drawing.hidden, score_H=score_H[order_H], kept_H=kept_H[order_H], planned=run.plan is not None)
+    draw = partial(drawing.hidden, score_H=score_H[order_H], kept_H=kept_H[order_H], planned=kept is not None)
     return Plot("hidden", caption, ("rank", "channel", "score", "kept"), rows, draw)
 
 
@@ -120,24 +124,28 @@ def _grid(run: RunFiles, axis: str, one: str, many: str) -> Plot | str:
     score_LN, why_not = _scores(run, axis, f"number of {many}")
     if score_LN is None:
         return why_not
-    kept: Kept | None = run.plan.keep[axis] if run.plan else None
+    kept: Kept | None = run.plan.keep.get(axis) if run.plan else None
     indices = [None if kept is None else kept.get(i, []) for i in range(len(score_LN))]
     kept_LN = np.array([kept_mask(i, score_LN.shape[1]) for i in indices])
     rows = [(i, j, score_LN[i, j], kept_LN[i, j]) for i, j in np.ndindex(*score_LN.shape)]
     draw = partial(drawing.grid, score_LN=score_LN, kept_LN=kept_LN, one=one.replace("_", " "))
     height = float(np.clip(1.5 + 0.13 * len(score_LN), 2.5, 8))
     caption = f"Each row is a layer, each cell one of its {many}" + ("; × is cut." if kept else ".")
+    caption += _uncut(run, axis, f"number of {many}")
     return Plot(axis, caption, ("layer", one, "score", "kept"), rows, draw, height)
 
 
 # -- parts -------------------------------------------------------------------------------------------
 def _scores(run: RunFiles, axis: str, what: str) -> tuple[np.ndarray | None, str]:
-    """The scores of an axis that is cut (without a plan, of any axis), or the reason why there is no figure."""
-    if run.plan is not None and not run.cuts(axis):
-        return None, f"The plan does not cut the {what}."
+    """The scores of an axis, whether it is cut or not, or the reason why there is no figure."""
     if run.scores is None or axis not in run.scores:
         return None, f"The run has no scores for the {what}."
     return run.scores[axis], ""
+
+
+def _uncut(run: RunFiles, axis: str, what: str) -> str:
+    """A sentence for the caption of an axis that the plan leaves whole."""
+    return f" The plan does not cut the {what}." if run.plan is not None and axis not in run.plan.keep else ""
 
 
 def in_columns(values_LF: np.ndarray, edges: np.ndarray) -> np.ndarray:

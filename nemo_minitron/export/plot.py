@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-WIDTH = 7.0  # inches
+WIDTH, NARROW = 7.0, 3.9  # inches; the narrow one is for phones, on which the text of the wide one is too small
 KEPT, CUT, MUTED, INK = "#1f5f8b", "#d9722b", "#8b95a1", "#1d2733"
+PAGE = {KEPT: "kept", CUT: "cut", MUTED: "faint", INK: "ink", "#000000": "ink", "#ffffff": "page"}  # colour -> variable
 STAGE_COLOURS = {"teacher": INK, "pruned": CUT, "random": MUTED, "distilled": KEPT}
 STYLE: dict[Any, object] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -52,19 +53,43 @@ class Plot:
     height: float = 3.0  # inches
 
 
-def svg(plot: Plot) -> str:
-    """The figure as an `<svg>` element, without date, random ids or external links."""
+def svg(plot: Plot, width: float = WIDTH) -> str:
+    """The figure as an `<svg>` element `width` inches wide, without date, random ids or external links. The ids of
+    another width differ, so that both may stand on one page."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}):
-        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
+    name = plot.name if width == WIDTH else f"{plot.name}-{width:g}".replace(".", "_")
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, plot.height), layout="constrained")
         plot.draw(figure)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", dpi=150, metadata=no_metadata)
     text = buffer.getvalue()
-    return _with_named_ids(text[text.index("<svg") :], plot.name)
+    return _with_named_ids(text[text.index("<svg") :], name)
+
+
+def png(plot: Plot) -> bytes:
+    """The figure as a PNG on white, for places that show no SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
+        plot.draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def in_page(drawing: str) -> str:
+    """The same drawing with the page's colours in place of fixed ones: they follow its light or dark scheme."""
+    return re.sub(
+        r"\b(fill|stroke): (#[0-9a-f]{6})\b",
+        lambda found: f"{found[1]}: var(--{PAGE[found[2]]}, {found[2]})" if found[2] in PAGE else found[0],
+        drawing,
+    )
 
 
 def _with_named_ids(drawing: str, name: str) -> str:
@@ -73,12 +98,12 @@ def _with_named_ids(drawing: str, name: str) -> str:
     return re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", drawing)
 
 
-def write_plot(folder: Path, plot: Plot) -> str:
-    """Writes NAME.svg and NAME.csv into `folder`; returns the SVG's text."""
-    drawing = svg(plot)
-    with atomic_file(folder / f"{plot.name}.svg") as temporary:
+def write_plot(folder: Path, plot: Plot, name: str = "") -> str:
+    """Writes NAME.svg and NAME.csv into `folder`, by default under the plot's name; returns the SVG's text."""
+    drawing, name = svg(plot), name or plot.name
+    with atomic_file(folder / f"{name}.svg") as temporary:
         temporary.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + drawing, encoding="utf-8")
-    write_rows(folder / f"{plot.name}.csv", plot.columns, plot.rows)
+    write_rows(folder / f"{name}.csv", plot.columns, plot.rows)
     return drawing
 
 
@@ -109,13 +134,13 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`: powers of ten and, over few decades, also 2 and 5 times these."""
+    """Round numbers between `low` and `high`: powers of ten and, over few decades, multiples of these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     step = math.ceil(len(decades) / 7)
-    factors = (1, 2, 5) if high / low < 200 else (1,)
-    ticks = [f * 10.0**d for d in decades if d % step == 0 for f in factors if low <= f * 10.0**d <= high]
-    if len(ticks) > 1:
-        return ticks
+    for factors in ((1, 2, 5), (1, 2, 3, 4, 6, 8)) if high / low < 200 else ((1,),):
+        ticks = [f * 10.0**d for d in decades if d % step == 0 for f in factors if low <= f * 10.0**d <= high]
+        if len(ticks) > 1:
+            return ticks
     return sorted({float(f"{low * (high / low) ** part:.2g}") for part in (0.1, 0.5, 0.9)})
 
 
@@ -127,10 +152,15 @@ def plain_number(value: float, _: object = None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def is_narrow(figure: Any) -> bool:
+    """Whether a figure is drawn for a phone."""
+    return bool(figure.get_figwidth() <= NARROW)
+
+
 def thousands(axis: Axis) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=4 if is_narrow(axis.axes.figure) else 7, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 

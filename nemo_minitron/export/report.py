@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import atomic_file
+from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import formatting, importance_figures, result_figures, search_figures
-from nemo_minitron.export.plot import Plot, write_plot
+from nemo_minitron.export.plot import NARROW, Plot, in_page, svg, write_plot
 from nemo_minitron.export.run import RunFiles, read_run
+from nemo_minitron.export.tiles import tiles
 
 TEMPLATE = "report.html.jinja"
 FIGURES: dict[str, tuple[str, Callable[[RunFiles], Plot | str]]] = {
@@ -36,11 +39,14 @@ def write_report(run_folder: str | Path) -> Path:
     """
     run = read_run(run_folder)
     context = {
-        "title": run.folder.resolve().name,
-        "tiles": _tiles(run),
+        "title": _title(run),
+        "recipe_name": str((run.recipe or {}).get("name", "")),
+        "folder": run.folder.resolve().name,
+        "tiles": tiles(run),
         "sizes": formatting.size_rows(run.plan.source, run.plan.target) if run.plan else [],
         "figures": {name: _figure(run, name) for name in FIGURES},
         "numbers": _numbers(run),
+        "benchmarks": _benchmarks(run),
         "samples": _samples(run),
         "calibration": _calibration(run),
         "stages": _stages(run),
@@ -76,24 +82,40 @@ def _figure(run: RunFiles, name: str) -> dict[str, object]:
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
         return {"title": title, "missing": plot}
     # matplotlib escapes what it draws, so its SVG may go into the page as it is.
-    drawing = Markup(write_plot(folder, plot))
-    return {"title": title, "svg": drawing, "caption": plot.caption, "csv": f"{RunFolder.figures}/{name}.csv"}
+    wide, narrow = (Markup(in_page(drawing)) for drawing in (write_plot(folder, plot), svg(plot, NARROW)))
+    data = base64.b64encode((folder / f"{name}.csv").read_bytes()).decode()
+    return {"title": title, "wide": wide, "narrow": narrow, "caption": plot.caption, "csv": f"{name}.csv", "data": data}
 
 
-def _tiles(run: RunFiles) -> list[tuple[str, str, str]]:
-    """(what, number, remark) of the two results that a reader looks for first."""
-    tiles = []
-    if run.plan:
-        before, after = run.plan.source.parameters(), run.plan.target.parameters()
-        tiles.append(("parameters", formatting.short_count(after), f"of {formatting.short_count(before)}"))
-    for corpus in dict.fromkeys(row["corpus"] for row in run.numbers):
-        value = {row["stage"]: row["perplexity"] for row in result_figures.stages_of(run.numbers, corpus)}
-        for stage in ("distilled", "pruned"):
-            if stage in value:
-                beside = f"teacher {formatting.number(value['teacher'], 1)}" if "teacher" in value else ""
-                tiles.append((f"perplexity, {stage}, {corpus}", formatting.number(value[stage], 1), beside))
-                break
-    return tiles
+def _title(run: RunFiles) -> str:
+    """The model, and its sizes before and after, as far as they are known."""
+    recipe = run.recipe or {}
+    model = str(recipe.get("base_model") or Path(str(recipe.get("teacher") or "")).name or run.folder.resolve().name)
+    if run.plan is None:
+        return model
+    sizes = (formatting.short_count(a.parameters()) for a in (run.plan.source, run.plan.target))
+    before, after = (size.replace(" ", "\N{NO-BREAK SPACE}") for size in sizes)
+    return f"{model}: {before} → {after}"
+
+
+def _benchmarks(run: RunFiles) -> list[list[str]]:
+    """(task, metric, teacher, student) of lm-eval, with standard errors where it gives them."""
+    teacher, student = (run.benchmarks.get(name, {}) for name in ("teacher", "distilled"))
+    rows = []
+    for task, metrics in student.items():
+        for metric in metrics:
+            if "_stderr" in metric or "," not in metric:
+                continue
+            error = metric.replace(",", "_stderr,")
+            sides = [_score(side.get(task, {}), metric, error) for side in (teacher, student)]
+            rows.append([task, metric.partition(",")[0], *sides])
+    return rows
+
+
+def _score(row: JsonFields, metric: str, error: str) -> str:
+    if metric not in row:
+        return formatting.NONE
+    return formatting.number(row[metric]) + (f" ± {row[error]:.3f}" if error in row else "")
 
 
 def _numbers(run: RunFiles) -> list[list[str]]:
@@ -143,5 +165,5 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     manifest = run.manifest
     versions = sorted((manifest.versions if manifest else {}).items())
     digests = [(f"digest of {name}", value) for name, value in sorted((manifest.digests if manifest else {}).items())]
-    plan = [("digest of the plan", run.plan.digest)] if run.plan else []
-    return [*versions, *digests, *plan]
+    plan = [("digest of plan", run.plan.digest)] if run.plan else []
+    return [*versions, *digests, *(row for row in plan if row not in digests)]

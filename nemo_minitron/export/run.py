@@ -8,21 +8,22 @@ from pathlib import Path
 
 from nemo_minitron.artifacts import Manifest, PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.artifacts.json_types import JsonObject
+from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import grouped, listed, text
-from nemo_minitron.artifacts.records import read_curve, read_numbers, read_samples
+from nemo_minitron.artifacts.records import BENCHMARKS, SPEED, read_curve, read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 
-CURVE_KEYS = ("step", "tokens", "loss")
+CURVE_KEYS = VALIDATION_KEYS = ("step", "tokens", "loss")
 RECIPE = grouped({}, {"chain": listed(grouped({"name": text()}))})
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """The content of a run folder. `curve`: rows of loss.csv as numbers; `numbers`, `samples`: rows of the JSON
-    files."""
+    """The content of a run folder. `curve`, `validation`: rows of loss.csv and validation.csv as numbers; `numbers`,
+    `samples`: rows of the JSON files; `speed`: model -> what was timed; `benchmarks`: model -> task -> metric ->
+    number."""
 
     folder: Path
     recipe: JsonObject | None = None
@@ -32,6 +33,9 @@ class RunFiles:
     numbers: Sequence[JsonObject] = ()
     curve: Sequence[dict[str, float]] = ()
     samples: Sequence[JsonObject] = ()
+    validation: Sequence[dict[str, float]] = ()
+    speed: JsonFields = dataclasses.field(default_factory=dict)
+    benchmarks: JsonFields = dataclasses.field(default_factory=dict)
 
     def cuts(self, name: str) -> bool:
         """Whether the plan makes axis `name` smaller."""
@@ -62,15 +66,18 @@ def read_run(folder: str | Path) -> RunFiles:
         numbers=read_numbers(files.numbers) if files.numbers.exists() else (),
         curve=next((read_curve(file, CURVE_KEYS) for file in _curves(files) if file.is_file()), ()),
         samples=read_samples(files.samples) if files.samples.exists() else (),
+        validation=next((read_curve(f, VALIDATION_KEYS) for f in _curves(files, "validation") if f.is_file()), ()),
+        speed=read_json(files.speed, "the speeds", SPEED) if files.speed.exists() else {},
+        benchmarks=read_json(files.benchmarks, "the benchmarks", BENCHMARKS) if files.benchmarks.exists() else {},
     )
     if run.plan and run.scores and run.plan.source != run.scores.architecture:
         raise InputError(f"'{folder}': plan.json and scores.safetensors are of different models")
     return run
 
 
-def _curves(files: RunFolder) -> list[Path]:
-    """Where the losses of the training may lie, the first one first."""
-    return [TrainingFolder(place).losses for place in (files.distilled, files.student, files.path)]
+def _curves(files: RunFolder, name: str = "losses") -> list[Path]:
+    """Where the losses of the training may lie, the first one first; `name`: losses or validation."""
+    return [getattr(TrainingFolder(place), name) for place in (files.distilled, files.student, files.path)]
 
 
 def _check_chain(folder: RunFolder, recipe: JsonObject | None) -> None:

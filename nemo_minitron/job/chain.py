@@ -55,6 +55,7 @@ def _job_of(job: Job, folder: Path, number: int) -> Job:
             values |= {"learns_from": job.teacher, "lineage": plans}
         else:
             values["base_model"] = f"{job.name}-{before[-1].name}"
+            values["base_note"] = ""
     return Job.from_dict(values)
 
 

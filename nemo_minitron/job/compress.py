@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from nemo_minitron.artifacts.files import write_json
@@ -47,6 +48,7 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
         execute(run, stages(job), until)
     if not until:
         run.say(f"done: {run.folder.student} is the student, {run.folder.report} shows it")
+        run.say(f"next: minitron chat {shlex.quote(str(run.folder.student))}")
     return folder
 
 

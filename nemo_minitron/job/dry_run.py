@@ -12,6 +12,7 @@ from nemo_minitron.artifacts.files import bytes_in, need_space
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.commands.corpus import positions_of
+from nemo_minitron.commands.plan import uncut
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -84,6 +85,8 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     source = from_hf(config)
     ancestor = learned(job, source, known)
     target = _target(job, source, config)
+    if job.search.wanted and (sentence := uncut(target, source)):
+        raise InputError(sentence)
     to_hf(target, config)
     check_represented(config)
     job.cutting.check(source, target, job.search.wanted)

@@ -26,7 +26,6 @@ from nemo_minitron.settings.search import Search
 from nemo_minitron.sources.open import config_of
 
 TARGETS = ("params", "memory", "keep")
-SHARE = re.compile(r"(0?\.\d+)x")
 SMALL = 10**9  # parameters; below it a short training takes the larger learning rate
 FULL = 0.8  # share of a GPU's memory that a step may take by our count, which leaves out buffers and the allocator
 
@@ -128,25 +127,28 @@ def _search(own: OwnModel, source: Architecture, scale: Scale, layout: Layout) -
     """What is searched for: nothing if the sizes are given."""
     if own.keep:
         return Search()
-    share = SHARE.fullmatch(own.params)
-    params = str(round(float(share[1]) * source.parameters())) if share else own.params
     divisors = f"tp={layout.tp}" if layout.tp > 1 else ""
-    return dataclasses.replace(scale.search, params=params, memory=own.memory, divisors=divisors)
+    search = dataclasses.replace(scale.search, params=own.params, memory=own.memory, divisors=divisors)
+    return search.for_model(source)
 
 
 def _data(own: OwnModel) -> Data:
     """The text, with a part of it held out if no other text is given."""
     from nemo_minitron.data import prefix_of
-    from nemo_minitron.data.text import HELD_OUT, JSONL, REST, parted
+    from nemo_minitron.data.files import TEXT, kind_of
+    from nemo_minitron.data.text import HELD_OUT, REST, source_of, with_field
 
-    name, split = parted(own.data)
+    data = with_field(own.data, own.field)
+    source = source_of(data)
+    name, split, field = source
     if own.test:
-        return Data(train=own.data, test=own.test)
-    if Path(name).suffix in JSONL and split is None:
-        return Data(train=f"{name}@{REST}", test=f"{name}@{HELD_OUT}")
+        return Data(train=data, test=with_field(own.test, own.field))
+    if source.is_file and kind_of(name) not in TEXT and split is None:
+        train, test = (with_field(f"{name}@{part}", field) for part in (REST, HELD_OUT))
+        return Data(train=train, test=test)
     if split is not None or prefix_of(name) is not None or Path(name).is_file():
         raise InputError(f"'{own.data}' has no part that can be held out; give held-out text with --test")
-    return Data(train=own.data, test=own.data)
+    return Data(train=data, test=data)
 
 
 def _name(model: str, size: str) -> str:

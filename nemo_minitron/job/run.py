@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.files import atomic_file, digest_of, read_json, wri
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
+from nemo_minitron.commands.place import check_writable
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.families import resolve
 from nemo_minitron.hosts import host_name
@@ -81,6 +82,7 @@ def check_folder(folder: Path) -> None:
     """Raises InputError for a file, and for a folder that holds anything but a run."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the run folder '{folder}' is a file")
+    check_writable(folder)
     names = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     if names and RunFolder.recipe not in names:
         raise InputError(f"'{folder}' is not empty and is no run folder; give a new folder with --out")

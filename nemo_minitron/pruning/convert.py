@@ -12,6 +12,7 @@ from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import TOKENIZER, copy_side_files
+from nemo_minitron.progress import of_bytes
 from nemo_minitron.pruning.write import write_weights
 from nemo_minitron.sources.open import is_checkpoint
 
@@ -48,7 +49,7 @@ def convert(checkpoint: Path, out: Path) -> Path:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     dtype = TORCH_NAMES[source.dtype(next(iter(source.architecture.shapes())))]
     with atomic_folder(out) as folder:
-        write_weights(source, identity(source.architecture), folder, source.config)
+        write_weights(source, identity(source.architecture), folder, source.config, progress=of_bytes("convert: MB"))
         write_json(folder / "config.json", written_config(source.config | ends | {"torch_dtype": dtype}))
         copy_side_files(source.folder, folder, TOKENIZER)
     return out

@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf, written_config
 from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_side_files
+from nemo_minitron.progress import of_bytes
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 from nemo_minitron.sources.folder import HFSource
@@ -53,7 +54,8 @@ def prune(
     try:
         with atomic_folder(student.resolve()) as folder:
             write_weights(
-                source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2
+                source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2,
+                progress=of_bytes("cut: MB"),
             )  # fmt: skip
             copy_side_files(source_folder, folder, TOKENIZER, SETTINGS, TERMS)
             write_json(folder / "config.json", written_config(config))
@@ -97,6 +99,6 @@ def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"the student's folder '{student}' is not empty; choose another, or overwrite it")
+        raise InputError(f"the student's folder '{student}' is not empty; choose another, or give --overwrite")
     if not (target / "config.json").is_file():
         raise InputError(f"'{student}' is no model folder (it has no config.json), so it is not overwritten")

@@ -47,12 +47,13 @@ def write_weights(
     compensation: Compensation | None = None,
     shard_size: int = SHARD,
     threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes model.safetensors, or shards of up to `shard_size` bytes and their index, into `folder`.
 
     `config`, the teacher's or the student's, decides the names. Tensors keep the dtype that `source` stores. Tensors of
     `compensation` replace the plan's slices. If there is more than one thread, each of them reads `source`. A tensor
-    larger than `shard_size` gets its own shard.
+    larger than `shard_size` gets its own shard. `progress(megabytes done, all)` is called after each tensor.
 
     Raises InputError if the disk is too small (before the first byte is written), for a compensation of another plan,
     for a number that is not finite (NaN or an infinity, in any dtype), and whenever `student_index` does.
@@ -68,8 +69,10 @@ def write_weights(
     longest_first = sorted(tasks, key=lambda t: -t.size)  # so that the threads end together
     # If one task fails, map cancels those that have not begun.
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda tensor: tasks[tensor](), longest_first):
-            pass
+        written = 0
+        for tensor, _ in zip(longest_first, pool.map(lambda tensor: tasks[tensor](), longest_first), strict=True):
+            written += tensor.size
+            progress(written // 10**6, total // 10**6)
     if len(shards) > 1:
         places = {tensor.name: file for file, members in shards.items() for tensor in members}
         index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -21,6 +21,17 @@ def count(text: str, what: str) -> int:
     return int(_quantity(text, COUNTS, what, "84M or 8.27B"))
 
 
+def share(text: str, of: int, what: str) -> str:
+    """`0.7x` -> that share of `of` as a count; any other text is left as it is. Raises InputError for a share of 1 or
+    more; `what` names the option."""
+    match = re.fullmatch(r"(\d*\.?\d+)x", text.strip())
+    if not match:
+        return text
+    if not 0 < Fraction(match[1]) < 1:
+        raise InputError(f"{what}={text} is no smaller model; a share is above 0 and below 1, for example 0.7x")
+    return str(round(Fraction(match[1]) * of))
+
+
 def size_in_bytes(text: str, what: str) -> int:
     """`8GiB`, `8GB`, `512MiB` -> bytes. Raises InputError; `what` names the option."""
     return int(_quantity(text, BYTES, what, "8GiB or 500MB"))

@@ -52,8 +52,11 @@ class Target:
         return f"{low:,} to {high:,} {self.unit or self.name}"
 
 
-def parameters(value: int, tolerance: float = 0.05, *, embeddings: bool = True, active: bool = False) -> Target:
-    """A band of parameters, as in the papers: all of them, those without embeddings, or those active for one token."""
+def parameters(
+    value: int, tolerance: float | None = 0.05, *, embeddings: bool = True, active: bool = False
+) -> Target:  # fmt: skip
+    """A band of parameters, as in the papers; with tolerance None at most so many. All of them count, those without
+    embeddings, or those active for one token."""
     name = "active parameters" if active else "parameters" if embeddings else "parameters without embeddings"
 
     def cost(a: Architecture) -> int:

@@ -8,7 +8,8 @@ from nemo_minitron.schema import MODEL, TOKENS, setting
 from nemo_minitron.settings.validated import ValidatedSettings
 
 TEXT = "Text of your own MODEL's job: a file, a .bin/.idx prefix, or a `datasets` source."
-TEST = "Held-out text. Default: the test split, or every twentieth document of a JSONL file."
+TEST = "Held-out text. Default: the test split, or every twentieth document of files."
+FIELD = "Name of the text in records or columns, e.g. body. Default: text, or chat messages."
 SHARE = "Size of your own MODEL's student: 84M, or 0.7x of the model's parameters."
 MEMORY = "Size of the student by the bytes of its weights, e.g. 8GiB."
 KEEP = "Sizes of the student, e.g. ffn=1024,layers=24."
@@ -21,6 +22,7 @@ class OwnModel(ValidatedSettings):
 
     data: str = setting("", TEXT, panel=MODEL)
     test: str = setting("", TEST, panel=MODEL)
+    field: str = setting("", FIELD, panel=MODEL)
     params: str = setting("", SHARE, panel=MODEL)
     memory: str = setting("", MEMORY, panel=MODEL)
     keep: str = setting("", KEEP, panel=MODEL)

@@ -58,6 +58,9 @@ class Job(ValidatedSettings):
     layout: Layout = dataclasses.field(default_factory=Layout)
     licence: str = setting("unknown", "Licence of the teacher, on the model card.", recipe_only=CARD)
     base_model: str | None = setting(None, "The teacher's name on the model card.", recipe_only=CARD)
+    base_note: str = setting(
+        "", "What the teacher was exactly, if it is not the published model, for the card.", recipe_only=CARD
+    )
     seed: int = seed_setting(0, "The seed of the student that is cut at random, for comparison.", recipe_only=ALONE)
     depth: str = setting(BLOCK_INFLUENCE, "The criterion that chooses which layers are dropped.", recipe_only=PLAN)
     search: Search = dataclasses.field(default_factory=Search)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nemo_minitron.search.targets import Target
 
 DTYPES = ("bf16", "fp8")
-BAND = "Target: %s, within --tolerance, e.g. 84M or 8.27B."
+BAND = "Target: %s, at most, e.g. %s. See --tolerance."
+TOLERANCE = "Take targets in parameters as bands of this tolerance, e.g. 5%. Default: at most the target."
 BOUNDS = "Smallest and largest size of axes, e.g. ffn=512:1536,layers=20:30. Default: half to all of each axis."
 DIVISORS = "Divisors of the sizes: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128; several are separated by commas."
 RANKED = "only a job distils its candidates to rank them"
@@ -31,10 +32,11 @@ Loads = Mapping[str, int | str]  # axis -> what its size must be a multiple of, 
 class Search(ValidatedSettings):
     """A budget, written as on the command line. Without a target there is no search.
 
-    Targets: `params`, `params_no_embeddings` and `active_params` ("84M") are met within `tolerance`. `memory` ("8GiB"),
-    of weights and KV cache at `batch` and `context` in the dtypes `weights` and `kv_cache`, and `flops`, of the forward
-    pass of one token at `context`, are upper limits. So is `latency` ("30ms"), of a forward pass over `batch` sequences
-    of `context` tokens; it is measured on this machine for the best shapes that meet another target.
+    Targets are upper limits: `params`, `params_no_embeddings` and `active_params` ("84M"), which `tolerance` ("5%")
+    turns into bands, as in the papers; `memory` ("8GiB"), of weights and KV cache at `batch` and `context` in the
+    dtypes `weights` and `kv_cache`; `flops`, of the forward pass of one token at `context`; `latency` ("30ms"), of a
+    forward pass over `batch` sequences of `context` tokens. A latency is measured on this machine for the best shapes
+    that meet another target.
 
     `bounds` ("ffn=512:1536,layers=20:30"), `space` ("layers=29,30;ffn=2.5x,3x") and `divisors` ("64,tp=8", "fp8,tp=4"
     or "fp8=128") say which shapes are tried. `maximal` leaves out a shape that fits inside another one.
@@ -46,9 +48,9 @@ class Search(ValidatedSettings):
     Raises InputError for a number out of range, and for settings that contradict each other.
     """
 
-    params: str = setting("", BAND % "parameters")
-    params_no_embeddings: str = setting("", BAND % "parameters without embeddings")
-    active_params: str = setting("", BAND % "parameters active for a token")
+    params: str = setting("", BAND % ("parameters", "84M, or 0.7x of the model's"))
+    params_no_embeddings: str = setting("", BAND % ("parameters without embeddings", "84M or 8.27B"))
+    active_params: str = setting("", BAND % ("parameters active for a token", "84M or 8.27B"))
     memory: str = setting("", "Target: bytes of weights and KV cache, at most, e.g. 8GiB.")
     flops: str = setting("", "Target: FLOPs of the forward pass of a token at --context, at most, e.g. 150M.")
     latency: str = setting(
@@ -58,7 +60,7 @@ class Search(ValidatedSettings):
     context: int = setting(4096, "Tokens of each sequence, for --memory and --flops.")
     weights: str = setting("bf16", "Type of the stored weights, for --memory: bf16 or fp8.", legal=DTYPES)
     kv_cache: str = setting("bf16", "Type of the KV cache, for --memory: bf16 or fp8.", legal=DTYPES)
-    tolerance: str = setting("5%", "Tolerance of the targets in parameters.")
+    tolerance: str = setting("", TOLERANCE)
     bounds: str = setting("", BOUNDS)
     space: str = setting("", "Sizes to try, e.g. 'layers=29,30;ffn=3x' (3x means three times hidden).")
     divisors: str = setting("", DIVISORS)
@@ -105,7 +107,7 @@ class Search(ValidatedSettings):
         """The targets of the search. Raises InputError for a text that is no size."""
         from nemo_minitron.search import parse, targets
 
-        share = parse.tolerance(self.tolerance)
+        share = parse.tolerance(self.tolerance) if self.tolerance else None
         wanted = []
         for name, options in _BANDS.items():
             if text := getattr(self, name):
@@ -115,6 +117,13 @@ class Search(ValidatedSettings):
         if self.flops:
             wanted.append(targets.flops(parse.count(self.flops, "--flops"), context=self.context))
         return wanted
+
+    def for_model(self, source: Architecture) -> Search:
+        """The same search with a share, `0.7x`, as parameters of the model. Raises InputError for a share of 1 or
+        more."""
+        from nemo_minitron.search import parse
+
+        return dataclasses.replace(self, params=parse.share(self.params, source.parameters(), "--params"))
 
     def shapes(self, source: Architecture, keep: Keep, loads: Loads | None = None) -> Space:
         """The space of shapes to try. `keep` fixes axes; `loads` and refusals are as in `make_space`."""

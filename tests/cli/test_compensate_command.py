@@ -43,11 +43,18 @@ def solved(world, plan):
     return Compensation.load(world / "c.safetensors")
 
 
+def corpus(world):
+    """The prefix of the tokens of the text, as the command makes them in a folder that it removes."""
+    from nemo_minitron.commands.corpus import tokenise
+
+    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "tokens" / "rows", 509).prefix
+
+
 def grams(world):
     """By the book, of the rows that the command drew."""
     from nemo_minitron.data import Tokens
 
-    rows = Tokens(world / ".c.safetensors.work" / "calibration").windows(36, 6, 1234)
+    rows = Tokens(corpus(world)).windows(36, 6, 1234)
     return grams64(world / "teacher", rows)
 
 
@@ -69,7 +76,7 @@ def test_plans_stages_and_layers_one_by_one(world, plan, solved):
     outs = {world / "compensated.json": world / "c2.safetensors", world / "other.json": world / "c3.safetensors"}
     (world / "c3.safetensors.parts").mkdir()
     (world / "c3.safetensors.parts" / "layers.9.down.weight.npy").write_text("no matrix")
-    rows, calibration = world / ".c.safetensors.work" / "calibration", Calibration(6, 36, 2, seed=1234)
+    rows, calibration = corpus(world), Calibration(6, 36, 2, seed=1234)
     solve_for(HFSource(world / "teacher"), outs, rows, calibration, Layout(pp=2), memory=1000)
     both = [Compensation.load(out) for out in outs.values()]
     assert list(both[0].tensors) == list(solved.tensors)

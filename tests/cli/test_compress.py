@@ -154,10 +154,11 @@ def test_distill_command_leaves_a_folder_with_its_losses(world):
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert list(rows[0]) == ["step", "tokens", "loss", "seconds"]
     assert from_hf(world / "student-out") == plan.target
-    made = world / ".student-out.work" / "training" / "last.json"
+    made = world / "student-out" / "config.json"
     before = made.stat().st_mtime_ns, raw_tensors(world / "student-out")
     minitron(world, "distill", "student-in", "--teacher", "teacher", *settings, "--out", "student-out")
     assert made.stat().st_mtime_ns == before[0]  # a finished training is not begun again
+    assert not (world / ".student-out.work").exists()
     after = raw_tensors(world / "student-out")
     assert all(np.array_equal(after[name], tensor) for name, tensor in before[1].items())
     other = world / "other.jsonl"

@@ -46,8 +46,10 @@ def rows(path):
 
 
 def test_a_budget(run, scores, tmp_path):
-    output = run("scores.safetensors", "--params", "1.4K", "--bounds", "ffn=5:20,heads=4:8", "--top", 4)
-    made, listed = PrunePlan.load(tmp_path / "plan.json"), rows(tmp_path / "candidates.csv")
+    output = run(
+        "scores.safetensors", "--params", "1.4K", "--bounds", "ffn=5:20,heads=4:8", "--top", 4, "--tolerance", "5%"
+    )
+    made, listed = PrunePlan.load(tmp_path / "plan.json"), rows(tmp_path / "plan.candidates.csv")
     best = {name: int(listed[0][name]) for name in ("layers", "hidden", "ffn", "heads")}
     assert made.keep == plan(scores, best).keep
     assert int(listed[0]["parameters"]) == made.target.parameters()
@@ -57,13 +59,41 @@ def test_a_budget(run, scores, tmp_path):
     assert [row["rank"] for row in listed[:5]] == ["1", "2", "3", "4", ""]  # behind the top what else is on the front
     kept = [float(row["kept"]) for row in listed[:4]]
     assert kept == sorted(kept, reverse=True)
-    figure = rows(tmp_path / "pareto.csv")
+    figure = rows(tmp_path / "plan.pareto.csv")
     assert {row["name"] for row in figure} == {row["name"] for row in listed}
     assert {row["name"] for row in figure if row["front"] == "1"} == {r["name"] for r in listed if r["front"] == "1"}
-    assert (tmp_path / "pareto.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "plan.pareto.svg").read_text().startswith("<?xml")
     table = [line.split() for line in output.splitlines() if line.strip()[:1] in ("1", "4", "u")]
     assert [line[0] for line in table] == ["1", "4", "uncut"]
     assert table[0][1:5] == [str(size) for size in best.values()]
+
+
+def test_a_budget_is_the_most(run, tmp_path):
+    """Also as a share of the model; without a tolerance no shape is above it."""
+    wanted = PICO.parameters() * 7 // 10
+    run("scores.safetensors", "--params", wanted, "--bounds", "ffn=5:20,heads=4:8")
+    made, listed = PrunePlan.load(tmp_path / "plan.json"), rows(tmp_path / "plan.candidates.csv")
+    assert 0.6 * PICO.parameters() < made.target.parameters() <= wanted
+    assert all(int(row["parameters"]) <= wanted for row in listed)
+    run("scores.safetensors", "--params", "0.7x", "--bounds", "ffn=5:20,heads=4:8", "--out", "share.json")
+    assert PrunePlan.load(tmp_path / "share.json").keep == made.keep
+
+
+def test_two_plans_share_no_file(run, tmp_path):
+    run("scores.safetensors", "--params", "0.8x")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run("scores.safetensors", "--params", "0.6x", "--out", "small.json")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.items() >= before.items()
+    assert {f"small.{end}" for end in ("json", "candidates.csv", "pareto.svg", "pareto.csv")} == set(after) - set(
+        before
+    )
+
+
+def test_a_budget_above_the_model_says_so(run):
+    output = run("scores.safetensors", "--params", 10 * PICO.parameters())
+    assert f"remark: nothing has to be cut: the model, with {PICO.parameters():,} parameters, is within" in output
+    assert "remark" not in run("scores.safetensors", "--params", "0.7x")
 
 
 def test_sizes_as_before(run, scores, tmp_path):
@@ -72,7 +102,7 @@ def test_sizes_as_before(run, scores, tmp_path):
     assert f"{PICO.parameters():,} -> " in output
     run("scores.safetensors", "--keep", "layers=3", "--depth", "loss")
     assert PrunePlan.load(tmp_path / "plan.json").keep == {"layers": [1, 2, 3]}
-    assert not (tmp_path / "candidates.csv").exists()
+    assert not (tmp_path / "plan.candidates.csv").exists()
 
 
 def test_a_fixed_axis_and_another_criterion_of_depth(run, tmp_path):
@@ -83,7 +113,7 @@ def test_a_fixed_axis_and_another_criterion_of_depth(run, tmp_path):
     assert made.target.num_layers == 3
     assert made.keep["layers"] == [1, 2, 3]
     assert made.target.flops_per_token(64) <= 20_000
-    assert {row["layers"] for row in rows(tmp_path / "candidates.csv")} <= {"3", "4"}
+    assert {row["layers"] for row in rows(tmp_path / "plan.candidates.csv")} <= {"3", "4"}
 
 
 @pytest.mark.parametrize("kind", ["sizes", "folder", "config"])
@@ -99,7 +129,7 @@ def test_an_architecture_alone(run, tmp_path, kind):
         source.write_text(json.dumps(config if kind == "config" else NEMOTRON.as_dict()))
     before = sorted(tmp_path.rglob("*"))
     if kind == "sizes":
-        options = ["--space", SPACE_8B, "--no-maximal", "--top", 20, "--dry-run"]
+        options = ["--tolerance", "5%", "--space", SPACE_8B, "--no-maximal", "--top", 20, "--dry-run"]
         output = run("--architecture", source, "--params", "8.27B", *options)
         assert "160 shapes, 20 within the budget, 20 shown" in output
     else:
@@ -128,8 +158,9 @@ def test_a_dry_run_loads_nothing_heavy(tmp_path):
     [
         ("scores.safetensors", "there is nothing to plan; give a target, for example --params 84M"),
         ("--params 1K", "give either scores or --architecture"),
-        ("scores.safetensors --params 1", "shapes has 1 to 1 parameters; the nearest is layers="),
+        ("scores.safetensors --params 1", "shapes has at most 1 parameters; the nearest is layers="),
         ("scores.safetensors --params 1.4X", "--params=1.4X is not a size"),
+        ("scores.safetensors --params 1.0x", "--params=1.0x is no smaller model"),
         ("scores.safetensors --memory 3KiB --weights int4", "weights 'int4' is unknown"),
         ("scores.safetensors --params 1K --depth los", "did you mean 'loss'"),
         ("scores.safetensors --params 1K --top 0", "candidates is 0; the nearest legal value is 1"),

@@ -75,7 +75,7 @@ def test_a_budget_is_met_by_sizes_that_load_everywhere(world, monkeypatch, given
         assert PrunePlan.load(world / "best.json").target.hidden_size % 6 == 0
     import csv
 
-    with open(world / "candidates.csv", newline="") as file:
+    with open(world / "best.candidates.csv", newline="") as file:
         hidden = {int(row["hidden"]) for row in csv.DictReader(file)}
     assert len(hidden) > 1
     assert all(size % 6 == 0 for size in hidden)

@@ -101,7 +101,7 @@ def test_a_split_of_a_file_is_refused_not_ignored(jsonl):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    path = tmp_path / "table.csv"
+    path = tmp_path / "page.html"
     path.write_text("text\nhello\n")
     assert ".jsonl" in refused(path)
 

@@ -51,6 +51,7 @@ def test_numbers_have_exactly_the_keys_of_the_file(folder, windows):
     values = evaluate(folder, windows, precision="fp32", corpus="noise", stage="teacher").as_dict()
     assert list(values) == [
         "stage", "corpus", "tokens", "parameters", "loss", "perplexity", "bits_per_byte", "seconds",
+        "loss_error",
     ]  # fmt: skip
     assert (values["stage"], values["corpus"], values["bits_per_byte"]) == ("teacher", "noise", None)
     assert values["tokens"] == 5 * 22

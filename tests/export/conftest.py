@@ -1,5 +1,7 @@
 """A finished run of a small model, as files; its values are known to the tests."""
 
+import json
+
 import numpy as np
 import pytest
 from run_folder import EVIL, SOURCE, top, write
@@ -28,7 +30,11 @@ def run(tmp_path, scores, width_plan):
     (folder / "checkpoints/distilled").mkdir(parents=True)
     scores.save(folder / "scores.safetensors")
     width_plan.save(folder / "plan.json")
-    write(folder, "recipe.json", {"name": EVIL, "keep": {"ffn": 400}})
+    write(
+        folder,
+        "recipe.json",
+        {"name": EVIL, "keep": {"ffn": 400}, "teacher": "models/big", "layout": {"dp": 2, "tp": 3}},
+    )
     stages = [
         {"name": "estimate", "seconds": 75.2, "digest": "a"},
         {"name": "prune", "seconds": 1.0, "digest": "b"},
@@ -49,6 +55,14 @@ def run(tmp_path, scores, width_plan):
     write(folder, "numbers.json", [
         row | {"stage": stage, "perplexity": value, "loss": float(np.log(value))} for stage, value in numbers
     ])  # fmt: skip
+    rows = json.loads((folder / "numbers.json").read_text())
+    rows[0] |= {"gap": 1.3716, "gap_error": 0.01, "agreement": 0.612, "agreement_error": 0.004}
+    write(folder, "numbers.json", rows)
+    timed = {"prompt": 256, "new": 32, "precision": "bf16", "device": "CPU, 2 threads", "in_turn": True}
+    speeds = {"teacher": (1.25, 17.04), "distilled": (0.8, 21.0)}
+    write(folder, "speed.json", {
+        stage: timed | {"latency": latency, "tokens_per_second": rate} for stage, (latency, rate) in speeds.items()
+    })  # fmt: skip
     texts = {stage: f" {stage} text {EVIL}" for stage in ("pruned", "teacher")}
     write(
         folder,

@@ -156,7 +156,8 @@ def facts():
             row | {"stage": "teacher", "loss": 2.8, "perplexity": 17.2, "bits_per_byte": 0.91},
         ],
         versions={"torch": "2.13.0"},
-        limits=["English only."],
+        limits=["English only."], base_note="dequantised from Q4_1", dtype="float32", chats=True,
+        figures={"Perplexity": "figures/perplexity.png"},
     )  # fmt: skip
 
 
@@ -188,6 +189,12 @@ def test_the_card_says_what_was_done(tmp_path, facts):
         "- English only.",
         "minitron compress smollm2 distillation.tokens=2000",
         "| torch | 2.13.0 |",
+        "**Base model:** HuggingFaceTB/SmolLM2-135M-Instruct, dequantised from Q4_1",
+        "83,978,944, stored as float32",
+        'dtype="float32"',
+        "apply_chat_template(messages",
+        "![Perplexity](figures/perplexity.png)",
+        "## Intended use",
     ):
         assert fact in text, fact
     assert text.index("| teacher |") < text.index("| cut at random |") < text.index("| distilled |")
@@ -201,6 +208,14 @@ def test_a_card_without_distillation_does_not_speak_of_it(facts):
     assert "should be distilled before it is used" in text
     assert "license" not in front_matter(text)
     assert "## Numbers" not in text
+
+
+def test_a_card_without_scores_says_nothing_of_them(facts):
+    text = card_text(dataclasses.replace(facts, criterion="", plan_digest="", chats=False, figures={}))
+    assert "Scored by" not in text
+    assert "**Plan:**" not in text
+    assert "apply_chat_template" not in text
+    assert "![" not in text
 
 
 @pytest.mark.parametrize(
@@ -253,12 +268,14 @@ def test_no_name_or_licence_becomes_an_image_a_link_or_code(tmp_path, facts, evi
     odd = dataclasses.replace(
         facts, name=evil, base_model=evil, base_folder=tmp_path, criterion=evil, data=[row], numbers=numbers,
         versions={evil: evil}, limits=[evil], in_place=evil, command=f"minitron compress {evil}",
+        base_note=evil, dtype=evil,
     )  # fmt: skip
     text = card_text(odd)
     assert "license_link" not in front_matter(text)
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
     inside = [token for outer in tokens for token in (outer, *(outer.children or []))]
-    assert not [token.content for token in inside if token.type in ("image", "html_block", "html_inline")]
+    assert not [token.content for token in inside if token.type in ("html_block", "html_inline")]
+    assert [token.attrs["src"] for token in inside if token.type == "image"] == ["figures/perplexity.png"]
     links = {token.attrs["href"] for token in inside if token.type == "link_open"}
     assert links <= {"https://arxiv.org/abs/2407.14679", "https://github.com/NVIDIA/NeMo"}
     (python,) = (token.content for token in tokens if token.type == "fence" and token.info == "python")

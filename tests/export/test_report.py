@@ -1,5 +1,6 @@
 """The report of synthetic run folders: what it says, that it stands alone, what it leaves out and refuses."""
 
+import base64
 import json
 import re
 
@@ -20,6 +21,10 @@ def test_the_report_says_what_came_out(run):
         "8 samples (4,096 tokens)", "12,800 tokens in all; 100 steps", "keeps 400 of 600 neurons",
         "those left of the line", "The plan keeps every layer",
         "The plan does not cut the number of attention heads",
+        "big: 90.8 k → 41.3 k", "of 90.8 k (−54.5 %)", "teacher 17.2; loss +1.372 ± 0.020 nats", "61.2 %",
+        "of the likeliest next tokens are the same, ± 0.8 points", "800 ms teacher 1.25 s; prompt of 256 tokens",
+        "21.0 tokens/s teacher 17.0 tokens/s; one sequence, CPU, 2 threads, bf16",
+        "1 min 16 s on 6 processes; 12,800 tokens learned", "Cut at random to the same sizes: 9.70e7",
     ):  # fmt: skip
         assert fact in text, fact
     assert text.index("teacher text") < text.index("pruned text")
@@ -27,9 +32,10 @@ def test_the_report_says_what_came_out(run):
 
 def test_the_report_opens_without_a_network(run):
     shown = page(run)
-    assert shown.tags.count("svg") == 5  # layers, ffn, hidden, distillation, perplexity
+    assert shown.tags.count("svg") == 2 * 7  # layers, four widths, distillation, perplexity, each wide and narrow
     assert all(address.startswith(("#", "data:image/")) for address in shown.loads), shown.loads
-    assert all((run / address).is_file() for address in shown.links)
+    files = {base64.b64decode(address.removeprefix("data:text/csv;base64,")) for address in shown.links}
+    assert files == {file.read_bytes() for file in (run / "figures").glob("*.csv")}
     assert not set(shown.tags) & {"script", "link", "iframe", "object", "img"}
     text = (run / "report.html").read_text()
     assert not re.search(r"url\((?!#)|@import", text)
@@ -76,12 +82,16 @@ def test_a_plan_that_cuts_depth_only(run):
     assert "The plan cuts layers 1 to 2." in text
     names = {file.name for file in (run / "figures").iterdir()}
     assert "layers.svg" in names
-    assert not names & {
-        "ffn.svg",
-        "ffn.csv",
-        "hidden.svg",
-        "hidden.csv",
-    }  # those of the earlier plan are gone
+    assert {"ffn.svg", "hidden.svg"} <= names  # drawn, whether it is cut or not
+    assert {row["kept"] for row in rows(run, "hidden")} == {"1"}
+
+
+def test_figures_of_an_earlier_report_are_removed(run, scores):
+    write_report(run)
+    left = {name: values for name, values in scores.tensors.items() if name != "hidden"}
+    Scores(SOURCE, left).save(run / "scores.safetensors")
+    assert "The run has no scores for the hidden size." in " ".join(page(run).words)
+    assert not list((run / "figures").glob("hidden.*"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +133,7 @@ def test_a_curve_of_no_or_one_step(run, content):
 def test_scores_of_zero(run):
     tensors = {"ffn": (4, 600), "hidden": (12,), "layers": (4,)}
     Scores(SOURCE, {n: np.zeros(s, np.float32) for n, s in tensors.items()}).save(run / "scores.safetensors")
-    assert page(run).tags.count("svg") == 5
+    assert page(run).tags.count("svg") == 2 * 5
 
 
 def test_a_step_whose_loss_is_no_number_is_left_out_and_told(run):

@@ -18,8 +18,8 @@ from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache
 from nemo_minitron.artifacts.temporary import BESIDE
 from nemo_minitron.commands.cache import check_cache, run_cache, teacher_digest
+from nemo_minitron.commands.corpus import tokenise
 from nemo_minitron.commands.distill import run_distill
-from nemo_minitron.data import Tokens
 from nemo_minitron.errors import InputError
 from nemo_minitron.job import Distillation, Layout
 from nemo_minitron.pruning import HFSource
@@ -78,9 +78,14 @@ def test_a_killed_cache_goes_on_and_ends_with_the_same_bytes(world):
     assert {file.name for file in out.iterdir()} == {HEADER, *shards(out)}
 
 
+def corpus(world):
+    """The tokens of the text, as the command makes them in a folder that it removes."""
+    return tokenise(str(world / "corpus.jsonl"), world / "teacher", world / "tokens" / "train", 512)
+
+
 @pytest.mark.slow
 def test_the_cache_holds_every_row_of_the_text(world):
-    cache, tokens = LogitCache(world / "whole"), Tokens(world / ".whole.work" / "train")
+    cache, tokens = LogitCache(world / "whole"), corpus(world)
     rows = (tokens.tokens - 1) // LENGTH
     assert cache.header.rows == rows
     for row in range(rows):

@@ -7,6 +7,7 @@ import pytest
 from pico import pico_llama
 from words import save_tokenizer
 
+from nemo_minitron import progress
 from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
@@ -70,11 +71,12 @@ def test_a_run_that_is_broken_off_ends_with_the_same_text(job, tmp_path, monkeyp
     broken, _ = run_of(job, tmp_path / "broken")
 
     def stop(line):
-        if line.startswith("    2 of 6"):
+        if line.startswith("    > generate: document 2/6"):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(broken, "say", stop)
+        patch.setattr(progress, "SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             execute(broken, wanted)
     (parts,) = broken.folder.path.glob(f"{RunFolder.generation}.*")

@@ -56,11 +56,17 @@ def test_the_dry_run_tells_the_search(job):
     source, target = check(job)
     found = job.search.run(source, {}, loads=multiples_of(read_config(job.teacher)))
     assert target == found.candidates[0].architecture
-    assert 142_500 <= target.parameters() <= 157_500
+    assert 142_500 <= target.parameters() <= 150_000
     text = describe(job)
-    assert f"{found.combinations:,} shapes, {found.fitting:,} with 142,500 to 157,500 parameters;" in text
+    assert f"{found.combinations:,} shapes, {found.fitting:,} with at most 150,000 parameters;" in text
     assert f"{len(found.candidates)} are cut and measured" in text
     assert "estimate, candidates, compensate, measure, rank, plan, prune" in text
+
+
+def test_a_job_that_would_cut_nothing_is_refused(job):
+    source = from_hf(job.teacher)
+    with pytest.raises(InputError, match=f"nothing has to be cut: the model, with {source.parameters():,} parameters"):
+        check(job.override(["search.params=1M"]))
 
 
 def test_kept_axes_stay(job):
@@ -81,7 +87,7 @@ def test_a_criterion_of_depth_is_gathered_for_every_depth(job):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["search.params=20K"], "shapes has 19,000 to 21,000 parameters; the nearest is layers=3"),
+        (["search.params=20K"], "shapes has at most 20,000 parameters; the nearest is layers=3"),
         (["search.params=lots"], "--params=lots is not a size"),
         (["search.param=3"], "no key 'search.param'; did you mean 'search.params'"),
         (["search.latency=3ms", "search.params="], "search.latency needs another target"),

@@ -14,7 +14,7 @@ from nemo_minitron.artifacts.records import read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from nemo_minitron.commands.distill import export_student, left_by_training, run_training
 from nemo_minitron.commands.estimate import calibrate, describe_scores
-from nemo_minitron.commands.evaluate import measure
+from nemo_minitron.commands.evaluate import measured
 from nemo_minitron.data import Tokens
 from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
@@ -29,6 +29,7 @@ from nemo_minitron.job.stages.generate import WRITE, trained_on
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_checkpoint, open_source
@@ -40,7 +41,7 @@ def stages(job: Job) -> list[Stage]:
     """The stages of a job, in order. Each names what decides its result; if that changes, or a stage before it, it is
     redone."""
     names = RunFolder
-    measured = (names.numbers, names.samples)
+    shown = (names.numbers, names.samples)
     cuts = [names.pruned, *[names.random] * job.evaluation.random_baseline]
     nemo = is_checkpoint(resolve(job.teacher))
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
@@ -62,14 +63,19 @@ def stages(job: Job) -> list[Stage]:
         Stage("plan", plan, _plan_inputs, (scored,), (names.plan,)),
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), tuple(map(_config, cuts)), _made(*cuts)),
-        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), measured),
+        Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), (*shown, names.windows)),
         *writing,
         Stage("distill", distill, _distill_inputs, (learned, "prune"), (LAST,), _trained),
         Stage("export", export, lambda run: None, ("distill",), (_config(names.student),), _made(names.student)),
-        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), measured),
+        Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), (*shown, names.speed)),
         *([MEASURE] if job.evaluation.benchmarks else []),
         Stage(
-            "report", report, _report_inputs, ("evaluate student",), (names.report, names.card), _made(names.figures)
+            "report",
+            report,
+            _report_inputs,
+            ("evaluate student",),
+            (names.report, names.card),
+            _made(names.figures, f"{names.student}/{names.figures}"),
         ),
     ]
 
@@ -223,6 +229,7 @@ def evaluate_student(run: Run) -> None:
     write_json(run.folder.numbers, [*numbers, _measure(run, "distilled", student)])
     samples = [row for row in read_samples(run.folder.samples) if row["stage"] != "distilled"]
     write_json(run.folder.samples, [*samples, *_continue(run, "distilled", student)])
+    write_json(run.folder.speed, _speeds(run, {"teacher": teacher_folder(run), "distilled": student}))
 
 
 def report(run: Run) -> None:
@@ -235,10 +242,28 @@ def report(run: Run) -> None:
 
 def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
     from nemo_minitron.data import Tokens
+    from nemo_minitron.evaluation import Windows
 
-    row = measure(folder, Tokens(corpora.prefix(run, "test")), run.job.evaluation)
+    held_out = Tokens(corpora.prefix(run, "test"))
+    numbers = measured(folder, held_out, run.job.evaluation, lambda line: run.say(f"    {line}"))
+    assert numbers.windows is not None  # `evaluate` always gives them
+    row = numbers.as_dict() | {"stage": stage, "corpus": run.job.data.name}
+    if stage == "teacher":
+        numbers.windows.save(run.folder.windows)
+    else:
+        row |= numbers.windows.beside(Windows.load(run.folder.windows))
     run.say(f"    {stage:10} {row['parameters']:>13,} parameters  perplexity {row['perplexity']:,.2f}")
-    return row | {"stage": stage, "corpus": run.job.data.name}
+    return row
+
+
+def _speeds(run: Run, models: dict[str, Path]) -> dict[str, JsonObject]:
+    from nemo_minitron.evaluation import speeds
+
+    found = speeds(models, precision=run.job.evaluation.precision)
+    for name, took in found.items():
+        rate = f"{took['tokens_per_second']:,.1f} tokens/s"
+        run.say(f"    {name:10} {took['latency']:.3f} s to the first token, then {rate}")
+    return found
 
 
 def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
@@ -248,5 +273,8 @@ def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
     prompts = list(settings.prompts)
     if not prompts:
         return []
-    texts = generate(folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision)
+    progress = Progress("generate: prompt", "tokens", settings.new_tokens, lambda line: run.say(f"    {line}"))
+    texts = generate(
+        folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision, progress=progress
+    )
     return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

@@ -74,17 +74,21 @@ def identity(source: str) -> object:
     """Plain values for the content of a source: a file's digest, sizes and times of indexed files or of those in a
     folder, or the name of a `datasets` source."""
     from nemo_minitron.data import prefix_of
-    from nemo_minitron.data.text import parted
+    from nemo_minitron.data.files import matching
+    from nemo_minitron.data.text import source_of
 
-    name, split = parted(source)
+    name, split, field = source_of(source)
     path, indexed = Path(name), prefix_of(name)
     if indexed is not None:
         return [str(indexed.resolve()), *map(_state, (indexed.with_name(indexed.name + e) for e in (".bin", ".idx")))]
+    more: list[str | None] = [split, field] if field else [split] if split else []
+    if files := matching(name):
+        return [*more, *map(file_digest, files)]
     if path.is_file():
-        return [split, file_digest(path)] if split else file_digest(path)
+        return [*more, file_digest(path)] if more else file_digest(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [split, *([str(file.relative_to(path)), *_state(file)] for file in files)]
+        return [split, *([field] if field else []), *([str(file.relative_to(path)), *_state(file)] for file in files)]
     return source
 
 

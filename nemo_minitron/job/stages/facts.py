@@ -7,7 +7,9 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import grouped, listed, text, whole
 from nemo_minitron.artifacts.records import NAME, read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
-from nemo_minitron.export import CardFacts
+from nemo_minitron.export import CardFacts, write_card_figures
+from nemo_minitron.export.folder import dtype_of, has_chat_template
+from nemo_minitron.export.run import read_run
 from nemo_minitron.families import read_config, remark_on, resolve
 from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.run import Run
@@ -42,6 +44,10 @@ def card_facts(run: Run) -> CardFacts:
         tokens=scores.tokens,
         plan_digest=plan.digest,
         command=f"minitron compress {_recipe(run)}",
+        base_note=job.base_note,
+        dtype=dtype_of(run.folder.student),
+        chats=has_chat_template(run.folder.student),
+        figures=write_card_figures(run.folder.student, read_run(run.folder.path)),
         license=job.licence,
         base_folder=base,
         data=[data | {"use": use}, data | {"use": "evaluation (held-out articles)"}],

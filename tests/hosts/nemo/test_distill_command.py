@@ -8,6 +8,7 @@ import forked
 import numpy as np
 import pytest
 from pico import pico_llama, raw_tensors
+from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
 from nemo_minitron.families import from_hf
@@ -53,9 +54,15 @@ def test_a_student_of_uneven_stages_with_all_losses_and_a_corrected_teacher(worl
     assert from_hf(folder / "out") == plan.target
     before, after = raw_tensors(folder / "student"), raw_tensors(folder / "out")
     assert all(not np.array_equal(before[name], after[name]) for name in before)
-    training = folder / ".out.work" / "training"
-    assert len((training / "teacher" / "loss.csv").read_text().splitlines()) == 1 + 2  # the correction's steps
-    assert [row["step"] for row in csv.DictReader((training / "validation.csv").open())] == ["2", "4"]
+    assert [row["step"] for row in csv.DictReader((folder / "out" / "validation.csv").open())] == ["2", "4"]
+    assert "next: minitron chat out --beside teacher" in done.stdout
+    assert not (folder / ".out.work").exists()
+    card = (folder / "out" / "README.md").read_text()
+    assert "forward_kl" not in card
+    assert f"reverse_kl, {BASE['tokens']:,} tokens" in card.replace("\\_", "_")
+    assert f"| {plan.source.num_layers} | {plan.target.num_layers} |" in card
+    assert "![Distillation](figures/distillation.png)" in card
+    assert (folder / "out" / "figures" / "distillation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -75,10 +82,15 @@ def test_refusals(world, options, said):
 
 
 def test_a_training_of_one_step_is_saved(world):
+    """Without the correction; its first losses are those of another teacher than the corrected one."""
     folder, plan = world
-    done = distill(folder, "one", {"tokens": 96})
+    left_out = ("correction-tokens", "validation", "validate-every")
+    done = distill(folder, "one", {name: MORE[name] for name in MORE if name not in left_out} | {"tokens": 96})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len((folder / "one" / "loss.csv").read_text().splitlines()) == 1 + 1
+    (row,) = csv.DictReader((folder / "one" / "loss.csv").open())
+    corrected = next(csv.DictReader((folder / "out" / "loss.csv").open()))
+    assert float(row["lm"]) == pytest.approx(float(corrected["lm"]), rel=LOSS_LAYOUT_FP32)
+    assert abs(float(row["logits"]) / float(corrected["logits"]) - 1) > 5 * LOSS_LAYOUT_FP32
     assert from_hf(folder / "one") == plan.target
     host = folder / ".one.work" / "training" / "host.json"
     assert host.read_text().strip() == '"nemo"'
