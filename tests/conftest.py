@@ -16,10 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_collection_modifyitems(items):
     """Files that start processes come first, so that none of them runs alone at the end beside an idle worker. Tests of
     a host that is not installed are skipped."""
-    distributions = {distribution.name for distribution in metadata.distributions()}
     for name, distribution in (("nemo", "nemo_toolkit"), ("bridge", "megatron-bridge")):
-        for item in items if distribution not in distributions else ():
+        for item in items if not _installed(distribution) else ():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=f"{distribution} is not installed here"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _installed(distribution):
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -28,19 +28,15 @@ PARENT_DEATH_SIGNAL = 1  # prctl: what this process gets when its parent ends
 def serve(handle: int) -> None:
     """Loads the framework that builds models, and forks a process an order."""
     import gc
-    from importlib import metadata
 
-    distributions = {distribution.name for distribution in metadata.distributions()}
-    if "nemo_toolkit" in distributions:
+    from nemo_minitron.backend.versions import installed
+
+    if installed("nemo_toolkit"):
         import nemo.collections.llm  # noqa: F401
-    elif "megatron-bridge" in distributions:
+    else:
         from nemo_minitron.hosts.bridge.load import load_training
 
         load_training()
-    else:
-        from nemo_minitron.hosts.bridge.load import load_bridge
-
-        load_bridge()
     gc.freeze()  # what was loaded stays: processes need not look through it
     client = socket.socket(fileno=handle)
     client.send(b"ready")

@@ -102,7 +102,7 @@ def test_a_source_and_its_field():
     ("name", "raw", "words"),
     [
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "cannot be read"),
         ("a.jsonl.zst", b"no zstd", "cannot be read"),
         ("a.parquet", b"PAR1 no parquet", "is no Parquet file"),
         ("a.csv", b'text\n"never closed', "is no CSV"),
