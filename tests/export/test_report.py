@@ -23,7 +23,7 @@ def test_the_report_says_what_came_out(run):
         "The plan does not cut the number of attention heads",
         "big: 90.8 k → 41.3 k", "of 90.8 k (−54.5 %)", "teacher 17.2; loss +1.372 ± 0.020 nats", "61.2 %",
         "of the likeliest next tokens are the same, ± 0.8 points", "800 ms teacher 1.25 s; prompt of 256 tokens",
-        "21.0 tokens/s teacher 17.0 tokens/s; one sequence, CPU, 2 threads, bf16",
+        "tokens a second 21.0 teacher 17.0; one sequence, CPU, 2 threads, bf16",
         "1 min 16 s on 6 processes; 12,800 tokens learned", "Cut at random to the same sizes: 9.70e7",
     ):  # fmt: skip
         assert fact in text, fact
