@@ -72,6 +72,25 @@ def test_figures_stay_small(run):
     assert max(file.stat().st_size for file in (run / "figures").glob("*.svg")) < 100_000
 
 
+def test_benchmarks_stand_side_by_side_with_their_errors(run):
+    """As lm-eval names them; what is no metric is left out."""
+    measured = {"acc,none": 0.5123, "acc_stderr,none": 0.0049, "acc_norm,none": 0.6, "sample_len": 100}
+    rows = {"teacher": {"hellaswag": measured}, "distilled": {"hellaswag": measured | {"acc,none": 0.4}, "mine": {}}}
+    write(run, "benchmarks.json", rows)
+    text = " ".join(" ".join(page(run).words).split())
+    assert "hellaswag acc 0.512 ± 0.005 0.400 ± 0.005 hellaswag acc_norm 0.600 0.600 By lm-eval" in text
+    assert "sample_len" not in text
+    write(run, "benchmarks.json", {"teacher": {"x": {"acc,none": "high"}}})
+    with pytest.raises(InputError, match=r"benchmarks.json' cannot be used: 'teacher\.x\.acc,none' is 'high'"):
+        write_report(run)
+
+
+def test_held_out_losses_are_drawn_beside_the_curve(run):
+    (run / "checkpoints/distilled/validation.csv").write_text("step,tokens,loss\n50,6400,3.5\n100,12800,3.25\n")
+    write_report(run)
+    assert "held-out text" in (run / "figures" / "distillation.svg").read_text()
+
+
 # -- what is missing -------------------------------------------------------------------------------------
 def test_a_plan_that_cuts_depth_only(run):
     write_report(run)
