@@ -91,6 +91,7 @@ def _title(run: RunFiles) -> str:
     """The model, and its sizes before and after, as far as they are known."""
     recipe = run.recipe or {}
     model = str(recipe.get("base_model") or Path(str(recipe.get("teacher") or "")).name or run.folder.resolve().name)
+    model = model.rpartition("/")[2]  # without the owner of a hub id
     if run.plan is None:
         return model
     sizes = (formatting.short_count(a.parameters()) for a in (run.plan.source, run.plan.target))

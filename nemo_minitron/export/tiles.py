@@ -63,7 +63,7 @@ def _agreement(row: JsonFields) -> Tile:
 
 def _margin(error: float | None, digits: str) -> str:
     """The half-width of the interval of 95 %, as ` ± 0.012`; "" if it is not known."""
-    return "" if error is None else f" ± {SURE * error:{digits}}"
+    return "" if error is None else f" ±\N{NO-BREAK SPACE}{SURE * error:{digits}}"
 
 
 def _memory(run: RunFiles) -> list[Tile]:
@@ -79,12 +79,12 @@ def _speed(run: RunFiles) -> list[Tile]:
         return []
     teacher, student = run.speed["teacher"], run.speed["distilled"]
     first, before = (formatting.seconds_of(row["latency"]) for row in (student, teacher))
-    rate, rate_before = (f"{row['tokens_per_second']:,.1f} tokens/s" for row in (student, teacher))
+    rate, rate_before = (f"{row['tokens_per_second']:,.1f}" for row in (student, teacher))
     where = f"{student['device']}, {student['precision']}, transformers"
     prompt = f"prompt of {student['prompt']:,} tokens"
     return [
         Tile("time to the first token", first, f"teacher {before}; {prompt}, {where}"),
-        Tile("speed of writing", rate, f"teacher {rate_before}; one sequence, {where}"),
+        Tile("tokens a second", rate, f"teacher {rate_before}; one sequence, {where}"),
     ]
 
 

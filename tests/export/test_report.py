@@ -23,7 +23,7 @@ def test_the_report_says_what_came_out(run):
         "The plan does not cut the number of attention heads",
         "big: 90.8 k → 41.3 k", "of 90.8 k (−54.5 %)", "teacher 17.2; loss +1.372 ± 0.020 nats", "61.2 %",
         "of the likeliest next tokens are the same, ± 0.8 points", "800 ms teacher 1.25 s; prompt of 256 tokens",
-        "21.0 tokens/s teacher 17.0 tokens/s; one sequence, CPU, 2 threads, bf16",
+        "tokens a second 21.0 teacher 17.0; one sequence, CPU, 2 threads, bf16",
         "1 min 16 s on 6 processes; 12,800 tokens learned", "Cut at random to the same sizes: 9.70e7",
     ):  # fmt: skip
         assert fact in text, fact
@@ -70,6 +70,25 @@ def test_the_same_run_gives_the_same_bytes(run):
 def test_figures_stay_small(run):
     write_report(run)
     assert max(file.stat().st_size for file in (run / "figures").glob("*.svg")) < 100_000
+
+
+def test_benchmarks_stand_side_by_side_with_their_errors(run):
+    """As lm-eval names them; what is no metric is left out."""
+    measured = {"acc,none": 0.5123, "acc_stderr,none": 0.0049, "acc_norm,none": 0.6, "sample_len": 100}
+    rows = {"teacher": {"hellaswag": measured}, "distilled": {"hellaswag": measured | {"acc,none": 0.4}, "mine": {}}}
+    write(run, "benchmarks.json", rows)
+    text = " ".join(" ".join(page(run).words).split())
+    assert "hellaswag acc 0.512 ± 0.005 0.400 ± 0.005 hellaswag acc_norm 0.600 0.600 By lm-eval" in text
+    assert "sample_len" not in text
+    write(run, "benchmarks.json", {"teacher": {"x": {"acc,none": "high"}}})
+    with pytest.raises(InputError, match=r"benchmarks.json' cannot be used: 'teacher\.x\.acc,none' is 'high'"):
+        write_report(run)
+
+
+def test_held_out_losses_are_drawn_beside_the_curve(run):
+    (run / "checkpoints/distilled/validation.csv").write_text("step,tokens,loss\n50,6400,3.5\n100,12800,3.25\n")
+    write_report(run)
+    assert "held-out text" in (run / "figures" / "distillation.svg").read_text()
 
 
 # -- what is missing -------------------------------------------------------------------------------------
