@@ -16,6 +16,7 @@ from nemo_minitron.cli.cache_logits import cache_logits
 from nemo_minitron.cli.chat import chat
 from nemo_minitron.cli.compensate import compensate
 from nemo_minitron.cli.compress import compress
+from nemo_minitron.cli.convert import convert
 from nemo_minitron.cli.distill import distill
 from nemo_minitron.cli.estimate import estimate
 from nemo_minitron.cli.evaluate import evaluate
@@ -35,8 +36,8 @@ from nemo_minitron.settings.orders import HOST
 
 VERSION = "Print the version."
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, chat,
-    push, serving, report, recipes, doctor,
+    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, convert,
+    chat, push, serving, report, recipes, doctor,
 )  # fmt: skip
 
 

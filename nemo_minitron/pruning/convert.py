@@ -1,4 +1,4 @@
-"""A NeMo checkpoint as a Hugging Face folder: a cut that keeps everything, into the other format."""
+"""A checkpoint as a Hugging Face folder: a cut that keeps everything, into the other format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by saf
 
 @contextlib.contextmanager
 def as_folder(model: str | Path) -> Iterator[Path]:
-    """A context with a Hugging Face folder of `model`: the folder itself, or a converted NeMo checkpoint.
+    """A context with a Hugging Face folder of `model`: the folder itself, or a converted checkpoint.
 
     A converted one is deleted when the context ends.
     """
@@ -37,7 +37,7 @@ def as_folder(model: str | Path) -> Iterator[Path]:
 
 
 def convert(checkpoint: Path, out: Path) -> Path:
-    """A NeMo checkpoint -> a Hugging Face folder with its tokenizer. Weights keep their dtype.
+    """A checkpoint of a host -> a Hugging Face folder with its tokenizer. Weights keep their dtype.
 
     Raises InputError for a damaged checkpoint, for one without its tokenizer, and if the disk is too small.
     """

@@ -4,18 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from pico import pico_llama, pico_qwen3
+from forked import Forked
+from pico import pico_llama, pico_qwen3, raw_tensors
 from tolerances import LOGITS_PICO_FP32
+from words import save_tokenizer
 
 from nemo_minitron import hosts
 
 WORKER = Path(__file__).with_name("contract_worker.py")
 FAMILIES = Path(__file__).with_name("families_worker.py")
 LOGITS_FP32 = 1e-4
+TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(200)]
+STEPS = 60  # of the distillation
 
 
 def installed(distribution):
@@ -39,6 +44,46 @@ class HostContract:
         done = run(WORKER, self.host, family(tmp_path / "model"), host=self.host)
         assert done.returncode == 0, done.stderr[-3000:]
         assert float(done.stdout.split("error ")[-1]) < LOGITS_FP32
+
+    @pytest.mark.slow
+    def test_a_student_is_distilled_told_to_stop_and_resumed(self, tmp_path):
+        """The rows of loss.csv are those of a training without a stop; the student is a plain folder."""
+        for name, layers in (("teacher", 4), ("student", 3)):
+            pico_llama(tmp_path / name, vocab_size=509, num_hidden_layers=layers, seed=layers)
+            save_tokenizer(tmp_path / name, TEXTS, 509)
+        (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+        whole, halted = self.distilled(tmp_path, "whole"), tmp_path / "halted"
+        losses = tmp_path / ".halted.work" / "training" / "loss.csv"
+        process = self.distilling(tmp_path, "halted")
+        deadline = time.monotonic() + 300
+        while (not losses.exists() or losses.read_text().count("\n") < 4) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        output = process.communicate(timeout=300)[0]
+        assert (process.returncode, "told to stop, saved" in output) == (143, True), output[-3000:]
+        before = losses.read_text().splitlines()
+        assert 4 <= len(before) < STEPS
+        assert self.distilled(tmp_path, "halted") == whole
+        after = (halted / "loss.csv").read_text().splitlines()
+        assert after[: len(before)] == before
+        assert len(after) == STEPS + 1
+
+    def distilled(self, folder, out):
+        """Runs a distillation to its end. Returns its losses, and the student's tensors as bytes."""
+        process = self.distilling(folder, out)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output[-3000:]
+        rows = [line.split(",")[:3] for line in (folder / out / "loss.csv").read_text().splitlines()]
+        return rows, {name: tensor.tobytes() for name, tensor in raw_tensors(folder / out).items()}
+
+    def distilling(self, folder, out):
+        command = (
+            f"-m nemo_minitron.cli distill student --teacher teacher --data text.jsonl --out {out} --precision fp32 "
+            f"--tokens {STEPS * 4 * 24} --sequence-length 24 --global-batch-size 4 --save-every 1000 --warmup-steps 2"
+        )
+        environment = os.environ | {"MINITRON_HOST": self.host}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return Forked([sys.executable, *command.split()], cwd=folder, env=environment, text=True, **streams)
 
     def test_its_entry_is_light(self):
         code = "from nemo_minitron.hosts import host_of; import sys; print(host_of().name, 'torch' in sys.modules)"

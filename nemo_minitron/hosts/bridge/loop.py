@@ -121,10 +121,10 @@ def run(
                 state, _Checked(made.checkpoint_manager, guard, watch.distillation), made.pg_collection,
                 callback_manager=manager,
             )  # fmt: skip
-    _mark_last(watch.out, state.train_state.step, stop or config.train.train_iters)
     if watch.stop.asked:
         torch.distributed.barrier()  # torchrun ends the other ranks as soon as one has left
         raise SystemExit(SAVED)
+    _mark_last(watch.out, state.train_state.step, stop or config.train.train_iters)
 
 
 def _mark_last(out: Path, step: int, steps: int) -> None:

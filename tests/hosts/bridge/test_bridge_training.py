@@ -8,23 +8,37 @@ staged teacher in reverse; `calculate_per_token_loss` off (DP=2); the loss on an
 
 import csv
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pico import pico_llama, pico_qwen3_moe
 from ranks import run_ranks
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
+from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.data import build, load_tokenizer
+from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
-from nemo_minitron.pruning import prune
+from nemo_minitron.hosts.bridge.host import BRIDGE
+from nemo_minitron.pruning import HFSource, prune
+from nemo_minitron.pruning.convert import convert
 from nemo_minitron.search import random_plan
+from nemo_minitron.sources.bridge_config import TRACKER, hf_config
 from nemo_minitron.sources.checkpoint import CheckpointSource, last_checkpoint
+from nemo_minitron.sources.open import open_source
+from nemo_minitron.sources.tensors import whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.bridge]
 WORKER = Path(__file__).parent / "bridge_worker.py"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(300)]
 MODELS = {  # name -> its maker, what of it a student keeps
     "llama": (
@@ -161,3 +175,87 @@ def test_a_training_that_diverges_stops_at_that_step_on_all_ranks(case, results)
         assert said.endswith("bridge/checkpoints/iter_0000002")
     assert np.isfinite(columns(folder)["loss"]).all()
     assert [path.name for path in (folder / "bridge" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+
+
+def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_is_taken(results, tmp_path):
+    """As after a kill while a checkpoint is saved: Bridge would resume from the one that its tracker names."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(last_checkpoint(results(CASES[0])).parent, folder)
+    shutil.copytree(folder / "iter_0000004", folder / "iter_0000009")
+    (file,) = (folder / "iter_0000009").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-5000])
+    (folder / TRACKER).write_text("9")
+    kept, lines = BRIDGE.keep_whole(folder)
+    assert kept == {4: folder / "iter_0000004"}
+    assert [line for line in lines if "iter_0000009 is damaged" in line] == lines
+    assert ((folder / TRACKER).read_text(), (folder / "iter_0000009").exists()) == ("4", False)
+    (folder / "iter_0000004" / "train_state.pt").write_bytes(b"cut")
+    assert BRIDGE.keep_whole(folder)[0] == {}
+    assert not (folder / TRACKER).exists()
+
+
+def test_a_checkpoint_is_a_model_like_any_other(results, models, tmp_path):
+    """Its folder or the one above it; as a Hugging Face folder it has the bits that the training wrote."""
+    checkpoint = last_checkpoint(results(CASES[0]))
+    opened = open_source(checkpoint.parent)
+    assert opened.path == checkpoint
+    folder = convert(checkpoint.parent, tmp_path / "folder")
+    written = HFSource(folder)
+    assert written.architecture == from_hf(models / "llama-student")
+    for name, shape in written.architecture.shapes().items():
+        assert np.array_equal(written.read(name, whole(shape)), opened.read(name, whole(shape))), name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("use_mup", True, "the checkpoint's use_mup is True; only False is supported"),
+        ("multi_latent_attention", True, "only False is supported"),
+        ("_target_", "other.Provider", "is a other.Provider with the layers of"),
+        ("normalization", "LayerNorm", "no supported family has a model with these fields of Megatron"),
+        ("num_layers", None, "has no model of Bridge's|no supported family"),
+    ],
+)
+def test_a_model_that_no_family_is_is_refused_by_name(field, value, message, results, tmp_path):
+    checkpoint = last_checkpoint(results(CASES[0]))
+    config = yaml.safe_load((checkpoint / "run_config.yaml").read_text())
+    config["model"][field] = value
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=message):
+        hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "model: 3", "{", "model: {a: " + "[" * 3000])
+def test_a_damaged_config_is_refused(text, tmp_path):
+    (tmp_path / "run_config.yaml").write_text(text)
+    with pytest.raises(InputError, match="is no config of Megatron-Bridge"):
+        hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["bridge_distill.py", "bridge_prune.py"])
+def test_a_users_own_script(script, models, tmp_path):
+    first = models / "llama-student" if "distill" in script else models / "llama"
+    places = [first, models / "llama"] if "distill" in script else [first]
+    command = [EXAMPLES / script, *places, models / "corpus", tmp_path / "out"]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    environment["MASTER_PORT"] = str(free_port())
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    if "distill" in script:
+        assert open_source(tmp_path / "out").architecture == from_hf(first)
+        return
+    cut = open_source(tmp_path / "out" / "student")
+    assert (cut.architecture.ffn_hidden_size, cut.architecture.num_layers) == (64, 3)
+    plan = PrunePlan.load(tmp_path / "out" / "plan.json")
+    by_hand = prune(models / "llama", plan, tmp_path / "by-hand")
+    expected = HFSource(by_hand)
+    for name, shape in expected.architecture.shapes().items():
+        assert np.array_equal(expected.read(name, whole(shape)), cut.read(name, whole(shape))), name
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
