@@ -18,7 +18,10 @@ SCALED = {
     "llama-own of 3.1": {"rope_theta": 5e5, "rope_scaling": LLAMA3},
     "qwen2-own by YaRN": {"rope_scaling": YARN},
     "mistral-other by YaRN": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 16}},
-    "arcee-own by YaRN": {"rope_scaling": YARN | {"mscale": 0.5, "truncate": False}},
+    # a range of frequencies whose ends are not whole numbers
+    "arcee-own by YaRN": {
+        "rope_scaling": YARN | {"mscale": 0.5, "truncate": False, "original_max_position_embeddings": 256}
+    },
 }
 
 
