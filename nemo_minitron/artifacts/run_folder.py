@@ -76,6 +76,8 @@ class TrainingFolder(Folder):
     host = Name("host.json")
     losses = Name("loss.csv")
     validation = Name("validation.csv")
+    nemo = Name("nemo/checkpoints")  # where a host keeps its checkpoints
+    bridge = Name("bridge/checkpoints")
     index = Name("index")
     teacher = Name("teacher")
 

@@ -18,7 +18,7 @@ def test_folders_in_a_run():
     assert run.candidate("a").plan == Path("run/search/a/plan.json")
     assert run.round(2).scores == Path("run/rounds/2/scores.safetensors")
     assert run.step("half").student == Path("run/half/student")
-    assert TrainingFolder(run.distilled).checkpoints == Path("run/checkpoints/distilled/nemo/checkpoints")
+    assert TrainingFolder(run.distilled).nemo == Path("run/checkpoints/distilled/nemo/checkpoints")
 
 
 def test_no_two_names_are_one_file():

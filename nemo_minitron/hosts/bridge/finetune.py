@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.hosts.bridge.host import BRIDGE
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.orders import FinetuneOrder
@@ -27,7 +27,7 @@ def finetune(order: FinetuneOrder) -> None:
     recipe, student = order.finetuning, open_source(order.student)
     training = recipe.training()
     config = settings(student, training, order.layout, order.out, _data(order.data, recipe))
-    check_resumable(order.out / BRIDGE.checkpoints)
+    check_resumable(TrainingFolder(order.out).bridge)
     fill_first(config, student)
     run(
         config, forward_step, [], watch=Watch(order.out, training), datasets=get_dataset_provider(config.dataset),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts.run_folder import TrainingFolder
+
 if TYPE_CHECKING:
     from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.megatron.depth import DepthCriteria
@@ -20,7 +22,7 @@ class Bridge:
 
     name = "bridge"
     worker = "nemo_minitron.hosts.bridge.worker"
-    checkpoints = "bridge/checkpoints"
+    checkpoints = TrainingFolder.bridge
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
         from nemo_minitron.hosts.bridge.saved import keep_whole

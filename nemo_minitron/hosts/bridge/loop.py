@@ -16,7 +16,6 @@ from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.hosts.bridge.distill import Distillation
 from nemo_minitron.hosts.bridge.guard import LOSS, StopWhenNotFinite
-from nemo_minitron.hosts.bridge.host import BRIDGE
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.bridge.stop import Stop
 from nemo_minitron.hosts.losses import Losses
@@ -131,6 +130,6 @@ def _mark_last(out: Path, step: int, steps: int) -> None:
     """Writes `last.json`: the last checkpoint's path, relative to `out`, and the number of steps if the training ended
     before `steps`. Rank 0 writes."""
     if torch.distributed.get_rank() == 0:
-        path = out / BRIDGE.checkpoints / name_of(step)
+        path = TrainingFolder(out).bridge / name_of(step)
         early = {"stopped": step} if step < steps else {}
         write_json(TrainingFolder(out).last, {"checkpoint": str(path.resolve().relative_to(out.resolve())), **early})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_minitron.hosts.bridge.host import BRIDGE
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.distillation import options_of
 from nemo_minitron.settings.orders import DistillOrder
@@ -23,7 +23,7 @@ def distill(order: DistillOrder) -> None:
     student = open_source(order.student)
     corpora = Corpora(order, student)
     config = settings(student, recipe, order.layout, out, corpora.config)
-    check_resumable(out / BRIDGE.checkpoints)
+    check_resumable(TrainingFolder(out).bridge)
     distillation = Distillation(config, **options_of(order))
     fill_first(config, student, recipe.seed if recipe.start == "random" else None)
     run(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.backend.optimizer import save_whole
 from nemo_minitron.backend.wrappers import unwrap
-from nemo_minitron.hosts.bridge.host import BRIDGE
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.bridge.models import DTYPES, provider_of
 from nemo_minitron.precisions import weights_in
@@ -86,7 +86,7 @@ def _checkpoints(recipe: Distillation, out: Path) -> Any:
     run in another layout."""
     from megatron.bridge.training import config as bridge
 
-    folder = str(out / BRIDGE.checkpoints)
+    folder = str(TrainingFolder(out).bridge)
     return bridge.CheckpointConfig(
         save=folder, load=folder, save_interval=recipe.save_every, most_recent_k=1, ckpt_format="torch_dist",
         fully_parallel_save=True, dist_ckpt_optim_fully_reshardable=True, async_save=False,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts.run_folder import TrainingFolder
+
 if TYPE_CHECKING:
     from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.megatron.depth import DepthCriteria
@@ -19,7 +21,7 @@ class NeMo:
 
     name = "nemo"
     worker = "nemo_minitron.hosts.nemo.worker"
-    checkpoints = "nemo/checkpoints"
+    checkpoints = TrainingFolder.nemo
 
     def keep_whole(self, checkpoints: Path) -> tuple[dict[int, Path], list[str]]:
         from nemo_minitron.hosts.nemo.saved import keep_whole

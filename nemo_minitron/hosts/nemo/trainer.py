@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.backend.optimizer import save_whole
 from nemo_minitron.backend.precision import forward_fields, trained_fields
 from nemo_minitron.backend.wrappers import unwrap
-from nemo_minitron.hosts.nemo.host import NEMO
 from nemo_minitron.precisions import weights_in
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation
@@ -124,7 +123,7 @@ def resume(out: str) -> Any:
 
     from nemo_minitron.sources.checkpoint_files import check_resumable
 
-    check_resumable(Path(out) / NEMO.checkpoints)
+    check_resumable(TrainingFolder(out).nemo)
     return nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True)
 
 
