@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "layouts_worker.py"
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
-KINDS = [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full", "sliding", "full")]
+LAYER_TYPES = [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full", "sliding", "full")]
 MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the vocabulary of 509 divides by none
     "three": lambda folder: pico_llama(folder, num_attention_heads=6, num_key_value_heads=3),
     "four": lambda folder: pico_llama(folder, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
@@ -27,7 +27,7 @@ MODELS = {  # TP must divide the query groups: 3 for TP=3, 4 for TP=2 and 4; the
     "linear-rope": lambda folder: pico_llama(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "mistral": lambda folder: pico_mistral(folder, sliding_window=8),
     "ministral": lambda folder: pico_ministral(
-        folder, num_attention_heads=8, num_key_value_heads=4, sliding_window=8, layer_types=KINDS
+        folder, num_attention_heads=8, num_key_value_heads=4, sliding_window=8, layer_types=LAYER_TYPES
     ),
     "smollm3": lambda folder: pico_smollm3(folder, num_attention_heads=8, num_key_value_heads=4),
     "arcee": lambda folder: pico_arcee(folder, num_attention_heads=8, num_key_value_heads=4),
