@@ -36,8 +36,8 @@ class Extras:
 def run_prune(
     model: str, plan: Path, out: Path, overwrite: bool = False, extras: Extras = Extras()
 ) -> Architecture:  # fmt: skip
-    """`minitron prune`: writes the student to `out`. A Hugging Face folder is cut by moving bytes, a NeMo checkpoint in
-    a process of its own.
+    """`minitron prune`: writes the student to `out`. A Hugging Face folder is cut by moving bytes, a checkpoint in a
+    process of its own.
 
     Gives the student's Architecture. Raises InputError, and RuntimeError if that process fails.
     """
@@ -46,8 +46,8 @@ def run_prune(
 
     check_writable(out)
     path, loaded = resolve(model), PrunePlan.load(plan)
-    begin(f"cutting {model}")
     if extras == Extras() and not is_checkpoint(path):
+        begin(f"cutting {model}")
         return from_hf(prune(path, loaded, out, overwrite=overwrite))
     nemo = is_checkpoint(path)
     if nemo:
@@ -57,6 +57,7 @@ def run_prune(
         check_plan(loaded, source)
         need_space(out, 4 * loaded.target.parameters())  # bytes: weights of at most fp32
     compensation = compensation_of(source, loaded, extras)
+    begin(f"cutting {model}")
     if not nemo:
         return from_hf(prune(source, loaded, out, compensation=compensation, overwrite=overwrite))
     from nemo_minitron.launch.torchrun import launch
