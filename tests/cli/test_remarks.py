@@ -50,7 +50,7 @@ def test_distill_says_how_many_tokens_nobody_asked_for(world, monkeypatch, capsy
     def stop(folder):
         raise InputError("stopped")
 
-    monkeypatch.setattr(distill, "locked", stop)
+    monkeypatch.setattr(distill, "working", stop)
     for settings, words in (
         (Distillation(), "trained on 1,000,000 tokens; --tokens gives another number"),
         (Distillation(tokens=9), ""),

@@ -1,4 +1,7 @@
-"""Distillation in Bridge's training loop: a frozen teacher runs beside the student, which learns from its outputs."""
+"""Distillation in Bridge's training loop: a frozen teacher runs beside the student, which learns from its outputs.
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
 """The callbacks alone. `test_nemo_script.py` tests what they gather."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.hosts import scoring
 from nemo_minitron.hosts.nemo import callbacks
 
 
@@ -16,9 +19,12 @@ def test_a_refusal_on_opening_leaves_nothing_to_close(monkeypatch):
         def __enter__(self):
             raise InputError("nothing in this model is watched for 'fnn'")
 
-    monkeypatch.setattr(callbacks, "Collector", Refusing)
-    monkeypatch.setattr(callbacks, "architecture_of", lambda chunk: None)
+    monkeypatch.setattr(scoring, "Collector", Refusing)
+    monkeypatch.setattr(scoring, "architecture_of", lambda chunk: None)
+    monkeypatch.setattr(scoring, "live_digest", lambda *_: "digest")
+    monkeypatch.setattr(callbacks, "chunks_of", lambda trainer: [None])
+    trainer = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="validate"))
     importance = callbacks.Importance()
     with pytest.raises(InputError, match="fnn") as refusal:
-        importance._open([None])
+        importance.on_validation_start(trainer, None)
     importance.on_exception(None, None, refusal.value)
