@@ -264,15 +264,16 @@ def test_the_tables_name_modules_that_exist():
     from pathlib import Path
 
     from nemo_minitron.backend import mends
+    from nemo_minitron.backend.versions import installed
 
+    hosts = {"nemo.": "nemo_toolkit", "megatron.bridge.": "megatron-bridge"}
     found = []
     for name in mends.CPU | mends.REFERENCE:
-        spec = importlib.util.find_spec(".".join(name.split(".")[: 2 if name.startswith("megatron.") else 1]))
-        if spec is None:  # the other host's
+        if not installed(next(package for start, package in hosts.items() if name.startswith(start))):
             continue
-        parts = name.removeprefix(spec.name).strip(".").split(".")
-        where = Path(spec.submodule_search_locations[0]).joinpath(*parts)
-        assert where.is_dir() or where.with_suffix(".py").exists(), name
+        first, *rest = name.split(".")
+        places = [Path(place, *rest) for place in importlib.util.find_spec(first).submodule_search_locations]
+        assert any(place.is_dir() or place.with_suffix(".py").exists() for place in places), name
         found.append(name)
     assert found
 
