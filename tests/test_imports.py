@@ -216,3 +216,12 @@ def test_light_start(code):
     check = f"{code}\nimport sys\nheavy = [m for m in {HEAVY!r} if m in sys.modules]\nassert not heavy, heavy"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_worker_takes_signals_before_it_imports_anything(host):
+    """SIGTERM, by which torchrun ends the ranks of one that died, is ignored until `main` has run its first lines."""
+    code = f"import sys, nemo_minitron.hosts.{host}.worker; print([n for n in sys.modules if 'minitron' in n])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = {name.split(".")[1] for name in ast.literal_eval(done.stdout) if name.startswith("nemo_minitron.")}
+    assert rooms == {"hosts", "settings"}

@@ -32,7 +32,7 @@ from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
 from nemo_minitron.hosts import host_name
 from nemo_minitron.schema import OUTPUT
-from nemo_minitron.settings.orders import HOST
+from nemo_minitron.settings.host import HOST
 
 VERSION = "Print the version."
 COMMANDS: tuple[Callable[..., None], ...] = (

@@ -1,18 +1,20 @@
-"""The frameworks that build and train models. `protocol` says what the package asks of one."""
+"""The frameworks that build and train models. `protocol` says what the package asks of one.
+
+A worker imports this file before it takes signals: torchrun's SIGTERM would be lost until then. So it imports nothing
+that takes time.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.artifacts.json_types import HfConfig
-from nemo_minitron.backend.versions import TO_INSTALL, installed
-from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host
-from nemo_minitron.settings.orders import HOST
+from nemo_minitron.settings.host import HOST
 
-if TYPE_CHECKING:  # saving a checkpoint starts a helper process that imports this package: it must stay light
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemo_minitron.artifacts.json_types import HfConfig
     from nemo_minitron.hosts.protocol import Host
 
 PACKAGES = {"nemo": "nemo_toolkit", "bridge": "megatron-bridge"}  # host -> its distribution; the first one is preferred
@@ -40,11 +42,16 @@ def check_model(model: str | Path | HfConfig) -> None:
 
 def check_represented(model: str | Path | HfConfig) -> None:
     """Raises InputError if the host, which may not be installed, cannot build the model."""
+    from nemo_minitron.families import check_host
+
     check_host(model, chosen()[0])
 
 
 def host_name() -> str:
     """The name of the host, as `host_of` chooses it. Raises what `host_of` raises."""
+    from nemo_minitron.backend.versions import TO_INSTALL, installed
+    from nemo_minitron.errors import InputError
+
     name, _ = chosen()
     if not installed(PACKAGES[name]):
         here = f"the host '{name}' is not installed here" if os.environ.get(HOST) else "no host is installed here"
@@ -54,6 +61,9 @@ def host_name() -> str:
 
 def chosen() -> tuple[str, str]:
     """The name of the host, which may not be installed, and why it is this one. Raises InputError for another name."""
+    from nemo_minitron.backend.versions import installed
+    from nemo_minitron.errors import InputError
+
     named = os.environ.get(HOST, "")
     if named and named not in PACKAGES:
         raise InputError(f"the host '{named}' is unknown; legal is {' or '.join(PACKAGES)}")

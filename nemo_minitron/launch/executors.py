@@ -29,8 +29,8 @@ from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.launch.connection import SECRET
 from nemo_minitron.launch.nodes import Nodes
+from nemo_minitron.settings.host import HOST
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.orders import HOST
 
 Values = dict[str, Any]  # fields of an executor
 GPUS = 8  # of a node, if the settings do not say it

@@ -16,8 +16,6 @@ from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation
 
-HOST = "MINITRON_HOST"  # the variable that names the host of this process and of those that it starts
-
 
 class Order:
     """What the launcher reads of an order. Its settings are final: their numbers are plain."""

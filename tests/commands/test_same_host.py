@@ -12,8 +12,8 @@ from nemo_minitron.commands import estimate, same_host
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.settings.calibration import Calibration
+from nemo_minitron.settings.host import HOST
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.orders import HOST
 
 
 def begin(training, host, monkeypatch):

@@ -15,6 +15,7 @@ from tolerances import LOGITS_PICO_FP32
 from words import save_tokenizer
 
 from nemo_minitron import hosts
+from nemo_minitron.backend import versions
 
 WORKER = Path(__file__).with_name("contract_worker.py")
 FAMILIES = Path(__file__).with_name("families_worker.py")
@@ -135,15 +136,16 @@ def test_a_host_that_is_not_here_is_refused_in_one_sentence(name):
     ],
 )
 def test_why_it_is_this_host(here, named, name, because, monkeypatch):
-    monkeypatch.setattr(hosts, "installed", lambda package: package in {hosts.PACKAGES[host] for host in here})
+    monkeypatch.setattr(versions, "installed", lambda package: package in {hosts.PACKAGES[host] for host in here})
     monkeypatch.setenv("MINITRON_HOST", named)
     assert hosts.chosen() == (name, because)
 
 
 WITHOUT = """
 import sys
-from nemo_minitron import cli, hosts
-hosts.installed = lambda name: None
+from nemo_minitron import cli
+from nemo_minitron.backend import versions
+versions.installed = lambda name: None
 sys.argv[1:] = {arguments!r}
 cli.main()
 """

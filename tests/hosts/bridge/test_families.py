@@ -25,7 +25,7 @@ from nemo_minitron.families import FAMILIES, from_hf, read_config
 from nemo_minitron.families.bridge import LLAMA3
 from nemo_minitron.hosts import check_represented
 from nemo_minitron.pruning import prune
-from nemo_minitron.settings.orders import HOST
+from nemo_minitron.settings.host import HOST
 
 WORKER = Path(__file__).with_name("families_worker.py")
 BRIDGE = any(name == "megatron-bridge" for names in metadata.packages_distributions().values() for name in names)

@@ -92,14 +92,3 @@ def test_a_training_of_one_step_is_saved(world):
     assert float(row["lm"]) == pytest.approx(float(corrected["lm"]), rel=LOSS_LAYOUT_FP32)
     assert abs(float(row["logits"]) / float(corrected["logits"]) - 1) > 5 * LOSS_LAYOUT_FP32
     assert from_hf(folder / "one") == plan.target
-
-
-def test_a_training_that_another_host_has_begun_is_refused(world):
-    folder, _ = world
-    training = folder / ".begun.work" / "training"
-    training.mkdir(parents=True)
-    (training / "settings.json").write_text('"other"')
-    (training / "host.json").write_text('"bridge"')
-    done = distill(folder, "begun", {"tokens": 96})
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "was begun on the host 'bridge', and 'nemo' cannot resume from its checkpoints" in done.stderr
