@@ -10,6 +10,7 @@ release in between is served as well.
 | 0.17 | layer specs choose their provider in a function of their own | `chooses_provider` |
 | 0.18 | `get_batch_on_this_cp_rank` needs to know about hybrid context parallelism | `batch_on_this_cp_rank` |
 | 0.18 | the dispatcher's `all_to_all` has one more option | `dispatch.py` |
+| by 0.19 | routers scale their loss, summed per token, for ranks that have a part of the tokens | `routers_scale_themselves` |
 | 0.19 | a model multiplies its logits behind the output layer, under MuP | `scaled_logits` |
 | 0.19 | the import fails beside nvidia-resiliency-ext below 0.6, which 0.4.1, the last on the index, is | `load` |
 """
@@ -67,6 +68,14 @@ def batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Tensor]:
         group = parallel_state.get_context_parallel_group()  # without it Megatron cuts among all ranks
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return get_batch_on_this_cp_rank(batch)
+
+
+def routers_scale_themselves() -> bool:
+    """Whether Megatron's routers multiply their loss by the number of tensor- and context-parallel ranks among which
+    the tokens are cut. Without that the loss is as many times too small, if losses are summed per token."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return "tp_cp_group" in TopKRouter.attach_and_log_load_balancing_loss.__code__.co_names
 
 
 def scaled_logits(model: Any, logits: Tensor) -> Tensor:

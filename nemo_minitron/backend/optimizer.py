@@ -43,6 +43,7 @@ def install() -> None:
     replace(optimizer, "_set_main_param_and_optimizer_states", set_all)
 
 
+@functools.cache
 def save_whole() -> None:
     """Mends the format of checkpoints that another layout can read (Megatron-core 0.15 to 0.19). Only the first call of
     a process does something. Call it before a training.
@@ -54,8 +55,6 @@ def save_whole() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     original = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(original, "__wrapped__"):
-        return
 
     @functools.wraps(original)
     def saved(self: Any, *arguments: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.records import read_curve
 from nemo_minitron.artifacts.run_folder import TrainingFolder
+from nemo_minitron.commands.versions import versions
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning.cut import PLAN
 from nemo_minitron.settings.recipe import Distillation
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from nemo_minitron.export.run import RunFiles
 
 SHOWN = ("loss", "steps", "precision", "learning_rate")
-PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "transformers")
 
 
 def write_training_card(
@@ -46,7 +45,7 @@ def write_training_card(
         command=_command(out, student, teacher, data, recipe, tokens),
         data=[{"name": data, "license": "unknown", "use": "distillation"}],
         distillation={"tokens": tokens, **{name: getattr(recipe, name) for name in SHOWN}},
-        versions=_versions(),
+        versions=versions(),
         language=None,
         limits=["It was not evaluated by the command that made it."],
     )
@@ -66,13 +65,3 @@ def _command(out: Path, student: str, teacher: str | None, data: str, recipe: Di
     taught = ["--teacher", teacher] if teacher else ["--teacher-cache", recipe.teacher_cache]
     words = ["minitron", "distill", student, *taught, "--data", data, "--tokens", str(tokens), "--out", str(out)]
     return shlex.join(words)
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed

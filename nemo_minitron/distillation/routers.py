@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+from nemo_minitron.backend.differences import routers_scale_themselves
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def set_routers_loss(config: TransformerConfig, coefficient: float) -> None:
 
     If losses are summed per token, Megatron-core 0.15 multiplies the routers' loss by this rank's number of tokens and
     divides it by that of the whole batch. Under sequence and context parallelism a rank has only a part of its tokens,
-    so the coefficient is multiplied by the number of parts.
+    so the coefficient is multiplied by the number of parts there; later versions do it themselves.
     """
     if not getattr(config, "num_moe_experts", None):
         if coefficient:
@@ -39,12 +40,17 @@ def set_routers_loss(config: TransformerConfig, coefficient: float) -> None:
                 "value is 0"
             )
         return
+    config.moe_aux_loss_coeff, config.moe_z_loss_coeff = coefficient * _parts(config), None
+
+
+def _parts(config: TransformerConfig) -> int:
+    """The number that the coefficient is multiplied by."""
+    if routers_scale_themselves():
+        return 1
     # Tensor-parallel ranks split the sequence, too: Megatron trains no mixture under TP without sequence parallelism.
     if parallel_state.model_parallel_is_initialized():
-        parts = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
-    else:
-        parts = config.tensor_model_parallel_size * config.context_parallel_size
-    config.moe_aux_loss_coeff, config.moe_z_loss_coeff = coefficient * parts, None
+        return parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    return config.tensor_model_parallel_size * config.context_parallel_size
 
 
 def routers_loss(micro_batches: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import PrunePlan
@@ -20,38 +19,34 @@ if TYPE_CHECKING:
     from nemo_minitron.megatron.load import Build
 
 
-def distiller_factory(build: Build, inputs: Inputs) -> Callable[..., Distiller]:
-    """A function that makes a host's Distiller from the options of its callback, which `make` lists.
+def make_distiller(
+    build: Build, inputs: Inputs, *, teacher: str, loss: str, temperature: float, precision: str, offload: bool,
+    top_k: int, logits_weight: float, lm_weight: float, intermediate: str, intermediate_loss: str,
+    intermediate_weight: float | None, plan: str | None, seed: int, cache: str, moe_aux_loss_coeff: float,
+) -> Distiller:  # fmt: skip
+    """The Distiller of a host's callback. `build`: the host's, which builds the teacher; `inputs`: a micro-batch -> the
+    arguments of a model's forward pass; the others are the callback's own.
 
-    `build`: the host's, which builds the teacher; `inputs`: a micro-batch -> the arguments of a model's forward pass.
+    Raises InputError for an unknown name and for a number out of its range.
     """
-
-    def make(
-        teacher: str, loss: str, temperature: float, precision: str, offload: bool, *, top_k: int,
-        logits_weight: float, lm_weight: float, intermediate: str, intermediate_loss: str,
-        intermediate_weight: float | None, plan: str | None, seed: int, cache: str, moe_aux_loss_coeff: float,
-    ) -> Distiller:  # fmt: skip
-        """Raises InputError for an unknown name and for a number out of its range."""
-        for name, value, legal in (("loss", loss, losses.__all__), ("intermediate_loss", intermediate_loss, MEASURES)):
-            if value not in legal:
-                raise InputError(f"{name} '{value}' is unknown; {nearest(value, legal)}")
-        for name, number in (
-            ("temperature", temperature), ("logits_weight", logits_weight), ("lm_weight", lm_weight),
-            ("intermediate_weight", intermediate_weight or 0.0), ("moe_aux_loss_coeff", moe_aux_loss_coeff),
-        ):  # fmt: skip
-            check_number(name, number, above_zero=name == "temperature")
-        check_whole("top_k", top_k)
-        check_whole("seed", seed, least=0, most=SEEDS)
-        if not (logits_weight or lm_weight):
-            raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
-        return Distiller(
-            teacher, Objective(0, loss, temperature, top_k, logits_weight, lm_weight), build, inputs,
-            precision=precision, offload=offload, cache=cache, aux=moe_aux_loss_coeff, pairs=intermediate,
-            measure=intermediate_loss, weight=intermediate_weight, plan=PrunePlan.load(plan) if plan else None,
-            seed=seed,
-        )  # fmt: skip
-
-    return make
+    for name, value, legal in (("loss", loss, losses.__all__), ("intermediate_loss", intermediate_loss, MEASURES)):
+        if value not in legal:
+            raise InputError(f"{name} '{value}' is unknown; {nearest(value, legal)}")
+    for name, number in (
+        ("temperature", temperature), ("logits_weight", logits_weight), ("lm_weight", lm_weight),
+        ("intermediate_weight", intermediate_weight or 0.0), ("moe_aux_loss_coeff", moe_aux_loss_coeff),
+    ):  # fmt: skip
+        check_number(name, number, above_zero=name == "temperature")
+    check_whole("top_k", top_k)
+    check_whole("seed", seed, least=0, most=SEEDS)
+    if not (logits_weight or lm_weight):
+        raise InputError("logits_weight and lm_weight are both 0; at least one must be above")
+    return Distiller(
+        teacher, Objective(0, loss, temperature, top_k, logits_weight, lm_weight), build, inputs,
+        precision=precision, offload=offload, cache=cache, aux=moe_aux_loss_coeff, pairs=intermediate,
+        measure=intermediate_loss, weight=intermediate_weight, plan=PrunePlan.load(plan) if plan else None,
+        seed=seed,
+    )  # fmt: skip
 
 
 def options_of(order: DistillOrder) -> dict[str, Any]:

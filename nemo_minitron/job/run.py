@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,18 +15,14 @@ from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.seals import take_away
 from nemo_minitron.commands.place import check_writable
+from nemo_minitron.commands.versions import versions
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.families import resolve
-from nemo_minitron.hosts import host_name
 from nemo_minitron.launch.lock import LOCK
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.written import as_python, as_yaml
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
-
-PACKAGES = (
-    "nemo_minitron", "nemo_toolkit", "megatron-bridge", "megatron-core", "transformer-engine", "torch", "transformers",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -159,17 +154,6 @@ def write_recipe(files: RunFolder, job: Job) -> None:
     for file, text in ((files.recipe_yaml, as_yaml(job)), (files.recipe_python, as_python(job))):
         with atomic_file(file) as partial:
             partial.write_text(text, encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Package -> version, of the packages that decide a result and are installed; and `host`, what runs models."""
-    installed = {"host": host_name()}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _forget(run: Run, stage: Stage, stages: Sequence[Stage]) -> None:

@@ -69,6 +69,7 @@ class Distiller:
         self._intermediate: Intermediate | None = None
         self._meter: Meter | None = None
         self._state: Mapping[str, object] | None = None
+        self._resumes = False
 
     def prepare(self, config: TransformerConfig) -> None:
         """Sets the student's live config (Megatron's TransformerConfig). It must run before Megatron's DDP reads the
@@ -141,8 +142,8 @@ class Distiller:
                 pairs, student, self.teacher, measure=self.measure, weight=self.weight, projection=projection,
                 meter=self._meter,
             )  # fmt: skip
-            if self._state is not None:
-                self._intermediate.load(self._state)
+            if self._resumes:
+                self._take_state()
 
     @property
     def names(self) -> list[str]:
@@ -193,10 +194,21 @@ class Distiller:
         return None if self._intermediate is None else self._intermediate.state()
 
     def load(self, state: Mapping[str, object] | None) -> None:
-        """Takes `state` from a checkpoint, before `begin` or after it."""
-        self._state = state
-        if state is not None and self._intermediate is not None:
-            self._intermediate.load(state)
+        """Takes `state` from a checkpoint, before `begin` or after it; None: the checkpoint has none.
+
+        Raises InputError, here or in `begin`, if there is none and the loss compares states between layers."""
+        self._state, self._resumes = state, True
+        if self._intermediate is not None:
+            self._take_state()
+
+    def _take_state(self) -> None:
+        assert self._intermediate is not None
+        if self._state is None:
+            raise InputError(
+                "the checkpoint from which this training resumes has nothing of the loss between states (its linear, "
+                "its weight); resume from one that has it, or train without intermediate states"
+            )
+        self._intermediate.load(self._state)
 
 
 def _shown(data_step: DataStep, see: Callable[[Batch], None]) -> DataStep:

@@ -23,7 +23,7 @@ from nemo_minitron.distillation.teacher import DataStep
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts.bridge.models import build_model
 from nemo_minitron.hosts.bridge.schedule import Step, around_steps
-from nemo_minitron.hosts.distillation import distiller_factory
+from nemo_minitron.hosts.distillation import make_distiller
 from nemo_minitron.sources.bridge_config import name_of
 
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -55,18 +55,18 @@ class Distillation(Callback):
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
         plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
     ) -> None:  # fmt: skip
-        self.distiller = distiller_factory(build_model, model_inputs)(
-            teacher, loss, temperature, precision, offload, top_k=top_k, logits_weight=logits_weight,
-            lm_weight=lm_weight, intermediate=intermediate, intermediate_loss=intermediate_loss,
-            intermediate_weight=intermediate_weight, plan=plan, seed=seed, cache=cache,
-            moe_aux_loss_coeff=moe_aux_loss_coeff,
+        self.distiller = make_distiller(
+            build_model, model_inputs, teacher=teacher, loss=loss, temperature=temperature, precision=precision,
+            offload=offload, top_k=top_k, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
+            intermediate_loss=intermediate_loss, intermediate_weight=intermediate_weight, plan=plan, seed=seed,
+            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff,
         )  # fmt: skip
         self.distiller.prepare(config.model)
         config.model.register_pre_wrap_hook(functools.partial(_check_sum, config))
         self._data_step: DataStep = micro_batch
         self._forward: Callable[[Any, Any], torch.Tensor] | None = None
         self._optimizer: Any = None
-        around_steps(self._before_step, self._after_step)
+        self._remove = around_steps(self._before_step, self._after_step)
 
     @property
     def parts(self) -> dict[str, float]:
@@ -93,9 +93,9 @@ class Distillation(Callback):
 
     def on_train_start(self, context: Any) -> None:
         self._optimizer = context.optimizer
-        folder, step = context.state.cfg.checkpoint.load, context.state.train_state.step
-        if folder and step and (file := state_file(folder, step)).is_file():
-            self.distiller.load(torch.load(file, map_location="cpu", weights_only=True))
+        step = context.state.train_state.step
+        if step:
+            self.distiller.load(_saved_state(context.state.cfg.checkpoint.load, step))
         self.distiller.begin([unwrap(chunk) for chunk in context.model])
         self._data_step = self.distiller.data_step(micro_batch)
         self._forward = self.distiller.forward
@@ -112,6 +112,11 @@ class Distillation(Callback):
             writer.add_scalar(f"distillation/{name}", self.parts[name], context.state.train_state.step + 1)
 
     def on_train_end(self, context: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the hooks of this training. Bridge's loop does not say so when it is told to stop."""
+        self._remove()
         self.distiller.end()
 
     def on_checkpoint_save(self, context: Any) -> None:
@@ -132,10 +137,15 @@ class Distillation(Callback):
 
 
 def state_file(folder: str | Path, step: int) -> Path:
-    """The file of the linear between states, for the checkpoint after so many steps."""
-    return (
-        Path(folder) / f"distillation_{step:07d}.pt"
-    )  # Bridge takes every name that begins with iter_ for a checkpoint
+    """The file of the loss between states (its linear, its weight), for the checkpoint after so many steps."""
+    # Bridge takes every name that begins with iter_ for a checkpoint.
+    return Path(folder) / f"distillation_{step:07d}.pt"
+
+
+def _saved_state(folder: str, step: int) -> Any:
+    """What `save_state` has written for a step; None if it has written nothing."""
+    file = state_file(folder, step)
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
 
 
 def _check_sum(config: Any, chunks: list[Any]) -> list[Any]:

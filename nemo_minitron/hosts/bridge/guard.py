@@ -19,11 +19,11 @@ class StopWhenNotFinite(Callback):
     def __init__(self) -> None:
         self._guard = Guard(0, "")
         self._optimizer: Any = None
-        around_steps(lambda step: None, self._see)
+        self.close = around_steps(lambda step: None, self._see)  # removes the hooks of this training
 
     def _see(self, step: Step, losses: list[Any]) -> None:
         """Keeps this rank's loss of the step. Only the last pipeline stage has one."""
-        self._guard.loss = sum(float(one[LOSS][0]) for one in losses)
+        self._guard.loss = float(sum(one[LOSS][0] for one in losses))
 
     def on_train_start(self, context: Any) -> None:
         state = context.state

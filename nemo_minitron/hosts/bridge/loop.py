@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,12 +113,19 @@ def run(
     state.train_state.do_valid = watch.held_out is not None
     watch.stop = state._signal_handler = Stop(state, stop)
     if state.train_state.step < config.train.train_iters:
-        with contextlib.suppress(SystemExit):  # Bridge's loop leaves in this way when it is told to stop
+        try:
             train.train(
                 forward_step, made.model, made.optimizer, made.scheduler, made.train_data_iterator, watch.held_out,
                 state, _Checked(made.checkpoint_manager, guard, watch.distillation), made.pg_collection,
                 callback_manager=manager,
             )  # fmt: skip
+        except SystemExit:  # Bridge's loop leaves in this way when it is told to stop
+            if not watch.stop.ended:
+                raise
+        finally:
+            guard.close()
+            if watch.distillation is not None:
+                watch.distillation.close()
     if watch.stop.asked:
         torch.distributed.barrier()  # torchrun ends the other ranks as soon as one has left
         raise SystemExit(SAVED)

@@ -41,12 +41,33 @@ class Step:
         return copy(), self.options["seq_length"]
 
 
-def around_steps(before: Callable[[Step], None], after: Callable[[Step, list[Any]], None]) -> None:
-    """Calls `before` and `after` around the schedule of every training step of this process, from the next training on.
+Before = Callable[[Step], None]
+After = Callable[[Step, list[Any]], None]
+_hooks: list[tuple[Before, After]] = []  # of the training that runs
 
-    `after` also gets what the schedule returns: on the last pipeline stage a dict of losses for each micro-batch.
-    Bridge's loop asks for its schedule by one name, which is replaced here. A validation asks elsewhere.
+
+def around_steps(before: Before, after: After) -> Callable[[], None]:
+    """Calls `before` and `after` around the schedule of every training step, until the function that it returns is
+    called.
+
+    `after` also gets what the schedule returns: on the last pipeline stage a dict of losses for each micro-batch. Call
+    it before a training begins: Bridge's loop then asks for its schedule, by one name, which is replaced here. A
+    validation asks elsewhere.
     """
+    _install()
+    hooks = before, after
+    _hooks.append(hooks)
+
+    def remove() -> None:
+        if hooks in _hooks:
+            _hooks.remove(hooks)
+
+    return remove
+
+
+@functools.cache
+def _install() -> None:
+    """Replaces the name. Without hooks the loop's schedule is Megatron's."""
     train: Any = load_training()
     original = train.get_forward_backward_func
 
@@ -56,9 +77,11 @@ def around_steps(before: Callable[[Step], None], after: Callable[[Step, list[Any
 
         def around(**options: Any) -> Any:
             step = Step(options)
-            before(step)
+            for before, _ in _hooks:
+                before(step)
             losses = schedule(**step.options)
-            after(step, losses)
+            for _, after in _hooks:
+                after(step, losses)
             return losses
 
         return around

@@ -23,7 +23,7 @@ class Stop:
     def __init__(self, state: Any, after: int | None) -> None:
         self._state, self._after = state, after
         self.wanted = False
-        self.asked = False  # whether a signal has ended the training
+        self.asked = self.ended = False  # whether a signal, or anything of the above, has ended the training
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: ASKED.set())
 
@@ -39,4 +39,5 @@ class Stop:
         self.asked = asked
         if asked and torch.distributed.get_rank() == 0:
             say(f"step {step}: told to stop, saved")
-        return [asked or wanted or step == self._after]
+        self.ended = asked or wanted or step == self._after
+        return [self.ended]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from nemo_minitron.precisions import weights_in
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.sources.tensors import ModelSource
-
-if TYPE_CHECKING:
-    pass
 
 
 def settings(student: ModelSource, recipe: Distillation, layout: Layout, out: Path, dataset: Any) -> Any:

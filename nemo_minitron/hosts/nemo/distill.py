@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.hosts.distillation import distiller_factory
+from nemo_minitron.hosts.distillation import make_distiller
 from nemo_minitron.hosts.nemo.models import build_model
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, share_config
 from nemo_minitron.megatron.live import fill
@@ -83,11 +83,11 @@ class Distillation(Callback):
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
         plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
     ) -> None:  # fmt: skip
-        self.distiller = distiller_factory(build_model, model_inputs)(
-            teacher, loss, temperature, precision, offload, top_k=top_k, logits_weight=logits_weight,
-            lm_weight=lm_weight, intermediate=intermediate, intermediate_loss=intermediate_loss,
-            intermediate_weight=intermediate_weight, plan=plan, seed=seed, cache=cache,
-            moe_aux_loss_coeff=moe_aux_loss_coeff,
+        self.distiller = make_distiller(
+            build_model, model_inputs, teacher=teacher, loss=loss, temperature=temperature, precision=precision,
+            offload=offload, top_k=top_k, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
+            intermediate_loss=intermediate_loss, intermediate_weight=intermediate_weight, plan=plan, seed=seed,
+            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff,
         )  # fmt: skip
 
     @property

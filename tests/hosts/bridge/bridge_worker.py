@@ -7,29 +7,14 @@ leaves of a training: `loss.csv` and Bridge's checkpoints.
 import json
 
 from ranks import leave_layout
-from workers import leave, process_group, run_cases
-
-
-def mask_some():
-    """Masks the first tokens of the samples, at most all but one, so that data-parallel ranks have unequal numbers of
-    tokens that count."""
-    import torch
-
-    from nemo_minitron.megatron.dataset import PackedDataset
-
-    whole = PackedDataset.__getitem__
-
-    def masked(self, index):
-        item = whole(self, index)
-        length = len(item["loss_mask"])
-        start = [0, length - 1, length // 2, 3][(index or 0) % 4]
-        return item | {"loss_mask": item["loss_mask"] * (torch.arange(length) >= start)}
-
-    PackedDataset.__getitem__ = masked
+from workers import leave, mask_some, process_group, run_cases
 
 
 def run_case(case, folder, out):
     """Runs the training of a case. `stops`: the steps after which it stops, to be resumed by a new training."""
+    import pytest
+
+    from nemo_minitron.errors import InputError
     from nemo_minitron.hosts.bridge.host import BRIDGE
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.settings.orders import DistillOrder
@@ -49,7 +34,14 @@ def run_case(case, folder, out):
         if case.get("diverges"):
             diverge(case, order, made)
             continue
-        BRIDGE.train(order)
+        lost = made / "bridge" / "checkpoints" / case.get("loses", "")
+        if stop is None and lost.is_file():
+            lost.unlink()
+            with pytest.raises(InputError) as refused:
+                BRIDGE.train(order)
+            (made / "refused.json").write_text(json.dumps(str(refused.value)))
+        else:
+            BRIDGE.train(order)
         forget()
 
 
@@ -95,14 +87,9 @@ def forget():
     """Clears what Megatron keeps of a layout between two trainings in one process."""
     from megatron.core import num_microbatches_calculator, rerun_state_machine
 
-    from nemo_minitron.hosts.bridge.load import load_training
-
     leave_layout()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
-    train = load_training()
-    while hasattr(train.get_forward_backward_func, "__wrapped__"):  # `schedule.around_steps` serves one training
-        train.get_forward_backward_func = train.get_forward_backward_func.__wrapped__
 
 
 def main():

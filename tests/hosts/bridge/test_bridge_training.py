@@ -70,7 +70,7 @@ LAYOUTS = {  # world size -> model, recipe, layout
         ("llama", "all", {"dp": 2}),
         ("llama", "kl", {"cp": 2}),
         ("llama", "all", {"tp": 2, "sp": True}),
-        ("moe", "aux", {"ep": 2, "dp": 2}),
+        *[("moe", "aux", layout) for layout in ({"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"cp": 2})],
     ],
 }
 
@@ -92,7 +92,13 @@ DIVERGING = [
     _case(1, "llama", "kl", {}, name="weights", diverges="weights", recipe=BASE | {"save_every": 1}),
     _case(2, "llama", "kl", {}, name="loss", diverges="loss", layouts=[{"pp": 2}], recipe=BASE | {"save_every": 1}),
 ]
-ALL = [*CASES, *RESUMED, *DIVERGING]
+ENDING = [
+    _case(1, "llama", "kl", {}, name="early", recipe=BASE | {"learning_rate": 1e-30, "min_learning_rate": 0.0}
+          | {"tokens": 24 * 8 * 9, "validate_every": 1, "patience": 2}),
+    _case(1, "llama", "kl", {}, name="random", recipe=BASE | {"start": "random"}),
+    _case(1, "llama", "all", {}, name="lost", stops=[2, None], layouts=[{}, {}], loses="distillation_0000002.pt"),
+]  # fmt: skip
+ALL = [*CASES, *RESUMED, *ENDING, *DIVERGING]
 SPREAD = [case for case in [*CASES, *RESUMED] if case["name"] != case["one"]]
 
 
@@ -159,9 +165,29 @@ def test_a_checkpoint_is_bridges_and_the_students_alone(case, results, models):
     assert source.architecture == from_hf(models / case["student"])
     text = (folder / "run_config.yaml").read_text()
     assert "nemo_minitron" not in text
-    assert str(models / case["teacher"]) + "\n" not in text
+    assert str(models / case["teacher"]) not in text.replace(str(models / case["student"]), "")
     assert b"nemo_minitron" not in (folder / ".metadata").read_bytes()
     assert [path.name for path in folder.parent.glob("iter_*") if path.is_dir()] == [folder.name]
+
+
+def test_a_held_out_loss_that_does_not_fall_ends_the_training(results):
+    """The learning rate is next to nothing: two validations after the first one do not improve on it."""
+    found = columns(results(ENDING[0]), "validation.csv")
+    assert list(found["step"]) == [1, 2, 3]
+    assert len(set(found["loss"])) == 1
+    record = json.loads((results(ENDING[0]) / "last.json").read_text())
+    assert record == {"checkpoint": "bridge/checkpoints/iter_0000003", "stopped": 3}
+
+
+def test_a_random_start_is_another_student(results):
+    """Its first loss is far from the filled student's, and the same in every run."""
+    random, filled = (columns(results(case))["loss"][0] for case in (ENDING[1], CASES[0]))
+    assert abs(random / filled - 1) > 100 * LOSS_LAYOUT_FP32
+
+
+def test_a_resume_without_the_state_of_the_loss_is_refused(results):
+    said = json.loads((results(ENDING[2]) / "refused.json").read_text())
+    assert said.startswith("the checkpoint from which this training resumes has nothing of the loss between states")
 
 
 @pytest.mark.parametrize("case", DIVERGING, ids=lambda case: case["name"])

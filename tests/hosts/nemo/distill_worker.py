@@ -12,25 +12,7 @@ import sys
 from pathlib import Path
 
 from ranks import leave_layout
-from workers import leave, process_group, run_cases
-
-
-def mask_some():
-    """Masks the first tokens of the samples, at most all but one, so that data-parallel ranks have unequal numbers of
-    tokens that count."""
-    import torch
-
-    from nemo_minitron.megatron.dataset import PackedDataset
-
-    whole = PackedDataset.__getitem__
-
-    def masked(self, index):
-        item = whole(self, index)
-        length = len(item["loss_mask"])
-        start = [0, length - 1, length // 2, 3][(index or 0) % 4]
-        return item | {"loss_mask": item["loss_mask"] * (torch.arange(length) >= start)}
-
-    PackedDataset.__getitem__ = masked
+from workers import leave, mask_some, process_group, run_cases
 
 
 def run_case(case, folder, out):
