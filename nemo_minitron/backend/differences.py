@@ -10,7 +10,7 @@ release in between is served as well.
 | 0.17 | layer specs choose their provider in a function of their own | `chooses_provider` |
 | 0.18 | `get_batch_on_this_cp_rank` needs to know about hybrid context parallelism | `batch_on_this_cp_rank` |
 | 0.18 | the dispatcher's `all_to_all` has one more option | `dispatch.py` |
-| by 0.19 | routers scale their loss, summed per token, for ranks that have a part of the tokens | `routers_scale_themselves` |
+| by 0.19 | routers scale their loss, summed per token, where ranks share the tokens | `routers_scale_themselves` |
 | 0.19 | a model multiplies its logits behind the output layer, under MuP | `scaled_logits` |
 | 0.19 | the import fails beside nvidia-resiliency-ext below 0.6, which 0.4.1, the last on the index, is | `load` |
 """
