@@ -8,11 +8,12 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nemo_minitron.backend as backend
+from nemo_minitron.backend.versions import replace
 
 ENGINE = "transformer_engine"
 ENERGON = "megatron.energon"
@@ -54,7 +55,21 @@ def load_training() -> ModuleType:
     with _standing_in({}) if importlib.util.find_spec(ENERGON) else _energon():
         import megatron.bridge.training.pretrain  # noqa: F401
         import megatron.bridge.training.train as train
+    from megatron.bridge.training import initialize
+
+    replace(initialize, "_warmup_jit_function", _warm_up(initialize._warmup_jit_function))
     return train
+
+
+def _warm_up(original: Callable[..., None]) -> Callable[..., None]:
+    """Bridge compiles small functions before the first step, for a gated MLP on rows of half its width: it fails where
+    a rank's width is odd, which a cut can make it. They are then compiled in the first step."""
+
+    def warm_up(config: Any, micro_batch_size: int) -> None:
+        if config.ffn_hidden_size // config.tensor_model_parallel_size % 2 == 0:
+            original(config, micro_batch_size)
+
+    return warm_up
 
 
 def setup() -> None:
