@@ -19,7 +19,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ ARMS = (
     Arm("heads", "residual", residual="paper"),
     Arm("heads", "residual, other sign", residual="laco"),
     *_pair("width and heads", distilled=False),
-    Arm("hidden"),
-    Arm("hidden", "folded norms", fold_norms=True),
+    Arm("hidden", distilled=True),
+    Arm("hidden", "folded norms", fold_norms=True, distilled=True),
 )
 Key = tuple[str, str, int]  # cut, how, seed; seed 0: as cut
 
@@ -80,15 +80,18 @@ def minitron(*arguments: object) -> None:
 class State(Lines):
     """A line for each finished measurement of the seeds."""
 
-    def __init__(self, work: Path, settings: dict[str, Any], seeds: int = len(SEEDS)) -> None:
+    def __init__(
+        self, work: Path, settings: dict[str, Any], seeds: int = len(SEEDS), cuts: Sequence[str] = tuple(KEEP)
+    ) -> None:
         super().__init__(work, settings)
-        self.seeds = SEEDS[:seeds]
+        self.seeds, self.cuts = SEEDS[:seeds], cuts
 
     def left(self) -> list[tuple[Arm, int]]:
         """The measurements that are left: the arms of the question as cut and then seed by seed, and the others as
         cut."""
-        question = [arm for arm in ARMS if arm.distilled]
-        others = [(arm, 0) for arm in ARMS if not arm.distilled]
+        arms = [arm for arm in ARMS if arm.cut in self.cuts]
+        question = [arm for arm in arms if arm.distilled]
+        others = [(arm, 0) for arm in arms if not arm.distilled]
         wanted = [*((arm, seed) for seed in (0, *self.seeds) for arm in question), *others]
         return [(arm, seed) for arm, seed in wanted if not self.has(arm, seed)]
 
@@ -238,6 +241,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256, help="of the distillation")
     parser.add_argument("--ridge", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(len(SEEDS) + 1), help="0: as cut alone")
+    parser.add_argument("--cuts", nargs="+", default=list(KEEP), choices=list(KEEP), help="measure only these cuts")
     parser.add_argument("--report", action="store_true", help="run nothing more")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
@@ -247,7 +251,10 @@ def main() -> None:
         "schedule": dataclasses.asdict(Schedule()), "held-out tokens": options.tokens, "precision": "bf16",
         "threads": 1,
     }  # fmt: skip
-    state, head = State(options.work, settings, options.seeds), common.heading(("torch", "numpy", "megatron-core"))
+    state, head = (
+        State(options.work, settings, options.seeds, options.cuts),
+        common.heading(("torch", "numpy", "megatron-core")),
+    )
     if not options.report:
         run(options.model, options.work, settings, state)
     rows = list(summary(state.rows))

@@ -1,4 +1,5 @@
-"""Measures all parts that need a GPU, on one Hopper, in one call of under ten minutes:
+"""Times losses, scoring and distillation steps on one Hopper, in one call of under ten minutes (`gpu_session.py` runs
+it with all else that only a GPU shows):
 
     python benchmarks/gpu.py                            # writes benchmarks/results/DATE_gpu.json
     python benchmarks/gpu.py --device cpu --quick       # runs every line at pico sizes; its numbers mean nothing
@@ -127,8 +128,9 @@ def importance(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
     yield "importance: scored over plain", run
 
 
-def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
-    """Runs all parts; each gives numbers or the error that ended it. `save` gets all results so far after each part."""
+def measured(bench: Bench, save: Callable[[dict[str, Any]], object], only: str = "") -> None:
+    """Runs the parts whose names begin with `only`; each gives numbers or the error that ended it. `save` gets all
+    results so far after each part."""
     import torch
 
     import nemo_minitron.backend as backend
@@ -140,6 +142,8 @@ def measured(bench: Bench, save: Callable[[dict[str, Any]], object]) -> None:
     print(f"layers: {'Transformer Engine' if engine else 'reference (Transformer Engine is missing: no FP8 is timed)'}")
     results: dict[str, Any] = {"Transformer Engine": engine}
     for name, run in [*losses(bench), *importance(bench), *steps(bench, engine)]:
+        if not name.startswith(only):
+            continue
         began = time.perf_counter()
         try:
             results[name] = run() if began - STARTED < LIMIT else {"error": f"left out: {LIMIT} s were over"}
@@ -163,6 +167,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="pico sizes")
+    parser.add_argument("--only", default="", help="the beginning of the parts' names, e.g. 'step: Llama-3.1-8B'")
     parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/DATE_gpu.json")
     arguments = parser.parse_args()
     import torch
@@ -174,7 +179,7 @@ def main() -> None:
     result["machine"]["device"] = torch.cuda.get_device_name() if gpu else "CPU"
     out = arguments.out or common.dated("gpu")
     bench = Bench(arguments.device, arguments.quick)
-    measured(bench, lambda found: common.write(result | {"found": found}, out))
+    measured(bench, lambda found: common.write(result | {"found": found}, out), arguments.only)
     print(out)
 
 

@@ -2,7 +2,7 @@
 
 The student is SmolLM2-135M with 1,024 of its 1,536 neurons, by one cut for both hosts. A seed is the order of the rows.
 
-    .venv/bin/python benchmarks/hosts_training.py --bridge .venv-bridge/bin/python --tokens 60k --seeds 3
+    .venv/bin/python benchmarks/hosts_training.py --bridge .venv-bridge/bin/python --tokens 60k --seeds 1 2 3
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from nemo_minitron.settings.numbers import whole_number
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "demo" / "smollm2-135m-instruct"
@@ -36,13 +38,14 @@ def cut(python: str, folder: Path) -> None:
     rows = ("--samples", 32, "--sequence-length", LENGTH, "--precision", "fp32")
     minitron(python, folder, "estimate", TEACHER, "--data", TRAIN, "--out", "scores.safetensors", *rows)
     minitron(python, folder, "plan", "scores.safetensors", "--keep", "ffn=1024", "--out", "plan.json")
-    minitron(python, folder, "prune", TEACHER, "plan.json", "--out", "student")
+    minitron(python, folder, "prune", TEACHER, "plan.json", "student")
 
 
-def distilled(python: str, folder: Path, name: str, seed: int, tokens: str) -> tuple[list[float], float, float]:
+def distilled(python: str, folder: Path, name: str, seed: int, tokens: int) -> tuple[list[float], float, float]:
     """The losses of all steps, the last held-out loss, and the median seconds of a step after the first five."""
     steps = ("--sequence-length", LENGTH, "--global-batch-size", ROWS, "--precision", "fp32", "--seed", seed)
-    held_out = ("--validation", TEST, "--validate-every", 5, "--validation-batches", 4)
+    every = max(5, tokens // (LENGTH * ROWS) // 3)
+    held_out = ("--validation", TEST, "--validate-every", every, "--validation-batches", 4)
     minitron(
         python, folder, "distill", "student", "--teacher", TEACHER, "--data", TRAIN, "--out", name, "--tokens", tokens,
         *steps, *held_out,
@@ -57,15 +60,15 @@ def distilled(python: str, folder: Path, name: str, seed: int, tokens: str) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bridge", required=True, help="Python of an environment with Megatron-Bridge")
-    parser.add_argument("--tokens", default="60k")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=whole_number, default=60_000, help="of a training, for example 60k")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_args()
     bridge = str(Path(options.bridge).absolute())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         cut(sys.executable, folder)
         print("seed  step 1: NeMo, Bridge  losses apart  held out: NeMo, Bridge  seconds a step: NeMo, Bridge (ratio)")
-        for seed in range(1, options.seeds + 1):
+        for seed in options.seeds:
             nemo = distilled(sys.executable, folder, f"nemo-{seed}", seed, options.tokens)
             other = distilled(bridge, folder, f"bridge-{seed}", seed, options.tokens)
             apart = max(abs(a - b) for a, b in zip(nemo[0], other[0], strict=True))

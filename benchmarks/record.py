@@ -1,7 +1,7 @@
 """Records a finished run of `minitron compress` as a dated result: `python benchmarks/record.py runs/demo`.
 
-Prints the table and writes `benchmarks/results/DATE_RECIPE.json`: numbers, seconds of each stage, versions,
-the machine, and the command that makes the run again.
+Prints the table and writes `benchmarks/results/DATE_RECIPE.json` (on Megatron-Bridge `DATE_RECIPE_bridge.json`):
+numbers, seconds of each stage, versions, the machine, and the command that makes the run again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def record(run: Path) -> Path:
         print(f"{row['stage']:10}{row['parameters']:>13,}{row['perplexity']:>12,.2f}{row['tokens']:>9,} tokens")
     for stage in manifest["stages"]:
         print(f"{stage['name']:18}{stage['seconds']:>8.1f} s")
-    write(result, out := dated(recipe["name"]))
+    on_bridge = manifest["versions"].get("host") == "bridge"
+    write(result, out := dated(recipe["name"] + "_bridge" * on_bridge))
     return out
 
 

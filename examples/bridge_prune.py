@@ -8,6 +8,7 @@ import sys
 
 KEEP = {"ffn": 64, "layers": 3}  # axis -> the size that stays
 BATCHES, LENGTH = 4, 32
+LAYOUT = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "pipeline_model_parallel_size": 1}
 
 
 def main(model: str, corpus: str, out: str) -> None:
@@ -23,6 +24,8 @@ def main(model: str, corpus: str, out: str) -> None:
 
     provider = AutoBridge.from_hf_pretrained(model).to_megatron_provider(load_weights=True)
     provider.seq_length, provider.gradient_accumulation_fusion = LENGTH, False
+    for name, value in LAYOUT.items():
+        setattr(provider, name, value)
     config = bridge.ConfigContainer(
         model=provider,
         train=bridge.TrainingConfig(train_iters=1, micro_batch_size=1, global_batch_size=2),

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_minitron import hybrid, latents, layer_shapes, mixture, windows
 from nemo_minitron.errors import InputError, nearest
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 MOST = {"num_layers": 10_000, "num_moe_experts": 10_000}  # upper bounds; the number of tensors grows with these sizes
-MOST_EXPERTS = 1_000_000  # upper bound over all layers; each expert has its own tensors
 MOST_SIZE = 2**31 - 1  # upper bound of every other size
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +27,30 @@ class Architecture:
     one 0 or 1 a layer, or as in Megatron an N for every N-th layer, from the first. `moe_ffn_hidden_size` is an
     expert's width (None: `ffn_hidden_size`), `moe_shared_expert_intermediate_size` the shared expert's (None:
     there is none), `moe_shared_expert_gate` says that the shared expert's output is gated. Where every layer is
-    a mixture, `ffn_hidden_size` is the expert's width too. The constructor fills in all of these
-    fields, so that equal models compare equal.
+    a mixture, `ffn_hidden_size` is the expert's width too. Experts have biases if `mlp_bias` says so, and the
+    router one if `moe_router_bias` does. `moe_router_enable_expert_bias`: a number is added to an expert's score when
+    experts are chosen, and to nothing else. `moe_router_num_groups`: experts lie in groups, of which a token goes to
+    some (None: no groups). The constructor fills in all of these fields, so that equal models compare equal.
+
+    Multi-latent attention has `kv_lora_rank` (None: plain attention), the width of the latent of keys and values,
+    `q_lora_rank`, that of queries (None: none), and `qk_pos_emb_head_dim`, the rotary channels of a head, of which the
+    key's are the same for all heads. `head_dim` then counts the channels of a query, rotary ones among them, and
+    `v_head_dim` those of a value. All heads share one latent, so there is one query group.
+
+    `attention_sinks`: each head has a learned logit beside its scores, which takes a share of the softmax.
+
+    A hybrid has `hybrid_pattern`, a symbol a layer: M (Mamba-2), * (attention) or - (MLP), with `input_norm` each.
+    Then `mamba_num_heads`, `mamba_head_dim`, `mamba_num_groups` (of heads that share B and C) and `mamba_state_dim`
+    say what a Mamba layer is.
+
+    `post_norms`: a layer also norms what attention and MLP write, before it is added to the residual stream.
+    `scaled_embeddings`: the model multiplies embeddings by sqrt(hidden_size). `zero_centered_norms`: a norm of
+    RMSNorm multiplies by its weight plus 1. `capped_attention`: scores are capped, so that attention is not fused.
+    Gemma 2 has all four, Gemma 3 the first three.
+
+    A layer with a window looks back over `attention_window` tokens, the current one among them (None: no layer has a
+    window); `window_attn_skip_freq` has a 1 for each such layer (None: all). They change costs and no tensor, so models
+    that differ in nothing else compare equal.
 
     Raises InputError if sizes contradict each other.
     """
@@ -49,12 +69,31 @@ class Architecture:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_sinks: bool = False
+    post_norms: bool = False
+    scaled_embeddings: bool = False
+    zero_centered_norms: bool = False
+    capped_attention: bool = False
     num_moe_experts: int | None = None
     moe_router_topk: int = 2
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
+    moe_router_bias: bool = False
     moe_layer_freq: int | tuple[int, ...] = 1
+    moe_router_num_groups: int | None = None
+    moe_router_enable_expert_bias: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_pos_emb_head_dim: int | None = None
+    v_head_dim: int | None = None
+    hybrid_pattern: str | None = None
+    mamba_num_heads: int | None = None
+    mamba_head_dim: int | None = None
+    mamba_num_groups: int | None = None
+    mamba_state_dim: int | None = None
+    attention_window: int | None = dataclasses.field(default=None, compare=False)
+    window_attn_skip_freq: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_moe_experts", self.num_moe_experts or None)
@@ -77,38 +116,22 @@ class Architecture:
             raise InputError(
                 f"normalization '{self.normalization}' is unknown; {nearest(self.normalization, NORMALIZATIONS)}"
             )
-        for name, value in (self._mixture() if self.num_moe_experts else self._dense()).items():
+        hybrid.check({name: getattr(self, name) for name in hybrid.FIELDS}, self.num_layers)
+        latents.check(self)
+        if self.hybrid_pattern and self.attention_window:
+            raise InputError("hybrids with windows are not supported; attention_window must be None in a hybrid")
+        if self.post_norms and (self.hybrid_pattern or self.num_moe_experts):
+            raise InputError("hybrids and mixtures with norms behind their parts are not supported; post_norms is set")
+        spelled = windows.one_spelling(self.attention_window, self.window_attn_skip_freq, self.num_layers)
+        layers = mixture.one_spelling(self) if self.num_moe_experts else self._dense()
+        for name, value in {**layers, **dict(zip(windows.FIELDS, spelled, strict=True))}.items():
             object.__setattr__(self, name, value)
 
     def _dense(self) -> dict[str, Any]:
-        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_num_groups"):
             if getattr(self, name) is not None:
                 raise InputError(f"{name} is {getattr(self, name)}, which needs num_moe_experts of at least 1")
         return {name: _DENSE[name] for name in MOE_FIELDS}
-
-    def _mixture(self) -> dict[str, Any]:
-        experts = self.num_moe_experts or 0
-        if self.num_layers * experts > MOST_EXPERTS:
-            raise InputError(
-                f"{self.num_layers} layers of {experts} experts are {self.num_layers * experts}; legal are 1 to "
-                f"{MOST_EXPERTS}"
-            )
-        if self.moe_router_topk > experts:
-            raise InputError(
-                f"moe_router_topk is {self.moe_router_topk} of {experts} experts; the nearest legal one is {experts}"
-            )
-        if self.mlp_bias:
-            raise InputError("experts with biases are not supported; mlp_bias must be False in a mixture of experts")
-        if self.moe_shared_expert_gate and not self.moe_shared_expert_intermediate_size:
-            raise InputError("moe_shared_expert_gate is set, but there is no shared expert; leave it False")
-        pattern = _pattern(self.moe_layer_freq, self.num_layers)
-        width = self.moe_ffn_hidden_size or self.ffn_hidden_size
-        every = all(pattern)
-        return {
-            "moe_layer_freq": 1 if every else pattern,
-            "moe_ffn_hidden_size": width,
-            "ffn_hidden_size": width if every else self.ffn_hidden_size,
-        }
 
     # -- what is in the model ------------------------------------------------------------------------
     @property
@@ -120,64 +143,72 @@ class Architecture:
         """The layers whose MLP is a mixture of experts."""
         if not self.num_moe_experts:
             return ()
-        return tuple(i for i, moe in enumerate(_pattern(self.moe_layer_freq, self.num_layers)) if moe)
+        return tuple(i for i, moe in enumerate(mixture.pattern_of(self.moe_layer_freq, self.num_layers)) if moe)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        """The layers whose MLP is not a mixture of experts."""
-        return tuple(sorted(set(range(self.num_layers)) - set(self.moe_layers)))
+        """The layers with an MLP that is not a mixture of experts."""
+        return tuple(sorted(set(self._layers_of(hybrid.MLP)) - set(self.moe_layers)))
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with attention."""
+        return self._layers_of(hybrid.ATTENTION)
+
+    @property
+    def grouped_layers(self) -> tuple[int, ...]:
+        """The layers with query groups, each of which has keys and values of its own."""
+        return () if self.kv_lora_rank else self.attention_layers
+
+    @property
+    def value_dim(self) -> int:
+        """The channels of a head's value, and of its output."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def key_value_dim(self) -> int:
+        """The channels of a head that are made of a latent: of its key, without rotary ones, and of its value."""
+        return self.head_dim - (self.qk_pos_emb_head_dim or 0) + self.value_dim
+
+    @property
+    def mamba_layers(self) -> tuple[int, ...]:
+        """The layers with a Mamba-2 mixer."""
+        return self._layers_of(hybrid.MAMBA) if self.hybrid_pattern else ()
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers are of another kind than others, so that a number does not say which ones stay."""
+        return isinstance(self.moe_layer_freq, tuple) or bool(self.hybrid_pattern)
+
+    def _layers_of(self, kind: str) -> tuple[int, ...]:
+        """The layers of a kind of a hybrid; all layers of another model."""
+        pattern = self.hybrid_pattern or kind * self.num_layers
+        return tuple(layer for layer, symbol in enumerate(pattern) if symbol == kind)
 
     def keep_layers(self, kept: Sequence[int]) -> Architecture:
-        """The architecture with only the layers `kept` (sorted); each layer stays a mixture, or dense, as it was."""
-        pattern = tuple(int(layer in self.moe_layers) for layer in kept)
+        """The architecture with only the layers `kept` (sorted); each layer stays as it was: of its kind, and with its
+        window."""
+        if self.hybrid_pattern:
+            return self.replace(num_layers=len(kept), hybrid_pattern="".join(self.hybrid_pattern[i] for i in kept))
+        pattern, freq = tuple(int(layer in self.moe_layers) for layer in kept), self.window_attn_skip_freq
+        of_layers: dict[str, Any] = {
+            "attention_window": self.attention_window,
+            "moe_layer_freq": pattern if any(pattern) else 1,
+        }
+        of_layers["window_attn_skip_freq"] = freq and tuple(freq[layer] for layer in kept)
         if self.num_moe_experts and not any(pattern):
-            return self.replace(num_layers=len(kept), **{name: _DENSE[name] for name in MOE_FIELDS})
-        return self.replace(num_layers=len(kept), moe_layer_freq=pattern if any(pattern) else 1)
+            of_layers |= {name: _DENSE[name] for name in MOE_FIELDS}
+        return self.replace(num_layers=len(kept), **of_layers)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical tensor name -> global, unfused, unpadded shape; the whole model, in order."""
         shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.hidden_size)}
-        attention, mixtures = dict(self._attention_shapes()), set(self.moe_layers)
-        dense, moe = dict(self._mlp("", self.ffn_hidden_size)), dict(self._moe_shapes())
-        for index in range(self.num_layers):
-            layer = attention | (moe if index in mixtures else dense)
+        for index, layer in enumerate(layer_shapes.of_layers(self)):
             shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-        shapes |= dict(self._norm("final_norm", self.hidden_size))
+        shapes |= layer_shapes.norm(self, "final_norm")
         if not self.tied_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
-
-    def _attention_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Attention's tensors, and the norms on both sides of it."""
-        hidden = self.hidden_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
-        yield from self._norm("input_norm", hidden)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            yield from _linear(name, rows, hidden, self.qkv_bias)
-        if self.qk_norm:
-            yield "q_norm.weight", (self.head_dim,)
-            yield "k_norm.weight", (self.head_dim,)
-        yield from _linear("o", hidden, q, self.attention_output_bias)
-        yield from self._norm("pre_mlp_norm", hidden)
-
-    def _mlp(self, prefix: str, ffn: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name in ("gate", "up") if self.gated_mlp else ("up",):
-            yield from _linear(f"{prefix}{name}", ffn, self.hidden_size, self.mlp_bias)
-        yield from _linear(f"{prefix}down", self.hidden_size, ffn, self.mlp_bias)
-
-    def _moe_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield "router.weight", (self.num_moe_experts or 0, self.hidden_size)
-        for expert in range(self.num_moe_experts or 0):
-            yield from self._mlp(f"experts.{expert}.", self.moe_ffn_hidden_size or 0)
-        if self.moe_shared_expert_intermediate_size:
-            yield from self._mlp("shared_expert.", self.moe_shared_expert_intermediate_size)
-            if self.moe_shared_expert_gate:
-                yield "shared_expert.router.weight", (1, self.hidden_size)
-
-    def _norm(self, name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (width,)
-        if self.normalization == "layernorm":
-            yield f"{name}.bias", (width,)
 
     # -- what it costs -------------------------------------------------------------------------------
     def parameters(self, embeddings: bool = True, active: bool = False) -> int:
@@ -192,10 +223,11 @@ class Architecture:
     def _active_shapes(self) -> dict[str, tuple[int, ...]]:
         """`shapes()` with only `moe_router_topk` experts a layer, which is what one token uses; all experts are
         alike."""
-        return {name: shape for name, shape in self.shapes().items() if _expert_of(name) < self.moe_router_topk}
+        return {name: shape for name, shape in self.shapes().items() if mixture.expert_of(name) < self.moe_router_topk}
 
     def memory(self, *, batch: int, context: int, weights: str = "bf16", kv_cache: str = "bf16") -> int:
-        """Bytes to serve: all weights and the KV cache of `batch` sequences of `context` tokens.
+        """Bytes to serve: all weights and, of `batch` sequences of `context` tokens, the KV cache and Mamba's states; a
+        layer with a window keeps no more of the KV cache than its window.
 
         Under fp8 the matrices of the layers take one byte; embedding, head, norms and routers stay in bf16.
         """
@@ -206,26 +238,34 @@ class Architecture:
             if name.startswith("layers.") and len(shape) == 2 and not name.endswith("router.weight")
         )
         kept = max(size, BYTES["bf16"])
-        keys_and_values = 2 * self.num_layers * self.num_query_groups * self.head_dim * batch * context
-        return matrices * size + (self.parameters() - matrices) * kept + keys_and_values * cache
+        keys_and_values = self._seen(context) * latents.cached(self) * batch
+        states = len(self.mamba_layers) * hybrid.cache(self, cache) * batch
+        return matrices * size + (self.parameters() - matrices) * kept + keys_and_values * cache + states
 
     def flops_per_token(self, context: int = 1) -> int:
         """Forward FLOPs of one token at position `context`: two per element of each matrix that works on the token,
-        plus those of attention."""
+        plus those of attention and of Mamba's scan."""
         matrices = sum(
             math.prod(shape)
             for name, shape in self._active_shapes().items()
             if len(shape) == 2 and name != "embedding.weight"
         )
         head = self.hidden_size * self.vocab_size if self.tied_embeddings else 0
-        attention = 2 * self.num_layers * self.num_attention_heads * self.head_dim * context
-        return 2 * (matrices + head + attention)
+        attention = self._seen(context) * self.num_attention_heads * (self.head_dim + self.value_dim)
+        mamba = len(self.mamba_layers) * hybrid.multiplications(self)
+        return 2 * (matrices + head + attention + mamba)
+
+    def _seen(self, context: int) -> int:
+        return windows.seen(self.attention_window, self.window_attn_skip_freq, len(self.attention_layers), context)
 
     # -- plain values --------------------------------------------------------------------------------
     def as_dict(self) -> dict[str, Any]:
-        """All fields as plain values; those of a dense model leave out MOE_FIELDS."""
-        values = dataclasses.asdict(self)
-        return values if self.num_moe_experts else {n: v for n, v in values.items() if n not in MOE_FIELDS}
+        """All fields as plain values, without those of mixtures, hybrids, Gemma, windows, latents, sinks and routers'
+        biases and groups where there are none."""
+        absent = {name for name in (*windows.FIELDS, *latents.FIELDS) if getattr(self, name) is None}
+        absent |= {name for name in ("attention_sinks", *mixture.RARE, *GEMMA_FIELDS) if not getattr(self, name)}
+        absent |= {*(() if self.num_moe_experts else MOE_FIELDS), *(() if self.hybrid_pattern else hybrid.FIELDS)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
@@ -237,39 +277,20 @@ class Architecture:
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
         if missing:
             raise InputError(f"an architecture needs {', '.join(missing)}")
-        freq = values.get("moe_layer_freq", 1)
-        return cls(**{**values, "moe_layer_freq": tuple(freq) if isinstance(freq, list) else freq})
+        fixed: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fixed)
 
     def replace(self, **sizes: Any) -> Architecture:
+        """A mere number of layers does not say which ones stay: where only some have a window, each is then counted
+        without one, which is at most too much."""
+        if self.window_attn_skip_freq and sizes.get("num_layers", self.num_layers) != self.num_layers:
+            sizes = dict.fromkeys(windows.FIELDS) | sizes
         return dataclasses.replace(self, **sizes)
 
 
 _DENSE = {f.name: f.default for f in dataclasses.fields(Architecture) if "moe_" in f.name}
 MOE_FIELDS = tuple(_DENSE)
-
-
-def _pattern(freq: Any, layers: int) -> tuple[int, ...]:
-    """Megatron's `moe_layer_freq` -> one 0 (dense) or 1 (mixture) a layer. Raises InputError."""
-    if isinstance(freq, int) and not isinstance(freq, bool) and freq >= 1:
-        return tuple(int(layer % freq == 0) for layer in range(layers))
-    if not isinstance(freq, tuple) or len(freq) != layers or not set(freq) <= {0, 1} or not any(freq):
-        raise InputError(
-            f"moe_layer_freq is {freq!r}; legal is a whole number of at least 1, or a 0 or 1 for each of the "
-            f"{layers} layers with at least one 1, the nearest is 1"
-        )
-    return freq
-
-
-def _expert_of(name: str) -> int:
-    """The number of the expert that a canonical tensor belongs to; -1 for a tensor that every token uses."""
-    match = _EXPERT.search(name)
-    return int(match[1]) if match else -1
-
-
-def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (rows, columns)
-    if bias:
-        yield f"{name}.bias", (rows,)
+GEMMA_FIELDS = ("post_norms", "scaled_embeddings", "zero_centered_norms", "capped_attention")
 
 
 def _bytes_of(dtype: str) -> int:

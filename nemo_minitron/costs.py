@@ -6,12 +6,17 @@ import math
 from collections.abc import Iterator
 from typing import Protocol
 
+from nemo_minitron import hybrid, latents
 from nemo_minitron.architecture import BYTES, Architecture
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.precisions import FP8, weights_in
 
 RECOMPUTE = ("none", "selective", "full")
-_ROW_PARALLEL, _REPLICATED = ("o.bias", "down.bias"), ("norm.weight", "norm.bias", "router.weight")
+_ROW_PARALLEL = ("o.bias", "down.bias")
+_REPLICATED = (
+    "norm.weight", "norm.bias", "router.weight", "router.bias", "expert_bias", "q_down.weight", "kv_down.weight",
+    "k_rope.weight",
+)  # fmt: skip
 
 
 class Layout(Protocol):
@@ -145,7 +150,7 @@ def _on_rank(name: str, shape: tuple[int, ...], architecture: Architecture, layo
     if ".experts." in name:
         share = architecture.num_moe_experts or 1
         return math.prod(shape) // layout.expert_tp if int(name.split(".")[3]) < share // layout.ep else 0
-    if name.endswith(_ROW_PARALLEL) or name.endswith(_REPLICATED):
+    if name.endswith(_ROW_PARALLEL) or (name.endswith(_REPLICATED) and not name.endswith("gated_norm.weight")):
         return math.prod(shape)
     if name in ("embedding.weight", "head.weight"):
         return math.ceil(shape[0] / layout.tp) * shape[1]
@@ -170,15 +175,17 @@ def activations(
     chosen expert, with the token's copy and its output). Attention is fused, so there are no scores.
     `recompute="selective"` keeps no norm's output and no product of branches. `"full"` keeps each layer's input, and
     the activations of one layer at a time. Transformer Engine's fused layers keep this much. The reference layers
-    consist of single operations and keep up to twice as much. `logits`: how many tensors of the vocabulary's width the
-    last stage holds at once: the logits and their gradient, in distillation also the teacher's.
+    consist of single operations and keep up to twice as much. Norms behind attention and MLP keep their inputs.
+    Capped attention is not fused: it keeps four values of 16 bits a score, unless it is recomputed. `logits`: how
+    many tensors of the vocabulary's width the last stage holds at once: the logits and their gradient, in
+    distillation also the teacher's.
 
     A stage holds as many micro-batches as Megatron's 1F1B schedule, or its interleaved form with virtual stages, has
     started and not finished. Raises InputError for an unknown recomputation.
     """
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute '{recompute}' is unknown; {nearest(recompute, RECOMPUTE)}")
-    full = [_layer(architecture, layer, layout, recompute) for layer in range(architecture.num_layers)]
+    full = [_layer(architecture, layer, layout, recompute, context) for layer in range(architecture.num_layers)]
     kept = [_residual(architecture, layout)] * len(full) if recompute == "full" else full
     tokens = batch * math.ceil(context / layout.cp)
     bytes_by_stage = []
@@ -206,11 +213,29 @@ def _residual(architecture: Architecture, layout: Layout) -> float:
     return architecture.hidden_size / (layout.tp if layout.sp else 1)
 
 
-def _layer(a: Architecture, layer: int, layout: Layout, recompute: str) -> float:
+def _layer(a: Architecture, layer: int, layout: Layout, recompute: str, context: int) -> float:
     """The number of values that one layer keeps for a token on a rank."""
     selective = recompute == "selective"
-    attention = (2 * a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim / layout.tp
-    return (2 if selective else 4) * _residual(a, layout) + attention + sum(_mlp(a, layer, layout, selective))
+    if a.hybrid_pattern:
+        return _hybrid_layer(a, layer, layout, selective)
+    divided, whole = latents.kept(a)
+    attention = divided / layout.tp + whole / (layout.tp if layout.sp else 1)
+    if a.capped_attention and not selective:
+        attention += 4 * context * a.num_attention_heads / layout.tp
+    streams = (2 if selective else 4) + 2 * a.post_norms
+    return streams * _residual(a, layout) + attention + sum(_mlp(a, layer, layout, selective))
+
+
+def _hybrid_layer(a: Architecture, layer: int, layout: Layout, selective: bool) -> float:
+    """The residual stream and one norm's output, and what is inside the layer: the scan keeps the projected channels,
+    those behind the convolution, and its output before and behind the gated norm."""
+    around = (1 if selective else 2) * _residual(a, layout)
+    if layer in a.dense_layers:
+        return around + sum(_mlp(a, layer, layout, selective))
+    if layer in a.attention_layers:
+        return around + latents.kept(a)[0] / layout.tp
+    inner, states, heads = hybrid.inner(a), hybrid.states(a), a.mamba_num_heads or 0
+    return around + (2 * inner + 2 * states + heads + inner + 2 * states + 2 * inner) / layout.tp
 
 
 def _mlp(a: Architecture, layer: int, layout: Layout, selective: bool) -> Iterator[float]:

@@ -46,6 +46,10 @@ class DivergedError(RuntimeError):
     """A training whose loss, gradients or weights are no longer finite; one sentence, exit code 1."""
 
 
+class GateError(RuntimeError):
+    """A gate of a job that did not open: the cut is wrong, so nothing is trained; one sentence, exit code 1."""
+
+
 def nearest(given: str, legal: Iterable[str]) -> str:
     """The end of a refusal: the legal name closest to `given`, or the list of all legal names if none is close."""
     names = sorted(legal)

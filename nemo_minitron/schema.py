@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MODEL, METHOD, LAYOUT, MACHINES, OUTPUT = "Model and data", "Method", "Layout", "Machines", "Output"
 PANELS = (MODEL, METHOD, LAYOUT, MACHINES, OUTPUT)  # the sections of `--help`, in this order
+ANY_MODEL = "Hugging Face folder, hub id, or checkpoint of NeMo or Megatron-Bridge"  # what `open_source` reads
 MOST = 2**31 - 1  # the largest count: Megatron's index files store 32 bits
 SEEDS = 2**32 - 1  # the generator of Megatron's data sets takes no larger seed
 TOKENS = 10**15  # the most tokens of a training; the largest published ones have 10**13 to 10**14

@@ -5,14 +5,16 @@ For fewer GPUs set layout.dp=N. For your own corpus set data.train=PREFIX data.t
 
 import dataclasses
 
-from nemo_minitron.job import Calibration, Data, Distillation, Evaluation, Layout
+from nemo_minitron.job import Calibration, Data, Distillation, Evaluation, Gates, Layout
 
 DATA = Data(train="data/train", test="data/test", name="pretraining corpus")
 LAYOUT = Layout(tp=4, dp=64, sp=True)
 CALIBRATION = Calibration(samples=1024, sequence_length=8192, precision="bf16")
 EVALUATION = Evaluation(
-    tokens=1_048_576, sequence_length=8192, batch_size=1, random_baseline=False, benchmarks=("base",)
+    tokens=1_048_576, sequence_length=8192, batch_size=1, random_baseline=False, slices_baseline=False,
+    benchmarks=("base",),
 )  # fmt: skip
+GATES = Gates(sequence_length=1024, precision="bf16")  # a whole teacher on one GPU, as for the evaluation
 DISTILLATION_4B = Distillation(
     tokens=94_000_000_000,
     sequence_length=8192,

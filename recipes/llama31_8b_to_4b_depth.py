@@ -22,6 +22,7 @@ def recipe() -> Job:
         calibration=h100.CALIBRATION,
         distillation=dataclasses.replace(h100.DISTILLATION_4B_LLAMA, intermediate="auto"),
         evaluation=h100.EVALUATION,
+        gates=h100.GATES,
         layout=h100.LAYOUT,
         licence="llama3.1",
         base_model="meta-llama/Llama-3.1-8B",

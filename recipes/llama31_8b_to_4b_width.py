@@ -16,6 +16,7 @@ def recipe() -> Job:
         calibration=h100.CALIBRATION,
         distillation=h100.DISTILLATION_4B_LLAMA,
         evaluation=h100.EVALUATION,
+        gates=h100.GATES,
         layout=h100.LAYOUT,
         licence="llama3.1",
         base_model="meta-llama/Llama-3.1-8B",

@@ -16,6 +16,7 @@ def recipe() -> Job:
         calibration=h100.CALIBRATION,
         distillation=h100.DISTILLATION_8B,
         evaluation=h100.EVALUATION,
+        gates=h100.GATES,
         layout=h100.LAYOUT,
         licence="apache-2.0",
         base_model="mistralai/Mistral-Nemo-Base-2407",

@@ -30,5 +30,6 @@ def recipe() -> Job:
         calibration=h100.CALIBRATION_4K,
         distillation=h100.DISTILLATION_NEMOTRON,
         evaluation=h100.EVALUATION_4K,
+        gates=h100.GATES,
         layout=h100.LAYOUT,
     )

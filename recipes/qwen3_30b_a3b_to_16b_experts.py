@@ -18,6 +18,7 @@ def recipe() -> Job:
         calibration=dataclasses.replace(h100.CALIBRATION, experts="reap"),
         distillation=dataclasses.replace(h100.DISTILLATION_4B, moe_aux_loss_coeff=0.001, teacher_precision=""),
         evaluation=h100.EVALUATION,
+        gates=h100.GATES,
         layout=Layout(tp=4, ep=8, etp=1, dp=64, sp=True),
         licence="apache-2.0",
         base_model="Qwen/Qwen3-30B-A3B",

@@ -18,6 +18,7 @@ def recipe() -> Job:
         calibration=h100.CALIBRATION,
         distillation=dataclasses.replace(h100.DISTILLATION_4B, intermediate="auto"),
         evaluation=h100.EVALUATION,
+        gates=h100.GATES,
         layout=h100.LAYOUT,
         licence="apache-2.0",
         base_model="Qwen/Qwen3-8B",

@@ -8,8 +8,8 @@ from nemo_minitron.job import Job, Step
 def recipe() -> Job:
     return Job(
         name="smollm2_135m_to_108m_to_81m_chain",
-        teacher=common.TEACHER,
-        data=common.DATA,
+        teacher=common.teacher(),
+        data=common.data(),
         chain=(
             Step("108m", keep={"ffn": 1024}, distillation={"tokens": 30_208}),  # 59 steps of 512
             Step("81m", keep={"hidden": 432}),

@@ -8,8 +8,8 @@ from nemo_minitron.job import Job
 def recipe() -> Job:
     return Job(
         name="smollm2_135m_to_108m_width",
-        teacher=common.TEACHER,
-        data=common.DATA,
+        teacher=common.teacher(),
+        data=common.data(),
         keep={"ffn": 1024},
         calibration=common.CALIBRATION,
         distillation=common.DISTILLATION,

@@ -8,8 +8,8 @@ from nemo_minitron.job import Job, Search
 def recipe() -> Job:
     return Job(
         name="smollm2_135m_to_84m_search",
-        teacher=common.TEACHER,
-        data=common.DATA,
+        teacher=common.teacher(),
+        data=common.data(),
         search=Search(params="84M", tolerance="5%", candidates=12, distil=4, steps=48, rounds=3, tokens=8192),
         calibration=common.CALIBRATION,
         distillation=common.DISTILLATION,

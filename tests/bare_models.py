@@ -12,6 +12,7 @@ a helper process.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from ranks import leave_layout
 
@@ -79,6 +83,27 @@ MLA = {
     "mscale": 0.7,
     "mscale_all_dim": 0.9,
 }
+SINKS = {
+    **MOE,
+    "activation_func": quick_gelu,
+    "activation_func_clamp_value": 1.5,
+    "add_bias_linear": True,
+    "glu_linear_offset": 1.0,
+    "moe_shared_expert_intermediate_size": None,
+    "softmax_type": "learnable",
+    "window_attn_skip_freq": [1, 0, 1, 0],
+    "window_size": [7, 0],
+}
+HYBRID = {
+    "normalization": "RMSNorm",
+    "activation_func": squared_relu,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "mamba_num_groups": 4,
+    "mamba_state_dim": 5,
+    "is_hybrid_model": True,
+}
+PATTERN, CHUNK = "M-*M", 7  # Mamba, MLP and attention; positions that the scan takes together, fewer than a sample has
 PLAIN = {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "add_bias_linear": True}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": GATED,
@@ -88,6 +113,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "moe": MOE,
     "mla": MLA,
     "mla_moe": {**MLA, **MOE, **SIGMOID},  # DeepSeek-V3's kind
+    "sinks": SINKS,  # gpt-oss's kind
+    "hybrid": HYBRID,  # Nemotron-H's kind
 }
 
 
@@ -130,9 +157,37 @@ def build(kind: str, *, tied: bool = False, **overrides: Any) -> list[GPTModel]:
     return [_chunk(made, tied, stage if len(stages) > 1 else None) for stage in stages]
 
 
-def _chunk(made: TransformerConfig, tied: bool, vp_stage: int | None) -> GPTModel:
+def _chunk(made: TransformerConfig, tied: bool, vp_stage: int | None) -> GPTModel | MambaModel:
+    built = _hybrid(made, tied) if made.is_hybrid_model else _gpt(made, tied, vp_stage)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():  # ones and zeros would hide what happens to them
+            if "norm" in name or name.endswith(("bias", ".D", "softmax_offset")):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in built.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
+    return built
+
+
+def _hybrid(made: TransformerConfig, tied: bool) -> MambaModel:
+    spec = copy.deepcopy(mamba_stack_spec)
+    spec.submodules.mamba_layer.submodules.mixer.params = {"chunk_size": CHUNK}
+    return MambaModel(
+        config=made,
+        mamba_stack_spec=spec,
+        vocab_size=PADDED,
+        max_sequence_length=SEQUENCE,
+        hybrid_override_pattern=PATTERN,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=tied,
+    )
+
+
+def _gpt(made: TransformerConfig, tied: bool, vp_stage: int | None) -> GPTModel:
     mla = isinstance(made, MLATransformerConfig)
-    built = GPTModel(
+    return GPTModel(
         config=made,
         transformer_layer_spec=get_gpt_decoder_block_spec(made, use_transformer_engine=True, vp_stage=vp_stage),
         vocab_size=PADDED,
@@ -144,15 +199,6 @@ def _chunk(made: TransformerConfig, tied: bool, vp_stage: int | None) -> GPTMode
         share_embeddings_and_output_weights=tied,
         vp_stage=vp_stage,
     )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():  # ones and zeros would hide what happens to them
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        for name, buffer in built.named_buffers():
-            if name.endswith("expert_bias"):
-                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
-    return built
 
 
 def tokens(rows: int, seed: int = 7, length: int = SEQUENCE) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, one thread a process, and `tests/` importable (pico models, tolerances)."""
 
+import datetime
 import os
 import sys
 from importlib import metadata
@@ -29,3 +30,16 @@ def _installed(distribution):
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Megatron's groups of one process; other test files may have made them."""
+    import bare_models
+    import torch
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        wait = datetime.timedelta(seconds=60)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=wait)
+    bare_models.start()

@@ -33,10 +33,14 @@ def serve(handle: int) -> None:
 
     if installed("nemo_toolkit"):
         import nemo.collections.llm  # noqa: F401
-    else:
+    elif installed("megatron-bridge"):
         from nemo_minitron.hosts.bridge.load import load_training
 
         load_training()
+    else:  # Megatron-core alone, for the tests of `backend`
+        import nemo_minitron.backend as backend
+
+        backend.setup()
     gc.freeze()  # what was loaded stays: processes need not look through it
     client = socket.socket(fileno=handle)
     client.send(b"ready")

@@ -101,6 +101,50 @@ def test_flops_by_hand():
     assert untied.flops_per_token() == tied.flops_per_token()
 
 
+def windowed(*freq, **sizes):
+    return smollm2(num_layers=6, attention_window=512, window_attn_skip_freq=freq or None, **sizes)
+
+
+@pytest.mark.parametrize(("freq", "context", "seen"), [
+    ((1, 1, 1, 1, 1, 0), 4096, 5 * 512 + 4096),  # Gemma 3's pattern
+    ((1, 1, 1, 1, 1, 0), 500, 6 * 500),
+    ((), 4096, 6 * 512),
+    ((0,) * 6, 4096, 6 * 4096),
+])  # fmt: skip
+def test_a_layer_with_a_window_looks_no_further(freq, context, seen):
+    whole, some = smollm2(num_layers=6), windowed(*freq)
+    assert some.memory(batch=3, context=context) - whole.memory(batch=3, context=0) == 2 * 2 * 3 * 3 * 64 * seen
+    assert some.flops_per_token(context) - whole.flops_per_token(0) == 2 * 2 * 9 * 64 * seen
+    assert some.parameters() == whole.parameters()
+
+
+def test_windows_go_with_their_layers():
+    some = windowed(1, 1, 0, 1, 1, 0)
+    assert some.keep_layers([1, 2, 5]).window_attn_skip_freq == (1, 0, 0)
+    assert some.keep_layers([0, 4]).memory(batch=1, context=900) == windowed(1, 1, 1, 1, 1, 1).replace(
+        num_layers=2
+    ).memory(batch=1, context=900)
+    assert some.keep_layers([2, 5]).attention_window is None
+    number = some.replace(num_layers=3)  # which ones stay is not known: at most as much
+    assert number.memory(batch=1, context=900) == smollm2(num_layers=3).memory(batch=1, context=900)
+    assert windowed().replace(num_layers=3).attention_window == 512
+
+
+def test_windows_as_plain_values():
+    import json
+
+    some = windowed(1, 1, 0, 1, 1, 0)
+    read = Architecture.from_dict(json.loads(json.dumps(some.as_dict())))
+    assert (read.attention_window, read.window_attn_skip_freq) == (512, (1, 1, 0, 1, 1, 0))
+    assert not [name for name in smollm2().as_dict() if "window" in name]  # files of other models stay as they were
+    assert some == smollm2(num_layers=6)  # the same tensors
+    for bad in ((1, 0), (1, 2, 0, 0, 0, 0), 3):
+        with pytest.raises(InputError, match="legal is a 0 or 1 for each of the 6 layers"):
+            some.replace(window_attn_skip_freq=bad)
+    with pytest.raises(InputError, match="attention_window is 0; it must be a whole number of at least 1"):
+        some.replace(attention_window=0)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 2.0, float("nan"), "8", None, True])
 def test_illegal_sizes(bad):
     with pytest.raises(InputError, match="hidden_size is"):

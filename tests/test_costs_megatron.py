@@ -17,6 +17,7 @@ CASES = {
     "plain": {"kind": "nemotron", "layout": {"dp": 4}},
     "dense": {"kind": "llama", "layout": {"dp": 4}},
     "experts": {"kind": "moe", "layout": {"tp": 2, "dp": 2, "ep": 2, "etp": 1, "sp": True}},
+    "sinks-pp": {"kind": "sinks", "layout": {"pp": 2, "dp": 2, "ep": 2}},
     "experts-pp": {"kind": "moe", "layout": {"pp": 2, "dp": 2, "ep": 2}},
 }
 

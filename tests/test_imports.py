@@ -10,7 +10,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nemo_minitron"
 LAW = (  # a room imports what stands above it, never what stands beside it; `nemo` is the import path of a NeMo user
-    ("errors", "architecture", "axes", "precisions", "costs", "schema", "lazy", "progress"),
+    (
+        "errors",
+        "hybrid",
+        "latents",
+        "mixture",
+        "layer_shapes",
+        "architecture",
+        "axes",
+        "precisions",
+        "costs",
+        "schema",
+        "lazy",
+        "progress",
+        "windows",
+    ),
     ("artifacts",),
     ("families", "backend"),
     ("data", "sources"),

@@ -21,6 +21,11 @@ KL_FP32 = 1e-6
 # Its gradient with respect to a logit: a difference of two probabilities, each right to a few units of fp32. Absolute.
 KL_GRADIENT_FP32 = 5e-7
 
+# Mamba's scan by chunks against its recurrence: exponentials of sums, in float64; in fp32 against float64 the gradient
+# of a decay sums over positions, heads and channels. Relative to the tensor's largest.
+SCAN_FLOAT64 = 1e-13
+SCAN_FP32 = 5e-6
+
 # bf16 keeps 8 bits: a gradient stored in bf16 is right to half a unit in the last place. Relative.
 GRADIENT_BF16 = 2**-8
 
@@ -57,6 +62,10 @@ SAMPLE_BORDER_FP32 = 2e-5
 # A KL against p that a cache rounded to fp32: their sum is 1 to a few units, times the log of the student's sum.
 # Relative to 1 + KL, per token.
 CACHED_KL_FP32 = 5e-6
+
+# One token's KL of two pico models, through fp32 layers of both, against float64's: log probabilities of about 6 that
+# are right to a unit or two. Absolute.
+TOKENS_KL_FP32 = 2e-6
 
 # A least-squares solution kept in fp32, against float64's by another algorithm (lstsq): elements below 1. Absolute.
 SOLVED_FP32 = 1e-6
@@ -118,4 +127,10 @@ SMALL_LOSS_FP32 = 2e-3
 
 # First gradients of a pico mixture, through fp32 layers and back, against float64's. Relative to the tensor's largest.
 FIRST_GRADIENT_FP32 = 2e-4
+
+# KL of a model from itself: fp32 rounding, printed with six decimals. Adam makes of any gradient, such as that
+# rounding, steps of the learning rate, here 1e-6 a weight, whose KL is of the second order. Absolute, nats a token.
+# (Steps of 1e-5 gave 1.5e-5.)
+ITSELF_KL = 2e-6
+
 CONTRAST = 4.5  # of words on their background: WCAG 2.2, level AA, text of any size

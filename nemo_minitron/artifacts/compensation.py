@@ -1,9 +1,11 @@
-"""Compensation: tensors of the student that were re-fitted after the cut, in a file of their own beside the plan."""
+"""Compensation: what the student has beyond the plan's slices, in a file of its own beside the plan: tensors that were
+re-fitted after the cut, and factors of tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +14,12 @@ import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_file, parse_json
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, text, whole
+from nemo_minitron.artifacts.parse import anything, checked, grouped, mapped, number, text, whole
 from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.errors import InputError
 
-VERSION = 1
-HEADER = grouped({"version": whole(), "plan": text(), "notes": mapped(anything())})
+VERSION, SCALED = 1, 2  # without and with scales: an older program must refuse what it would leave out
+HEADER = grouped({"version": whole(), "plan": text(), "notes": mapped(anything())}, {"scales": mapped(number())})
 
 
 @dataclasses.dataclass
@@ -26,15 +28,18 @@ class Compensation:
 
     `tensors`: the student's canonical names -> fp32 in the student's global shapes; they are rounded to the dtype that
     the teacher stores. `plan`: digest of the plan that they belong to. `notes`: what made them (method, tokens); the
-    notes are not part of their identity.
+    notes are not part of their identity. `scales`: canonical name -> what the student's tensor (of `tensors`, or the
+    plan's slice) is multiplied by, before it is rounded.
     """
 
     plan: str
     tensors: Mapping[str, np.ndarray]
     notes: JsonObject = dataclasses.field(default_factory=dict)
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def check(self, plan: PrunePlan) -> None:
-        """Raises InputError if it was made for another plan, or has a tensor that the student lacks."""
+        """Raises InputError if it was made for another plan, or has a tensor that the student lacks, and for a scale
+        that is not finite and above 0."""
         if self.plan != plan.digest:
             raise InputError("the compensation was made for another plan; run minitron compensate again with this plan")
         shapes = plan.target.shapes()
@@ -43,6 +48,11 @@ class Compensation:
                 raise InputError(
                     f"the compensation's '{name}' is {shape}, the student's is {shapes.get(name, 'not there')}"
                 )
+        for name, scale in self.scales.items():
+            if name not in shapes:
+                raise InputError(f"the compensation scales '{name}', which the student does not have")
+            if not (scale > 0 and math.isfinite(scale)):
+                raise InputError(f"the compensation's scale of '{name}' is {scale}; it must be above 0 and finite")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor; reads no tensor."""
@@ -61,7 +71,9 @@ class Compensation:
         arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in self.tensors.items()}
         for name, array in arrays.items():
             _check_finite(name, array)
-        header = {"version": VERSION, "plan": self.plan, "notes": self.notes}
+        header: JsonObject = {"version": VERSION, "plan": self.plan, "notes": self.notes}
+        if self.scales:
+            header |= {"version": SCALED, "scales": dict(self.scales)}
         with atomic_file(path) as temporary:
             save_file(arrays, str(temporary), metadata={"compensation": json.dumps(header)})
 
@@ -78,11 +90,11 @@ class Compensation:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 dtypes = {piece.get_dtype() for piece in slices.values()}
                 shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
-            if header["version"] != VERSION or dtypes - {"F32"}:
+            if header["version"] not in (VERSION, SCALED) or dtypes - {"F32"}:
                 raise ValueError(f"version {header['version']}, of {' and '.join(sorted(dtypes))}")
-            return cls(header["plan"], _Stored(Path(path), shapes), header["notes"])
+            return cls(header["plan"], _Stored(Path(path), shapes), header["notes"], header.get("scales", {}))
         except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
-            raise InputError(f"'{path}' is not a compensation of version {VERSION} ({error})") from None
+            raise InputError(f"'{path}' is not a compensation of version {VERSION} or {SCALED} ({error})") from None
 
 
 class _Stored(Mapping[str, np.ndarray]):

@@ -35,7 +35,8 @@ def _two(first: PrunePlan, second: PrunePlan) -> PrunePlan:
         if name in first.keep or name in second.keep:
             each = cut.per_layer
             keep[name] = _layers(first, second, cut) if each else _select(first.indices(name), second.indices(name))
-    keep = {name: kept for name, kept in keep.items() if kept}  # leaves out an axis if all its layers were dropped
+    # an axis is left out if all its layers were dropped
+    keep = {name: kept for name, kept in keep.items() if kept and AXES[name].length(second.target)}
     first_notes = {name: note for name, note in first.notes.items() if name != "earlier"}
     earlier = [*first.notes.get("earlier", []), first_notes]
     return PrunePlan(first.source, second.target, keep, first.model_digest, {**second.notes, "earlier": earlier})

@@ -91,7 +91,8 @@ def finish(states: States, name: str, half: int | None = None) -> Arrays:
 
 
 def derive(numbers: Arrays, architecture: Architecture, norms: str = "all") -> Arrays:
-    """Adds derived scores: ffn and heads from their other statistics, query groups from heads, `hidden` from norms."""
+    """Adds derived scores: ffn and heads from their other statistics, query groups from heads, `hidden` from norms,
+    Mamba's heads and their channels from all channels of a layer, the stream from the parts of its logarithm."""
     scores = dict(numbers)
     if "ffn" not in scores and "ffn_pre_activation" in scores:
         scores["ffn"] = scores["ffn_pre_activation"]
@@ -100,12 +101,19 @@ def derive(numbers: Arrays, architecture: Architecture, norms: str = "all") -> A
         # not head_dim: a head of MLA has another width
         channels = channels.reshape(len(channels), architecture.num_attention_heads, -1)
         scores["heads"] = np.linalg.norm(channels.astype(np.float64), axis=-1).astype(np.float32)
-    if "heads" in scores:
+    if "heads" in scores and architecture.grouped_layers:
         grouped = scores["heads"].reshape(len(scores["heads"]), architecture.num_query_groups, -1)
         scores["query_groups"] = grouped.sum(-1, dtype=np.float64).astype(np.float32)
+    if "mamba_channels" in scores:  # [layers, heads, channels]; Nemotron-H (2504.11409): L2 over the other dimension
+        channels = scores["mamba_channels"].astype(np.float64)
+        channels = channels.reshape(len(channels), architecture.mamba_num_heads or 1, -1)
+        for name, dim in (("mamba_heads", 2), ("mamba_head_dim", 1)):
+            scores[name] = np.linalg.norm(channels, axis=dim).astype(np.float32)
     if "norms" in scores:
         summed = scores["norms"] if norms == "all" else scores["norms"][:-1]
         scores["hidden"] = summed.sum(0, dtype=np.float64).astype(np.float32)
+    if "stream_logs" in scores:  # the parts above and below 0
+        scores["stream"] = scores["stream_logs"][:, 0] - scores["stream_logs"][:, 1]
     return scores
 
 

@@ -1,4 +1,4 @@
-"""A model's digest: the same from a Hugging Face folder, a NeMo checkpoint and a live, sharded model.
+"""A model's digest: the same from a Hugging Face folder, a checkpoint and a live, sharded model.
 
 It covers canonical names, global shapes and a fixed, seeded sample of elements of each tensor, rounded to
 bfloat16, so that it costs seconds for any model and does not depend on the dtype that stores the weights.

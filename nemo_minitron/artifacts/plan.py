@@ -27,9 +27,12 @@ Keep = dict[str, Any]  # axis -> [index] or, for an axis of each layer, {source 
 class PrunePlan:
     """A pure selection: sorted kept indices, 0-based, by axis and (where the axis is per layer) source layer.
 
-    `keep["layers"]`, `keep["hidden"]`, `keep["vocab"]`: lists; `keep["ffn"][layer]`, `keep["heads"][layer]`,
-    `keep["query_groups"][layer]`, `keep["experts"][layer]`, `keep["shared_expert_ffn"][layer]`: lists for each
-    kept source layer that has the axis; `keep["expert_ffn"][layer][expert]`: for each kept source expert of it.
+    `keep["layers"]`, `keep["hidden"]`, `keep["vocab"]`: lists; `keep["experts_per_token"]`: the first so many numbers;
+    `keep["ffn"][layer]`, `keep["heads"][layer]`,
+    `keep["query_groups"][layer]`, `keep["experts"][layer]`, `keep["shared_expert_ffn"][layer]`,
+    `keep["q_latent"][layer]`, `keep["kv_latent"][layer]`,
+    `keep["mamba_heads"][layer]`, `keep["mamba_head_dim"][layer]` (the same in each head): lists for each kept
+    source layer that has the axis; `keep["expert_ffn"][layer][expert]`: for each kept source expert of it.
     An axis that is not cut is absent.
     `model_digest` is None in a plan made from an Architecture alone. `notes` (where the scores came from)
     are not part of the plan's identity.
@@ -50,9 +53,16 @@ class PrunePlan:
             if name in self.keep:
                 self._check_axis(cut)
         self._check_sizes(self.source.keep_layers(self.kept_layers))
-        if "heads" in self.keep or "query_groups" in self.keep:
-            for layer in self.kept_layers:
+        with_heads = self.source.attention_layers if {"heads", "query_groups"} & self.keep.keys() else ()
+        with_mamba = self.source.mamba_layers if "mamba_heads" in self.keep else ()
+        with_experts = self.source.moe_layers if "experts" in self.keep else ()
+        for layer in self.kept_layers:
+            if layer in with_heads:
                 self._check_groups(layer)
+            if layer in with_mamba:
+                self._check_mamba_groups(layer)
+            if layer in with_experts:
+                self._check_router_groups(layer)
 
     @property
     def kept_layers(self) -> list[int]:
@@ -76,6 +86,10 @@ class PrunePlan:
         if not cut.length(self.source):
             axes_of_source = ", ".join(name for name, other in AXES.items() if other.length(self.source))
             raise InputError(f"the plan cuts '{cut.name}', which the model does not have; it has {axes_of_source}")
+        if not cut.ranked and self.keep[cut.name] != list(range(cut.length(self.target))):
+            raise InputError(
+                f"the plan's '{cut.name}' is {self.keep[cut.name]!r}; the first of them stay, numbered from 0"
+            )
         for where, values in self._lists(cut).items():
             _check_indices(where, values, cut.length(self.source), cut.length(self.target))
 
@@ -127,6 +141,26 @@ class PrunePlan:
             raise InputError(
                 f"layer {layer} keeps heads {heads}: each kept query group must keep "
                 f"{self.target.heads_per_group} of its {size} heads"
+            )
+
+    def _check_mamba_groups(self, layer: int) -> None:
+        """Each group of Mamba heads, which share B and C, must keep the same number of heads."""
+        heads, groups = self.indices("mamba_heads", layer), self.source.mamba_num_groups or 1
+        size = (self.source.mamba_num_heads or 0) // groups
+        kept = (self.target.mamba_num_heads or 0) // groups
+        if heads is not None and any(sum(h // size == g for h in heads) != kept for g in range(groups)):
+            raise InputError(
+                f"layer {layer} keeps Mamba heads {heads}: each group must keep {kept} of its {size} heads"
+            )
+
+    def _check_router_groups(self, layer: int) -> None:
+        """Each of a router's groups must keep the same number of experts."""
+        experts, groups = self.indices("experts", layer) or [], self.source.moe_router_num_groups or 1
+        size, kept = ((a.num_moe_experts or 0) // groups for a in (self.source, self.target))
+        if any(sum(expert // size == group for expert in experts) != kept for group in range(groups)):
+            raise InputError(
+                f"layer {layer} keeps experts {experts}: each of the router's groups must keep {kept} of its {size} "
+                "experts"
             )
 
     # -- files ---------------------------------------------------------------------------------------

@@ -40,6 +40,14 @@ MEASURED = listed(grouped({"name": NAME, "parameters": number(0), "loss": number
 RANKS = listed(grouped({"step": whole(), "candidate": NAME, "loss": loss, "rank": whole(1)}), least=1)
 CORPORA = grouped({"train": PATH, "test": PATH, "calibration": PATH})
 MARKS = mapped(text())
+MEASURED_TEXT = {"text": text(), "loss": number(), "loss_error": maybe(number(0)), "losses": listed(number(), least=1)}
+MARK = {"step": whole(), "tokens": whole()}
+TRAJECTORY = grouped({"identity": text(), "teacher": listed(grouped(MEASURED_TEXT)), "rows": listed(
+    grouped({**MARK, **MEASURED_TEXT})), "tasks": listed(grouped({**MARK, "task": text(), "metric": text(),
+    "value": number(), "error": maybe(number(0))}))})  # fmt: skip
+GATES = grouped({"plan": text(), "rows": whole(1), "sequence_length": whole(1), "precision": text(), "gates": listed(
+    grouped({"name": text(), "state": text(), "note": text(), "figure": maybe(number()), "limit": maybe(number(0)),
+    "error": maybe(number(0))}))})  # fmt: skip
 
 
 def read_numbers(path: str | Path) -> list[JsonObject]:

@@ -102,10 +102,16 @@ class RunFolder(CutFolder):
     candidates = Name("search/candidates.json")
     measured = Name("search/measured.json")
     ranks = Name("search/ranks.json")
-    teacher = Name("checkpoints/teacher")  # the folder that a NeMo checkpoint was converted to
+    teacher = Name("checkpoints/teacher")  # the folder that a checkpoint was converted to
     pruned = Name("checkpoints/pruned")
     random = Name("checkpoints/random")
+    sliced = Name("checkpoints/sliced")  # the plain cut, until it is measured
+    gate = Name("checkpoints/gate")  # a model that a gate compares, until it has been
+    gates = Name("gates.json")
     distilled = Name("checkpoints/distilled")
+    along = Name("checkpoints/along")  # the student between two parts of its distillation, until it is measured
+    texts = Name("data/texts")  # held-out texts that are measured along the distillation
+    trajectory = Name("trajectory.json")
     numbers = Name("numbers.json")
     samples = Name("samples.json")
     windows = Name("windows.npz")  # what the teacher says of each held-out window

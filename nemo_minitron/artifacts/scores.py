@@ -14,6 +14,7 @@ from nemo_minitron.artifacts import criteria
 from nemo_minitron.artifacts.files import atomic_file, digest_of, parse_json
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, grouped, listed, mapped, maybe, number, text, whole
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError, nearest
 
 VERSION = 1
@@ -34,7 +35,8 @@ class Scores:
     `s["norms"]` [norms, hidden] (input and pre-MLP norm of each layer, then the final one); `s["hidden"]`
     [hidden]; `s["layers"]` [num_layers] (block influence); for a mixture of experts `s["experts"]` [num_layers,
     experts], `s["expert_ffn"]` [num_layers, experts, ffn] and `s["shared_expert_ffn"]` [num_layers, ffn]. Only
-    the requested scores are present; a layer without the module has zeros.
+    the requested scores are present; a layer without the module has zeros. `s["stream"]` [num_layers + 1] is no
+    importance: the mean logarithm of the residual stream's norm, in front of each layer and behind the last.
     `states` are the mergeable statistics behind the scores: `under` computes the scores of another criterion from them,
     and `merge` those of two runs together. `method` says what was scored: activations, `taylor`, `magnitude` or
     `random`. `samples`, `tokens`, `layout` and `notes` record how the scores were made and are not part of their
@@ -195,16 +197,23 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The global shape of each tensor of scores; those of experts only if the architecture has experts."""
+    """The global shape of each tensor of scores; those of experts and Mamba only where there are any."""
     a, layers = architecture, architecture.num_layers
     shapes: dict[str, tuple[int, ...]] = {
         "ffn": (layers, a.ffn_hidden_size),
         "heads": (layers, a.num_attention_heads),
-        "query_groups": (layers, a.num_query_groups),
         "hidden": (a.hidden_size,),
         "norms": (2 * layers + 1, a.hidden_size),
         "layers": (layers,),
+        "stream": (layers + 1,),
+        "stream_logs": (layers + 1, 2),
     }
+    for name in ("query_groups", "q_latent", "kv_latent"):
+        if length := AXES[name].length(a):
+            shapes[name] = (layers, length)
+    if a.hybrid_pattern:
+        shapes["mamba_heads"] = (layers, a.mamba_num_heads or 0)
+        shapes["mamba_head_dim"] = (layers, a.mamba_head_dim or 0)
     if a.num_moe_experts:
         shapes["experts"] = (layers, a.num_moe_experts)
         shapes["expert_ffn"] = (layers, a.num_moe_experts, a.moe_ffn_hidden_size or 0)

@@ -1,5 +1,7 @@
 """Core attention by torch's scaled_dot_product_attention, in the place of Transformer Engine's.
 
+With attention sinks (`sinks.py`) each head has a learned logit of its own beside its scores.
+
 Shapes (docs/shapes.md): S positions of the queries, P positions of keys and values, N tokens of packed sequences, B
 sequences, A attention heads, G query groups, Y channels of one head, R ranks of context parallelism, X further
 dimensions.
@@ -19,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from nemo_minitron.backend import packing
+from nemo_minitron.backend import packing, sinks
 from nemo_minitron.errors import InputError
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -28,10 +30,11 @@ CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 class Attention(MegatronModule):
     """softmax(Q K^T * scale) V, the same numbers as Megatron's unfused DotProductAttention.
 
-    Rotary embedding and QK norm come before it. It has no parameters. `softmax_scale` defaults to 1/sqrt(head_dim).
+    Rotary embedding and QK norm come before it. Its only parameter is `softmax_offset` [A/tp], the heads' sinks, of a
+    model that has them (Megatron's softmax type "learnable"). `softmax_scale` defaults to 1/sqrt(head_dim).
     Megatron's query-key layer scaling divides and multiplies by the same number, so it is left out. Under context
     parallelism each rank gathers all keys and values, in Megatron's order of the sequence (each rank has two chunks,
-    one from either end). Raises InputError for softmax offsets, which are not supported.
+    one from either end). Raises InputError for another softmax type.
     """
 
     def __init__(
@@ -48,8 +51,7 @@ class Attention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.softmax_type != "vanilla":
-            raise InputError(f"softmax_type '{config.softmax_type}' needs Transformer Engine; legal is 'vanilla'")
+        self.softmax_offset = sinks.parameter(config)
         self.attn_mask_type, self.softmax_scale = attn_mask_type, softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -110,18 +112,24 @@ class Attention(MegatronModule):
                 mask, causal = _window(self._positions(query, key.shape[0]), key.shape[0], (-1, 0)), False
             mask = _with_bias(attention_bias.to(query.dtype), mask)
         p = self.dropout if self.training else 0.0
+        if self.softmax_offset is not None:
+            if causal:
+                mask = _window(self._positions(query, key.shape[0]), key.shape[0], (-1, 0))
+            with self._random(p):
+                return sinks.attend(query, key, value, self.softmax_offset, mask, self.softmax_scale, p)
         with self._random(p):
-            out = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),  # views: SDPA takes [B, A, S, Y] with any strides
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=p,
-                is_causal=causal,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
-            )
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # views: SDPA takes any strides
+            out = self._product(q, k, v, mask, causal, p)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _product(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, p: float
+    ) -> Tensor:
+        """query [B, A, S, Y], key and value [B, G, P, Y] -> [B, A, S, Y]; `p`: the dropout of probabilities."""
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=p, is_causal=causal, scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
 
     def _mask(self, query: Tensor, keys: int, kind: AttnMaskType, given: Tensor | None) -> tuple[Tensor | None, bool]:
         """SDPA's mask, True where attention is allowed, and False; or None, and whether attention is causal."""
@@ -148,8 +156,8 @@ class Attention(MegatronModule):
         return get_cuda_rng_tracker().fork()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Nothing, as for Transformer Engine's attention."""
-        return {}
+        """The sinks, shards of the heads; nothing of a model without them, as for Transformer Engine's attention."""
+        return sinks.sharded(self, prefix, sharded_offsets)
 
 
 def _zeros(query: Tensor, value: Tensor, tokens: int) -> Tensor:

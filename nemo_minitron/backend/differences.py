@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_minitron.backend.versions import fits, installed
+from nemo_minitron.errors import InputError
 
 RESILIENCY = {"nvidia-resiliency-ext": ">=0.6"}  # what Megatron-core 0.19 needs for asynchronous saving
 ASYNCHRONOUS = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
@@ -59,6 +60,16 @@ def experts(kind: type, submodules: Any) -> Any:
     return functools.partial(kind, submodules=submodules)
 
 
+def check_biased_experts(config: Any) -> None:
+    """Raises InputError for experts with biases under tensor parallelism, unless it is Megatron-core 0.19, where their
+    training equals one process's; on 0.15 the loss after a step was another one (by 5e-5 of itself)."""
+    if config.tensor_model_parallel_size > 1 and not fits(installed("megatron-core") or "0", ">=0.19.dev0"):
+        raise InputError(
+            f"experts with biases at tp={config.tensor_model_parallel_size} need Megatron-core 0.19, which "
+            "Megatron-Bridge has; the nearest legal tp is 1"
+        )
+
+
 def batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Tensor]:
     """This context-parallel rank's part of each tensor, cut along dimension 1, as Megatron cuts a batch."""
     from megatron.core import parallel_state
@@ -82,3 +93,8 @@ def scaled_logits(model: Any, logits: Tensor) -> Tensor:
     """The output layer's logits as the model gives them: multiplied by `mup_output_mult`, if its config says so."""
     scale = getattr(model, "_scale_logits", None)
     return logits if scale is None else scale(logits)
+
+
+def caps_logits(model: Any) -> bool:
+    """Whether the output layer caps its logits (Gemma 2), so that they are not the states times its weight."""
+    return getattr(model.config, "final_logit_softcapping", None) is not None

@@ -1,4 +1,5 @@
-"""Transformer Engine and apex: whether they can run here. If they cannot, they are hidden from Megatron.
+"""Transformer Engine, apex and Mamba's kernels: whether they can run here. If Transformer Engine and apex cannot, they
+are hidden from Megatron.
 
 Megatron and NeMo try `import transformer_engine`, and only an ImportError means no to them. The package without its
 compiled libraries raises RuntimeError, and without a driver OSError; then Megatron does not import at all. If it does
@@ -18,6 +19,7 @@ from typing import Any
 
 ENGINE = ("transformer_engine", "transformer_engine_torch")
 CUDA_ALONE = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")  # NVIDIA's apex: Megatron's second choice
+MAMBA = ("mamba_ssm", "causal_conv1d")  # the first calls the second
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +33,11 @@ def usable() -> bool:
         logger.warning("Transformer Engine is installed and does not import: %s: %s", type(error).__name__, error)
         return False
     return True
+
+
+def scans() -> bool:
+    """Whether the kernels for Mamba-2 are installed, all of them. Imports nothing."""
+    return all(importlib.util.find_spec(name) is not None for name in MAMBA)
 
 
 def hide(cpu: bool) -> None:

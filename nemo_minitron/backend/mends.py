@@ -69,6 +69,13 @@ def _starting(initialize: ModuleType) -> None:
     replace(initialize, "compile_helpers", lambda: None)
 
 
+def _mixer(module: ModuleType) -> None:
+    """Without the kernels of `mamba_ssm` Megatron's mixer cannot be built."""
+    from nemo_minitron.backend import mamba
+
+    mamba.mend(module)
+
+
 CPU: dict[str, Mend] = {
     "megatron.bridge.training.initialize": _starting,
     "nemo.lightning.megatron_init": _seeding,
@@ -79,15 +86,17 @@ REFERENCE: dict[str, Mend] = {
     "nemo.collections.llm.gpt.data.pre_training": _data,
     "nemo.collections.llm.gpt.data.mock": _data,
 }
+SCAN: dict[str, Mend] = {"megatron.core.ssm.mamba_mixer": _mixer}
 
 
-def watch(cpu: bool, reference: bool) -> None:
+def watch(cpu: bool, reference: bool, scan: bool = False) -> None:
     """Changes the table's modules that are loaded, and the others when they are imported."""
-    table = (CPU if cpu else {}) | (REFERENCE if reference else {})
+    table = (CPU if cpu else {}) | (REFERENCE if reference else {}) | (SCAN if scan else {})
     for name, mend in table.items():
         if name in sys.modules:
             mend(sys.modules[name])
-    sys.meta_path.insert(0, _Finder({name: mend for name, mend in table.items() if name not in sys.modules}))
+    if later := {name: mend for name, mend in table.items() if name not in sys.modules}:
+        sys.meta_path.insert(0, _Finder(later))
 
 
 class _Finder(importlib.abc.MetaPathFinder):

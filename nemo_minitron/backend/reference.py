@@ -10,6 +10,7 @@ its input channels on all ranks, O its output channels.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
@@ -100,7 +102,16 @@ class RowLinear(_Emulating, RowParallelLinear):
         super().__init__(*args, **kwargs)
         _mark(self.weight, 1)
         _mark_expert(self)
+        self._experts_bias = self.bias is not None and self.is_expert
+        if self._experts_bias:
+            differences.check_biased_experts(self.config)
+            self.bias.sequence_parallel = False  # a rank has tokens of its own, and no part of a sequence
         self.fp8 = fp8.scaling_for(self.config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x -> (y, the bias if it is to be added later). Megatron adds an expert's bias in place; y must be no view."""
+        y, bias = super().forward(x)
+        return y.clone() if self._experts_bias else y, bias
 
 
 class LayerNormColumnParallelLinear(ColumnLinear):
@@ -267,13 +278,22 @@ def install() -> None:
 
 
 def _rename(twins: list[tuple[Any, type]]) -> None:
-    """Gives the twins the names of Transformer Engine's layers in all of Megatron's modules that are loaded.
+    """Gives the twins the names of Transformer Engine's layers in all of Megatron's modules that are loaded, and puts
+    them into the layer specs there.
 
     Without Transformer Engine its layers are mocks there, so they are compared by identity.
     """
     twin_of = {id(layer): twin for layer, twin in twins}
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron."):
-            for attribute, value in list(vars(module).items()):
-                if id(value) in twin_of:
-                    setattr(module, attribute, twin_of[id(value)])
+            _put(vars(module), twin_of)
+
+
+def _put(values: dict[str, Any], twin_of: dict[int, type]) -> None:
+    for name, value in list(values.items()):
+        if id(value) in twin_of:
+            values[name] = twin_of[id(value)]
+        elif isinstance(value, functools.partial):
+            _put(value.keywords, twin_of)
+        elif isinstance(value, ModuleSpec) or type(value).__name__.endswith("Submodules"):
+            _put(vars(value), twin_of)

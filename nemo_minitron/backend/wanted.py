@@ -36,6 +36,10 @@ class Set:
 _TORCH = Wanted("torch", ">=2.6", "grouped-query attention and sharded checkpoints")
 _SAFETENSORS = Wanted("safetensors", ">=0.4.5", "Hugging Face folders")
 _APEX = Wanted("apex", "", "NVIDIA's, from its containers; the package of that name on the index is another", True)
+_MAMBA = (
+    Wanted("mamba-ssm", ">=2", "kernels for Mamba-2; without them its scan runs in PyTorch", True),
+    Wanted("causal-conv1d", ">=1.4", "mamba-ssm calls it", True),
+)
 _OF_NEMO, _OF_BRIDGE = SETS["nemo_toolkit"], SETS["megatron-bridge"]
 _COLUMNS = ("nvcr.io/nvidia/nemo", "NeMo", "Megatron-core", "Transformer Engine")
 
@@ -56,6 +60,7 @@ SET_OF_NEMO = Set(
         _SAFETENSORS,
         Wanted("transformer-engine", ENGINE, "Megatron-core 0.15 asks for 2.9; fused layers and FP8", True),
         _APEX,
+        *_MAMBA,
         Wanted("nvidia-modelopt", "<0.42", "newer ones assert on NeMo 2's wrapped models; a peer, not needed", True),
     ),
     (_COLUMNS, ("25.11 (nearest)", "2.6.0", "0.15.0", "2.9"), ("26.02 (last)", "2.7.0", "0.16.0", "2.12")),
@@ -72,6 +77,7 @@ SET_OF_BRIDGE = Set(
         _SAFETENSORS,
         Wanted("transformer-engine", ">=2.12", "fused layers and FP8", True),
         _APEX,
+        *_MAMBA,
     ),
     (_COLUMNS, ("26.06 (nearest)", "none", "0.18", "2.16"), ("26.04", "none", "0.17", "2.14")),
 )

@@ -35,6 +35,7 @@ from nemo_minitron.schema import OUTPUT
 from nemo_minitron.settings.host import HOST
 
 VERSION = "Print the version."
+COMPLETING = "_MINITRON_COMPLETE"  # set by the shell's function that `--install-completion` writes
 COMMANDS: tuple[Callable[..., None], ...] = (
     compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, convert,
     chat, push, serving, report, recipes, doctor,
@@ -80,10 +81,10 @@ class Command(TyperCommand):
 
 def _app(commands: Iterable[Callable[..., None]]) -> typer.Typer:
     app = typer.Typer(
-        help="Makes trained language models smaller in NeMo: score, cut, distil (NVIDIA's Minitron method).",
+        help="Makes trained language models smaller: score, cut, distil (NVIDIA's Minitron method), in NeMo 2 or "
+        "Megatron-Bridge.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
     )
     app.callback()(_options)
     for command in commands:
@@ -123,6 +124,8 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a script's background ignore signals on purpose
             signal.signal(number, _leave)
     named = [command for command in COMMANDS if [command.__name__.replace("_", "-")] == arguments[:1]]
+    if COMPLETING in os.environ:  # the shell asks for words, which may be the options of any command
+        named = list(COMMANDS)
     try:
         if os.environ.get(HOST):
             host_name()
@@ -133,6 +136,8 @@ def main() -> None:
         failed = isinstance(error, RuntimeError)
         if isinstance(error, OSError) and error.errno in DISK:
             failed, error = True, OSError(f"'{error.filename or 'a file'}' could not be written: {error.strerror}")
+        elif isinstance(error, OSError) and error.filename and error.strerror:
+            error = OSError(f"'{error.filename}' could not be read or written: {error.strerror}")
         print(f"minitron: {visible(str(error))}", file=sys.stderr)
         sys.exit(1 if failed else 2)
 

@@ -12,10 +12,10 @@ from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
-from nemo_minitron.schema import METHOD, MODEL, OUTPUT
+from nemo_minitron.schema import ANY_MODEL, METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.layout import Layout
 
-MODELS = "Hugging Face folder, hub id or NeMo checkpoint of the teacher."
+MODELS = f"The teacher: {ANY_MODEL}."
 
 
 def cache_logits(

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.options import integer
-from nemo_minitron.schema import METHOD, MODEL
+from nemo_minitron.schema import ANY_MODEL, METHOD, MODEL
 
 BESIDE = "Another model that answers the same lines, such as the teacher."
 NEW = "Tokens of an answer, at most."
@@ -18,7 +18,7 @@ SYSTEM = "System message at the start of the conversation."
 
 
 def chat(
-    student: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
+    student: Annotated[str, typer.Argument(help=f"{ANY_MODEL}.")],
     beside: Annotated[Optional[str], typer.Option(help=BESIDE, rich_help_panel=MODEL)] = None,
     system: Annotated[str, typer.Option(help=SYSTEM, rich_help_panel=METHOD)] = "",
     new_tokens: Annotated[int, typer.Option(help=NEW, rich_help_panel=METHOD, parser=integer)] = 256,

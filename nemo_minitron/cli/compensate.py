@@ -9,9 +9,9 @@ import typer
 
 from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
-from nemo_minitron.cli.options import Data, SkipBadLines, Taking
+from nemo_minitron.cli.options import Data, Overwrite, SkipBadLines, Taking
 from nemo_minitron.launch.stall import SECONDS
-from nemo_minitron.schema import OUTPUT
+from nemo_minitron.schema import ANY_MODEL, OUTPUT
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.layout import Layout
@@ -23,7 +23,7 @@ ROWS = Taking(
 
 
 def compensate(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or NeMo checkpoint.")],
+    model: Annotated[str, typer.Argument(help=f"{ANY_MODEL}.")],
     plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan` that cuts neurons or heads.")],
     data: Data,
     calibration: Annotated[Calibration, ROWS],
@@ -31,6 +31,7 @@ def compensate(
     layout: Layout,
     skip_bad_lines: SkipBadLines = False,
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
+    overwrite: Overwrite = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
     """Re-fit the matrices that lose inputs to the cut, by least squares on activations, with forward passes only."""
@@ -38,7 +39,7 @@ def compensate(
 
     compensation = run_compensate(
         model, plan, data, out, calibration, layout, ridge=cutting.ridge, memory=int(cutting.memory * 1e9),
-        skip_bad_lines=skip_bad_lines,
+        skip_bad_lines=skip_bad_lines, overwrite=overwrite,
     )  # fmt: skip
     print(f"{out}: {len(compensation.tensors)} matrices")
     comes_next("prune", model, plan, "STUDENT", "--compensation", out)

@@ -14,7 +14,7 @@ from nemo_minitron.cli.nodes import Machines, Stall
 from nemo_minitron.cli.options import Overriding
 from nemo_minitron.errors import InputError
 from nemo_minitron.launch.stall import SECONDS
-from nemo_minitron.schema import MACHINES, OUTPUT
+from nemo_minitron.schema import MACHINES, METHOD, OUTPUT
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.own_model import OwnModel
 from nemo_minitron.settings.written import as_yaml
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from nemo_minitron.job import Job
 
-RECIPE = "Name of a recipe, its file (.py, .yaml or .json), or your own model: a folder, a hub id, a NeMo checkpoint."
+RECIPE = "Name of a recipe, its file (.py, .yaml or .json), or your own model: a folder, a hub id, a checkpoint."
 FOLDER = "The run folder. Default: runs/NAME."
 DRY = "Print sizes, memory, stages and the recipe; load and write nothing."
 JSON = "With --dry-run: print nothing but the recipe, every setting of it, as JSON."
+SKIP = "Leave out the checks of the cut. It sets gates.run=false of the recipe."
 OVERWRITE = "Redo stages in a run folder of another recipe."
 EXECUTOR = (
     "Executor of NeMo-Run: local, docker, slurm, skypilot, or a name in its executors.py. executor.key=value sets it."
@@ -45,6 +46,7 @@ def compress(
     executor: Annotated[Optional[str], typer.Option(help=EXECUTOR, rich_help_panel=MACHINES)] = None,
     stall_timeout: Stall = SECONDS,
     out: Annotated[Optional[Path], typer.Option("--out", help=FOLDER, rich_help_panel=OUTPUT)] = None,
+    skip_gates: Annotated[bool, typer.Option("--skip-gates", help=SKIP, rich_help_panel=METHOD)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY, rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON, rich_help_panel=OUTPUT)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE, rich_help_panel=OUTPUT)] = False,
@@ -56,14 +58,14 @@ def compress(
     minitron compress path/to/model --data text.jsonl --params 0.7x
     """
     chosen = [f"layout.{name}={str(value).lower()}" for name, value in layout.items()]
-    settings = [*(overrides or []), *chosen]
+    settings = [*(overrides or []), *chosen, *["gates.run=false"] * skip_gates]
     of_job = [setting for setting in settings if not setting.startswith("executor.")]
     of_executor = [setting for setting in settings if setting not in of_job]
     if as_json and not dry_run:
         raise InputError("--json prints the recipe of a --dry-run; give both")
     if of_executor and not executor:
         raise InputError("executor.key=value needs an executor; give --executor, or leave these settings out")
-    job = _job(recipe, own, layout).override(of_job)
+    job = _job(recipe, own, layout, of_job)
     folder = job.folder(out)
     backend = _executor(executor, of_executor, job, folder) if executor else None
     if dry_run or executor:  # a job that would be refused on the cluster is refused here
@@ -85,8 +87,9 @@ def compress(
     machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
 
 
-def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any]) -> Job:
-    """The job of a recipe, or of a model with its text. Raises InputError for neither, and for a mixture of both."""
+def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any], overrides: list[str]) -> Job:
+    """The job of a recipe, or of a model with its text, with its overrides. Raises InputError for neither, and for a
+    mixture of both."""
     from nemo_minitron.cli.find import find, is_model
 
     if not is_model(recipe):
@@ -95,10 +98,10 @@ def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any]) -> Job:
                 f"{own.given[0].partition('=')[0]} is for a model of your own, and '{recipe}' is a recipe; "
                 "change the recipe with key=value, for example distillation.tokens=2000"
             )
-        return find(recipe)
+        return find(recipe).override(overrides)
     from nemo_minitron.job.own_model import Machine, job_of
 
-    return job_of(recipe, own, Machine.here(), Layout(**layout) if layout else None)
+    return job_of(recipe, own, Machine.here(), Layout(**layout) if layout else None, overrides)
 
 
 def _describe(job: Job, folder: Path, as_json: bool) -> str:

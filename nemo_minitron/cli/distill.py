@@ -11,11 +11,11 @@ from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Machines, Stall
 from nemo_minitron.cli.options import Data, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
-from nemo_minitron.schema import METHOD, MODEL, OUTPUT
+from nemo_minitron.schema import ANY_MODEL, METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.layout import Layout
 
-TEACHER = "Hugging Face folder, hub id or NeMo checkpoint of the teacher."
+TEACHER = f"The teacher: {ANY_MODEL}."
 
 
 def distill(

@@ -8,10 +8,10 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_minitron.cli.options import SOURCES, SkipBadLines
-from nemo_minitron.schema import MODEL, OUTPUT
+from nemo_minitron.schema import ANY_MODEL, MODEL, OUTPUT
 from nemo_minitron.settings.evaluation import Evaluation
 
-MODELS = "Hugging Face folder, hub id or NeMo checkpoint (it is converted for the measurement)."
+MODELS = f"{ANY_MODEL} (which is converted for the measurement)."
 HELD_OUT = f"{SOURCES}. Without @SPLIT: the test split."
 DRAFT_OF = "Larger model: measure how many tokens it accepts from MODEL as its draft in speculative decoding."
 DRAFT_OUT = "Folder for the vLLM and TensorRT-LLM configuration of both models."
@@ -48,8 +48,13 @@ def evaluate(
         return
     results, draft = numbers.pop("tasks", {}), numbers.pop("draft", {})
     commands = draft.pop("commands", [])
-    lines = [f"{name:14}{value}" for name, value in numbers.items()]
-    lines += [f"{task}  {metric:24}{value}" for task, row in results.items() for metric, value in row.items()]
-    lines += [*(f"draft  {name:12}{value}" for name, value in draft.items()), *commands]
+    lines = [f"{name:14}{_shown(value)}" for name, value in numbers.items()]
+    lines += [f"{task}  {metric:24}{_shown(value)}" for task, row in results.items() for metric, value in row.items()]
+    lines += [*(f"draft  {name:12}{_shown(value)}" for name, value in draft.items()), *commands]
     print("\n".join(lines))
     print(f"written: {draft_out}" if draft_out else "nothing was written; --json > FILE keeps the numbers")
+
+
+def _shown(value: object) -> object:
+    """A number with six digits; --json has all of them."""
+    return f"{value:.6g}" if isinstance(value, float) else value

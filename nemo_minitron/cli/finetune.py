@@ -27,7 +27,7 @@ def finetune(
     layout: Layout,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Tune a student on instructions, by NeMo's llm.finetune. Run the command again to resume."""
+    """Tune a student on instructions, in the host's own loop. Run the command again to resume."""
     from nemo_minitron.commands.finetune import run_finetune
 
     trained = run_finetune(student, data, out, settings, layout)

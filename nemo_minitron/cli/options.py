@@ -15,7 +15,7 @@ import typer
 
 from nemo_minitron.cli.nodes import Machines
 from nemo_minitron.errors import InputError
-from nemo_minitron.schema import MODEL, PANELS, Setting, asked_for, settings_of
+from nemo_minitron.schema import MODEL, OUTPUT, PANELS, Setting, asked_for, settings_of
 from nemo_minitron.settings.numbers import EXAMPLES, whole_number
 from nemo_minitron.settings.own_model import FIELD
 
@@ -27,6 +27,7 @@ Data = Annotated[
 ]
 SKIP = "Leave out lines that cannot be read, and say how many."
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help=SKIP, rich_help_panel=MODEL)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.", rich_help_panel=OUTPUT)]
 WITH_FIELD = ("data", "validation")  # options whose source takes the field of --field
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CONTEXT = "command_line"
@@ -111,6 +112,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         given = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
         arguments = {name: group.build(given) for name, group in groups.items()}
         arguments |= {name: values[name] for name in declared if name not in groups}
+        if takes_field:
+            from nemo_minitron.data import check_source
+
+            for source in filter(None, (arguments.get(name) for name in WITH_FIELD)):
+                check_source(source)
         machines = [name for name, group in groups.items() if group.kind is Machines]
         for name in machines:  # nodes compare their commands by name and arguments
             same = {key: _plain(value) for key, value in arguments.items() if key not in (*machines, "out")}

@@ -10,14 +10,17 @@ import typer
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.cli.closing import comes_next
-from nemo_minitron.cli.options import Taking
+from nemo_minitron.cli.options import Overwrite, Taking
 from nemo_minitron.schema import METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.search import Search
 
 if TYPE_CHECKING:
     from nemo_minitron.commands.plan import Outcome
 
-KEEP = "Sizes to keep, e.g. ffn=1024,layers=24. Beside a target: axes that are held fixed."
+KEEP = (
+    "Sizes to keep, e.g. ffn=1024,layers=24, or the layers that stay: layers=0+1+3-7. Beside a target: axes that are "
+    "held fixed."
+)
 DEPTH = "Criterion that chooses which layers are dropped: block_influence, or a depth criterion of the scores."
 CONTIGUOUS = "Drop layers as one block, if --depth scored blocks."
 ARCHITECTURE = "Folder or JSON file of a model, instead of scores; it only lists candidates."
@@ -42,16 +45,19 @@ def plan(
     seed: Annotated[int, typer.Option(help="The seed of --baseline random.", rich_help_panel=METHOD)] = 0,
     architecture: Annotated[Optional[Path], typer.Option(help=ARCHITECTURE, rich_help_panel=MODEL)] = None,
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("plan.json"),
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the candidates, and write nothing.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
     """Choose what is kept: the best shape within a budget, or given sizes."""
     from nemo_minitron.commands.place import check_file
-    from nemo_minitron.commands.plan import run_plan, write_candidates
+    from nemo_minitron.commands.plan import files_beside, run_plan, write_candidates
     from nemo_minitron.search import parse
 
-    check_file(out)
+    check_file(out, overwrite or dry_run or architecture is not None)
+    for file in files_beside(out) if search.wanted else ():
+        check_file(file, overwrite or dry_run)
     outcome = run_plan(
         scores, parse.sizes(keep), search, architecture=architecture, depth=depth, contiguous=contiguous,
         baseline=baseline, seed=seed,

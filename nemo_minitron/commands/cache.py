@@ -12,7 +12,7 @@ from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
 from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import family_of
+from nemo_minitron.families import megatron_fields
 from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
@@ -40,7 +40,7 @@ def run_cache(
     for name, value in (("rows_per_shard", rows_per_shard), ("micro_batch_size", micro_batch_size)):
         check_whole(name, value)
     source = open_source(model)
-    check_model(source.config)
+    check_model(source.config, "cache-logits")
     fit = Fit(settings, layout)
     fit.model(positions_of(source.config))
     settings = fit.settings
@@ -84,8 +84,8 @@ def whole_rows(tokens: Tokens, sequence_length: int, samples: int | None = None)
 
 
 def teacher_digest(source: ModelSource) -> str:
-    """Identity of a model's weights and config, the same from a Hugging Face folder and a NeMo checkpoint."""
-    return digest_of([source.digest, *family_of(source.config).nemo_config(source.config)])
+    """Identity of a model's weights and config, the same from a Hugging Face folder and a checkpoint."""
+    return digest_of([source.digest, *megatron_fields(source.config)])
 
 
 def corpus_digest(tokens: Tokens, rows: int, sequence_length: int) -> str:

@@ -19,10 +19,10 @@ def run_chat(
     writes the answers to `out` while they are made. Gives the number of lines. With several models each answer begins
     with its model's name. Raises InputError, before a model is loaded, for what is no model."""
     from nemo_minitron.evaluation.chat import Speaker, seed_draws
-    from nemo_minitron.families import from_hf
+    from nemo_minitron.evaluation.model import check_loads
 
     for model in models.values():
-        from_hf(config_of(model))
+        check_loads(config_of(model), "chat")
     begin(f"loading {' and '.join(models.values())}")
     seed_draws(seed)
     with contextlib.ExitStack() as stack:

@@ -27,21 +27,21 @@ BYTES = int(MEMORY * 1e9)
 
 def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False,
+    ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False, overwrite: bool = False,
 ) -> Compensation:  # fmt: skip
     """`minitron compensate`: leaves the file `out`, for `minitron prune --compensation`. `calibration` says which rows
-    are read. `memory`: bytes of Gram matrices on a rank.
+    are read. `memory`: bytes of Gram matrices on a rank. A file `out` that exists is replaced only under `overwrite`.
 
     Raises InputError for what cannot run, before a model is loaded.
     """
     from nemo_minitron.sources.open import open_source
 
-    check_file(out)
+    check_file(out, overwrite)
     source = open_source(model)
     loaded = PrunePlan.load(plan)
+    check_model(source.config, "compensate")
     check_plan(loaded, source)
     check_solvable(loaded, ridge, memory)
-    check_model(source.config)
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
     layout.check(source.architecture)

@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder, digest_of, read_json, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
@@ -20,13 +19,14 @@ from nemo_minitron.commands.corpus import begin, corpus_identity, positions_of, 
 from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.commands.training_card import write_training_card
+from nemo_minitron.commands.vocabularies import common_vocabulary, remark
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, written_config
 from nemo_minitron.families.side_files import RECORDS, SETTINGS, TERMS, TOKENIZER, copy_side_files
 from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
-from nemo_minitron.progress import of_bytes
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
@@ -41,7 +41,7 @@ def run_training(
     student: ModelSource, teacher: ModelSource | None, prefixes: tuple[Path, Path], out: Path, recipe: Distillation,
     layout: Layout, log: Path | None = None, stop: int | None = None, plan: Path | None = None,
 ) -> None:  # fmt: skip
-    """Distils into `out` (a NeMo run with `last.json` and `loss.csv`). A run of other settings there starts over.
+    """Distils into `out` (a host's run with `last.json` and `loss.csv`). A run of other settings there starts over.
 
     `prefixes`: the .bin/.idx prefixes of the training and validation text. `stop`: the step after which this call ends,
     at a checkpoint; a call with a later one resumes. `plan`: the plan that made the student. `teacher` may be None if
@@ -59,7 +59,8 @@ def run_training(
     taught = teacher.path if teacher else None
     if recipe.correction_tokens and teacher:
         taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
-    order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan)
+    common = common_vocabulary(student, teacher) if teacher and recipe.learns_from_teacher else None
+    order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan, common)
     files.whole.unlink(missing_ok=True)  # its seals are those of checkpoints that the training replaces
     try:
         launch(order, host_of().worker, log)
@@ -104,7 +105,7 @@ def _learned(teacher: ModelSource | None, recipe: Distillation, train: Path, stu
 def _corrected(
     teacher: ModelSource, prefixes: tuple[Path, Path], out: Path, recipe: Distillation, layout: Layout, log: Path | None
 ) -> Path:
-    """Teacher correction: trains the teacher on the data with the LM loss. Gives its NeMo checkpoint."""
+    """Teacher correction: trains the teacher on the data with the LM loss. Gives its checkpoint."""
     from nemo_minitron.sources.checkpoint import last_checkpoint
 
     even = dataclasses.replace(layout, first_stage=0, last_stage=0)  # first_stage and last_stage are the student's
@@ -129,6 +130,11 @@ def finished(out: Path, steps: int) -> bool:
     if noted != record:
         write_json(mark, record)
     return True
+
+
+def trained_steps(out: Path) -> int:
+    """The steps of the newest whole checkpoint of a training; 0 if there is none."""
+    return max(_saved(out), default=0)
 
 
 def _noted(mark: Path) -> JsonObject:
@@ -185,7 +191,7 @@ def run_distill(
     base, taught = HFSource(source), open_source(teacher_folder) if teacher_folder else None
     opened: list[ModelSource] = [base, *([taught] if taught else [])]
     for model in opened:
-        check_model(model.config)
+        check_model(model.config, "distill")
     models = [model.architecture for model in opened]
     fit = Fit(recipe, layout)
     if recipe.teacher_cache:
@@ -193,8 +199,8 @@ def run_distill(
         fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
     fit.model(positions_of(*(model.config for model in opened)))
     recipe = fit.settings
-    if recipe.learns_from_teacher and len(models) > 1:
-        check_vocabularies(models[0], models[1])
+    if recipe.learns_from_teacher and taught and (common := common_vocabulary(base, taught)):
+        say(remark(base, taught, common))
     for architecture in models if not recipe.teacher_cache else models[:1]:
         layout.for_depth(architecture.num_layers).check(architecture, training=True)
     depth = models[0].num_layers
@@ -238,15 +244,6 @@ def trained_before(out: Path, identity: str) -> bool:
     return True
 
 
-def check_vocabularies(student: Architecture, teacher: Architecture) -> None:
-    """Raises InputError if the two models do not share a vocabulary: a student learns the teacher's tokens."""
-    if student.vocab_size != teacher.vocab_size:
-        raise InputError(
-            f"the teacher has {teacher.vocab_size:,} tokens in its vocabulary and the student has "
-            f"{student.vocab_size:,}; a student learns from a teacher of the same vocabulary"
-        )
-
-
 def check_out(out: Path, inputs: tuple[Path, ...]) -> None:
     """Raises InputError for a folder that holds anything but a distilled student, which is never replaced, and for one
     of the `inputs`."""
@@ -271,10 +268,10 @@ def export_student(training: Path, base: ModelSource, out: Path, identity_of_tra
     from nemo_minitron.sources.converted import Converted
 
     source = Converted(CheckpointSource(last_checkpoint(training)), base)
-    with atomic_folder(out, durable=True) as folder:
+    with atomic_folder(out, durable=True) as folder, Progress("export: MB", "MB") as progress:
         copy_side_files(base.folder, folder, TOKENIZER, SETTINGS, TERMS, RECORDS)
         write_json(folder / "config.json", written_config(base.config))
-        write_weights(source, identity(base.architecture), folder, base.config, progress=of_bytes("export: MB"))
+        write_weights(source, identity(base.architecture), folder, base.config, progress=progress)
         finish_folder(folder, base_folder=base.folder)
         for record in (TrainingFolder(training).losses, TrainingFolder(training).validation):
             if record.exists():

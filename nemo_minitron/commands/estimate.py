@@ -21,7 +21,7 @@ from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import BY_CRITERION, REMOVAL, SCANNED, STATISTICS, Calibration
 from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_tokens
+from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.tensors import ModelSource
@@ -32,24 +32,26 @@ if TYPE_CHECKING:
 
 def run_estimate(
     model: str, data: str, out: Path, calibration: Calibration, layout: Layout, merge: Path | None = None,
-    skip_bad_lines: bool = False,
+    skip_bad_lines: bool = False, overwrite: bool = False,
 ) -> Scores:  # fmt: skip
-    """`minitron estimate`: writes the Scores of a model to `out`, merged with the scores in the file `merge`.
+    """`minitron estimate`: writes the Scores of a model to `out`, merged with the scores in the file `merge`, which
+    may be `out` itself. Another file that exists is replaced only under `overwrite`.
 
     What is gathered stays in a hidden folder beside `out`, from which the same command resumes, until the scores are
     there. Raises InputError for what cannot run, before a model is loaded, and RuntimeError if a process fails.
     """
     from nemo_minitron.sources.open import open_source
 
-    check_file(out)
+    check_file(out, overwrite or (merge is not None and merge.resolve() == out.resolve()))
     source = open_source(model)
     if calibration.runs:
-        check_model(source.config)
+        check_model(source.config, "estimate")
     fit = Fit(calibration, layout)
     fit.model(positions_of(source.config))
     calibration = fit.settings
     layout.check(source.architecture)
     layout.check_sequence(calibration.sequence_length)
+    check_fp8(source.architecture, layout, calibration.precision)
     check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
     calibration.check(source.architecture, layout)
     other = Scores.load(merge) if merge else None

@@ -11,7 +11,7 @@ from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
-from nemo_minitron.progress import Progress, to_stderr
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
@@ -34,11 +34,12 @@ def run_evaluate(
 
     `limit`: the number of documents of each task; None means all. `draft_of`: a larger model of the same vocabulary;
     the result then says under `draft` which of `model`'s tokens it would accept. `draft_out`: a folder for the
-    configuration with which servers load both models, which must then be Hugging Face folders. A NeMo checkpoint is
+    configuration with which servers load both models, which must then be Hugging Face folders. A checkpoint is
     converted to a temporary Hugging Face folder. Raises InputError.
     """
     from nemo_minitron.data import held_out
     from nemo_minitron.evaluation import check_tasks, run_tasks
+    from nemo_minitron.evaluation.model import check_loads
     from nemo_minitron.export import write_draft
 
     if data is None and not tasks:
@@ -47,6 +48,8 @@ def run_evaluate(
         check_whole("limit", limit)
     _check_draft(model, data, draft_of, draft_out)
     check_tasks(tasks)
+    for given in filter(None, (model, draft_of)):
+        check_loads(config_of(given), "evaluate")
     if data is not None:
         fit = Fit(settings, Layout())
         fit.model(positions_of(*map(config_of, [model] if draft_of is None else [model, draft_of])))
@@ -86,7 +89,10 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
         raise InputError(f"--draft-out '{draft_out}' is a file; give a folder")
     for side in (draft_of, model):
         if is_checkpoint(resolve(side)):
-            raise InputError(f"'{side}' is a NeMo checkpoint, which servers do not read; give Hugging Face folders")
+            raise InputError(
+                f"'{side}' is a checkpoint of NeMo or Megatron-Bridge, which servers do not read; give Hugging Face "
+                "folders"
+            )
 
 
 def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
@@ -95,31 +101,32 @@ def measure(folder: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
 
 
 def measured(
-    folder: Path, tokens: Tokens, settings: Evaluation, say: Callable[[str], None] = to_stderr
-) -> Numbers:  # fmt: skip
+    folder: Path, tokens: Tokens, settings: Evaluation, progress: Callable[[str, str, float], Progress] = Progress
+) -> Numbers:
     """Numbers of a Hugging Face folder on the first windows of a corpus of its tokens: loss in nats a token,
-    perplexity, bits per byte, seconds. `say` prints a line of progress. Raises InputError."""
+    perplexity, bits per byte, seconds. `progress(what, unit, scale)` shows how far it is. Raises InputError."""
     from nemo_minitron.data import load_tokenizer, token_bytes
     from nemo_minitron.evaluation import evaluate
 
     from_hf(folder)
     windows = _windows(tokens, settings)
     lengths = token_bytes(load_tokenizer(folder))
-    progress = Progress("evaluate: window", "tokens", settings.sequence_length, say)
-    return evaluate(
-        folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size,
-        progress=progress,
-    )  # fmt: skip
+    with progress("evaluate: window", "tokens", settings.sequence_length) as shown:
+        return evaluate(
+            folder, windows, token_bytes=lengths, precision=settings.precision, batch_size=settings.batch_size,
+            progress=shown,
+        )  # fmt: skip
 
 
 def accepted(target: str, draft: Path, tokens: Tokens, settings: Evaluation) -> JsonObject:
     """How many of `draft`'s tokens `target` accepts in speculative decoding, on the same windows as `measure`."""
     from nemo_minitron.evaluation import draft_acceptance
 
-    with as_folder(target) as folder:
+    with as_folder(target) as folder, Progress("compare: window", "tokens", settings.sequence_length) as shown:
         return draft_acceptance(
-            folder, draft, _windows(tokens, settings), precision=settings.precision, batch_size=settings.batch_size
-        ).as_dict()
+            folder, draft, _windows(tokens, settings), precision=settings.precision, batch_size=settings.batch_size,
+            progress=shown,
+        ).as_dict()  # fmt: skip
 
 
 def _windows(tokens: Tokens, settings: Evaluation) -> Tensor:

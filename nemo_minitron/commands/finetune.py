@@ -44,7 +44,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     source = resolve(student)
     check_out(out, (source,))
     opened = HFSource(source)
-    check_model(opened.config)
+    check_model(opened.config, "finetune")
     fit = Fit(recipe, layout)
     fit.model(positions_of(opened.config))
     say(fit.remark)

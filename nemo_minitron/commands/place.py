@@ -12,10 +12,13 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.launch.lock import locked
 
 
-def check_file(out: Path) -> None:
-    """Raises InputError, in the first second, for a file `out` that could not be written at the end."""
+def check_file(out: Path, overwrite: bool = True) -> None:
+    """Raises InputError, in the first second, for a file `out` that could not be written at the end, and for one that
+    exists, unless `overwrite`."""
     if out.is_dir():
         raise InputError(f"'{out}' is a folder; give the name of a file with --out, for example {out / 'result'}")
+    if out.exists() and not overwrite:
+        raise InputError(f"'{out}' already exists; give another file with --out, or --overwrite")
     check_writable(out)
 
 

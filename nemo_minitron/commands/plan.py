@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
@@ -13,6 +13,7 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import anything, mapped
 from nemo_minitron.errors import InputError
+from nemo_minitron.search.sizes import Keep
 from nemo_minitron.settings.search import Search
 
 BASELINES = ("", "random", "least")
@@ -34,7 +35,7 @@ class Outcome:
 
 def run_plan(
     scores: Path | None,
-    keep: Mapping[str, int],
+    keep: Keep,
     search: Search,
     *,
     architecture: Path | None = None,
@@ -89,9 +90,9 @@ def uncut(target: Architecture, source: Architecture) -> str:
 
 
 def _searched(
-    source: Architecture, config: HfConfig | None, keep: Mapping[str, int], search: Search,
+    source: Architecture, config: HfConfig | None, keep: Keep, search: Search,
     scores: Scores | None, depth: str, contiguous: bool,
-) -> tuple[Outcome, dict[str, int]]:  # fmt: skip
+) -> tuple[Outcome, Keep]:  # fmt: skip
     """(the candidates, the sizes of the best one). `config`: the model's Hugging Face config, if it is known."""
     from nemo_minitron.families import multiples_of
     from nemo_minitron.search.candidates import cut_of
@@ -104,7 +105,7 @@ def _searched(
         None, rows_of(result, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
         result.combinations, result.fitting,
     )  # fmt: skip
-    return outcome, cut_of(best, source)
+    return outcome, {**cut_of(best, source), **keep}  # `keep` may list the layers that stay
 
 
 def read_model(path: Path) -> tuple[Architecture, JsonFields | None]:
@@ -126,8 +127,13 @@ def write_candidates(plan: Path, outcome: Outcome, cost: str) -> list[Path]:
     from nemo_minitron.export.plot import write_plot, write_rows
     from nemo_minitron.export.search_figures import pareto
 
-    candidates = plan.with_name(f"{plan.stem}.candidates.csv")
+    candidates, figure, numbers = files_beside(plan)
     write_rows(candidates, list(outcome.rows[0]), [list(row.values()) for row in outcome.rows])
-    drawn = f"{plan.stem}.pareto"
-    write_plot(plan.parent, pareto(outcome.rows, cost), drawn)
-    return [candidates, *(plan.with_name(f"{drawn}.{kind}") for kind in ("svg", "csv"))]
+    best = outcome.rows[0]["name"] if outcome.plan else ""
+    write_plot(plan.parent, pareto(outcome.rows, cost, chosen=best), figure.stem)
+    return [candidates, figure, numbers]
+
+
+def files_beside(plan: Path) -> list[Path]:
+    """The files of a search beside its plan: the candidates, their figure and the figure's numbers."""
+    return [plan.with_name(f"{plan.stem}.{ending}") for ending in ("candidates.csv", "pareto.svg", "pareto.csv")]

@@ -1,4 +1,4 @@
-"""A model and a plan -> the student, a Hugging Face folder or a NeMo checkpoint like the model."""
+"""A model and a plan -> the student, a Hugging Face folder, or a checkpoint of the host that runs this."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.files import need_space
+from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import begin
 from nemo_minitron.commands.place import check_writable
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf, resolve
-from nemo_minitron.hosts import host_of
+from nemo_minitron.families import check_stage, from_hf, resolve
+from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.gaps import gap_scales
 from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import is_checkpoint
 from nemo_minitron.sources.tensors import ModelSource
@@ -24,13 +26,14 @@ from nemo_minitron.sources.tensors import ModelSource
 @dataclasses.dataclass(frozen=True)
 class Extras:
     """What a student gets besides slices of its teacher: the re-fitted matrices in a file `compensation`, norms that
-    are folded for a cut of hidden, and the residual of pruned heads ("paper" or "laco"), for which a file of `scores`
-    orders the heads."""
+    are folded for a cut of hidden, writers that are scaled behind dropped layers, and the residual of pruned heads
+    ("paper" or "laco"). For the last two a file of `scores` has the stream's length and the order of heads."""
 
     compensation: Path | None = None
     fold_norms: bool = False
     head_residual: str | None = None
     scores: Path | None = None
+    scale_gaps: bool = False
 
 
 def run_prune(
@@ -46,19 +49,20 @@ def run_prune(
 
     check_writable(out)
     path, loaded = resolve(model), PrunePlan.load(plan)
-    if extras == Extras() and not is_checkpoint(path):
+    checkpoint = is_checkpoint(path)
+    if extras == Extras() and not checkpoint:
         begin(f"cutting {model}")
         return from_hf(prune(path, loaded, out, overwrite=overwrite))
-    nemo = is_checkpoint(path)
-    if nemo:
+    if checkpoint:
         _check_place(path, loaded, out, overwrite)
     source = open_source(path)
-    if nemo:
+    if checkpoint:
+        check_model(source.config, "prune")
         check_plan(loaded, source)
         need_space(out, 4 * loaded.target.parameters())  # bytes: weights of at most fp32
     compensation = compensation_of(source, loaded, extras)
     begin(f"cutting {model}")
-    if not nemo:
+    if not checkpoint:
         return from_hf(prune(source, loaded, out, compensation=compensation, overwrite=overwrite))
     from nemo_minitron.launch.torchrun import launch
 
@@ -74,8 +78,11 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
     """Everything that `extras` ask for, in one Compensation; None if they ask for nothing. Raises InputError."""
     if extras == Extras():
         return None
-    if (extras.head_residual is None) != (extras.scores is None):
-        raise InputError("--head-residual and --scores need each other; give both or neither")
+    if (extras.head_residual is not None or extras.scale_gaps) != (extras.scores is not None):
+        raise InputError(
+            "--head-residual and --scale-gaps need --scores; give it with at least one of them, or none of the three"
+        )
+    check_stage(source.config, "prune with extras")
     check_plan(plan, source)
     compensation = Compensation(plan.digest, {})
     if extras.compensation:
@@ -88,17 +95,23 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
         compensation = compensation.joined(
             head_residual(source, plan, heads, extras.head_residual), {"head residual": extras.head_residual}
         )
+    if extras.scale_gaps and extras.scores:
+        scales = gap_scales(plan, Scores.load(extras.scores))
+        by_layer: JsonObject = {name.split(".")[1]: scale for name, scale in scales.items()}
+        compensation = compensation.joined({}, {"scaled behind dropped layers": by_layer})
+        compensation = dataclasses.replace(compensation, scales=scales)
     return compensation
 
 
 def _check_place(path: Path, plan: PrunePlan, out: Path, overwrite: bool) -> None:
-    """Raises InputError for a cut of a NeMo checkpoint that cannot run, as far as that is known before it is opened."""
+    """Raises InputError for a cut of a checkpoint that cannot run, as far as that is known before it is opened."""
     teacher, student = path.resolve(), out.resolve()
     if teacher == student or teacher in student.parents or student in teacher.parents:
         raise InputError(f"the student's folder '{out}' overlaps the teacher's '{path}'")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (overwrite and is_checkpoint(out))):
-        raise InputError(f"'{out}' already exists; give a new folder, or --overwrite for a NeMo checkpoint")
+        raise InputError(f"'{out}' already exists; give a new folder, or --overwrite for a checkpoint")
     if "vocab" in plan.keep:
         raise InputError(
-            "a vocabulary can be cut only in a Hugging Face folder; leave 'vocab' out for a NeMo checkpoint"
+            "a vocabulary can be cut only in a Hugging Face folder; leave 'vocab' out for a checkpoint of NeMo or "
+            "Megatron-Bridge"
         )

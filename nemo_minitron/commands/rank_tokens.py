@@ -10,12 +10,13 @@ from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import begin, tokenise
 from nemo_minitron.commands.place import check_file
 from nemo_minitron.errors import InputError
+from nemo_minitron.families import check_stage
 from nemo_minitron.pruning.vocabulary import Vocabulary, count_tokens
 
 
-def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) -> Scores:
+def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False, overwrite: bool = False) -> Scores:
     """`minitron rank-tokens`: adds the scores of `vocab`, counted over the whole corpus, to the file of scores `out`.
-    The file is made if it does not exist.
+    The file is made if it does not exist. Scores of `vocab` that it has are replaced only under `overwrite`.
 
     Raises InputError for a tokenizer that cannot be cut, and if `out` belongs to another model.
     """
@@ -23,11 +24,14 @@ def rank_tokens(model: str, data: str, out: Path, skip_bad_lines: bool = False) 
 
     check_file(out)
     source = open_source(model)
+    check_stage(source.config, "rank-tokens")
     rows = source.architecture.vocab_size
     digest, vocabulary = source.digest, Vocabulary(source.folder, rows)
     scores = Scores.load(out) if out.exists() else Scores(source.architecture, {}, model_digest=digest)
     if scores.model_digest not in (None, digest):
         raise InputError(f"the scores '{out}' are of another model; give another --out")
+    if "vocab" in scores.tensors and not overwrite:
+        raise InputError(f"the scores '{out}' already have an order of the tokens; give another --out, or --overwrite")
     begin(f"counting the tokens of {data}")
     with apart() as scratch:
         tokens = tokenise(data, source.folder, scratch / "corpus", rows, skip_bad_lines)

@@ -32,6 +32,9 @@ def write_training_card(
     plan = PrunePlan.load(out / PLAN) if (out / PLAN).is_file() else None
     target, base = from_hf(out), teacher or student
     tokens = recipe.steps * recipe.tokens_per_step
+    limits = ["It was not evaluated by the command that made it."]
+    if taught and (theirs := taught.architecture.vocab_size) != target.vocab_size:
+        limits.append(f"It learned the {min(theirs, target.vocab_size):,} tokens that its teacher has, too.")
     facts = CardFacts(
         name=out.resolve().name,
         base_model=Path(base).name if Path(base).exists() else base,
@@ -47,7 +50,7 @@ def write_training_card(
         distillation={"tokens": tokens, **{name: getattr(recipe, name) for name in SHOWN}},
         versions=versions(),
         language=None,
-        limits=["It was not evaluated by the command that made it."],
+        limits=limits,
     )
     write_card(out, facts)
 

@@ -188,10 +188,9 @@ def _texts_of_folder(path: Path, split: str) -> list[Path]:
 def _load(name: str, split: str) -> Dataset:
     """A `datasets.Dataset` from a folder written by save_to_disk, from any other folder, or from a name."""
     path = Path(name)
-    if not path.exists() and _is_path(path, name):
+    if is_path(name):
         opened(path)  # refuses it, and names the nearest file
-    if path.is_file():
-        raise InputError(f"'{name}' is not a file of text: legal are {endings()}")
+    refuse_other(path)
     import datasets
 
     try:
@@ -209,8 +208,17 @@ def _load(name: str, split: str) -> Dataset:
         raise InputError(f"`datasets` cannot load '{name}', split '{split}': {first_line(error)}") from error
 
 
-def _is_path(path: Path, name: str) -> bool:
-    """Whether a source that does not exist was meant as a file or folder and not as a name on the hub."""
+def refuse_other(path: Path) -> None:
+    """Raises InputError for a file that holds no text that can be read."""
+    if path.is_file() and not kind_of(path):
+        raise InputError(f"'{path}' is not a file of text: legal are {endings()}")
+
+
+def is_path(name: str) -> bool:
+    """Whether a source does not exist and was meant as a file or folder, not as a name on the hub."""
+    path = Path(name)
+    if path.exists():
+        return False
     return path.is_absolute() or name.startswith(".") or path.suffix in (".json", ".gz", ".zst", *JSONL)
 
 

@@ -50,7 +50,8 @@ class Intermediate:
     `weight` multiplies the sum of the losses. None: the weight is the paper's alpha = L_logits / L_intermediate, a
     constant. Both are means over the tokens of the step before, and alpha is 1 in the first step: the logits' loss of a
     step is known too late, when earlier stages have begun their backward pass. `projection`: None if both models have
-    one width. Raises InputError for a student that recomputes its layers in the backward pass or trains in fp16.
+    one width. Raises InputError for a student that recomputes its layers in the backward pass or trains in fp16, and
+    for a state that a layer does not have.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Intermediate:
         self._mask_SB: Tensor | None = None
         self._targets: dict[Pair, deque[Tensor]] = defaultdict(deque)
         of_teacher, of_student = _stages(teacher.chunks), _stages(student)
+        _check_points(self.pairs, of_student, of_teacher)
         # Each pair with the pipeline rank that computes the teacher's state, and the one that computes the student's.
         self._routes = [
             (pair, of_teacher[pair.kind, pair.teacher], of_student[pair.kind, pair.student]) for pair in pairs
@@ -155,6 +157,17 @@ def _check(config: TransformerConfig) -> None:
         )
     if config.fp16:
         raise InputError("the student trains in fp16; intermediate losses need bf16 or fp32, whose loss is not scaled")
+
+
+def _check_points(pairs: Sequence[Pair], of_student: Mapping[Point, int], of_teacher: Mapping[Point, int]) -> None:
+    for pair in pairs:
+        for whose, layer, states in (("student", pair.student, of_student), ("teacher", pair.teacher, of_teacher)):
+            if (pair.kind, layer) not in states:
+                kinds = sorted({kind for kind, of_layer in states if of_layer == layer})
+                raise InputError(
+                    f"'{pair}' names a state that layer {layer} of the {whose}, a hybrid, does not have; it has "
+                    f"{', '.join(kinds)}"
+                )
 
 
 def _stages(chunks: Sequence[MegatronModule]) -> dict[Point, int]:

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from nemo_minitron.backend.differences import scaled_logits
+from nemo_minitron.backend.differences import caps_logits, scaled_logits
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.distillation import losses
 from nemo_minitron.distillation.fused_head import accumulates, fused_forward_kl
@@ -37,7 +37,8 @@ Parts = dict[str, Tensor]  # the name of a part of the loss -> fp32 [B, S], per 
 class Objective:
     """The loss of a micro-batch on the last stage: logits_weight * `loss` + lm_weight * cross entropy.
 
-    `loss`: a name in `distillation.losses`. `top_k`: the k of `top_k_kl`. `vocab_size`: without padding.
+    `loss`: a name in `distillation.losses`. `top_k`: the k of `top_k_kl`. `vocab_size`: the student's, without padding.
+    `common`: the tokens that the teacher has, too; `loss` compares these alone. None: all of them.
     """
 
     vocab_size: int
@@ -46,6 +47,12 @@ class Objective:
     top_k: int = 100
     logits_weight: float = 1.0
     lm_weight: float = 0.0
+    common: int | None = None
+
+    @property
+    def compared(self) -> int:
+        """The number of tokens that `loss` compares, the first of both vocabularies."""
+        return self.vocab_size if self.common is None else self.common
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -71,7 +78,7 @@ class Objective:
         teacher_SBU = scaled_logits(teacher_head.model, teacher_SBU)
         loss_SB = fused_forward_kl(
             student_SBH, weight, teacher_SBU, teacher_head.weight, temperature=self.temperature,
-            loss_mask=batch["loss_mask"].t(), vocab_size=self.vocab_size, group=_group(),
+            loss_mask=batch["loss_mask"].t(), vocab_size=self.compared, group=_group(),
             sequence_parallel=student_head.layer.sequence_parallel, main_grad_scale=self._scale(student_head),
         )  # fmt: skip
         return {"logits": loss_SB.t().contiguous()}
@@ -89,7 +96,7 @@ class Objective:
         if teacher_BSW is not None:
             options = {"k": self.top_k} if self.loss == "top_k_kl" else {}
             parts["logits"] = getattr(losses, self.loss)(
-                student_BSW, teacher_BSW, temperature=self.temperature, group=_group(), vocab_size=self.vocab_size,
+                student_BSW, teacher_BSW, temperature=self.temperature, group=_group(), vocab_size=self.compared,
                 in_place=not self.lm_weight, **options,
             )  # fmt: skip
         if self.lm_weight:
@@ -123,6 +130,11 @@ def language_model_loss(logits_BSW: Tensor, labels_BS: Tensor, vocab_size: int) 
     return vocab_parallel_cross_entropy(logits_BSW, labels_BS)
 
 
+def _products(*models: MegatronModule) -> bool:
+    """Whether the logits of these models are products of states and weights, which is all that the fused head knows."""
+    return not any(map(caps_logits, models))
+
+
 def distillation_step(
     objective: Objective, inputs: Inputs, teacher: Teacher | None = None, meter: Meter | None = None
 ) -> Callable[[MegatronModule, Batch], Tensor]:
@@ -140,7 +152,7 @@ def distillation_step(
             return language_model_loss(model(**inputs(batch)), batch["labels"], objective.vocab_size)
         # The teacher runs first: the student's intermediate states are compared with the teacher's as they arise.
         teacher_SBU = teacher.hidden(batch) if teacher else None
-        if teacher and teacher_SBU is not None and objective.fused:
+        if teacher and teacher_SBU is not None and objective.fused and _products(chunk, teacher.head.model):
             with headless(chunk) as head:
                 student_SBH = model(**inputs(batch))
             parts = objective.of_states(student_SBH, batch, teacher_SBU, head, teacher.head)

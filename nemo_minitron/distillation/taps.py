@@ -7,7 +7,8 @@
 | block of a layer | the output of the next layer's input norm; of the last layer, the output of the final norm |
 | mlp of a layer | the output of its MLP, scaled to unit RMS: no norm reads it alone |
 
-So the output of a block is read on the pipeline stage of the next layer.
+So the output of a block is read on the pipeline stage of the next layer. A layer of a hybrid is one of Mamba-2,
+attention or an MLP, with one norm in front: it has no state between attention and MLP, and only an MLP layer has `mlp`.
 
 Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden size.
 """
@@ -52,11 +53,20 @@ def _sites(chunk: MegatronModule) -> Iterator[tuple[Point, nn.Module, str]]:
     for layer in chunk.decoder.layers:
         number = layer.layer_number - 1
         read: Point = ("block", number - 1) if number else (EMBEDDING, -1)
-        yield read, *_norm(layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None))
-        yield ("attention", number), *_norm(layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None))
-        yield ("mlp", number), layer.mlp, "scaled"
-    if chunk.decoder.final_layernorm is not None:
-        yield ("block", chunk.config.num_layers - 1), chunk.decoder.final_layernorm, "output"
+        if hasattr(layer, "mixer"):
+            yield read, *_norm(layer.norm, layer.mixer.in_proj)
+            continue
+        attends, has_mlp = (not isinstance(part, IdentityOp) for part in (layer.self_attention, layer.mlp))
+        pre_mlp = _norm(layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None))
+        first = _norm(layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None)) if attends else pre_mlp
+        yield read, *first
+        if attends and has_mlp:
+            yield ("attention", number), *pre_mlp
+        if has_mlp:
+            yield ("mlp", number), layer.mlp, "scaled"
+    final = getattr(chunk.decoder, "final_norm" if chunk.config.is_hybrid_model else "final_layernorm", None)
+    if final is not None:
+        yield ("block", chunk.config.num_layers - 1), final, "output"
 
 
 def _norm(norm: nn.Module, fused: nn.Module) -> tuple[nn.Module, str]:

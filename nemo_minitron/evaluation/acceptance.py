@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,18 +53,28 @@ class Acceptance:
 
 
 def draft_acceptance(
-    target: str | Path, draft: str | Path, windows: np.ndarray, *, precision: str = "bf16", batch_size: int = 4
+    target: str | Path,
+    draft: str | Path,
+    windows: np.ndarray,
+    *,
+    precision: str = "bf16",
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Acceptance:
     """Runs both Hugging Face folders over every position of `windows`, whole numbers [N, S], packed tokens.
 
-    Probabilities are fp32 from the logits; sums are float64. Raises InputError if the vocabularies differ in size, the
-    windows do not fit, or a model cannot be loaded.
+    Probabilities are fp32 from the logits; sums are float64. `progress(windows done, N)` is called after each batch.
+
+    Raises InputError if the vocabularies differ in size, the windows do not fit, or a model cannot be loaded.
     """
     theirs, ours = check_draft(target, draft)
     windows = check_windows(windows, theirs.vocab_size)
     models = load(target, precision), load(draft, precision)
     rows = [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
-    sums = [_sums(models, batch) for batch in rows]
+    sums = []
+    for batch in rows:
+        sums.append(_sums(models, batch))
+        progress(min(len(sums) * batch_size, len(windows)), len(windows))
     accepted, same = (math.fsum(column) / windows.size for column in zip(*sums, strict=True))
     return Acceptance(accepted, same, windows.size, ours.parameters() / theirs.parameters())
 

@@ -128,10 +128,10 @@ def _batch(model: PreTrainedModel, windows_BS: np.ndarray) -> list[tuple[float, 
     tokens_BS = torch.from_numpy(windows_BS).to(model.device)
     with torch.inference_mode():
         logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
-        return [_row(logits_BSV[row], tokens_BS[row]) for row in range(len(tokens_BS))]
+        return [seen_of(logits_BSV[row], tokens_BS[row]) for row in range(len(tokens_BS))]
 
 
-def _row(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> tuple[float, np.ndarray]:
+def seen_of(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> tuple[float, np.ndarray]:
     """The summed cross entropy of a row, where position i predicts token i + 1, and the likeliest token of each
     position, int32; in chunks, to avoid an fp32 copy of all logits."""
     import torch

@@ -4,15 +4,15 @@ sets."""
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.errors import InputError, first_line
-from nemo_minitron.evaluation.benchmarks import BENCHMARKS, CODE, SETS, benchmarks
+from nemo_minitron.evaluation.benchmarks import CODE, SETS, YAML, benchmarks
 from nemo_minitron.evaluation.model import load
 from nemo_minitron.families import from_hf
 from nemo_minitron.families.tokenizer import largest_id, open_tokenizer
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from lm_eval.tasks import TaskManager as LmEvalTasks
     from transformers import PreTrainedTokenizerBase
-
-YAML = (".yaml", ".yml")
 
 
 def run_tasks(
@@ -99,7 +97,9 @@ def _find(tasks: Sequence[str]) -> tuple[ModuleType, LmEvalTasks, dict[int | Non
     manager = TaskManager(include_path=folders or None)
     for name in (name for names in by_shots.values() for name in names):
         if name not in manager.all_tasks:
-            raise InputError(f"lm-eval has no task '{name}'; `lm_eval --tasks list` lists them")
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "`lm_eval --tasks list` lists them"
+            raise InputError(f"lm-eval has no task '{name}'; {hint}")
     return lm_eval, manager, by_shots
 
 
@@ -107,9 +107,6 @@ def with_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
     """Shots -> lm-eval's names. Raises InputError for a benchmark that lm-eval lacks, or that needs permission."""
     by_shots: dict[int | None, list[str]] = {}
     for task in tasks:
-        if task not in SETS and task not in BENCHMARKS:
-            by_shots.setdefault(None, []).append(task_name(task))
-            continue
         for benchmark in benchmarks([task]):
             if not benchmark.task and task not in SETS:
                 raise InputError(f"{task} is not run by lm-eval; {benchmark.note}")
@@ -121,16 +118,3 @@ def with_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
 
 def _may_run_programs() -> bool:
     return os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-
-
-def task_name(task: str) -> str:
-    """The name of a task, for a YAML file from its `task:` line. The file is not parsed, since it may hold lm-eval's
-    own tags."""
-    if not task.endswith(YAML):
-        return task
-    if not Path(task).is_file():
-        raise InputError(f"the task file '{task}' does not exist")
-    match = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", Path(task).read_text(), re.MULTILINE)
-    if not match:
-        raise InputError(f"the task file '{task}' has no line 'task: NAME'")
-    return match[1]

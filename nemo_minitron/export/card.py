@@ -169,6 +169,9 @@ def _template_values(facts: CardFacts) -> JsonObject:
         "base_note": _cell(facts.base_note),
         "dtype": facts.dtype if facts.dtype in DTYPES else "auto",
         "chats": facts.chats,
+        "hybrid": bool(facts.target.hybrid_pattern),
+        "capped": facts.target.capped_attention,  # transformers' default attention leaves the cap out
+        "rescaled": facts.source.scaled_embeddings and facts.source.hidden_size != facts.target.hidden_size,
         "figures": {_cell(title): quote(name) for title, name in facts.figures.items()},
     }
 

@@ -63,9 +63,9 @@ def check_weights(folder: Path, architecture: Architecture) -> None:
     stored = stored_shapes(folder)
     shapes = architecture.shapes()
     expected = {}
-    for name, parts in family_of(read_config(folder)).hf_tensors(architecture).items():
-        first, rest = shapes[parts[0]][0], shapes[parts[0]][1:]
-        expected[name] = (first + sum(shapes[part][0] for part in parts[1:]), *rest)
+    family = family_of(read_config(folder))
+    for name, parts in family.hf_tensors(architecture).items():
+        expected[name] = family.stored_shape(name, [shapes[part] for part in parts])
     for name, shape in expected.items():
         if name not in stored:
             raise InputError(f"the student '{folder}' lacks the tensor '{name}'")

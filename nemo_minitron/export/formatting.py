@@ -9,6 +9,7 @@ NONE = "–"
 STAGES = {  # in the order in which readers compare them
     "teacher": "teacher",
     "random": "cut at random",
+    "sliced": "pruned, plain slices",
     "pruned": "pruned",
     "distilled": "distilled",
 }
@@ -20,6 +21,13 @@ SIZES = {
     "num_query_groups": "query groups",
     "head_dim": "head dimension",
     "vocab_size": "vocabulary",
+}
+OF_LATENTS = {"kv_lora_rank": "latent of keys and values", "q_lora_rank": "latent of queries"}
+OF_MAMBA = {"mamba_num_heads": "Mamba heads", "mamba_head_dim": "Mamba head dimension"}
+EXPERTS = {  # of a mixture
+    "num_moe_experts": "experts",
+    "moe_router_topk": "experts of a token",
+    "moe_ffn_hidden_size": "width of an expert",
 }
 CONTEXT = 4096  # tokens of the KV cache in the table
 
@@ -97,7 +105,18 @@ def size_rows(source: Architecture, target: Architecture) -> list[tuple[str, str
 
 
 def _sizes(source: Architecture, target: Architecture) -> list[tuple[str, int, int]]:
-    sizes = [(what, getattr(source, field), getattr(target, field)) for field, what in SIZES.items()]
+    mixture = source.num_moe_experts and target.num_moe_experts
+    named = {**SIZES, **(EXPERTS if mixture else {}), **(OF_MAMBA if source.hybrid_pattern else {})}
+    if source.kv_lora_rank:  # one latent for all heads
+        latents = {field: what for field, what in OF_LATENTS.items() if getattr(source, field)}
+        named = {field: what for field, what in named.items() if field != "num_query_groups"} | latents
+    sizes = [(what, getattr(source, field), getattr(target, field)) for field, what in named.items()]
+    if source.hybrid_pattern:
+        kinds = {"Mamba layers": "mamba_layers", "attention layers": "attention_layers", "MLP layers": "dense_layers"}
+        sizes += [(what, len(getattr(source, kind)), len(getattr(target, kind))) for what, kind in kinds.items()]
     sizes.append(("parameters", source.parameters(), target.parameters()))
+    if mixture:
+        at_work = source.parameters(active=True), target.parameters(active=True)
+        sizes.append(("parameters at work on a token", *at_work))
     without = source.parameters(embeddings=False), target.parameters(embeddings=False)
     return [*sizes, ("parameters without embeddings", *without)]

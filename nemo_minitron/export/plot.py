@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WIDTH, NARROW = 7.0, 3.9  # inches; the narrow one is for phones, on which the text of the wide one is too small
 KEPT, CUT, MUTED, INK = "#1f5f8b", "#d9722b", "#8b95a1", "#1d2733"
 PAGE = {KEPT: "kept", CUT: "cut", MUTED: "faint", INK: "ink", "#000000": "ink", "#ffffff": "page"}  # colour -> variable
-STAGE_COLOURS = {"teacher": INK, "pruned": CUT, "random": MUTED, "distilled": KEPT}
+STAGE_COLOURS = {"teacher": INK, "pruned": CUT, "random": MUTED, "sliced": MUTED, "distilled": KEPT}
 STYLE: dict[Any, object] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,  # a '$' in a corpus's name is a dollar

@@ -10,7 +10,8 @@ from pathlib import Path
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.artifacts.run_folder import RunFolder
-from nemo_minitron.export import formatting, importance_figures, result_figures, search_figures
+from nemo_minitron.export import formatting, importance_figures, result_figures, search_figures, trajectory_figures
+from nemo_minitron.export.gate_rows import gate_note, gate_rows
 from nemo_minitron.export.plot import NARROW, Plot, in_page, svg, write_plot
 from nemo_minitron.export.run import RunFiles, read_run
 from nemo_minitron.export.tiles import tiles
@@ -26,6 +27,7 @@ FIGURES: dict[str, tuple[str, Callable[[RunFiles], Plot | str]]] = {
     "pareto": ("Shapes of the search", lambda run: search_figures.of_run(run, "pareto")),
     "ranks": ("Ranks of brief distillation", lambda run: search_figures.of_run(run, "ranks")),
     "distillation": ("Distillation", result_figures.distillation),
+    "trajectory": ("Held-out loss along the distillation", trajectory_figures.trajectory),
     "perplexity": ("Perplexity", result_figures.perplexity),
 }
 
@@ -47,8 +49,11 @@ def write_report(run_folder: str | Path) -> Path:
         "figures": {name: _figure(run, name) for name in FIGURES},
         "numbers": _numbers(run),
         "benchmarks": _benchmarks(run),
+        "along": trajectory_figures.task_rows(run),
         "samples": _samples(run),
         "calibration": _calibration(run),
+        "gates": gate_rows(run.gates),
+        "gates_note": gate_note(run.gates),
         "stages": _stages(run),
         "facts": _facts(run),
         "recipe": None if run.recipe is None else json.dumps(run.recipe, indent=2, ensure_ascii=False),

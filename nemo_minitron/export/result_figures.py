@@ -87,6 +87,7 @@ def perplexity(run: RunFiles) -> Plot | str:
     rows = [(row["stage"], corpus, row["perplexity"]) for corpus in corpora for row in corpora[corpus]]
     height = 0.9 + 0.36 * len(values) + 0.3 * len(drawn)
     caption = "Further left is better; a line shows the distance from the teacher, on a logarithmic axis."
+    caption += "".join(_gain(corpus, rows) for corpus, rows in corpora.items())
     caption += "".join(_note(corpus, rows) for corpus, rows in corpora.items() if drawn[corpus] != rows)
     return Plot("perplexity", caption, ("stage", "corpus", "perplexity"), rows, draw, height)
 
@@ -95,6 +96,18 @@ def _note(corpus: str, rows: Sequence[JsonObject]) -> str:
     """A sentence about the cut at random."""
     value = next(row["perplexity"] for row in rows if row["stage"] == "random")
     return f" Cut at random to the same sizes: {formatting.number(value, 1)} on {corpus}, not drawn."
+
+
+def _gain(corpus: str, rows: Sequence[JsonObject]) -> str:
+    """A sentence about what re-fitted matrices and scaled norms gained; nothing if there are none."""
+    of = {row["stage"]: row["perplexity"] for row in rows}
+    if not {"sliced", "pruned"} <= of.keys():
+        return ""
+    before, after = (formatting.number(of[stage], 1) for stage in ("sliced", "pruned"))
+    return (
+        f" On {corpus} the cut alone has {before}; matrices fitted again and norms scaled, without any training, make "
+        f"it {after}."
+    )
 
 
 def _points(axes: Axes, rows: Sequence[JsonObject]) -> None:

@@ -10,7 +10,7 @@ from nemo_minitron.artifacts import Manifest, PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import grouped, listed, text
-from nemo_minitron.artifacts.records import BENCHMARKS, SPEED, read_curve, read_numbers, read_samples
+from nemo_minitron.artifacts.records import BENCHMARKS, GATES, SPEED, TRAJECTORY, read_curve, read_numbers, read_samples
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
@@ -23,7 +23,8 @@ RECIPE = grouped({}, {"chain": listed(grouped({"name": text()}))})
 class RunFiles:
     """The content of a run folder. `curve`, `validation`: rows of loss.csv and validation.csv as numbers; `numbers`,
     `samples`: rows of the JSON files; `speed`: model -> what was timed; `benchmarks`: model -> task -> metric ->
-    number."""
+    number; `gates`: what the gates of the cut found; `trajectory`: what was measured
+    along the distillation."""
 
     folder: Path
     recipe: JsonObject | None = None
@@ -36,6 +37,8 @@ class RunFiles:
     validation: Sequence[dict[str, float]] = ()
     speed: JsonFields = dataclasses.field(default_factory=dict)
     benchmarks: JsonFields = dataclasses.field(default_factory=dict)
+    gates: JsonFields = dataclasses.field(default_factory=dict)
+    trajectory: JsonFields = dataclasses.field(default_factory=dict)
 
     def cuts(self, name: str) -> bool:
         """Whether the plan makes axis `name` smaller."""
@@ -69,6 +72,8 @@ def read_run(folder: str | Path) -> RunFiles:
         validation=next((read_curve(f, VALIDATION_KEYS) for f in _curves(files, "validation") if f.is_file()), ()),
         speed=read_json(files.speed, "the speeds", SPEED) if files.speed.exists() else {},
         benchmarks=read_json(files.benchmarks, "the benchmarks", BENCHMARKS) if files.benchmarks.exists() else {},
+        gates=read_json(files.gates, "the gates", GATES) if files.gates.exists() else {},
+        trajectory=read_json(files.trajectory, "the trajectory", TRAJECTORY) if files.trajectory.exists() else {},
     )
     if run.plan and run.scores and run.plan.source != run.scores.architecture:
         raise InputError(f"'{folder}': plan.json and scores.safetensors are of different models")

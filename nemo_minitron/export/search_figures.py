@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import JsonFields
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import formatting
-from nemo_minitron.export.plot import KEPT, MUTED, Plot, layer_ticks
+from nemo_minitron.export.plot import CUT, KEPT, MUTED, Plot, is_narrow, layer_ticks
 from nemo_minitron.export.run import RunFiles
 
 if TYPE_CHECKING:
@@ -19,29 +19,38 @@ if TYPE_CHECKING:
     from matplotlib.typing import ColorType as Colour
 
 
-def pareto(rows: Sequence[JsonFields], cost: str = "parameters") -> Plot:
+def pareto(rows: Sequence[JsonFields], cost: str = "parameters", chosen: str = "") -> Plot:
     """`rows` of candidates with `name`, `cost`, `kept` (the proxy) and, if it was measured, `loss`.
 
-    The figure shows the loss if any row has one, else the share kept, else only the order of costs.
+    `chosen`: the name of the candidate that became the plan; it is marked. The figure shows the loss if any row has
+    one, else the share kept, else only the order of costs.
     """
     value = next((name for name in ("loss", "kept") if any(row.get(name) is not None for row in rows)), "")
     shown = [row for row in rows if not value or row.get(value) is not None]
-    data = [(row["name"], row[cost], row.get(value), _best(row, shown, cost, value)) for row in shown]
+    data = [
+        (row["name"], row[cost], row.get(value), _best(row, shown, cost, value), row["name"] == chosen) for row in shown
+    ]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for front, colour, label in ((False, MUTED, "candidate"), (True, KEPT, "no other beats it in both")):
-            points = sorted((float(x), float(y or 0)) for _, x, y, on in data if on == front)
+            points = sorted((float(x), float(y or 0)) for _, x, y, on, _ in data if on == front)
             if points:
                 line = "-" if front else ""
                 axes.plot(*zip(*points, strict=True), marker="o", linestyle=line, color=colour, label=label)
+        for _, x, y, _, mark in data:
+            if mark:
+                axes.plot(x, y or 0, "*", color=CUT, markersize=17, zorder=3, label="the chosen plan")
         axes.set(xlabel=cost, ylabel=_LABELS.get(value, ""))
         axes.xaxis.set_major_formatter(lambda x, _: formatting.short_count(x))
         axes.grid(color=MUTED, alpha=0.25, linewidth=0.6)
         axes.legend()
 
-    caption = f"{formatting.count(len(shown))} shapes of the search; " + _CAPTIONS.get(value, "there are no scores.")
-    return Plot("pareto", caption, ("name", cost, value or "kept", "front"), data, draw)
+    mark = f" The star is the plan that was chosen, {chosen}." if any(row["name"] == chosen for row in shown) else ""
+    caption = (
+        f"{formatting.count(len(shown))} shapes of the search; " + _CAPTIONS.get(value, "there are no scores.") + mark
+    )
+    return Plot("pareto", caption, ("name", cost, value or "kept", "front", "chosen"), data, draw)
 
 
 _LABELS = {"loss": "loss before retraining (nats)", "kept": "share of importance kept (proxy)"}
@@ -66,8 +75,7 @@ def _best(row: JsonFields, rows: Sequence[JsonFields], cost: str, value: str) ->
 
 def ranks(rows: Sequence[JsonFields]) -> Plot:
     """Ranks over steps, and the losses behind them; `rows` of brief distillation: step, candidate, loss, rank."""
-    last = max(row["step"] for row in rows)
-    winner = min((row for row in rows if row["step"] == last), key=lambda row: row["rank"])["candidate"]
+    winner = first_of(rows)
     names = list(dict.fromkeys(row["candidate"] for row in rows))
 
     def draw(figure: Figure) -> None:
@@ -80,11 +88,16 @@ def ranks(rows: Sequence[JsonFields]) -> Plot:
         layer_ticks(above.yaxis)
         below.set(xlabel="step", ylabel="distillation loss")
         handles, labels = above.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
+        figure.legend(handles, labels, loc="outside upper left" if is_narrow(figure) else "outside right upper")
 
     caption = f"{winner} wins. A line ends where its candidate was stopped; a loss is the mean since the mark before."
     columns = ("step", "candidate", "loss", "rank")
     return Plot("ranks", caption, columns, [tuple(row[name] for name in columns) for row in rows], draw, height=4.6)
+
+
+def first_of(rows: Sequence[JsonFields]) -> str:
+    """The candidate that is first at the last step."""
+    return str(max(rows, key=lambda row: (row["step"], -row["rank"]))["candidate"])
 
 
 def _line(axes: Axes, name: str, rows: Sequence[JsonFields], value: str, colour: Colour) -> None:
@@ -100,7 +113,10 @@ def _shades(count: int) -> list[Colour]:
 def of_run(run: RunFiles, name: str) -> Plot | str:
     """The figure `pareto` or `ranks` of a run that searched."""
     files = RunFolder(run.folder)
-    path, kind, make = {
-        "pareto": (files.measured, records.MEASURED, pareto), "ranks": (files.ranks, records.RANKS, ranks)
-    }[name]  # fmt: skip
-    return make(read_json(path, "the search", kind)) if path.is_file() else "The run made no search."
+    ranked = read_json(files.ranks, "the ranks", records.RANKS) if files.ranks.is_file() else []
+    if name == "ranks":
+        return ranks(ranked) if ranked else "The run made no search."
+    if not files.measured.is_file():
+        return "The run made no search."
+    measured = read_json(files.measured, "the measured candidates", records.MEASURED)
+    return pareto(measured, chosen=first_of(ranked) if ranked else "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import check_stage
 
 PRECISIONS = ("bf16", "fp8")
 QUANTISED = "-fp8"  # ending of the folder that Model Optimizer quantises for TensorRT-LLM, beside the model's own
@@ -23,11 +24,16 @@ def serving_commands(model: str | Path, *, precision: str = "bf16", tp: int = 1)
         raise InputError(f"precision '{precision}' is unknown to the engines; {nearest(precision, PRECISIONS)}")
     if not str(model).isprintable():
         raise InputError(f"'{model}' has characters that a command line cannot show; give the folder another name")
-    heads = from_hf(model).num_attention_heads
+    architecture = check_stage(model, "serving")
+    if precision == "fp8" and architecture.num_moe_experts and architecture.mlp_bias:
+        raise InputError("no engine is known to serve experts with biases in fp8; legal is bf16")
+    heads = math.gcd(architecture.num_attention_heads, architecture.mamba_num_heads or 0)
     if tp < 1 or heads % tp:
         legal = [size for size in range(1, heads + 1) if heads % size == 0]
+        both = f" and {architecture.mamba_num_heads} Mamba heads" if architecture.mamba_num_heads else ""
         raise InputError(
-            f"tp={tp} does not divide {heads} heads; the nearest legal tp is {min(legal, key=lambda n: abs(n - tp))}"
+            f"tp={tp} does not divide {architecture.num_attention_heads} heads{both}; the nearest legal tp is "
+            f"{min(legal, key=lambda n: abs(n - tp))}"
         )
     start = "./" if str(model).startswith("-") else ""  # an engine would read the name as an option
     folder, quantised = (shlex.quote(f"{start}{model}{end}") for end in ("", QUANTISED))

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
@@ -17,13 +18,19 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families.arcee import Arcee
 from nemo_minitron.families.base import Family
 from nemo_minitron.families.bridge import bridge_fields
+from nemo_minitron.families.deepseek_v2 import DeepseekV2
+from nemo_minitron.families.deepseek_v3 import DeepseekV3
 from nemo_minitron.families.forms import normalized
+from nemo_minitron.families.gemma2 import Gemma2
+from nemo_minitron.families.gemma3 import Gemma3
+from nemo_minitron.families.gpt_oss import GptOss
 from nemo_minitron.families.granite import Granite
 from nemo_minitron.families.llama import Llama
 from nemo_minitron.families.ministral import Ministral
 from nemo_minitron.families.mistral import Mistral
 from nemo_minitron.families.mixtral import Mixtral
 from nemo_minitron.families.nemotron import Nemotron
+from nemo_minitron.families.nemotron_h import NemotronH
 from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
 from nemo_minitron.families.qwen3 import Qwen3
@@ -48,7 +55,16 @@ FAMILIES: tuple[Family, ...] = (
     Arcee(),
     SeedOss(),
     Granite(),
+    GptOss(),
+    Gemma2(),
+    Gemma3(),
+    NemotronH(),
+    DeepseekV2(),
+    DeepseekV3(),
 )
+
+# A class that also reads pictures -> the class of its text, which `minitron convert` makes a folder of.
+PICTURES: Mapping[str, str] = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 
 
 def family_of(config: HfConfig) -> Family:
@@ -61,6 +77,11 @@ def family_of(config: HfConfig) -> Family:
         if family.hf_class in classes or (not classes and family.model_type == kind):
             return family
     given = classes[0] if classes else kind
+    if text := PICTURES.get(str(given)):
+        raise InputError(
+            f"a '{given}' reads pictures, too, and only text is supported; `minitron convert MODEL FOLDER` makes a "
+            f"folder of its text, a {text}"
+        )
     raise InputError(
         f"models of class '{given}' are not supported; supported are: {', '.join(f.hf_class for f in FAMILIES)}"
     )
@@ -69,16 +90,18 @@ def family_of(config: HfConfig) -> Family:
 def family_of_nemo(model_class: str, fields: JsonFields) -> Family:
     """The family whose NeMo class has this name; `fields` (of its config) decide where several families share a class.
 
-    Raises InputError for a class that is not supported."""
-    of_class = [family for family in FAMILIES if family.nemo_model == model_class]
+    Raises InputError for a class that is not supported, and for one that NeMo builds wrong."""
+    built = [family for family in FAMILIES if "nemo" in family.hosts]
+    of_class = [family for family in built if family.nemo_model == model_class]
     for family in of_class:
         if family.claims(fields):
             return family
     if of_class:
         return of_class[0]
+    classes = ", ".join(dict.fromkeys(family.nemo_model for family in built))
     raise InputError(
-        f"NeMo checkpoints of '{model_class}' are not supported; supported are: "
-        f"{', '.join(dict.fromkeys(f.nemo_model for f in FAMILIES if 'nemo' in f.hosts))}"
+        f"NeMo checkpoints of '{model_class}' are not read; read are those of {classes}; of another model give the "
+        "Hugging Face folder"
     )
 
 
@@ -103,12 +126,16 @@ def read_config(model: str | Path | HfConfig) -> JsonObject:
     """
     if isinstance(model, Mapping):
         return normalized(model)
-    folder = Path(model)
+    return normalized(read_json_config(Path(model)))
+
+
+def read_json_config(folder: Path) -> JsonObject:
+    """The config.json of a Hugging Face folder, as it is. Raises InputError if the folder is no model folder."""
     if not folder.exists():
         raise InputError(f"the model folder '{folder}' does not exist")
     if not (folder / "config.json").is_file():
         raise InputError(f"'{folder}' has no config.json, so it is no Hugging Face model folder")
-    return normalized(read_json(folder / "config.json", "the model's config", mapped(anything())))
+    return read_json(folder / "config.json", "the model's config", mapped(anything()))
 
 
 def from_hf(model: str | Path | HfConfig) -> Architecture:
@@ -154,6 +181,14 @@ def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     return family_of(config).remark(architecture)
 
 
+def check_stage(model: str | Path | HfConfig, stage: str) -> Architecture:
+    """The model's Architecture. Raises InputError, as `from_hf` does, and if models of its kind do not have the
+    stage."""
+    architecture = from_hf(model)
+    hybrid.check_stage(architecture.hybrid_pattern, stage)
+    return architecture
+
+
 def check_host(model: str | Path | HfConfig, host: str) -> None:
     """Raises InputError, before anything is loaded, if the host's class of the family cannot represent the model.
 
@@ -166,11 +201,24 @@ def check_host(model: str | Path | HfConfig, host: str) -> None:
         family.nemo_config(config)
 
 
+def megatron_fields(config: HfConfig) -> tuple[str, JsonObject]:
+    """What says to Megatron which model a config is, the same on either host: NeMo's class and its fields; of a model
+    that NeMo's classes lack, Megatron-Bridge's fields. Raises InputError if neither host can represent it."""
+    family = family_of(config)
+    try:
+        return family.nemo_config(config)
+    except InputError:
+        return "", bridge_fields(family, config)
+
+
 def remarks(model: str | Path | HfConfig) -> list[str]:
     """Remarks on a model's config for the user, one sentence each: it names the keys that nothing reads."""
     config = read_config(model)
     unread = family_of(config).unread(config)
     return [f"keys of the config that neither transformers nor this package reads: {', '.join(unread)}"] * bool(unread)
+
+
+DEMO = " (`make venv`, in a clone of the repository, makes the demo's model)"
 
 
 def resolve(model: str | Path) -> Path:
@@ -186,8 +234,8 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=WANTED))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         raise InputError(
-            f"'{model}' is neither a folder here nor a model that the hub or its cache gives; "
-            "give a Hugging Face folder, a NeMo checkpoint or a hub id"
+            f"'{model}' is neither a folder here nor a model that the hub or its cache gives; give a Hugging Face "
+            f"folder, a hub id, or a checkpoint of NeMo or Megatron-Bridge{DEMO * str(model).startswith('demo/')}"
         ) from None
 
 

@@ -7,8 +7,9 @@ NeMo has no class of its own for it: the model is NeMo's LlamaModel without `gat
 from __future__ import annotations
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
-from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, biases
+from nemo_minitron.families.base import LLAMA_DEFAULTS
 from nemo_minitron.families.llama import Llama
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases
 from nemo_minitron.families.translate import fixed, nemo_activation
 
 _GATE = "model.layers.{i}.mlp.gate_proj.weight"

@@ -7,30 +7,17 @@ Llama's field names changes only what differs.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from nemo_minitron import windows
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import forms, keys, translate
 from nemo_minitron.families.numbers import check_numbers
+from nemo_minitron.families.stored import Stored
 
-LLAMA_TENSORS: dict[str, tuple[str, ...]] = {
-    "model.embed_tokens.weight": ("embedding.weight",),
-    "model.layers.{i}.input_layernorm.weight": ("layers.{i}.input_norm.weight",),
-    "model.layers.{i}.self_attn.q_proj.weight": ("layers.{i}.q.weight",),
-    "model.layers.{i}.self_attn.k_proj.weight": ("layers.{i}.k.weight",),
-    "model.layers.{i}.self_attn.v_proj.weight": ("layers.{i}.v.weight",),
-    "model.layers.{i}.self_attn.o_proj.weight": ("layers.{i}.o.weight",),
-    "model.layers.{i}.post_attention_layernorm.weight": ("layers.{i}.pre_mlp_norm.weight",),
-    "model.layers.{i}.mlp.gate_proj.weight": ("layers.{i}.gate.weight",),
-    "model.layers.{i}.mlp.up_proj.weight": ("layers.{i}.up.weight",),
-    "model.layers.{i}.mlp.down_proj.weight": ("layers.{i}.down.weight",),
-    "model.norm.weight": ("final_norm.weight",),
-    "lm_head.weight": ("head.weight",),
-}
 LLAMA_SIZES = {  # Architecture field -> Hugging Face field
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -55,20 +42,7 @@ NEMO_FIELDS = {  # NeMo's GPTConfig field -> Hugging Face field
 }
 
 
-def biases(*tensors: str) -> dict[str, tuple[str, ...]]:
-    """Hugging Face name -> canonical name, for the biases of the given `tensors` (q, k, v, o, gate, up, down) in
-    Llama's modules."""
-    weights = {f"layers.{{i}}.{tensor}.weight" for tensor in tensors}
-    return biases_of(name for name, (part,) in LLAMA_TENSORS.items() if part in weights)
-
-
-def biases_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Hugging Face name -> canonical name, for the biases of these weights of LLAMA_TENSORS."""
-    pairs = {name: LLAMA_TENSORS[name][0] for name in names}
-    return {name.replace(".weight", ".bias"): (part.replace(".weight", ".bias"),) for name, part in pairs.items()}
-
-
-class Family:
+class Family(Stored):
     """Class attributes are the tables; see `families/llama.py` for a whole family."""
 
     model_type: ClassVar[str]
@@ -78,9 +52,6 @@ class Family:
     nemo_model: ClassVar[str]
     nemo_class: ClassVar[str]
     """NeMo's config class."""
-    tensors: ClassVar[Mapping[str, tuple[str, ...]]] = LLAMA_TENSORS
-    """Hugging Face name -> the canonical tensors that it holds, one after another along dimension 0; `{i}` is a
-    layer's number, `{e}` an expert's."""
     sizes: ClassVar[Mapping[str, str]] = LLAMA_SIZES
     defaults: ClassVar[JsonFields] = LLAMA_DEFAULTS
     nemo_fields: ClassVar[Mapping[str, str]] = NEMO_FIELDS
@@ -88,10 +59,14 @@ class Family:
     """NeMo's field -> the only value that transformers' class of the family can represent."""
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear")
     """The kinds of Hugging Face's `rope_scaling` that NeMo's class supports."""
+    rope_types_of_bridge: ClassVar[tuple[str, ...]] = ()
+    """The kinds that the family's own fields of Megatron-Bridge have, beside those of every family."""
     exact_axes: ClassVar[frozenset[str]] = frozenset({"ffn", "heads", "query_groups", "layers", "vocab"})
     """Axes along which cutting an all-zero unit changes no logit (never hidden, because norms divide by its size)."""
-    ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
-    """Endings of Hugging Face names that hold no weights."""
+    activation: ClassVar[str] = "hidden_act"
+    """The config's key of the MLP's activation."""
+    own_activation: ClassVar[str] = ""
+    """The dotted name of an activation that no key says, in a family that always has it."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Config keys that the family's methods read, beside those of its tables."""
     no_effect: ClassVar[frozenset[str]] = frozenset()
@@ -120,7 +95,9 @@ class Family:
         values: JsonObject = {**self.read_sizes(config), **self.features(config)}
         architecture = Architecture(**values)
         check_numbers(config)
-        return architecture
+        fields, layers = self.windows(config), architecture.num_layers
+        window, skip = fields.get("window_size"), fields.get("window_attn_skip_freq")
+        return architecture.replace(**windows.of_megatron(window, skip, layers))
 
     def unread(self, config: HfConfig) -> list[str]:
         """The keys of a normalized config that neither transformers' class nor this package reads."""
@@ -144,6 +121,10 @@ class Family:
     def features(self, config: HfConfig) -> JsonObject:
         """The fields of the Architecture other than sizes."""
         return {"tied_embeddings": bool(config.get("tie_word_embeddings", False))}
+
+    def windows(self, config: HfConfig) -> JsonObject:
+        """NeMo's fields for windows of attention (`translate.nemo_window`); none for a family without windows."""
+        return {}
 
     def config(self, architecture: Architecture, base: HfConfig, layers: Sequence[int] | None = None) -> JsonObject:
         """`base` with the sizes of `architecture`; head_dim is always written out.
@@ -176,25 +157,14 @@ class Family:
                 )
         return None
 
-    def hf_tensors(self, architecture: Architecture) -> dict[str, tuple[str, ...]]:
-        """Hugging Face name -> canonical names, for the whole model, in the model's order.
+    def rope(self, config: HfConfig) -> tuple[str, JsonFields]:
+        """Kind and fields of the scaling of positions."""
+        return translate.rope_of(config)
 
-        The mapping is total: InputError is raised if a canonical tensor has no Hugging Face name.
-        """
-        shapes = architecture.shapes()
-        names: dict[str, tuple[str, ...]] = {}
-        for pattern, parts in self.tensors.items():
-            layers = range(architecture.num_layers if "{i}" in pattern else 1)
-            experts = range((architecture.num_moe_experts or 0) if "{e}" in pattern else 1)
-            for i, e in itertools.product(layers, experts):
-                canonical = tuple(part.format(i=i, e=e) for part in parts)
-                if all(part in shapes for part in canonical):
-                    names[pattern.format(i=i, e=e)] = canonical
-        missing = shapes.keys() - {part for parts in names.values() for part in parts}
-        if missing:
-            raise InputError(f"{self.hf_class} has no name for the tensor '{min(missing)}'")
-        order = {name: position for position, name in enumerate(shapes)}
-        return dict(sorted(names.items(), key=lambda item: order[item[1][0]]))
+    def routers_loss(self, config: HfConfig) -> float:
+        """The coefficient of the routers' load-balancing loss in a training on text; 0.0 without a mixture."""
+        key = self.nemo_fields.get("moe_aux_loss_coeff")
+        return self.value(config, key) if key else 0.0
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         """The name of NeMo's config class and its arguments, as plain values; a function is given by its dotted name.
@@ -204,8 +174,9 @@ class Family:
         architecture = self.architecture(config)
         fields = {name: self.value(config, key) for name, key in self.nemo_fields.items()}
         fields |= nemo_sizes(architecture) | translate.nemo_biases(architecture, self.hf_class)
-        fields |= translate.nemo_activation(self.value(config, "hidden_act"), self.defaults["hidden_act"])
-        return self.nemo_class, fields | translate.nemo_rope(config, self.rope_types, self.nemo_model)
+        fields |= translate.nemo_activation(self.value(config, self.activation), self.defaults[self.activation])
+        rope = translate.nemo_rope(config, self.rope_types, self.nemo_model, self.rope_types_of_bridge)
+        return self.nemo_class, fields | self.windows(config) | rope
 
     def bridge_config(self, config: HfConfig) -> JsonObject:
         """The same for Megatron-Bridge: NeMo's fields, and those of its provider that NeMo's config lacks. A scaling of
@@ -225,7 +196,7 @@ class Family:
         return {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
-            "hidden_act": translate.hf_activation(fields.get("activation_func"), self.defaults["hidden_act"]),
+            self.activation: translate.hf_activation(fields.get("activation_func"), self.defaults[self.activation]),
             "tie_word_embeddings": bool(fields["share_embeddings_and_output_weights"]),
             **translate.hf_sizes(fields, self.sizes),
             **{key: fields[name] for name, key in self.nemo_fields.items()},

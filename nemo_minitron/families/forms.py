@@ -12,12 +12,16 @@ from collections.abc import Mapping
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
+from nemo_minitron.families.keys import FULL, SLIDING
 
 # transformers 4 keeps these beside the scaling, transformers 5 within it
 MOVED = ("rope_theta", "partial_rotary_factor")
 _KIND = ("rope_type", "type")
 # what transformers 5 writes under another name: model type -> its key -> transformers 4's, which both versions read
 RENAMED: Mapping[str, Mapping[str, str]] = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+# model type with a rotary base of its own for layers with a window -> transformers 4's key of it; transformers 5 keeps
+# a mapping for each kind of layer in `rope_parameters`
+LOCAL_BASE: Mapping[str, str] = {"gemma3_text": "rope_local_base_freq"}
 
 
 def normalized(config: HfConfig) -> JsonObject:
@@ -37,7 +41,9 @@ def normalized(config: HfConfig) -> JsonObject:
             _agree(older, result.get(older), newer, value)
             result[older] = value
     scaling = _mapping("rope_scaling", result.get("rope_scaling"))
-    parameters = _of_all_layers(_mapping("rope_parameters", result.pop("rope_parameters", None)))
+    parameters = _mapping("rope_parameters", result.pop("rope_parameters", None))
+    local = LOCAL_BASE.get(str(result.get("model_type")))
+    parameters = _of_full_layers(parameters, local, result) if local else _of_all_layers(parameters)
     if not parameters and not scaling.keys() & set(MOVED):
         return result
     if "partial_rotary_factor" in parameters and "rope_theta" not in result:
@@ -94,12 +100,28 @@ def _of_all_layers(parameters: JsonObject) -> JsonObject:
     return dict(nested[0])
 
 
-def _take_out(name: str, fields: JsonObject, place: str, config: JsonObject) -> None:
-    """Moves a field of `fields` to the place where transformers 4 keeps it."""
-    value = fields.pop(name, None)
+def _of_full_layers(parameters: JsonObject, local: str, config: JsonObject) -> JsonObject:
+    """The mapping of the layers without a window; the base of those with one goes to its place in `config`."""
+    if not parameters:
+        return {}
+    if not parameters.keys() <= {FULL, SLIDING}:
+        raise InputError(
+            f"the config's rope_parameters has {', '.join(map(str, parameters))}; it needs a mapping for {FULL} and "
+            f"one for {SLIDING}"
+        )
+    windowed = _with_kind(_mapping(f"rope_parameters.{SLIDING}", parameters.get(SLIDING)))
+    _take_out("rope_theta", windowed, f"rope_parameters.{SLIDING}", config, local)
+    if windowed.get("rope_type", "default") != "default":
+        raise InputError(f"the config's rope_parameters.{SLIDING} is {windowed!r}; it must be of the type 'default'")
+    return _mapping(f"rope_parameters.{FULL}", parameters.get(FULL))
+
+
+def _take_out(name: str, fields: JsonObject, place: str, config: JsonObject, to: str = "") -> None:
+    """Moves a field of `fields` to the place where transformers 4 keeps it, the key `to` (else its own name)."""
+    value, to = fields.pop(name, None), to or name
     if value is not None:
-        _agree(name, config.get(name), f"{place}.{name}", value)
-        config[name] = value
+        _agree(to, config.get(to), f"{place}.{name}", value)
+        config[to] = value
 
 
 def _with_kind(fields: JsonFields) -> JsonObject:

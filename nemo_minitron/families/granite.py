@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS
 from nemo_minitron.families.llama import Llama
+from nemo_minitron.families.translate import fixed
 
 MULTIPLIERS: JsonObject = dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
@@ -26,6 +27,7 @@ class Granite(Llama):
     hf_class = "GraniteForCausalLM"
     hosts: ClassVar[tuple[str, ...]] = ("bridge",)
     defaults = LLAMA_DEFAULTS | MULTIPLIERS
+    nemo_fixed = fixed("add_bias_linear", "seq_len_interpolation_factor", "softmax_scale", use_mup=True)
     multiples: ClassVar[Mapping[str, int | str]] = {}
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
@@ -48,4 +50,19 @@ class Granite(Llama):
         }
 
     def claims(self, fields: JsonFields) -> bool:
-        return False
+        return bool(fields.get("use_mup"))
+
+    def from_nemo(self, fields: JsonFields) -> JsonObject:
+        """As in Family, of a checkpoint of Bridge. The residual multiplier is 1 in it, as the others and the epsilon
+        have taken it up: the same model in other numbers."""
+        if fields["mup_base_hidden_size"] != fields["hidden_size"]:
+            raise InputError(
+                f"the model's mup_base_hidden_size is {fields['mup_base_hidden_size']!r}; a {self.hf_class} needs its "
+                f"hidden_size, {fields['hidden_size']}"
+            )
+        return super().from_nemo(fields) | {
+            "attention_multiplier": fields["softmax_scale"],
+            "embedding_multiplier": fields["mup_embedding_mult"],
+            "logits_scaling": 1 / fields["mup_output_mult"],
+            "residual_multiplier": 1.0,
+        }

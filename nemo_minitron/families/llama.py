@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
-from nemo_minitron.families.base import LLAMA_TENSORS, Family, biases
+from nemo_minitron.families.base import Family
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases
 from nemo_minitron.families.translate import fixed, rope_field, rope_of
 
 _LLAMA3_ROPE = {  # NeMo's Llama31Config field -> Hugging Face's rope_scaling field

@@ -17,12 +17,12 @@ class Ministral(Mistral):
     hf_class = "MinistralForCausalLM"
     nemo_fixed = fixed("window_size", "window_attn_skip_freq", "seq_len_interpolation_factor")
 
-    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
+    def windows(self, config: HfConfig) -> JsonObject:
         """As in Family. The list is there even if all layers are alike, so that the checkpoint is a Ministral's."""
-        name, fields = super().nemo_config(config)
+        fields = super().windows(config)
         every = SLIDING if fields["window_size"] else FULL
-        kinds = layer_types(config) or [every] * fields["num_layers"]
-        return name, fields | {"window_attn_skip_freq": [int(kind == SLIDING) for kind in kinds]}
+        kinds = layer_types(config) or [every] * self.read_sizes(config)["num_layers"]
+        return fields | {"window_attn_skip_freq": [int(kind == SLIDING) for kind in kinds]}
 
     def claims(self, fields: JsonFields) -> bool:
         return fields.get("window_attn_skip_freq") is not None

@@ -21,10 +21,9 @@ class Mistral(Family):
     nemo_fixed = fixed("window_size", "seq_len_interpolation_factor")
     reads = frozenset({"layer_types"})  # transformers loads a Mistral that has layer_types as a Ministral
 
-    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
-        name, fields = super().nemo_config(config)
+    def windows(self, config: HfConfig) -> JsonObject:
         kinds = layer_types(config) if "layer_types" in self.read else []
-        return name, fields | nemo_window(self.value(config, "sliding_window"), kinds)
+        return nemo_window(self.value(config, "sliding_window"), kinds)
 
     def claims(self, fields: JsonFields) -> bool:
         return fields.get("window_attn_skip_freq") is None

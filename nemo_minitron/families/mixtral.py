@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from nemo_minitron.families.base import LLAMA_SIZES, LLAMA_TENSORS, NEMO_FIELDS
+from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
+from nemo_minitron.families.base import LLAMA_SIZES, NEMO_FIELDS
 from nemo_minitron.families.mistral import Mistral
-from nemo_minitron.families.translate import fixed
+from nemo_minitron.families.stored import LLAMA_TENSORS
+from nemo_minitron.families.translate import check_choice, fixed
 
 _BLOCK = "model.layers.{i}.block_sparse_moe."
 
@@ -46,3 +48,8 @@ class Mixtral(Mistral):
     multiples: ClassVar[Mapping[str, int | str]] = {"hidden_size": 8, "moe_ffn_hidden_size": 8}
     no_effect = frozenset({"router_jitter_noise"})  # used only in transformers' training
     exact_axes = frozenset({"expert_ffn", "heads", "query_groups", "layers", "vocab"})
+
+    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
+        name, fields = super().nemo_config(config)
+        check_choice(fields)
+        return name, fields

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
-from nemo_minitron.families.base import LLAMA_TENSORS, Family, biases, biases_of
+from nemo_minitron.families.base import Family
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases, biases_of
 from nemo_minitron.families.translate import fixed
 
 _NORMS = (name for name in LLAMA_TENSORS if "norm" in name)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Family, biases
+from nemo_minitron.families.base import LLAMA_DEFAULTS, Family
 from nemo_minitron.families.keys import FULL, SLIDING, layer_types
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases
 from nemo_minitron.families.translate import fixed, hf_layer_types, hf_window, nemo_window
 
 
@@ -46,10 +47,9 @@ class Qwen2(Family):
         stay = range(after) if layers is None else layers
         return result | {"max_window_layers": sum(layer < first for layer in stay)}
 
-    def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
-        name, fields = super().nemo_config(config)
+    def windows(self, config: HfConfig) -> JsonObject:
         window = self.value(config, "sliding_window") if config.get("use_sliding_window") else None
-        return name, fields | nemo_window(window, self._layer_types(config))
+        return nemo_window(window, self._layer_types(config))
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         result = super().from_nemo(fields)

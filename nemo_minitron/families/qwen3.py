@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
-from nemo_minitron.families.base import LLAMA_TENSORS, NEMO_FIELDS, Family, biases
+from nemo_minitron.families.base import NEMO_FIELDS, Family
 from nemo_minitron.families.qwen2 import Qwen2
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases
 from nemo_minitron.families.translate import fixed
 
 _ATTENTION = "model.layers.{i}.self_attn."

@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_SIZES, Family
 from nemo_minitron.families.qwen3 import Qwen3
-from nemo_minitron.families.translate import fixed, hf_window, nemo_window
+from nemo_minitron.families.translate import check_choice, fixed, hf_window, nemo_window
 
 _MLP = "model.layers.{i}.mlp."
 
@@ -105,14 +105,13 @@ class Qwen3Moe(Qwen3):
         normalized = self.value(config, "norm_topk_prob")
         if not isinstance(normalized, bool):
             raise InputError(f"the config's norm_topk_prob is {normalized!r}; it must be true or false")
-        if normalized and fields["moe_router_topk"] == 1:
-            raise InputError(
-                "num_experts_per_tok is 1 and norm_topk_prob true, which Megatron refuses; the nearest legal "
-                "num_experts_per_tok is 2"
-            )
-        window = self.value(config, "sliding_window") if config.get("use_sliding_window") else None
+        if normalized:
+            check_choice(fields)
         own = {"moe_router_pre_softmax": not normalized, "ffn_hidden_size": self.value(config, "intermediate_size")}
-        return name, fields | own | nemo_window(window)
+        return name, fields | own
+
+    def windows(self, config: HfConfig) -> JsonObject:
+        return nemo_window(self.value(config, "sliding_window") if config.get("use_sliding_window") else None)
 
     def from_nemo(self, fields: JsonFields) -> JsonObject:
         freq = fields.get("moe_layer_freq", 1)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
-from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_TENSORS, Family, biases
+from nemo_minitron.families.base import LLAMA_DEFAULTS, Family
 from nemo_minitron.families.keys import FULL, SLIDING, layer_types
+from nemo_minitron.families.stored import LLAMA_TENSORS, biases
 from nemo_minitron.families.translate import fixed, hf_layer_types, hf_window, nemo_window
 
 
@@ -67,11 +68,13 @@ class SmolLM3(Family):
 
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         name, fields = super().nemo_config(config)
+        return name, fields | {"no_rope_freq": [1 - rope for rope in self.rope_layers(config)]}
+
+    def windows(self, config: HfConfig) -> JsonObject:
         window = self.value(config, "sliding_window") if config.get("use_sliding_window") else None
-        ropes = self.rope_layers(config)
         # where the config does not say, transformers gives the window to the layers without rotary positions
-        kinds = layer_types(config) or [FULL if rope or not window else SLIDING for rope in ropes]
-        return name, fields | nemo_window(window, kinds) | {"no_rope_freq": [1 - rope for rope in ropes]}
+        kinds = layer_types(config) or [FULL if rope or not window else SLIDING for rope in self.rope_layers(config)]
+        return nemo_window(window, kinds)
 
     def claims(self, fields: JsonFields) -> bool:
         return fields.get("no_rope_freq") is not None

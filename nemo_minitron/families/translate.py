@@ -12,6 +12,7 @@ from nemo_minitron.families.keys import FULL, SLIDING
 ACTIVATIONS = {  # Hugging Face's name -> the function in NeMo's config
     "silu": "torch.nn.functional.silu",
     "gelu": "torch.nn.functional.gelu",
+    "gelu_pytorch_tanh": "megatron.core.activations.fast_gelu",
     "relu": "torch.nn.functional.relu",
     "relu2": "nemo.collections.llm.fn.activation.squared_relu",
 }
@@ -29,6 +30,12 @@ _FIXED = {
     "add_qkv_bias": False,
     "gated_linear_unit": True,
     "num_moe_experts": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "use_mup": False,
+    "multi_latent_attention": False,
 }
 
 
@@ -107,11 +114,13 @@ def rope_field(rope: JsonFields, name: str) -> Json:
     return rope[name]
 
 
-def nemo_rope(config: HfConfig, legal: tuple[str, ...], nemo_model: str) -> JsonObject:
-    """NeMo's fields for `rope_scaling`. Raises InputError for a kind that NeMo's class lacks."""
+def nemo_rope(config: HfConfig, legal: tuple[str, ...], nemo_model: str, of_bridge: Sequence[str] = ()) -> JsonObject:
+    """NeMo's fields for `rope_scaling`. Raises InputError for a kind that NeMo's class lacks, and names Megatron-Bridge
+    if that has it (one of `of_bridge`, or YaRN)."""
     kind, rope = rope_of(config)
     if kind not in legal:
-        other = "; Megatron-Bridge has it: give --host bridge" if kind == "yarn" and "linear" in legal else ""
+        elsewhere = kind in of_bridge or (kind == "yarn" and "linear" in legal)
+        other = "; Megatron-Bridge has it: give --host bridge" if elsewhere else ""
         raise InputError(
             f"rope_scaling '{kind}' is not supported by NeMo's {nemo_model}; it has {', '.join(legal)}{other}"
         )
@@ -121,6 +130,15 @@ def nemo_rope(config: HfConfig, legal: tuple[str, ...], nemo_model: str) -> Json
 def hf_rope(fields: JsonFields) -> JsonObject:
     factor = fields.get("seq_len_interpolation_factor")
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}} if factor else {}
+
+
+def check_choice(fields: JsonFields) -> None:
+    """Raises InputError if a token goes to one expert whose probability is normalized, which is then always 1."""
+    if fields["moe_router_topk"] == 1:
+        raise InputError(
+            "num_experts_per_tok is 1 and the router normalizes the probabilities of a token's experts, which Megatron "
+            "refuses; the nearest legal num_experts_per_tok is 2"
+        )
 
 
 def nemo_window(window: int | None, kinds: Sequence[str] = ()) -> JsonObject:

@@ -34,16 +34,18 @@ def host_of() -> Host:
     return NEMO
 
 
-def check_model(model: str | Path | HfConfig) -> None:
-    """Raises InputError, before anything is loaded, if the host is not installed or cannot build the model."""
+def check_model(model: str | Path | HfConfig, stage: str) -> None:
+    """Raises InputError, before anything is loaded, if the host is not installed or cannot build the model, or if the
+    model does not have this stage."""
     host_name()
-    check_represented(model)
+    check_represented(model, stage)
 
 
-def check_represented(model: str | Path | HfConfig) -> None:
-    """Raises InputError if the host, which may not be installed, cannot build the model."""
-    from nemo_minitron.families import check_host
+def check_represented(model: str | Path | HfConfig, stage: str) -> None:
+    """Raises InputError if the host, which may not be installed, cannot build the model, or it lacks this stage."""
+    from nemo_minitron.families import check_host, check_stage
 
+    check_stage(model, stage)
     check_host(model, chosen()[0])
 
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.launch.output import tell
 from nemo_minitron.launch.stall import EVERY, stall_timeout
+from nemo_minitron.settings.progress import tell
 
 _layers = [0]  # layers' forward passes so far; a list, so that the patched forward can change it
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.artifacts.run_folder import TrainingFolder
-from nemo_minitron.megatron.progress import say
+from nemo_minitron.megatron.progress import Report, say
 
 HEADER = "step,tokens,loss,seconds"
 HELD_OUT = "step,tokens,loss"
@@ -27,10 +27,11 @@ class Losses:
     def __init__(
         self, path: str | Path, tokens_per_step: int, steps: int, done: int, names: Sequence[str] = (), every: int = 10
     ) -> None:
-        self.path, self.tokens, self.steps, self.first, self.every = Path(path), tokens_per_step, steps, done, every
+        self.path, self.tokens, self.steps, self.every = Path(path), tokens_per_step, steps, every
         self.validation = self.path.with_name(TrainingFolder.validation)
         self.names = list(names)
         self._start = time.perf_counter()
+        self._report = Report("step", scale=tokens_per_step, done=done)
         header = ",".join([HEADER, *names])
         kept = _kept(self.path, header, done)
         self._seconds_before = float(kept[-1].split(",")[3]) if kept else 0.0
@@ -46,10 +47,8 @@ class Losses:
         row = ",".join([row, *(f"{parts[name]:.6f}" for name in self.names)])
         with open(self.path, "a") as file:
             file.write(row + "\n")
-        if step % self.every == 0 or step == self.steps:
-            rate = (step - self.first) * self.tokens / spent
-            left = (self.steps - step) * self.tokens / rate
-            say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.0f} tokens/s  {left:.0f} s left")
+        line = step % self.every == 0 or step == self.steps
+        self._report(step, self.steps, f"loss {loss:.4f}", line=line)
 
     def held_out(self, step: int, loss: float) -> None:
         """Writes the row of a validation after a step."""

@@ -13,11 +13,11 @@ A second host needs three things:
 What the launcher expects of a worker (`hosts/nemo/worker.py` is an example):
 
 - It writes the sentence of an InputError to the file `refused-RANK` in the folder that MINITRON_ERRORS names, and ends
-  with exit code 2. It reports the sentence of any other error with `launch.output.tell(rank=..., error=...)`.
+  with exit code 2. It reports the sentence of any other error with `settings.progress.tell(rank=..., error=...)`.
 - If MINITRON_LIFELINE is set, its standard input is a pipe from the launcher. It ends at once when the pipe closes. A
   byte asks it to save a checkpoint and to end: it sets `megatron.shutdown.ASKED`, and the training ends with the exit
   code `megatron.shutdown.SAVED`.
-- It reports its progress with `launch.output.tell(rank=..., pid=..., layers=..., mark=...)` every
+- It reports its progress with `settings.progress.tell(rank=..., pid=..., layers=..., mark=...)` every
   `stall_timeout() / EVERY` seconds (`launch.stall`). `mark` is any JSON value that changes when the rank makes
   progress, and `layers` the number of layers' forward passes that it has done.
 
@@ -78,12 +78,12 @@ class Host(Protocol):
         ...
 
     def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
-        """Writes a student as a checkpoint of the framework, of the same class as its teacher. Collective.
+        """Writes a student as a checkpoint of the framework, of the class of its teacher's family. Collective.
 
         Called in the worker of `prune`, which has one process. `chunks`: the student's filled chunks, from `build`.
         `folder`: an empty folder. The caller moves it to its place once it is complete, so the method needs no
-        temporary files. `teacher`: the teacher's checkpoint, whose settings and tokenizer the student gets. `plan`:
-        its `target` has the student's sizes.
+        temporary files. `teacher`: the teacher's checkpoint, which may be another host's. The student gets its
+        tokenizer, and its settings if it is this host's. `plan`: its `target` has the student's sizes.
 
         The checkpoint must not name a class of this package. `sources.open` must be able to read it. Raises OSError
         if it cannot be written.

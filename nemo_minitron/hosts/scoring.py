@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from nemo_minitron import hybrid
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.importance.collector import Collector
 from nemo_minitron.importance.forward import architecture_of
 from nemo_minitron.importance.reduction import reduce
+from nemo_minitron.megatron.groups import current_layout
 from nemo_minitron.megatron.live import live_digest
+from nemo_minitron.search.sizes import target_of
+from nemo_minitron.settings.layout import Layout
+
+
+def student_layout(chunk: Any, target: Architecture) -> Layout:
+    """The layout of the running job for a student of `target`'s sizes, which may have another number of layers.
+    `chunk`: a live one of the teacher. Raises InputError if the student cannot run in it."""
+    layout = current_layout(sp=chunk.config.sequence_parallel).for_depth(target.num_layers)
+    layout.check(target)
+    return layout
+
+
+def check_student(chunk: Any, keep: Mapping[str, int]) -> None:
+    """Raises InputError if a running model cannot be cut to these sizes, or if the student cannot run in its layout."""
+    architecture = architecture_of(chunk)
+    hybrid.check_stage(architecture.hybrid_pattern, "writing a checkpoint")
+    student_layout(chunk, target_of(architecture, keep))
 
 
 class Gathering:

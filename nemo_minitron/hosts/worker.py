@@ -56,7 +56,7 @@ def main(stages: Callable[[], dict[str, Callable[[Any], None]]]) -> None:
 
 def _tell(error: str) -> None:
     """Tells the launcher what ended this rank."""
-    from nemo_minitron.launch.output import tell
+    from nemo_minitron.settings.progress import tell
 
     tell(rank=int(os.environ.get("RANK", "0")), error=error)
 

@@ -1,7 +1,7 @@
 """Scores without a running model, to compare with: the magnitude of the weights, and chance.
 
-Both have the axes that activations give, except `norms`, the single norms behind `hidden`. They have no statistics, and
-their `method` says what they are. They need no torch.
+Both have the axes that activations give, but neither `norms`, the single norms behind `hidden`, nor `stream`. They have
+no statistics, and their `method` says what they are. They need no torch.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ class Source(Protocol):
 def magnitude(source: Source) -> Scores:
     """The L2 norm of all weights that belong to a unit, by the table in `axes.py`.
 
-    The weights of an expert are its row of the router and all its matrices, those of a query group its keys, its values
-    and its heads, those of a layer all its tensors. For a live, sharded model (`LiveSource`) it is collective and the
-    same on every rank.
+    The weights of an expert are its row of the router and all its matrices (a correction bias is none), those of a
+    query group its keys, its values and its heads, those of a layer all its tensors. For a live, sharded model
+    (`LiveSource`) it is collective and the same on every rank.
     """
     a = source.architecture
     squares = {name: np.zeros(shape) for name, shape in expected_shapes(a).items() if name != "norms"}
     for name, shape in a.shapes().items():
         layer, local = split_name(name)
+        if local == "router.expert_bias":  # it says nothing of what an expert computes
+            continue
         expert, _ = split_expert(local)
         along = _squares(source, name, shape)
         if layer is not None:
@@ -57,9 +59,10 @@ def magnitude(source: Source) -> Scores:
             if axis.name in squares:
                 place = tuple(i for i in (layer, expert) if i is not None)
                 place = place if axis.per_expert else place[:1] if axis.per_layer else ()
-                unit = a.head_dim if row.unit == "head_dim" else 1
-                squares[axis.name][place] += along[row.dim].reshape(-1, unit).sum(1)
-    squares["query_groups"] += squares["heads"].reshape(*squares["query_groups"].shape, -1).sum(-1)
+                unit, each = row.sizes(a)
+                squares[axis.name][place] += along[row.dim].reshape(each, -1, unit).sum((0, 2))
+    if "query_groups" in squares:
+        squares["query_groups"] += squares["heads"].reshape(*squares["query_groups"].shape, -1).sum(-1)
     return _scores(a, {name: np.sqrt(array) for name, array in squares.items()}, "magnitude")
 
 
@@ -87,7 +90,7 @@ def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
         raise InputError(f"seed={seed} is not legal; legal are whole numbers from 0, the nearest is 0")
     tensors = {}
     for name, shape in expected_shapes(architecture).items():
-        if name == "norms":
+        if name not in AXES:  # norms and the stream's length are measured, not ranked
             continue
         tensors[name] = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())])).random(shape)
         if AXES[name].per_layer:

@@ -92,17 +92,17 @@ def _filled(batch: Batch, rows: int, length: int) -> Batch:
 
 
 def forward_arguments(batch: Batch) -> dict[str, Tensor | PackedSeqParams | None]:
-    """What Megatron's GPTModel takes of a micro-batch, cut over context-parallel ranks."""
+    """What Megatron's model takes of a micro-batch, cut over context-parallel ranks: `packed_seq_params` of packed
+    samples alone, since the hybrid model of Megatron-core 0.15 does not know it."""
     device = torch.cuda.current_device()
     tokens = batch["tokens"].to(device)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    packed = None
+    packed: dict[str, PackedSeqParams] = {}
     if "cu_seqlens" in batch:
-        packed, positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1])
+        packed["packed_seq_params"], positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1])
     cut = batch_on_this_cp_rank({"tokens": tokens.contiguous(), "position_ids": positions.contiguous()})
     return {
-        "input_ids": cut["tokens"], "position_ids": cut["position_ids"], "attention_mask": None,
-        "packed_seq_params": packed,
+        "input_ids": cut["tokens"], "position_ids": cut["position_ids"], "attention_mask": None, **packed,
     }  # fmt: skip
 
 

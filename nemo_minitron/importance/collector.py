@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
@@ -19,7 +18,7 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
 from nemo_minitron.importance.experts import ExpertAccumulator
-from nemo_minitron.importance.registry import Output
+from nemo_minitron.importance.registry import Output, check_claimed
 from nemo_minitron.importance.samples import Samples, samples_of
 from nemo_minitron.importance.statistics import criterion
 
@@ -27,8 +26,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
     from torch.utils.hooks import RemovableHandle
 
-WIDTH_AXES = ("ffn", "heads", "norms", "experts", "expert_ffn", "shared_expert_ffn")
-DEFAULT_AXES = (*WIDTH_AXES, "layers")
+WIDTH_AXES = (
+    "ffn", "heads", "mamba_channels", "norms", "experts", "expert_ffn", "shared_expert_ffn", "q_latent", "kv_latent",
+)  # fmt: skip
+DEFAULT_AXES = (*WIDTH_AXES, "layers", "stream_logs")
 TAYLOR = "taylor"
 METHODS = (ACTIVATION, TAYLOR)
 
@@ -42,7 +43,7 @@ class Collector:
     `criteria`: one pass gathers all of them; Scores show the first. `axes`: the default is all of DEFAULT_AXES that the
     model has. Call `expect` with each micro-batch before it goes into a chunk. With the method "taylor" (`taylor.py`)
     gradients are watched; call `flush` after the backward pass of each micro-batch. Opening it is collective over the
-    pipeline. Raises InputError for an axis that the model lacks.
+    pipeline. Raises InputError for an axis that the model lacks, and for a module that no estimator claims.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Collector:
 
     def _watches(self, chunk: MegatronModule) -> Watches:
         """(axis, row, expert) -> what to watch. The estimator that was registered last wins."""
+        check_claimed(chunk.decoder)
         latest: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
         for module, layer in _with_layers(chunk.decoder):
             for order, cls in estimators_of(module):
@@ -176,8 +178,7 @@ def _with_layers(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """Modules of a TransformerBlock, each with the 0-based global number of its layer (-1 for the block itself)."""
     yield block, -1
     for layer in block.layers:
-        if isinstance(layer, TransformerLayer):
-            yield from ((module, layer.layer_number - 1) for module in _outside_experts(layer))
+        yield from ((module, layer.layer_number - 1) for module in _outside_experts(layer))
 
 
 def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:

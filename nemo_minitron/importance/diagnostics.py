@@ -12,7 +12,7 @@ from nemo_minitron.errors import InputError
 
 STABLE = 0.9
 """A ranking is called stable if the rank correlation of two halves is at least this."""
-NORM_ROWS = ("norms",)
+NORM_ROWS, STREAM_LOGS = ("norms",), "stream_logs"
 PER_EXPERT = ("experts", "expert_ffn")
 UNITS = {
     "ffn": "neurons", "heads": "heads", "experts": "experts", "expert_ffn": "neurons of its experts",
@@ -42,6 +42,9 @@ def check_finite(states: Mapping[str, np.ndarray]) -> None:
 
 
 def _place(statistic: str, row: int, rows: int) -> tuple[float, str]:
+    if statistic == STREAM_LOGS:  # whatever stands in front of it or reads it names a closer place
+        where = "the last layer's output" if row == rows - 1 else f"layer {row}'s input"
+        return row + 0.9, where
     if statistic not in NORM_ROWS:
         return row, f"layer {row}"
     if row == rows - 1:

@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_minitron import hybrid, windows
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.scores import ACTIVATION, Scores
@@ -88,12 +89,26 @@ def architecture_of(model: MegatronModule) -> Architecture:
     qkv = bool(config.add_bias_linear or config.add_qkv_bias)
     return Architecture(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
-        head_dim=config.kv_channels, vocab_size=recorded or model.vocab_size,
+        num_attention_heads=config.num_attention_heads, **_heads(config), vocab_size=recorded or model.vocab_size,
         gated_mlp=config.gated_linear_unit, tied_embeddings=model.share_embeddings_and_output_weights,
         normalization=config.normalization.lower(), qkv_bias=qkv, attention_output_bias=config.add_bias_linear,
-        mlp_bias=config.add_bias_linear, qk_norm=config.qk_layernorm, **_mixture(config),
+        mlp_bias=config.add_bias_linear, attention_sinks=_sinks(config),
+        **_mixture(config), **_hybrid(model),
+        post_norms=getattr(config, "post_norms", False), scaled_embeddings=getattr(config, "scaled_embeddings", False),
+        capped_attention=getattr(config, "attn_logit_softcapping", None) is not None,
+        zero_centered_norms=config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm",
+        **windows.of_megatron(config.window_size, config.window_attn_skip_freq, config.num_layers),
     )  # fmt: skip
+
+
+def _heads(config: TransformerConfig) -> dict[str, Any]:
+    """The Architecture's fields of attention. The norms of latents are no norms of queries and keys."""
+    if not config.multi_latent_attention:
+        sizes = {"num_query_groups": config.num_query_groups, "head_dim": config.kv_channels}
+        return {**sizes, "qk_norm": config.qk_layernorm}
+    rotary = config.qk_pos_emb_head_dim
+    own = {"num_query_groups": 1, "head_dim": config.qk_head_dim + rotary, "qk_pos_emb_head_dim": rotary}
+    return own | {name: getattr(config, name) for name in ("kv_lora_rank", "q_lora_rank", "v_head_dim")}
 
 
 def _mixture(config: TransformerConfig) -> dict[str, Any]:
@@ -103,7 +118,26 @@ def _mixture(config: TransformerConfig) -> dict[str, Any]:
     freq = config.moe_layer_freq
     names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
     sizes = {name: getattr(config, name) for name in names}
+    sizes["moe_router_bias"] = config.add_bias_linear
+    sizes["moe_router_enable_expert_bias"] = bool(config.moe_router_enable_expert_bias)
+    sizes["moe_router_num_groups"] = config.moe_router_num_groups
     return sizes | {"moe_layer_freq": tuple(freq) if isinstance(freq, list) else freq}
+
+
+def _sinks(config: TransformerConfig) -> bool:
+    return getattr(config, "softmax_type", "vanilla") == "learnable"
+
+
+def _hybrid(model: MegatronModule) -> dict[str, Any]:
+    """The Architecture's fields of a hybrid. Megatron-core 0.19 has another name for the pattern, which may say where
+    pipeline stages begin. Raises InputError for layers of multi-token prediction."""
+    if not model.config.is_hybrid_model:
+        return {}
+    pattern = getattr(model, "hybrid_layer_pattern", None) or model.hybrid_override_pattern
+    if "/" in pattern:
+        raise InputError(f"the hybrid '{pattern}' has layers of multi-token prediction, which are not supported")
+    sizes = {name: getattr(model.config, name) for name in hybrid.SIZES}
+    return sizes | {"hybrid_pattern": pattern.replace("|", "")}
 
 
 def run_forward(chunks: list[MegatronModule], rows: list[Batch], watcher: Watcher) -> None:

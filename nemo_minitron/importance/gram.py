@@ -162,17 +162,17 @@ class _Products:
 
 
 def _inputs(layer: TransformerLayer, kinds: tuple[str, ...]) -> Iterator[_Input]:
-    """The inputs to watch in a transformer layer."""
-    prefix = f"layers.{layer.layer_number - 1}."
+    """The inputs to watch in a transformer layer; none in a Mamba layer."""
+    prefix, mlp = f"layers.{layer.layer_number - 1}.", getattr(layer, "mlp", None)
     dense = {
-        "o": getattr(layer.self_attention, "linear_proj", None),
-        "down": getattr(layer.mlp, "linear_fc2", None),
+        "o": getattr(getattr(layer, "self_attention", None), "linear_proj", None),
+        "down": getattr(mlp, "linear_fc2", None),
     }
     for kind, linear in dense.items():
         if kind in kinds and linear is not None:
             yield _Input(linear, {None: f"{prefix}{kind}.weight"})
-    if "experts" in kinds and hasattr(layer.mlp, "experts"):
-        yield from _expert_inputs(layer.mlp, prefix)
+    if "experts" in kinds and mlp is not None and hasattr(mlp, "experts"):
+        yield from _expert_inputs(mlp, prefix)
 
 
 def _expert_inputs(mixture: nn.Module, prefix: str) -> Iterator[_Input]:

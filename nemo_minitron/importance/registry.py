@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Union
 from torch import Tensor, nn
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -86,3 +87,37 @@ def estimators_of(module: nn.Module) -> list[tuple[int, type[Estimator]]]:
     """The estimators of this module's type, each with its number in the order of registration."""
     matching = [classes for module_type, classes in REGISTRY.items() if isinstance(module, module_type)]
     return [(_ORDER[cls], cls) for classes in matching for cls in classes]
+
+
+def check_claimed(block: nn.Module) -> None:
+    """Raises InputError for a part of a model's block of layers that no estimator claims: its scores would be zeros.
+
+    Each layer's type, the block's own norms, and each module in a layer that holds a matrix need an estimator of their
+    type. A module that has one answers for everything inside.
+    """
+    outside = any(True for name, child in block.named_children() if name != "layers" for _ in child.parameters())
+    if outside and not estimators_of(block):
+        raise InputError(_unclaimed(block, "the block of layers"))
+    for layer in block.layers:
+        place = f"layer {layer.layer_number - 1}"
+        parts = [part for child in layer.children() for part in _without_estimators(child, child)]
+        for part in [*([] if estimators_of(layer) else [layer]), *parts]:
+            raise InputError(_unclaimed(part, place))
+
+
+def _without_estimators(module: nn.Module, part: nn.Module) -> Iterator[nn.Module]:
+    """`part`, a child of a layer, if a matrix lies in `module` that no module above it claims."""
+    if estimators_of(module):
+        return
+    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        yield part
+    for child in module.children():
+        yield from _without_estimators(child, part)
+
+
+def _unclaimed(module: nn.Module, place: str) -> str:
+    legal = ", ".join(sorted(kind.__name__ for kind in REGISTRY))
+    return (
+        f"{place} has a {type(module).__name__}, which no estimator claims, so its scores would be zeros; legal are "
+        f"{legal}, or register an estimator for it (docs/own-estimator.md)"
+    )

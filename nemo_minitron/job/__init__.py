@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nemo_minitron.settings.calibration import Calibration
     from nemo_minitron.settings.cutting import Cutting
     from nemo_minitron.settings.distillation import Distillation
+    from nemo_minitron.settings.gates import Gates
     from nemo_minitron.settings.generation import Generation
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.settings.recipe import Data, Evaluation, Job
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from nemo_minitron.settings.step import Step
 
 __all__ = [
-    "Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Generation", "Job", "Layout", "Search", "Step",
+    "Calibration", "Cutting", "Data", "Distillation", "Evaluation", "Gates", "Generation", "Job", "Layout", "Search",
+    "Step",
 ]  # fmt: skip
 
 # Settings are loaded when they are used, so that a command of one stage starts without those of all stages.

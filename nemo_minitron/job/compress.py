@@ -10,12 +10,14 @@ from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import say
+from nemo_minitron.data import check_source
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import host_name
 from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
 from nemo_minitron.job.dry_run import check, check_space, fit_to_models
 from nemo_minitron.job.run import check_folder, check_recipe, execute, open_run, write_recipe
 from nemo_minitron.job.stages.compress import stages
+from nemo_minitron.job.stages.corpora import sources
 from nemo_minitron.launch.lock import locked
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -38,6 +40,8 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     fitted, remark = fit_to_models(job)
     say(remark)
     check(fitted)
+    for source in (*sources(job.data).values(), *job.evaluation.texts):
+        check_source(source)
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)

@@ -16,7 +16,7 @@ from nemo_minitron.commands.plan import uncut
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
-from nemo_minitron.families import from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
+from nemo_minitron.families import check_stage, from_hf, multiples_of, on_disk, remark_on, remarks, to_hf
 from nemo_minitron.hosts import check_represented
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import compute
@@ -24,6 +24,7 @@ from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.practices import facts_of, practices
 from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
+from nemo_minitron.job.stages.trajectory import check_marks, describe_marks
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.search.sizes import VOCAB, target_of
 from nemo_minitron.settings.derive import fit_job, fit_job_to_models
@@ -55,7 +56,7 @@ def learned(job: Job, source: Architecture, known: Known) -> Architecture:
     if not job.learns_from:
         return source
     config = known.get(job.learns_from) or config_of(job.learns_from)
-    check_represented(config)
+    check_represented(config, "compress")
     return from_hf(config)
 
 
@@ -82,13 +83,13 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     known = known or {}
     job, _ = fit_to_models(job, offline=offline, known=known)
     config = known.get(job.teacher) or teacher_config(job, offline=offline)
-    source = from_hf(config)
+    source = check_stage(config, "compress")
     ancestor = learned(job, source, known)
     target = _target(job, source, config)
     if job.search.wanted and (sentence := uncut(target, source)):
         raise InputError(sentence)
-    to_hf(target, config)
-    check_represented(config)
+    for model in (config, to_hf(target, config)):
+        check_represented(model, "compress")
     job.cutting.check(source, target, job.search.wanted)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
@@ -109,9 +110,11 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     job.distillation.check_mixture(target)
     job.distillation.check_cache(target.vocab_size)
     job.generation.check(job.distillation, positions_of(*_configs(job, offline=offline, known=known)))
-    benchmarks(job.evaluation.benchmarks)
+    check_marks(job.distillation, job.evaluation)
+    tasks = (*job.evaluation.benchmarks, *job.evaluation.every_benchmarks)
+    benchmarks(tasks)
     if not offline:  # lm-eval may be missing on the machine that only plans
-        check_tasks(job.evaluation.benchmarks)
+        check_tasks(tasks)
     return source, target
 
 
@@ -192,8 +195,9 @@ def lines_of(job: Job, known: Known) -> list[str]:
     memory = training_memory(target, ancestor, job.distillation, layout)
     lines = [f"{'':24}{'teacher':>16}{'student':>16}"]
     for field, before in source.as_dict().items():
-        if isinstance(before, int) and not isinstance(before, bool):
-            lines.append(f"{field:24}{before:>16,}{getattr(target, field):>16,}")
+        after = getattr(target, field)  # None: which layers stay is not known, and not all have a window
+        if isinstance(before, int) and not isinstance(before, bool) and after is not None:
+            lines.append(f"{field:24}{before:>16,}{after:>16,}")
     rows = {
         "parameters": lambda a: a.parameters(),
         "without embeddings": lambda a: a.parameters(embeddings=False),
@@ -212,6 +216,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
     lines += [compute(target, ancestor, settings, job.search).describe(layout.processes)]
     lines += [job.generation.describe()] if job.generation.wanted else []
+    lines += [describe_marks(settings, job.evaluation)] if job.evaluation.every else []
     lines += [f"calibration: {calibration_of(job, source).describe()}", f"criterion of dropped layers: {job.depth}"]
     lines += [*words_of_rounds(job, source), *([why] if why else [])]
     folder = on_disk(job.teacher) if job.teacher not in known else Path(job.teacher)
@@ -222,16 +227,18 @@ def lines_of(job: Job, known: Known) -> list[str]:
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in describe_benchmarks(measured))]
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]
-    names = stage_names(job, nemo=folder is not None and is_checkpoint(folder))
+    names = stage_names(job, checkpoint=folder is not None and is_checkpoint(folder))
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]
 
 
-def stage_names(job: Job, nemo: bool) -> list[str]:
-    """The names of the stages, in order. `nemo`: whether the teacher is a NeMo checkpoint."""
+def stage_names(job: Job, checkpoint: bool) -> list[str]:
+    """The names of the stages, in order. `checkpoint`: whether the teacher is one of a host."""
     solving = ["compensate"] * solves(job)
-    cutting = ["candidates", *solving, "measure", "rank", "plan"] if job.search.wanted else ["plan", *solving]
+    gates = ["gates"] * job.gates.run
+    searching = ["candidates", *gates, *solving, "measure", "rank", "plan"]
+    cutting = searching if job.search.wanted else ["plan", *gates, *solving]
     return [
-        *["convert"] * nemo, "data", "estimate", *map(round_name, range(2, job.rounds + 1)), *cutting, "prune",
+        *["convert"] * checkpoint, "data", "estimate", *map(round_name, range(2, job.rounds + 1)), *cutting, "prune",
         "evaluate", *["generate"] * job.generation.wanted, "distill", "export", "evaluate student",
         *["benchmarks"] * bool(job.evaluation.benchmarks), "report",
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.axes import AXES
 from nemo_minitron.settings.recipe import Job
 
 SMALL = 15_000_000_000  # parameters of the source; in a smaller one the papers cut widths before layers
@@ -49,7 +50,7 @@ def _axes(facts: Facts) -> str:
     size = f"a source of {source.parameters() / 1e9:.3g}B"
     dropped = source.num_layers - target.num_layers
     depth = f"{dropped} of {source.num_layers} layers are dropped"
-    narrowed = source.replace(num_layers=target.num_layers, moe_layer_freq=1) != target.replace(moe_layer_freq=1)
+    narrowed = any(axis.length(source) != axis.length(target) for name, axis in AXES.items() if name != "layers")
     small = source.parameters() < SMALL
     if not dropped:
         return f"axes: only widths, of {size}: {'below 15B ' * small}a narrower model loses less than a shallower one"

@@ -19,10 +19,13 @@ from nemo_minitron.commands.versions import versions
 from nemo_minitron.errors import InputError, visible
 from nemo_minitron.families import resolve
 from nemo_minitron.launch.lock import LOCK
+from nemo_minitron.progress import Progress
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.settings.written import as_python, as_yaml
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
+
+FREE = ("layout", "gates")  # groups of a recipe that may change when a run is resumed
 
 
 @dataclasses.dataclass
@@ -47,10 +50,17 @@ class Run:
 
     def say(self, line: str) -> None:
         """Prints a line and appends it to `log.txt`."""
-        line = visible(line)
-        print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:  # on a full disk the line is printed only
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        print(visible(line), flush=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Appends a line to `log.txt`. On a full disk it does nothing."""
+        with contextlib.suppress(OSError), open(self.folder.log, "a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(line)}\n")
+
+    def progress(self, what: str, unit: str, scale: float) -> Progress:
+        """The Progress of a part of a stage. Its lines are indented, and `log.txt` has them."""
+        return Progress(what, unit, scale, lambda line: self.say(f"    {line}"), lambda line: self.note(f"    {line}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +68,8 @@ class Stage:
     """A stage of a job. `inputs(run)`: plain values that, with the stages that it comes `after`, decide the result.
 
     `outputs`: files of the run folder that must exist for the stage to count as finished. `also(run)`: other files or
-    whole folders that it leaves. A finished stage is redone if any of them is missing or damaged.
+    whole folders that it leaves. A finished stage is redone if any of them is missing or damaged. `guards`: later
+    stages that wait for it, although its result decides nothing in them.
     """
 
     name: str
@@ -67,6 +78,7 @@ class Stage:
     after: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     also: Callable[[Run], Iterable[str]] = lambda run: ()
+    guards: tuple[str, ...] = ()
 
     def left(self, run: Run) -> list[str]:
         """Every file or folder that the stage leaves in the run folder."""
@@ -85,7 +97,7 @@ def check_folder(folder: Path) -> None:
 
 def check_recipe(job: Job, folder: Path) -> None:
     """Raises InputError for a folder in which another recipe has finished stages: redoing them would remove their
-    files. The layout may differ, since a run may resume in another one."""
+    files. The layout may differ, since a run may resume in another one, and the gates, which decide no other stage."""
     if not used(folder):
         return
     differing = _differing(job.as_dict(), _recipe_of(folder))
@@ -115,7 +127,7 @@ def _recipe_of(folder: Path) -> JsonObject:
 def _differing(wanted: object, there: object, name: str = "") -> list[str]:
     """The settings that differ, a sentence each."""
     if isinstance(wanted, dict) and isinstance(there, dict):
-        names = [key for key in wanted | there if f"{name}{key}" != "layout"]
+        names = [key for key in wanted | there if f"{name}{key}" not in FREE]
         groups = [_differing(wanted.get(key), there.get(key), f"{name}{key}.") for key in names]
         return [line for lines in groups for line in lines]
     if isinstance(wanted, list) and isinstance(there, list) and len(wanted) == len(there):
@@ -180,12 +192,14 @@ def _done(run: Run, stage: Stage, digest: str, title: str) -> bool:
 
 
 def _needed(stages: Sequence[Stage], until: str) -> list[Stage]:
-    """The stage `until` and the stages that it depends on, in order; all stages if `until` is empty."""
+    """The stage `until`, the stages that it depends on and those that guard them, in order; all stages if `until` is
+    empty."""
     if not until:
         return list(stages)
     names = {until}
     for stage in reversed(stages):
-        if stage.name in names:
+        if stage.name in names or not names.isdisjoint(stage.guards):
+            names.add(stage.name)
             names.update(stage.after)
     return [stage for stage in stages if stage.name in names]
 

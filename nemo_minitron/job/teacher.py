@@ -37,7 +37,7 @@ def teacher_config(job: Job, *, offline: bool = False) -> JsonObject:
 
 
 def teacher_folder(run: Run) -> Path:
-    """A run's teacher as a Hugging Face folder. A NeMo checkpoint was converted to one by the first stage."""
+    """A run's teacher as a Hugging Face folder. A checkpoint was converted to one by the first stage."""
     path = resolve(run.job.teacher)
     return run.folder.teacher if is_checkpoint(path) else path
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import queue
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from nemo_minitron.launch.visitors import listening, visitors
 
 MEETING = 600  # seconds that node 0 waits for the next node, which may still be pulling its container
 LAST_WORDS = 5  # seconds that node 0 waits for the other nodes' results of a stage that has failed here
+STOPPED = 128 + signal.SIGTERM  # the exit code of processes that somebody told to stop
 AGAIN = "run the same command on all nodes again and the job resumes from what was saved"
 
 
@@ -61,6 +63,8 @@ class StageResult:
             log = f"; all of it is in {self.log}" if self.log else ""
             # A worker reports the class of its error before the sentence.
             kind = DivergedError if f"{DivergedError.__name__}: " in self.cause else RuntimeError
+            if self.code == STOPPED and not self.cause.startswith("rank "):
+                raise kind(f"{stage} was told to stop{where} (SIGTERM); run the same command again{log}")
             raise kind(f"{stage} ended with exit code {self.code}{where}: {self.cause}{log}")
 
 
@@ -83,7 +87,7 @@ class Leader:
         processes = order.each
         count = self.nodes.sharing(processes)
         order = dataclasses.replace(
-            order, each=processes // count, nodes=count, host=self.nodes.host, port=_free_port()
+            order, each=processes // count, nodes=count, host=self.nodes.host, port=free_port()
         )  # fmt: skip
         connections = dict(enumerate(self.connections[: count - 1], 1))
         for rank, connection in connections.items():
@@ -123,7 +127,7 @@ def _watch(connections: list[Connection], stop: Callable[[], None]) -> None:
         connection.watch(stop)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that is free now. Each stage gets a new one, because the last stage's port may not be free yet."""
     with socket.socket() as probe:
         probe.bind(("", 0))

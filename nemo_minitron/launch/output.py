@@ -7,17 +7,16 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_minitron.errors import visible
-from nemo_minitron.settings.progress import PROGRESS
+from nemo_minitron.progress import Bar, Work
+from nemo_minitron.settings.progress import MARK, PROGRESS
 
 TAIL = 200  # last lines of the output in which the cause of a failure is looked for
-MARK = "  ~minitron "  # begins a worker's line for its launcher; JSON follows
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
 _REMARK = re.compile(r"\s|.*Warning:|\[W")  # the indented line of code below a warning, a warning, torch's warning
 
@@ -42,6 +41,7 @@ class Output:
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self.failures: dict[int, str] = {}  # rank -> its error, in the order in which they came
         self.ranks: dict[int, Rank] = {}
+        self.bar = Bar()
 
     def read(self, stream: Iterable[str]) -> None:
         """Reads the lines of a stream until the processes close it. It runs in a thread."""
@@ -53,9 +53,13 @@ class Output:
                 continue
             self._write(line)
             if line.startswith(PROGRESS):
-                with contextlib.suppress(OSError, ValueError):  # the screen may be closed
-                    print(visible(line[2:].rstrip("\n")), flush=True)
+                self._print(line)
             self.tail.append(line)
+
+    def _print(self, line: str) -> None:
+        """Prints a line of progress."""
+        with contextlib.suppress(OSError, ValueError):  # the screen may be closed
+            print(visible(line[2:].rstrip("\n")), flush=True)
 
     def _write(self, line: str) -> None:
         if self.log is None:
@@ -67,20 +71,35 @@ class Output:
             self.lost = self.lost or f"its log '{self.log}' could not be written: {error.strerror}"
 
     def _take(self, message: str) -> bool:
-        """Notes what a worker's line says: its progress, or the error that ended it. False if it is not such a line."""
+        """Notes what a worker's line says: how far its work is, that it makes progress, or the error that ended it.
+        False if it is not such a line."""
         try:
             report = json.loads(message)
             rank = int(report["rank"])
+            work = Work(**report["work"]) if "work" in report else None
+            text = f"{PROGRESS}{work.line()[2:]}\n" if work else ""
         except (ValueError, KeyError, TypeError):  # another process may have printed in the middle of the line
             return False
         if "error" in report:
             self.failures[rank] = str(report["error"])
+            return True
+        if work is not None:
+            self._show(work, text if report.get("line") else "")
             return True
         known = self.ranks.setdefault(rank, Rank())
         if report["mark"] != known.mark:
             known.since = time.monotonic()
         known.pid, known.mark, known.layers = report["pid"], report["mark"], report["layers"]
         return True
+
+    def _show(self, work: Work, line: str) -> None:
+        """Shows how far the stage's work is. `line`: what the log has of it, and a screen without a bar; or nothing."""
+        if line:
+            self._write(line)
+        with contextlib.suppress(OSError, ValueError):  # the screen may be closed
+            drawn = self.bar.show(work)
+            if line and (not drawn or work.done == work.total):  # the last line stays when the bar is gone
+                self._print(line)
 
     def cause(self) -> str:
         """Why the processes ended, as far as they say. The first rank's error counts: it made the others fail."""
@@ -89,9 +108,3 @@ class Output:
         errors = [line for line in self.tail if _ERROR.match(line)]
         words = [line for line in self.tail if line.strip() and not _REMARK.match(line)]
         return (errors[:1] or words[-1:] or ["it printed nothing"])[0].strip()
-
-
-def tell(**message: object) -> None:
-    """Prints a worker's line for its launcher, in one write, because other ranks print at the same time."""
-    with contextlib.suppress(OSError):
-        os.write(1, f"{MARK}{json.dumps(message)}\n".encode())

@@ -24,15 +24,15 @@ from nemo_minitron.artifacts.files import naming
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.artifacts.typed import plain
 from nemo_minitron.launch.death import killed, oom_kills
-from nemo_minitron.launch.machines import StageOrder, StageResult, leading
+from nemo_minitron.launch.machines import StageOrder, StageResult, free_port, leading
 from nemo_minitron.launch.output import Output
 from nemo_minitron.launch.stall import ask_for_stacks, kill, stall_timeout, stalled, unheard, words_of
+from nemo_minitron.settings.progress import LIFELINE
 
 if TYPE_CHECKING:
     from nemo_minitron.settings.orders import Order
 
 ERRORS = "MINITRON_ERRORS"  # names a folder, to which a rank writes the sentence of the refusal that ended it
-LIFELINE = "MINITRON_LIFELINE"  # if it is set, standard input is the lifeline
 PATIENCE = 10  # seconds until processes that were told to end are killed
 SAVING = ("distill", "finetune")  # stages whose processes save a checkpoint when they are told to stop
 # Slurm sends SIGTERM to every process of a step. torchrun would then end its workers before they have saved.
@@ -116,6 +116,8 @@ def _environment(order: StageOrder) -> dict[str, str]:
     defaults = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
     values = defaults | {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if _alone(order) else {}
+    if alone:  # Bridge's default port is one for all jobs of a machine
+        alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     slurm = {"SLURM_JOB_NAME": "interactive"} if "SLURM_NTASKS" in values else {}
     return values | alone | slurm | {LIFELINE: "1"}
 
@@ -143,6 +145,7 @@ def _follow(
             return (1 if stall else process.returncode), stall
     finally:
         _end(process)
+        output.bar.close()
 
 
 def _wait(process: subprocess.Popen[str], output: Output) -> str:

@@ -6,7 +6,7 @@ Shapes (docs/shapes.md): D input channels of a matrix.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.axes import AXES
 from nemo_minitron.importance.gram import gram, whole
 from nemo_minitron.megatron.load import Builder, load
+from nemo_minitron.megatron.progress import Report, counted
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.settings.layout import Layout
@@ -47,8 +48,11 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
             cut.begin()
     torch.distributed.barrier()
     batches, origins = rank_batches(order), sorted({origin for cut in cuts for origin in cut.wanted})
-    for layers in passes(source.architecture, origins, order.memory, order.layout):
-        grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
+    groups = list(passes(source.architecture, origins, order.memory, order.layout))
+    report = Report("compensation: row", scale=calibration.sequence_length)
+    for group, layers in enumerate(groups):
+        with counted(chunks[0], _reporting(order, report, group, len(groups))):
+            grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
         for origin in origins:
             gram_DD = whole(grams, origin)
             if gram_DD is not None:  # one rank of those that hold the tensor has its Gram matrix and re-fits it
@@ -59,6 +63,14 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
         rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
         for cut in cuts:
             cut.finish({"method": "least squares", "ridge": order.ridge, **rows})
+
+
+def _reporting(order: CompensateOrder, report: Report, group: int, groups: int) -> Callable[[int], None]:
+    """A function of the forward passes in which one of the groups of layers is gathered. Rank 0 reports their rows."""
+    if torch.distributed.get_rank():
+        return lambda passes: None
+    samples, per_pass = order.calibration.samples, order.calibration.batch_size * order.layout.dp
+    return lambda passes: report(samples * group + min(samples, passes * per_pass), samples * groups)
 
 
 class Cut:
@@ -116,4 +128,4 @@ def bytes_of_layer(a: Architecture, layout: Layout) -> int:
     """Bytes of the Gram matrices (fp64) of the largest layer on a rank of the layout, with all experts of that rank."""
     dense = AXES["ffn"].length(a) ** 2 // layout.tp
     experts = AXES["experts"].length(a) // layout.ep * (a.moe_ffn_hidden_size or 0) ** 2 // layout.expert_tp
-    return 8 * (max(dense, experts) + (a.num_attention_heads * a.head_dim) ** 2 // layout.tp)
+    return 8 * (max(dense, experts) + (a.num_attention_heads * a.value_dim) ** 2 // layout.tp)

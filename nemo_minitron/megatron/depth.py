@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import NOTHING, Block
 from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.errors import InputError
-from nemo_minitron.megatron.progress import say
+from nemo_minitron.megatron.progress import Report, say
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.sources.tensors import ModelSource
 
@@ -41,6 +41,7 @@ class DepthCriteria:
         self.source, self.calibration, self.batches, self.out = source, calibration, batches, out
         self.vocab_size = source.architecture.vocab_size
         self.scores = Scores.load(out) if out.exists() else Scores(source.architecture, {})
+        self._report: Report | None = None
 
     def run(self, chunks: list[MegatronModule]) -> None:
         """Computes what is missing, on this rank's chunks of the filled model. Collective over all ranks.
@@ -50,6 +51,7 @@ class DepthCriteria:
         """
         import torch
 
+        rank_zero = torch.distributed.get_rank() == 0
         gather = {
             "loss": self._loss, "perplexity": self._perplexity, "accuracy": self._accuracy, "removal": self._removal
         }  # fmt: skip
@@ -57,15 +59,26 @@ class DepthCriteria:
             if name in self.scores.depth:
                 continue
             start = time.perf_counter()
+            self._report = Report(f"depth: {name}", scale=self.calibration.sequence_length) if rank_zero else None
+            if self._report is not None:
+                self._report(0)  # only a scan of rows knows its end
             self.scores.depth[name] = gather[name](chunks)
-            if torch.distributed.get_rank() == 0:
+            if rank_zero:
                 self.scores.save(self.out)
                 say(f"depth: {name} in {time.perf_counter() - start:.1f} s")
 
     def _loss(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         from nemo_minitron.importance.depth import depth_scan
 
-        return depth_scan(chunks, self.batches(), self.calibration.depth_sizes, vocab_size=self.vocab_size)
+        return depth_scan(chunks, self._reported(), self.calibration.depth_sizes, vocab_size=self.vocab_size)
+
+    def _reported(self) -> Iterator[Batch]:
+        """The batches. On rank 0 each one is reported when the next one is asked for."""
+        batches, samples = self.batches(), self.calibration.depth_samples
+        for number, batch in enumerate(batches):
+            if self._report is not None:
+                self._report(number * samples // len(batches), samples)
+            yield batch
 
     def _perplexity(self, chunks: list[MegatronModule]) -> dict[Block, float]:
         losses = self.scores.depth.get("loss") or self._loss(chunks)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from nemo_minitron import hybrid
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.backend.optimizer import save_whole
 from nemo_minitron.distillation.intermediate import Intermediate
@@ -61,6 +62,7 @@ class Distiller:
     weight: float | None = None  # the weight of their loss; None is the paper's dynamic one
     plan: PrunePlan | None = None  # the plan that made the student
     seed: int = 1234  # of the linear between states of unlike widths
+    common: int | None = None  # the tokens that both vocabularies begin with; None: they are one
 
     def __post_init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -83,9 +85,11 @@ class Distiller:
         """Loads the teacher or opens the cache. `student`: this rank's chunks, filled. Collective.
 
         Raises InputError if teacher and student differ in their vocabulary, if the teacher cannot run in the student's
-        layout, or if the teacher or the cache cannot be read.
+        layout, if one of them is a hybrid, or if the teacher or the cache cannot be read.
         """
-        self.objective = dataclasses.replace(self.objective, vocab_size=architecture_of(student[0]).vocab_size)
+        architecture = architecture_of(student[0])
+        hybrid.check_stage(architecture.hybrid_pattern, "distill")
+        self.objective = dataclasses.replace(self.objective, vocab_size=architecture.vocab_size)
         if self.cache:
             self._learn_from_cache()
         elif self.objective.logits_weight or self.pairs:
@@ -119,9 +123,19 @@ class Distiller:
     def _load(self, sp: bool) -> Teacher:
         """The teacher in the student's layout. `sp`: whether the student runs sequence parallelism."""
         source = open_source(self.source)
+        hybrid.check_stage(source.architecture.hybrid_pattern, "distill")
         ours, theirs = self.objective.vocab_size, source.architecture.vocab_size
-        if ours != theirs:
-            raise InputError(f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree")
+        if self.common is None and ours != theirs:
+            raise InputError(
+                f"the student has {ours} tokens in its vocabulary, the teacher {theirs}; they must agree, or "
+                "common_vocabulary must say how many both begin with"
+            )
+        if self.common is not None and self.common > min(ours, theirs):
+            raise InputError(
+                f"common_vocabulary is {self.common}; the student has {ours} tokens in its vocabulary and the teacher "
+                f"{theirs}: legal are 1 to {min(ours, theirs)}"
+            )
+        self.objective = dataclasses.replace(self.objective, common=self.common)
         # The teacher has another number of layers, which the pipeline's stages must divide in their own way.
         layout = current_layout(sp=sp).for_depth(source.architecture.num_layers)
         chunks = load(source, build=self.build, precision=self.precision, layout=layout)

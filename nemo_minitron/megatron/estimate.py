@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from nemo_minitron.importance.forward import estimate as scores_of
 from nemo_minitron.megatron.depth import DepthCriteria
 from nemo_minitron.megatron.live import live_digest
 from nemo_minitron.megatron.load import Builder, load
-from nemo_minitron.megatron.progress import Rows
+from nemo_minitron.megatron.progress import counted, rows
 from nemo_minitron.settings.calibration import SCANNED, STATISTICS, TAYLOR
 from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.open import open_source
@@ -84,19 +84,26 @@ class Estimation:
         Collective."""
         settings, scores = self.calibration, self.before
         first = torch.distributed.get_rank() == 0
-        rows = Rows(settings.samples, settings.sequence_length, self.done) if first else None
         batches, architecture = self.batches(self.done, settings.samples), self.source.architecture
         size = self.save_every * self.micro_batches
-        for start in range(0, len(batches), size):
-            new = scores_of(
-                chunks, batches[start : start + size], criterion=settings.criteria, norms=settings.norms,
-                axes=settings.statistics, method=settings.method, architecture=architecture,
-            )  # fmt: skip
-            new.model_digest = scores.model_digest if scores else live_digest(chunks, new.architecture)
-            scores = scores.merge(new) if scores else new
-            if rows is not None:
-                scores.save(self.statistics)
-                rows.to(scores.samples)
+        with counted(chunks[0], self._reporting()):
+            for start in range(0, len(batches), size):
+                new = scores_of(
+                    chunks, batches[start : start + size], criterion=settings.criteria, norms=settings.norms,
+                    axes=settings.statistics, method=settings.method, architecture=architecture,
+                )  # fmt: skip
+                new.model_digest = scores.model_digest if scores else live_digest(chunks, new.architecture)
+                scores = scores.merge(new) if scores else new
+                if first:
+                    scores.save(self.statistics)
+
+    def _reporting(self) -> Callable[[int], None]:
+        """A function of the forward passes of this rank's first chunk. On rank 0 it reports the rows that are done."""
+        if torch.distributed.get_rank():
+            return lambda passes: None
+        samples, per_pass = self.calibration.samples, self.calibration.batch_size * self.layout.dp
+        report = rows("calibration", samples, self.calibration.sequence_length, self.done)
+        return lambda passes: report(min(samples, self.done + passes * per_pass), samples)
 
     def depth_batches(self) -> list[Batch]:
         """This data-parallel rank's micro-batches for the criteria of depth, as `batches`."""

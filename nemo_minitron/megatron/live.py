@@ -20,7 +20,7 @@ from nemo_minitron.artifacts.plan import PrunePlan
 from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.selection import student_index
+from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.bits import DTYPES, as_raw, as_tensor
 from nemo_minitron.sources.finite import check_finite
 from nemo_minitron.sources.mapping import Piece, Shard, is_expert, pieces
@@ -28,6 +28,18 @@ from nemo_minitron.sources.tensors import RAW, TensorSource, source_digest, whol
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
+
+
+BIAS = "router.expert_bias"  # Megatron's name of it, and its canonical one; it is fp32 in every model
+
+
+def keep_biases_wide(chunks: Iterable[MegatronModule]) -> None:
+    """Makes the routers' correction biases fp32 again, which a model's change of dtype has rounded. Megatron does so in
+    the first forward pass, which is too late for one that is filled before it or wrapped after it."""
+    for chunk in chunks:
+        for module in unwrap(chunk).modules():
+            if getattr(module, "expert_bias", None) is not None:
+                module.expert_bias = module.expert_bias.float()
 
 
 def this_shard() -> Shard:
@@ -43,11 +55,12 @@ def this_shard() -> Shard:
 
 
 def named_parameters(chunks: Iterable[MegatronModule]) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) of this rank. Megatron numbers the layers of each chunk from 0; here a layer's number is its
-    number in the whole model, from 0."""
+    """(name, parameter) of this rank; the routers' correction biases, which are buffers, are among them. Megatron
+    numbers the layers of each chunk from 0; here a layer's number is its number in the whole model, from 0."""
     for chunk in map(unwrap, chunks):
         first = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for name, parameter in chunk.named_parameters():
+        buffers = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BIAS)]
+        for name, parameter in [*chunk.named_parameters(), *buffers]:
             for local, number in first.items():
                 if name.startswith(local):
                     name = f"decoder.layers.{number}.{name.removeprefix(local)}"
@@ -81,21 +94,22 @@ def fill(chunks: Iterable[MegatronModule], source: TensorSource, plan: PrunePlan
     for a weight that is not finite.
     """
     chunks = list(chunks)
-    architecture = plan.target if plan else source.architecture
+    source = Student(source, plan) if plan else source
+    architecture = source.architecture
     places = _places(chunks, architecture)
     _check_total(places, architecture)
     for _, parameter in named_parameters(chunks):
         parameter.data.zero_()
     for name, shape in architecture.shapes().items():
-        origin, index = student_index(plan, name) if plan else (name, whole(shape))
+        index = whole(shape)
         if getattr(source, "collective", False):
-            block_X = source.read(origin, index)  # every rank must take part, also one that needs nothing of it
+            block_X = source.read(name, index)  # every rank must take part, also one that needs nothing of it
             for target, piece in places.get(name, ()):
-                _copy(block_X[_slices(piece.box)], source.dtype(origin), origin, target, piece)
+                _copy(block_X[_slices(piece.box)], source.dtype(name), name, target, piece)
             continue
         for target, piece in places.get(name, ()):
             part = tuple(i[first:last] for i, (first, last) in zip(index, piece.box, strict=True))
-            _copy(source.read(origin, part), source.dtype(origin), origin, target, piece)
+            _copy(source.read(name, part), source.dtype(name), name, target, piece)
 
 
 def _copy(raw_X: np.ndarray, dtype: str, name: str, target_X: Tensor, piece: Piece) -> None:
@@ -133,7 +147,7 @@ class LiveSource:
         self._shards = _contributed(chunks, architecture)
 
     def dtype(self, name: str) -> str:
-        return DTYPES[self._dtype]
+        return DTYPES[torch.float32 if name.endswith(BIAS) else self._dtype]
 
     @torch.no_grad()
     def read(self, name: str, index: Index) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The prune stage for a checkpoint. It runs in one process and writes the student as a checkpoint of the same kind."""
+"""The prune stage for a checkpoint. It runs in one process and writes the student as a checkpoint of the
+host that it runs on."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class Writer(Builder, Protocol):
     """What the stage asks of a host. `hosts/protocol.py` describes each method in full."""
 
     def save(self, chunks: list[MegatronModule], folder: Path, teacher: Path, plan: PrunePlan) -> None:
-        """Writes a live student to an empty folder, as a checkpoint of its teacher's kind. Collective."""
+        """Writes a live student to an empty folder, as a checkpoint of this host. Collective."""
         ...
 
 

@@ -34,7 +34,7 @@ class RandomStart:
     def read(self, name: str, index: Index) -> np.ndarray:
         """The raw bits (uint32) of the block that `index` selects. Every call draws the whole tensor again."""
         shape = self._shapes[name]
-        if name.endswith(".bias"):
+        if name.endswith((".bias", ".expert_bias")):
             values_X = np.zeros(shape, np.float32)
         elif "norm" in name:
             values_X = np.ones(shape, np.float32)

@@ -1,4 +1,5 @@
-"""PrunePlan + any tensor source -> any tensor sink. A cut moves bytes and never computes. No torch.
+"""PrunePlan + any tensor source -> any tensor sink. A cut moves bytes and never computes (but for two
+tensors of a Gemma: `rescale.py`). No torch.
 
 Each is loaded when it is asked for, since a command that shows its help needs none of them.
 """

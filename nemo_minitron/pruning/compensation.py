@@ -20,11 +20,12 @@ from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.defaults import RIDGE, SIGNS
+from nemo_minitron.pruning.rescale import factor, times
 from nemo_minitron.pruning.selection import shapes_of, student_index
 from nemo_minitron.sources.tensors import TensorSource
 
 MATRICES = ("down.weight", "experts.{e}.down.weight", "o.weight")  # they lose inputs to a cut of neurons or heads
-NORMS = ("input_norm.weight", "pre_mlp_norm.weight", "final_norm.weight")
+NORMS = tuple(f"{norm}_norm.weight" for norm in ("input", "post_attention", "pre_mlp", "post_mlp", "final"))
 Tensors = dict[str, np.ndarray]
 
 
@@ -74,6 +75,11 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
 
 
 # -- after a cut of hidden channels: the norms' denominator ----------------------------------------------
+def can_fold(source: Architecture, target: Architecture) -> bool:
+    """Whether a cut leaves norms to fold: of hidden channels, in a model with RMSNorm."""
+    return source.normalization == "rmsnorm" and source.hidden_size != target.hidden_size
+
+
 def check_fold(source: Architecture, target: Architecture) -> None:
     """Raises InputError if `fold_norms` would refuse the plan."""
     if source.normalization != "rmsnorm":
@@ -87,13 +93,15 @@ def fold_norms(source: TensorSource, plan: PrunePlan) -> Tensors:
 
     If the channels that are cut were 0, the root mean square over the kept ones is sqrt(all / kept) times as large
     (apart from the epsilon under the root). An RMSNorm divides by it, so its weights are multiplied by sqrt(all /
-    kept). It is off by default, as in the papers. In bf16 the product is rounded once. Raises InputError for LayerNorm,
-    whose mean would change, too, and if the plan cuts no hidden channels.
+    kept). Jobs do it by default; the papers do not. In bf16 the product is rounded once. A norm behind attention or MLP
+    loses the channels of its input, too.
+
+    Raises InputError for LayerNorm, whose mean would change, too, and if the plan cuts no hidden channels.
     """
     check_fold(plan.source, plan.target)
-    factor = math.sqrt(plan.source.hidden_size / plan.target.hidden_size)
+    by = math.sqrt(plan.source.hidden_size / plan.target.hidden_size)
     names = [name for name in shapes_of(plan.target) if split_name(name)[1] in NORMS]
-    return {name: (factor * _slice(source, plan, name)).astype(np.float32) for name in names}
+    return {n: times(_slice(source, plan, n), by * factor(plan, n), plan, n).astype(np.float32) for n in names}
 
 
 # -- after a cut of heads: what went, added to what stays ------------------------------------------------
@@ -101,6 +109,10 @@ def check_residual(source: Architecture, target: Architecture, sign: str) -> Non
     """Raises InputError if `head_residual` would refuse the plan, whatever the scores are."""
     if sign not in SIGNS:
         raise InputError(f"head residual '{sign}' is unknown; legal are {' and '.join(SIGNS)}")
+    if source.attention_sinks:
+        raise InputError("a head residual is not defined for heads with attention sinks; leave it off")
+    if source.kv_lora_rank:
+        raise InputError("a head residual is not defined for multi-latent attention; leave it off")
     of = "num_query_groups" if source.heads_per_group == 1 else "heads_per_group"
     before, after = getattr(source, of), getattr(target, of)
     if before == after or 2 * after < before:

@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, to_hf, written_config
 from nemo_minitron.families.side_files import SETTINGS, TERMS, TOKENIZER, copy_side_files
-from nemo_minitron.progress import of_bytes
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.vocabulary import Vocabulary, write_tokenizer
 from nemo_minitron.pruning.write import SHARD, write_weights
 from nemo_minitron.sources.folder import HFSource
@@ -52,10 +52,10 @@ def prune(
     if isinstance(compensation, (str, Path)):
         compensation = Compensation.load(compensation)
     try:
-        with atomic_folder(student.resolve()) as folder:
+        with atomic_folder(student.resolve()) as folder, Progress("cut: MB", "MB") as progress:
             write_weights(
                 source, plan, folder, config, compensation=compensation, shard_size=shard_size, threads=2,
-                progress=of_bytes("cut: MB"),
+                progress=progress,
             )  # fmt: skip
             copy_side_files(source_folder, folder, TOKENIZER, SETTINGS, TERMS)
             write_json(folder / "config.json", written_config(config))
@@ -81,10 +81,10 @@ def check_plan(plan: PrunePlan, source: ModelSource) -> None:
         if planned != actual:
             raise InputError(
                 f"the plan was made for another model: its {field.name} is {planned}, "
-                f"that of '{source.folder}' is {actual}"
+                f"that of '{source.path}' is {actual}"
             )
     if plan.model_digest is not None and plan.model_digest != source_digest(source):
-        raise InputError(f"the plan was made for another model: '{source.folder}' has the same sizes and other weights")
+        raise InputError(f"the plan was made for another model: '{source.path}' has the same sizes and other weights")
 
 
 def _check_place(teacher: Path, student: Path, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.digest import Index
-from nemo_minitron.axes import owners, split_expert, split_name
+from nemo_minitron.axes import Row, owners, split_expert, split_name
 from nemo_minitron.errors import InputError, nearest
 
 
@@ -24,10 +24,15 @@ def student_index(plan: PrunePlan, name: str) -> tuple[str, Index]:
     """
     source_name, origin, expert = _origin(plan, name)
     index = [np.arange(size, dtype=np.int64) for size in shapes_of(plan.source)[source_name]]
+    owned: set[int] = set()
     for axis, row in owners(name):
         kept = plan.indices(axis.name, origin, expert)
         if kept is not None:
-            index[row.dim] = _expand(kept, plan.source.head_dim if row.unit == "head_dim" else 1)
+            positions = expand(kept, row, axis.length(plan.source), plan.source)
+            if row.dim in owned:  # by two axes: what both keep
+                positions = np.intersect1d(index[row.dim], positions, assume_unique=True)
+            index[row.dim] = positions
+            owned.add(row.dim)
     kept_shape = tuple(map(len, index))
     shape = shapes_of(plan.target)[name]
     if kept_shape != shape:
@@ -56,9 +61,11 @@ def _origin(plan: PrunePlan, name: str) -> tuple[str, int | None, int | None]:
     return f"layers.{origin}.{pattern.format(e=expert)}", origin, expert
 
 
-def _expand(units: list[int], size: int) -> np.ndarray:
-    """Kept units -> their positions, `size` consecutive ones each."""
-    return (np.asarray(units, np.int64)[:, None] * size + np.arange(size, dtype=np.int64)).reshape(-1)
+def expand(units: list[int], row: Row, length: int, source: Architecture) -> np.ndarray:
+    """Kept units of an axis of `length` -> their positions: consecutive ones of each, and those in each repetition."""
+    unit, each = row.sizes(source)
+    positions = (np.asarray(units, np.int64)[:, None] * unit + np.arange(unit, dtype=np.int64)).reshape(-1)
+    return (np.arange(each, dtype=np.int64)[:, None] * (length * unit) + positions).reshape(-1)
 
 
 @functools.lru_cache(maxsize=8)

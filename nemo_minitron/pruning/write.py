@@ -16,22 +16,26 @@ from nemo_minitron.artifacts.files import need_space, reserve, write_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
+from nemo_minitron.pruning.selection import shapes_of
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.headers import SIZES
+from nemo_minitron.sources.stacks import joined
 from nemo_minitron.sources.streams import Sink
-from nemo_minitron.sources.tensors import TensorSource
+from nemo_minitron.sources.tensors import TensorSource, whole
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, Hugging Face's default
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One stored tensor of the student. `parts`: canonical names of what it joins along dimension 0."""
+    """One stored tensor of the student. `parts`: canonical names of what it joins along dimension 0, or, if `turns` is
+    not 0, of what it stacks: all experts' tensors, of which so many take turns."""
 
     name: str
     parts: tuple[str, ...]
     dtype: str
     shape: tuple[int, ...]
+    turns: int = 0
 
     @property
     def size(self) -> int:
@@ -80,14 +84,14 @@ def write_weights(
 
 
 def _tensors(student: Student, config: HfConfig) -> list[_Tensor]:
-    shapes = student.architecture.shapes()
+    shapes, family = student.architecture.shapes(), family_of(config)
     tensors = []
-    for name, parts in family_of(config).hf_tensors(student.architecture).items():
+    for name, parts in family.hf_tensors(student.architecture).items():
         dtypes = {student.dtype(part) for part in parts}
         if len(dtypes) > 1:
             raise InputError(f"'{name}' fuses tensors that are stored as {' and '.join(sorted(dtypes))}")
-        shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
-        tensors.append(_Tensor(name, parts, dtypes.pop(), shape))
+        shape = family.stored_shape(name, [shapes[part] for part in parts])
+        tensors.append(_Tensor(name, parts, dtypes.pop(), shape, family.turns(name)))
     return tensors
 
 
@@ -127,7 +131,12 @@ def _open_shard(file: Path, members: list[_Tensor], student: Student) -> dict[_T
 
 def _fill(file: Path, turn: threading.Lock, position: int, tensor: _Tensor, student: Student) -> None:
     with open(file, "r+b", buffering=0) as stream:
-        for part in tensor.parts:
+        for at in range(0, len(tensor.parts), tensor.turns) if tensor.turns else ():
+            names, shapes = tensor.parts[at : at + tensor.turns], shapes_of(student.architecture)
+            sink = Sink(stream.fileno(), position, turn, tensor.dtype, student.origin(names[0]))
+            sink.write(joined([student.read(name, whole(shapes[name])) for name in names]))
+            position = sink.position
+        for part in () if tensor.turns else tensor.parts:
             sink = Sink(stream.fileno(), position, turn, tensor.dtype, student.origin(part))
             student.put(part, sink)
             position = sink.position

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nemo_minitron import windows
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import axis
 
@@ -18,6 +19,8 @@ Columns = Mapping[str, np.ndarray]  # axis -> its size in each shape, int64 [sha
 class Formula:
     """`cost` of `source` with other sizes along `axes`, for arrays of sizes.
 
+    If layers vary and only some have a window, every layer is counted without one, as in `Architecture.replace`.
+
     Parameters, bytes to serve and FLOPs are sums of products in which no size occurs twice. Such a sum is determined
     by its values at two sizes of each axis, so `cost` is evaluated there and no formula is written twice. If query
     groups vary, heads must be among the axes.
@@ -26,6 +29,8 @@ class Formula:
     """
 
     def __init__(self, cost: Cost, source: Architecture, axes: Sequence[str]) -> None:
+        if "layers" in axes and source.window_attn_skip_freq:
+            source = source.replace(**dict.fromkeys(windows.FIELDS))
         pairs = {name: _two_sizes(name, source, axes) for name in axes}
         values = np.empty((2,) * len(axes), dtype=object)  # Python's integers: nothing is rounded
         for corner in itertools.product((0, 1), repeat=len(axes)):
@@ -63,5 +68,7 @@ def _two_sizes(name: str, source: Architecture, axes: Sequence[str]) -> tuple[in
     if name == "heads":  # a multiple of the query groups; if those vary too, of two groups
         groups = 2 if "query_groups" in axes else source.num_query_groups
         return groups, 2 * groups
-    least = source.moe_router_topk if name == "experts" else 1
-    return least, least + 1
+    step = source.moe_router_num_groups or 1 if name == "experts" else 1
+    least = max(source.moe_router_topk, 2 if "experts_per_token" in axes else 1) if name == "experts" else 1
+    least = -(-least // step) * step
+    return least, least + step

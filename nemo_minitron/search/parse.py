@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.precisions import ALIGN
+from nemo_minitron.search.numbers import numbers
 from nemo_minitron.search.space import Divisors
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -57,9 +59,12 @@ def tolerance(text: str) -> float:
     return float(Fraction(match[1]) / (100 if match[2] else 1))
 
 
-def sizes(text: str, option: str = "--keep") -> dict[str, int]:
-    """`ffn=1024,layers=24` -> sizes by axis. Raises InputError."""
-    return {name: _whole(value, part, option, "ffn=1024,layers=24") for name, value, part in _pairs(text, ",", option)}
+def sizes(text: str, option: str = "--keep") -> dict[str, Any]:
+    """`ffn=1024,layers=24` -> sizes by axis; `layers=0+1+3-7` -> the layers that stay. Raises InputError."""
+    return {
+        name: _whole(value, part, option, "ffn=1024,layers=24") if (listed := numbers(value)) is None else listed
+        for name, value, part in _pairs(text, ",", option)
+    }
 
 
 def bounds(text: str) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ and cut in one shot).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
+from nemo_minitron.hybrid import COUNTS
 from nemo_minitron.search.depth import layers_to_drop
-from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
+from nemo_minitron.search.sizes import Keep, given_layers, student_architecture, with_layers
 
 Values = Callable[[str, int | None], np.ndarray]  # (axis, source layer) -> a score for each unit (of each expert)
 
@@ -32,18 +33,23 @@ def plan(
     depth: str = BLOCK_INFLUENCE,
     contiguous: bool = True,
 ) -> PrunePlan:
-    """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list).
+    """Keeps the most important units: `keep` maps an axis to the size that stays (for layers also a list; of a hybrid
+    also numbers of `mamba_layers`, `attention_layers` and `mlp_layers`, each ranked among its kind by block influence).
 
-    ffn and experts are ranked within their layer, the neurons of an expert within the expert, and heads within their
-    query group. Query groups are ranked within their layer, by their own score or else by the sum of their heads'
-    scores. hidden is ranked over the whole model. Layers are ranked by block influence, or by the criterion `depth` of
-    `scores.depth`: the best contiguous block or, with `contiguous=False`, the best single layers (see
+    ffn and experts are ranked within their layer, the neurons of an expert within the expert, heads within their
+    query group, Mamba heads within their group, and the channels of a Mamba head within their layer, for all heads
+    at once. Of a token's experts those that its router ranks first stay.
+    Query groups are ranked within their layer, by their own score or else by the sum of their heads'
+    scores. hidden is ranked over the whole model. Layers are ranked by block influence, or by the criterion `depth`
+    of `scores.depth`: the best contiguous block or, with `contiguous=False`, the best single layers (see
     `layers_to_drop`). Of units with equal scores the one with the lower index stays. `least=True` keeps the least
     important units instead, with the same rule for ties. An axis that keeps its size is absent from the plan.
 
     Raises InputError for an illegal size, and for an axis, or a size of block, that was not scored.
     """
     kept, notes = "least" if least else "most", {}
+    if depth != BLOCK_INFLUENCE and (counted := next((name for name in keep if name in COUNTS), None)):
+        raise InputError(f"{counted} is ranked by {BLOCK_INFLUENCE} alone, not by '{depth}'; leave the criterion out")
     gone = scores.architecture.num_layers - student_architecture(scores.architecture, keep).num_layers
     if depth != BLOCK_INFLUENCE and gone and given_layers(scores.architecture, keep) is None:
         dropped = layers_to_drop(scores, gone, depth, contiguous=contiguous, least=least)
@@ -76,6 +82,19 @@ def random_plan(architecture: Architecture, keep: Keep, *, seed: int = 0) -> Pru
     return selection
 
 
+def first_plan(architecture: Architecture, keep: Keep) -> PrunePlan:
+    """Keeps the first units of each axis, as a baseline; sizes as in `plan`. Raises InputError as `plan` does."""
+
+    def in_place(name: str, layer: int | None) -> np.ndarray:
+        units = axis(name).length(architecture)
+        values = -np.arange(units, dtype=np.float64)
+        return np.tile(values, (architecture.num_moe_experts or 0, 1)) if axis(name).per_expert else values
+
+    selection = _select(architecture, keep, in_place, least=False)
+    selection.notes = {"kept": "first"}
+    return selection
+
+
 def scores_of(scores: Scores, name: str, layer: int | None) -> np.ndarray:
     """The scores of an axis' units, [units] or [experts, units]; `layer`: the source layer, if the axis is per layer.
 
@@ -88,9 +107,17 @@ def scores_of(scores: Scores, name: str, layer: int | None) -> np.ndarray:
 
 
 def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> PrunePlan:
+    def best_of_kind(layers: Sequence[int], count: int) -> list[int]:
+        if count == len(layers):
+            return list(layers)
+        return [layers[place] for place in _best(values("layers", None)[list(layers)], count, least)]
+
+    keep = with_layers(source, keep, best_of_kind)
     target = student_architecture(source, keep)
     sizes = {name: a.length(target) for name, a in AXES.items() if a.length(source) != a.length(target)}
     layers = _layers(source, target, keep, values, least)
+    if len(layers) != source.num_layers:  # now it is known which ones stay
+        target = student_architecture(source, {**keep, "layers": layers})
     chosen: JsonObject = {}
     for name, size in sizes.items():  # experts before the neurons of each
         if name in ("layers", "heads"):
@@ -101,6 +128,14 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
             chosen[name] = {
                 n: {e: _best(values(name, n)[e], size, least) for e in experts[n]} for n in layers_with_axis
             }
+        elif name == "mamba_heads":
+            groups = source.mamba_num_groups or 1
+            chosen[name] = {n: _in_groups(values(name, n), groups, size // groups, least) for n in layers_with_axis}
+        elif name == "experts":
+            groups = source.moe_router_num_groups or 1
+            chosen[name] = {n: _in_groups(values(name, n), groups, size // groups, least) for n in layers_with_axis}
+        elif not axis(name).ranked:
+            chosen |= {name: list(range(size))} if size else {}
         elif axis(name).per_layer:
             chosen[name] = {layer: _best(values(name, layer), size, least) for layer in layers_with_axis}
         else:
@@ -109,7 +144,8 @@ def _select(source: Architecture, keep: Keep, values: Values, least: bool) -> Pr
         chosen["layers"] = layers
     if "heads" in sizes or "query_groups" in sizes:
         groups, all_groups = chosen.get("query_groups", {}), list(range(source.num_query_groups))
-        chosen["heads"] = {n: _heads(source, target, groups.get(n, all_groups), n, values, least) for n in layers}
+        with_heads = [layer for layer in source.attention_layers if layer in layers]
+        chosen["heads"] = {n: _heads(source, target, groups.get(n, all_groups), n, values, least) for n in with_heads}
     ordered = {name: chosen[name] for name in AXES if name in chosen}
     return PrunePlan(source=source, target=target, keep=ordered)
 
@@ -131,6 +167,12 @@ def _heads(
         return [group * size + head for group in groups for head in range(size)]
     ranked = values("heads", layer).reshape(-1, size)
     return [group * size + head for group in groups for head in _best(ranked[group], kept, least)]
+
+
+def _in_groups(values: np.ndarray, groups: int, count: int, least: bool) -> list[int]:
+    """The best `count` units of each group of consecutive ones."""
+    ranked = values.reshape(groups, -1)
+    return [g * ranked.shape[1] + unit for g in range(groups) for unit in _best(ranked[g], count, least)]
 
 
 def _best(values: np.ndarray, count: int, least: bool) -> list[int]:

@@ -53,7 +53,7 @@ def make_proxy(scores: Scores, axes: tuple[str, ...], depth: str = BLOCK_INFLUEN
 
     Raises InputError for an axis that was not scored.
     """
-    shares = {name: _shares(scores, name) for name in axes if name != "layers"}
+    shares = {name: _shares(scores, name) for name in axes if name != "layers" and axis(name).ranked}
     if "layers" in axes:
         shares["layers"] = _layers(scores, depth, contiguous)
     return Proxy(shares, scores.architecture.num_query_groups)

@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
-from nemo_minitron.search.sizes import Keep, given_layers, student_architecture
+from nemo_minitron.search.sizes import Keep, given_layers, layers_by_kind, student_architecture
 
 UNIT = 64  # multiple for tensor cores; the usual parallel sizes divide it
-COUNTED = ("layers", "heads", "query_groups")  # small numbers; each one is legal
+# small numbers; each one is legal
+COUNTED = ("layers", *hybrid.COUNTS, "heads", "query_groups", "experts_per_token")
 
 
 def round_sizes(source: Architecture, keep: Keep, rounds: int) -> list[dict[str, Any]]:
@@ -40,6 +42,8 @@ def _ends(name: str, source: Architecture, target: Architecture) -> tuple[int, i
     """The sizes of an axis before and after; heads are counted per group."""
     if name == "heads":
         return source.heads_per_group, target.heads_per_group
+    if name in hybrid.COUNTS:
+        return tuple(len(layers_by_kind(model)[name]) for model in (source, target))  # type: ignore[return-value]
     return axis(name).length(source), axis(name).length(target)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 
-Keep = Mapping[str, int | Sequence[int]]  # axis -> size that stays; for layers also the list of layers that stay
+# Axis -> size that stays. For layers also a list of those that stay; a hybrid has a number for each of `hybrid.COUNTS`.
+Keep = Mapping[str, int | Sequence[int]]
+Choose = Callable[[Sequence[int], int], Sequence[int]]  # (layers of one kind, how many stay) -> the ones that stay
 VOCAB = "a job keeps the vocabulary, since the student learns the teacher's tokens; cut it with minitron plan and prune"
 
 
-def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
+def target_of(source: Architecture, keep: Keep) -> Architecture:
     """The student's Architecture. Raises InputError for an illegal size, or a cut of the vocabulary."""
     if not keep:
         raise InputError("the recipe cuts nothing; set keep, for example keep.ffn=1024")
@@ -26,13 +29,22 @@ def target_of(source: Architecture, keep: Mapping[str, int]) -> Architecture:
 def student_architecture(source: Architecture, keep: Keep) -> Architecture:
     """The Architecture that `keep` leaves of `source`; if query groups are cut, their heads are cut with them.
 
+    A number of layers of each kind of a hybrid leaves the first ones of each kind here: which ones stay changes no
+    count.
+
     Raises InputError for an unknown axis, an axis that the source lacks, a size above the source's, heads that do not
-    divide into the query groups, and a mere number of layers if only some layers are mixtures of experts.
+    divide into the query groups, and a mere number of layers if these are not all of one kind.
     """
+    keep = with_layers(source, keep, lambda layers, count: layers[:count])
     listed = given_layers(source, keep)
-    if "layers" in keep and listed is None and isinstance(source.moe_layer_freq, tuple):
-        raise InputError("some layers are mixtures of experts and some are not; list the layers that stay")
-    sizes = {axis(name).size: _size(source, name, value) for name, value in keep.items()}
+    if "layers" in keep and listed is None and source.layers_differ:
+        counts = ", ".join(f"{name}={len(layers)}" for name, layers in layers_by_kind(source).items())
+        raise InputError(
+            "this model's layers are not all of one kind; list the layers that stay, for example layers=0+1+3-7"
+            + f", or give numbers of each kind; it has {counts}" * bool(counts)
+        )
+    chosen = keep.get("experts_per_token", source.moe_router_topk)  # experts that a token goes to
+    sizes = {axis(name).size: _size(source, name, value, chosen) for name, value in keep.items()}
     groups = sizes.get("num_query_groups", source.num_query_groups)
     heads = sizes.setdefault("num_attention_heads", groups * source.heads_per_group)
     if heads % groups or heads > groups * source.heads_per_group:
@@ -57,7 +69,41 @@ def given_layers(source: Architecture, keep: Keep) -> list[int] | None:
     return sorted(int(layer) for layer in layers)
 
 
-def _size(source: Architecture, name: str, value: Any) -> int:
+def layers_by_kind(source: Architecture) -> dict[str, list[int]]:
+    """A hybrid's layers of each kind that it has, by the names of `hybrid.COUNTS`; nothing for another model."""
+    pattern = source.hybrid_pattern or ""
+    of_kinds = {
+        name: [layer for layer, found in enumerate(pattern) if found == symbol]
+        for name, symbol in hybrid.COUNTS.items()
+    }
+    return {name: layers for name, layers in of_kinds.items() if layers}
+
+
+def with_layers(source: Architecture, keep: Keep, choose: Choose) -> dict[str, int | Sequence[int]]:
+    """`keep` with a list of layers in the place of numbers of layers of each kind; a kind without a number stays whole.
+
+    Raises InputError for a kind that the source lacks, a number out of range, and a list beside numbers.
+    """
+    counts = {name: value for name, value in keep.items() if name in hybrid.COUNTS}
+    if not counts:
+        return dict(keep)
+    of_kinds = layers_by_kind(source)
+    for name, value in counts.items():
+        most = len(of_kinds.get(name, ()))
+        if not most:
+            has = f"it has {', '.join(of_kinds)}" if of_kinds else "it is no hybrid; give layers"
+            raise InputError(f"the model has no '{name}' to cut; {has}")
+        if not _whole(value) or not 1 <= value <= most:  # type: ignore[operator]
+            raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from 1 to {most}")
+    if "layers" in keep:
+        raise InputError(f"layers and {next(iter(counts))} are both given; give the list or the numbers of each kind")
+    numbers: dict[str, Any] = {name: counts.get(name, len(layers)) for name, layers in of_kinds.items()}
+    kept = [layer for name, layers in of_kinds.items() for layer in choose(layers, numbers[name])]
+    others = {name: value for name, value in keep.items() if name not in hybrid.COUNTS}
+    return {**others, "layers": sorted(kept)}
+
+
+def _size(source: Architecture, name: str, value: Any, chosen: Any) -> int:
     listed = given_layers(source, {name: value})
     if listed is not None:
         return len(listed)
@@ -65,7 +111,7 @@ def _size(source: Architecture, name: str, value: Any) -> int:
     if not most:
         axes_of_model = ", ".join(other for other, cut in AXES.items() if cut.length(source))
         raise InputError(f"the model has no '{name}' to cut; it has {axes_of_model}")
-    least = source.moe_router_topk if name == "experts" else 1  # a token goes to so many experts
+    least = chosen if name == "experts" and _whole(chosen) else 1
     if not _whole(value):
         raise InputError(f"{name}={value!r} is not legal; legal are whole numbers from {least} to {most}")
     if not least <= value <= most:

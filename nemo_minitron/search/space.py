@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
@@ -48,6 +49,8 @@ class Divisors:
         every = self.every or 1
         if name in ("heads", "query_groups"):
             every //= math.gcd(every, source.head_dim)
+        elif name == "experts":
+            every = source.moe_router_num_groups or 1
         elif name not in WIDTHS:
             every = 1
         sharded = name in ("heads", "query_groups", *WIDTHS[1:])
@@ -149,11 +152,14 @@ def make_space(
     (a family's `multiples`, by fields of Architecture) leaves out sizes that some version of transformers does not
     load, if other sizes remain; it does not apply to axes that are listed or kept by name.
 
-    Raises InputError for an axis that the model lacks, a size out of range, and an axis without a legal size.
+    Raises InputError for a hybrid, an axis that the model lacks, a size out of range, and an axis without a legal size.
     """
+    hybrid.check_stage(source.hybrid_pattern, "a search")
     lists, bounds, divisors, keep = lists or {}, bounds or {}, divisors or Divisors(), keep or {}
     for name in (*lists, *bounds, *divisors.of):
         _length(source, name)
+        if not axis(name).ranked:
+            raise InputError(f"'{name}' cannot vary in a search, since no score ranks its sizes; give one in --keep")
     twice = sorted(({*lists} & {*bounds}) | ({*lists, *bounds} & {*keep}))
     if twice:
         raise InputError(f"'{twice[0]}' is given twice; give it in one of --space, --bounds and --keep")
@@ -190,10 +196,9 @@ def _everywhere(loads: Mapping[str, int | str], named: set[str]) -> dict[str, in
 
 
 def _default_axes(source: Architecture) -> list[str]:
-    """The axes that vary by default; without layers if some are dense and some are mixtures, because a number of layers
+    """The axes that vary by default; without layers if these are not all of one kind, because a number of layers
     does not say which ones stay."""
-    mixed = isinstance(source.moe_layer_freq, tuple)
-    return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and mixed)]
+    return [n for n in DEFAULT_AXES if axis(n).length(source) and not (n == "layers" and source.layers_differ)]
 
 
 def _power_of_two(value: int) -> int:

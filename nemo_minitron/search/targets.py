@@ -28,7 +28,10 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.value < 1:
-            raise InputError(f"the target for {self.name} is {self.value}; the nearest legal one is 1")
+            raise InputError(
+                f"the target for {self.name} is {self.value}; the nearest legal one is 1, and a share of the model's "
+                "is written as 0.7x"
+            )
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise InputError(f"a tolerance of {self.tolerance:.0%} is not legal; legal are 0% to 99%, the usual is 5%")
 

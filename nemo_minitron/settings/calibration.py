@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE, REMOVAL
 from nemo_minitron.artifacts.statistics import criterion
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.schema import MODEL, OUTPUT, seed_setting, setting
 from nemo_minitron.settings.layout import Layout
@@ -15,7 +16,10 @@ from nemo_minitron.settings.validated import ValidatedSettings, precision_settin
 
 SCANS = ("loss", "perplexity", "accuracy")  # measured on the model without each block of layers
 DEPTH = (*SCANS, REMOVAL)
-DERIVED = {"hidden": "norms", "query_groups": "heads"}  # axis -> the axis whose statistics give its scores
+DERIVED = {  # axis -> the axis whose statistics give its scores
+    "hidden": "norms", "query_groups": "heads", "mamba_heads": "mamba_channels", "mamba_head_dim": "mamba_channels",
+    "stream": "stream_logs",
+}  # fmt: skip
 STATISTICS, SCANNED = "statistics.safetensors", "depth.safetensors"  # files that an interrupted run resumes from
 TAYLOR = "taylor"
 RUNNING = ("activation", TAYLOR)  # methods that run the model; the others read its weights, or nothing at all
@@ -110,6 +114,11 @@ class Calibration(ValidatedSettings):
         """Whether the model runs to score the width axes."""
         return self.method in RUNNING
 
+    @property
+    def scores_stream(self) -> bool:
+        """Whether the length of the residual stream is among what is scored."""
+        return self.method == RUNNING[0] and (not self.axes or not {"stream", "stream_logs"}.isdisjoint(self.axes))
+
     def check(self, architecture: Architecture, layout: Layout) -> None:
         """Raises InputError for an axis that the model lacks, blocks that leave no layer, questions that cannot be
         read, and a setting that would have no effect."""
@@ -117,6 +126,11 @@ class Calibration(ValidatedSettings):
         for axis in self.axes:
             if axis not in legal:
                 raise InputError(f"the model has no scores of '{axis}'; {nearest(axis, legal)}")
+        if self.depth and architecture.hybrid_pattern:
+            raise InputError(
+                f"depth by {self.depth[0]} is not computed for a hybrid with Mamba; its layers have block influence, "
+                f"so leave depth out"
+            )
         for name, option, given in (("accuracy", "items", bool(self.items)), (REMOVAL, "remove", self.remove > 0)):
             if (name in self.depth) != given:
                 have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
@@ -182,7 +196,11 @@ class Calibration(ValidatedSettings):
 
 def axes_of(architecture: Architecture) -> list[str]:
     """The axes that the built-in estimators score in a model of one of the families."""
-    axes = ["heads", "head_channels", "norms", "layers", *DERIVED]
+    mamba = ["mamba_channels", "mamba_heads", "mamba_head_dim"] if architecture.mamba_layers else []
+    axes = ["norms", "layers", "hidden", "stream", "stream_logs", *mamba]
+    axes += ["heads", "head_channels"] if architecture.attention_layers else []
+    axes += ["query_groups"] if architecture.grouped_layers else []
+    axes += [name for name in ("q_latent", "kv_latent") if AXES[name].length(architecture)]
     axes += ["ffn", "ffn_pre_activation"] if architecture.dense_layers else []
     axes += ["q_norm", "k_norm"] if architecture.qk_norm else []
     axes += ["experts", "expert_ffn"] if architecture.moe_layers else []

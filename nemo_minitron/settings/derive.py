@@ -117,7 +117,7 @@ def fit_job(job: Job) -> tuple[Job, str]:
 def fit_job_to_models(job: Job, positions: int | None) -> tuple[Job, str]:
     """(the job with the sequence lengths that its models allow, the remark). `positions`: as for `Fit.model`. Raises
     InputError for a longer sequence that was asked for."""
-    layouts = {"calibration": job.layout, "distillation": job.layout, "evaluation": Layout()}
+    layouts = {"calibration": job.layout, "distillation": job.layout, "evaluation": Layout(), "gates": Layout()}
     fits = {name: Fit(getattr(job, name), layout) for name, layout in layouts.items()}
     for name, fit in fits.items():
         try:

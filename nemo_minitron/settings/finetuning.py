@@ -12,7 +12,8 @@ from nemo_minitron.settings.validated import ValidatedSettings, precision_settin
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning(ValidatedSettings):
-    """Supervised fine-tuning on prompts and answers by NeMo's `llm.finetune`. The loss counts the answers alone.
+    """Supervised fine-tuning on prompts and answers in the host's own loop. The loss counts the answers alone;
+    a mixture of experts adds the routers' loss that its config names.
 
     If a row is longer than `sequence_length` tokens, its prompt is cut. The learning rate rises over `warmup_steps` and
     falls as a cosine until the last of `steps`. `save_every` counts steps.

@@ -23,6 +23,10 @@ def check_fp8(architecture: Architecture, layout: Layout, precision: str) -> Non
     """
     from nemo_minitron.search.space import Divisors
 
+    if architecture.hybrid_pattern and precision in FP8:
+        raise InputError(f"{precision} is not supported for a hybrid with Mamba; legal are bf16 and fp32")
+    if architecture.kv_lora_rank and precision in FP8:
+        raise InputError(f"{precision} is not supported for multi-latent attention; legal are bf16 and fp32")
     for name in WIDTHS if precision in FP8 else ():
         tp = layout.expert_tp if name == "expert_ffn" else layout.tp
         size, divisor = axis(name).length(architecture), Divisors(ALIGN, tp, local=True).hard(architecture, name)

@@ -60,6 +60,7 @@ class Layout:
             raise InputError(f"vp={self.vp} needs pp of at least 2; the nearest legal vp is 1")
         self._check_stages(architecture.num_layers)
         self._check_experts(architecture)
+        self._check_hybrid(architecture)
         if architecture.num_moe_experts and self.tp > 1 and not self.sp and (training or self.ep > 1):
             what = "training a mixture of experts" if training else f"ep={self.ep}"
             raise InputError(f"{what} at tp={self.tp} needs sequence parallelism; set sp, or the nearest legal tp is 1")
@@ -98,6 +99,12 @@ class Layout:
         if experts % self.ep:
             legal = _nearest(self.ep, [n for n in range(1, experts + 1) if experts % n == 0])
             raise InputError(f"{experts} experts do not divide over ep={self.ep}; the nearest legal ep is {legal}")
+        if architecture.mlp_bias and self.expert_tp > 1:
+            raise InputError(f"experts with biases are whole, not split in {self.expert_tp}; set etp=1 (--etp 1)")
+        for name, parts in (("moe_ffn_hidden_size", self.expert_tp), ("moe_shared_expert_intermediate_size", self.tp)):
+            if (width := getattr(architecture, name) or 0) % parts:
+                legal = _nearest(parts, [n for n in range(1, width + 1) if width % n == 0])
+                raise InputError(f"{name} is {width}, which {parts} ranks cannot divide; the nearest legal is {legal}")
         ranks = self.tp * self.cp * self.dp
         if ranks % self.expert_tp:
             legal = _nearest(self.expert_tp, [n for n in range(1, ranks + 1) if ranks % n == 0])
@@ -109,6 +116,20 @@ class Layout:
             raise InputError(
                 f"ep={self.ep} with experts' tp={self.expert_tp} does not divide tp*cp*dp={ranks} ranks; the nearest "
                 f"legal ep is {legal}"
+            )
+
+    def _check_hybrid(self, architecture: Architecture) -> None:
+        """Megatron's hybrid model has no virtual stages. Under CP ranks share the Mamba heads of a rank."""
+        if not architecture.hybrid_pattern:
+            return
+        if self.vp > 1:
+            raise InputError(f"vp={self.vp} is not possible in a hybrid with Mamba; the nearest legal vp is 1")
+        heads, groups = ((getattr(architecture, f"mamba_num_{n}") or 0) // self.tp for n in ("heads", "groups"))
+        legal = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+        if self.cp not in legal:
+            raise InputError(
+                f"{heads} Mamba heads in {groups} groups on each rank do not divide over cp={self.cp}; the nearest "
+                f"legal cp is {_nearest(self.cp, legal)}"
             )
 
     def check_sequence(self, length: int) -> None:
@@ -168,14 +189,16 @@ SIZES = {name: known for name, known in settings_of(Layout).items() if name != "
 
 
 def legal_tp(architecture: Architecture, tp: int) -> bool:
-    """Whether TP divides heads, query groups and the MLP's width, as Megatron-core 0.15 needs."""
-    sizes = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
-    return all(size % tp == 0 for size in sizes)
+    """Whether TP divides heads, query groups and the MLP's width, as Megatron-core 0.15 needs. In multi-latent
+    attention every rank has the latents, and makes its own heads' keys and values of them."""
+    sizes = (architecture.num_attention_heads, _groups(architecture), architecture.ffn_hidden_size)
+    mamba = (architecture.mamba_num_heads, architecture.mamba_num_groups) if architecture.hybrid_pattern else ()
+    return all((size or 0) % tp == 0 for size in (*sizes, *mamba))
 
 
 def nearest_tp(tp: int, *architectures: Architecture) -> int:
     """The TP closest to `tp` that is legal for all of these models; the smaller one of two that are equally close."""
-    most = min(architecture.num_query_groups for architecture in architectures)
+    most = min(_groups(architecture) for architecture in architectures)
     return _nearest(tp, [n for n in range(1, most + 1) if all(legal_tp(a, n) for a in architectures)])
 
 
@@ -183,5 +206,12 @@ def _nearest(value: int, legal: list[int]) -> int:
     return min(legal, key=lambda n: (abs(n - value), n))
 
 
+def _groups(a: Architecture) -> int:
+    """The parts of attention that TP deals out among its ranks."""
+    return a.num_attention_heads if a.kv_lora_rank else a.num_query_groups
+
+
 def _sizes(a: Architecture) -> str:
-    return f"{a.num_attention_heads} heads, {a.num_query_groups} query groups and an ffn of {a.ffn_hidden_size}"
+    more = f", {a.mamba_num_heads} Mamba heads in {a.mamba_num_groups} groups" if a.hybrid_pattern else ""
+    more = more if a.kv_lora_rank else f", {a.num_query_groups} query groups{more}"
+    return f"{a.num_attention_heads} heads{more} and an ffn of {a.ffn_hidden_size}"

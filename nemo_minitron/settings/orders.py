@@ -58,7 +58,7 @@ class EstimateOrder(Order):
 
 @dataclasses.dataclass(frozen=True)
 class PruneOrder(Order):
-    """Cut a NeMo checkpoint, in one process. `compensation`: a file of matrices that replace slices of the teacher."""
+    """Cut a checkpoint, in one process. `compensation`: a file of matrices that replace slices of the teacher."""
 
     stage: ClassVar[str] = "prune"
     model: Path
@@ -106,7 +106,8 @@ class CacheOrder(Order):
 class DistillOrder(Order):
     """Train a student in `out`. `teacher` is None if a cache takes its place. `train`, `validation`: .bin/.idx
     prefixes. `index`: a folder for the order of the samples. `stop`: the step after which this call ends; None means
-    the last step. `plan`: the file of the plan that made the student."""
+    the last step. `plan`: the file of the plan that made the student. `common_vocabulary`: the tokens that both models
+    begin with, if their vocabularies are not one."""
 
     stage: ClassVar[str] = "distill"
     student: Path
@@ -119,6 +120,7 @@ class DistillOrder(Order):
     layout: Layout
     stop: int | None = None
     plan: Path | None = None
+    common_vocabulary: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ TEST = "Held-out text. Default: the test split, or every twentieth document of f
 FIELD = "Name of the text in records or columns, e.g. body. Default: text, or chat messages."
 SHARE = "Size of your own MODEL's student: 84M, or 0.7x of the model's parameters."
 MEMORY = "Size of the student by the bytes of its weights, e.g. 8GiB."
-KEEP = "Sizes of the student, e.g. ffn=1024,layers=24."
+KEEP = "Sizes of the student, e.g. ffn=1024,layers=24, or layers that stay: layers=0+1+3-7."
 TRAINED = "Tokens that the student learns; 0: 100M on GPUs, 200k without."
 
 

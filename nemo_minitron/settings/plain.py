@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.parse import anything, checked, shown
 from nemo_minitron.errors import InputError, nearest, unprintable
 from nemo_minitron.schema import asked_for
+from nemo_minitron.search.numbers import numbers
 from nemo_minitron.settings.numbers import whole_number
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def _mapping(kind: object, value: object, key: str) -> JsonObject:
     if kind is Any:
         return checked(dict(value), anything(), f"'{key}'")
     values = {}
-    for name, item in value.items():  # `keep.layers` may list the layers that stay
+    for name, item in value.items():  # `keep.layers` may list the layers that stay, also as a text: 0+1+3-7
+        listed = numbers(item) if kind is int and isinstance(item, str) else None
+        item = item if listed is None else listed
         each = [_value(kind, one, f"{key}.{name}") for one in (item if isinstance(item, (list, tuple)) else [item])]
         values[_plain(name, key)] = each if isinstance(item, (list, tuple)) else each[0]
     return values

@@ -35,9 +35,9 @@ def resolve_precision(precision: str, legal: Sequence[str] = PRECISIONS) -> str:
 def with_resolved_precisions(job: Job) -> Job:
     """The job with every `auto` decided, as `recipe.json` records it. Raises InputError for an unknown precision.
 
-    Evaluation runs in transformers, without FP8.
+    Evaluation and gates run in transformers, without FP8.
     """
-    legal = {"calibration": PRECISIONS, "distillation": PRECISIONS, "evaluation": WIDE}
+    legal = {"calibration": PRECISIONS, "distillation": PRECISIONS, "evaluation": WIDE, "gates": WIDE}
     groups = {name: getattr(job, name) for name in legal}
     chosen = {n: dataclasses.replace(g, precision=resolve_precision(g.precision, legal[n])) for n, g in groups.items()}
     return dataclasses.replace(job, **chosen)

@@ -13,11 +13,12 @@ from nemo_minitron.artifacts.files import parse_json
 from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.artifacts.parse import WORDS, shown
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.schema import asked_for, known_as, seed_setting, setting
+from nemo_minitron.schema import ANY_MODEL, asked_for, known_as, seed_setting, setting
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import Cutting
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.evaluation import CARD, Data, Evaluation
+from nemo_minitron.settings.gates import Gates
 from nemo_minitron.settings.generation import Generation
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.plain import build
@@ -28,7 +29,9 @@ from nemo_minitron.settings.validated import ValidatedSettings
 ALONE = "only a job has this setting"
 GIVEN = "commands take their model as an argument"
 PLAN = "minitron plan has an option of this name"
-KEEP = "Axis -> the size to keep. Beside a search: axes that are held fixed."
+KEEP = (
+    "Axis -> the size to keep; for layers also a list, [0, 1, 3] or 0+1+3-7. Beside a search: axes that are held fixed."
+)
 EXPECTED = "Hugging Face config that the teacher must have; a dry run needs no more than this."
 
 
@@ -40,16 +43,15 @@ class Job(ValidatedSettings):
     `teacher_config`: the dry run reads it if the teacher is not on this machine; a teacher of another architecture is
     refused. `depth`: block_influence, or loss, perplexity, accuracy or removal, which the calibration then also
     gathers. `cutting`: which matrices are re-fitted or scaled instead of sliced. `generation`: text that the teacher
-    writes for the student to learn. Between `rounds` there is no retraining (`job/stages/rounds.py`).
+    writes for the student to learn. `gates`: checks of the cut. Between `rounds` there is no
+    retraining (`job/stages/rounds.py`).
 
     `chain`: each step leaves its student in a folder of its own. Every other setting holds for all steps, except what a
     Step sets. Raises InputError for a value that is not legal.
     """
 
     name: str = dataclasses.field(metadata=known_as("Name of the job, and of its folder in runs/.", recipe_only=ALONE))
-    teacher: str = dataclasses.field(
-        metadata=known_as("Hugging Face folder, hub id or NeMo checkpoint.", recipe_only=GIVEN)
-    )
+    teacher: str = dataclasses.field(metadata=known_as(f"{ANY_MODEL}.", recipe_only=GIVEN))
     data: Data
     keep: Mapping[str, int] = dataclasses.field(default_factory=dict, metadata=known_as(KEEP, recipe_only=PLAN))
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
@@ -79,6 +81,7 @@ class Job(ValidatedSettings):
         (), "Files of the plans that made the teacher from learns_from, the first one first.", recipe_only=ALONE
     )
     generation: Generation = dataclasses.field(default_factory=Generation)
+    gates: Gates = dataclasses.field(default_factory=Gates)
 
     def __post_init__(self) -> None:
         if not WORDS.fullmatch(str(self.name)):  # it names a folder, a batch job and the model card

@@ -28,9 +28,9 @@ class ValidatedSettings:
                 raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, filter(None, known.legal))}")
 
 
-def precision_setting(default: str, legal: Sequence[str] = PRECISIONS) -> Any:
+def precision_setting(default: str, legal: Sequence[str] = PRECISIONS, **more: Any) -> Any:
     """The field of a precision. `auto` is decided before anything is loaded (`settings.precision`)."""
-    return setting(default, f"Precision of the model: {', '.join(legal)}, or auto.", legal=(*legal, "auto"))
+    return setting(default, f"Precision of the model: {', '.join(legal)}, or auto.", legal=(*legal, "auto"), **more)
 
 
 def check_whole(name: str, value: int, least: int = 1, most: int = MOST) -> None:

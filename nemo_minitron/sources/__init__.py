@@ -1,1 +1,1 @@
-"""Where tensors come from: Hugging Face folders by streams, NeMo checkpoints by chunks, all under canonical names."""
+"""Where tensors come from: Hugging Face folders by streams, checkpoints by chunks, all under canonical names."""

@@ -12,20 +12,24 @@ import yaml
 from nemo_minitron.artifacts.json_types import Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of_fields
-from nemo_minitron.families.bridge import LLAMA3
+from nemo_minitron.families.bridge import LLAMA3, hf_yarn
 
 NAME = "run_config.yaml"
 LARGEST = 1 << 24  # bytes
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the number of the newest complete checkpoint
-PROVIDERS = "megatron.bridge.models."
-SPECS = ("megatron.bridge.models.gpt_provider.", "megatron.core.models.gpt.gpt_layer_specs.")
+GEMMA = "nemo_minitron.hosts.bridge.gemma."
+DEEPSEEK = "nemo_minitron.hosts.bridge.deepseek."
+PROVIDERS = ("megatron.bridge.models.", "nemo_minitron.hosts.bridge.longrope.", GEMMA, DEEPSEEK)
+SPECS = ("megatron.bridge.models.gpt_provider.", "megatron.core.models.gpt.gpt_layer_specs.", GEMMA, DEEPSEEK)
 # Fields of Bridge's that no family of this package has, with the only value that they may have here.
 FIXED: JsonObject = {
-    "attention_output_gate": False, "apply_residual_connection_post_layernorm": False, "glu_linear_offset": 0.0,
+    "attention_output_gate": False, "apply_residual_connection_post_layernorm": False,
     "heterogeneous_block_specs": False, "is_hybrid_model": False, "mtp_num_layers": None,
-    "multi_latent_attention": False, "qk_l2_norm": False, "softmax_type": "vanilla", "use_mup": False,
-    "experimental_attention_variant": None, "activation_func_clamp_value": None, "softmax_scale": None,
+    "multi_latent_attention": False, "qk_l2_norm": False,
+    "experimental_attention_variant": None,
 }  # fmt: skip
+OF_LATENTS: JsonObject = FIXED | {"multi_latent_attention": True}
+OF_HYBRIDS: JsonObject = FIXED | {"is_hybrid_model": True, "mtp_num_layers": 0}
 
 
 def name_of(step: int) -> str:
@@ -79,17 +83,21 @@ def hf_config(checkpoint: str | Path) -> JsonObject:
 
 def config_of_model(model: JsonFields) -> JsonObject:
     """The Hugging Face config of a model's part of a run config. Raises InputError as `hf_config`."""
-    provider, spec = _target(model), _target(model.get("transformer_layer_spec"))
+    provider, spec = _target(model), _target(model.get("transformer_layer_spec") or model.get("hybrid_stack_spec"))
     if not str(provider).startswith(PROVIDERS) or not (spec is None or str(spec).startswith(SPECS)):
         raise InputError(f"the checkpoint's model is a {provider} with the layers of {spec}, which is not supported")
-    for name, value in FIXED.items():
+    fixed = OF_HYBRIDS if model.get("hybrid_layer_pattern") else FIXED
+    for name, value in (OF_LATENTS if str(provider).startswith(DEEPSEEK) else fixed).items():
         if model.get(name, value) != value:
             raise InputError(f"the checkpoint's {name} is {model[name]!r}; only {value!r} is supported")
     fields = {name: _plain(value) for name, value in model.items()}
     fields.setdefault("max_position_embeddings", fields["seq_length"])  # a field of some of NeMo's classes
     if fields.get("rope_scaling"):
         fields |= dict(LLAMA3) | {"scale_factor": fields["rope_scaling_factor"]}
-    return family_of_fields(fields).from_nemo(fields)
+    scaling = hf_yarn(fields)
+    plain = fields | {"position_embedding_type": "rope"} if scaling else fields
+    family = family_of_fields(plain)
+    return family.from_nemo(plain) | scaling
 
 
 def _target(value: Json) -> Json:

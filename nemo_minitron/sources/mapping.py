@@ -15,6 +15,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from nemo_minitron import hybrid, latents
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 
@@ -67,11 +68,18 @@ _NORMS = {
     "input_layernorm.": "input_norm",
     "mlp.linear_fc1.layer_norm": "pre_mlp_norm",
     "pre_mlp_layernorm.": "pre_mlp_norm",
+    "mixer.in_proj.layer_norm": "input_norm",
+    "self_attention.linear_proj.post_layernorm.": "post_attention_norm",
+    "mlp.linear_fc2.post_layernorm.": "post_mlp_norm",
     "self_attention.q_layernorm.": "q_norm",
     "self_attention.k_layernorm.": "k_norm",
+    "self_attention.kv_layernorm.": "kv_latent_norm",
+    "self_attention.linear_kv_up_proj.layer_norm": "kv_latent_norm",
+    "self_attention.linear_q_up_proj.layer_norm": "q_latent_norm",
 }
 _LAYERS = "decoder.layers."
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))")
+_LINEAR = r"(linear_fc[12]\.(?:weight|bias))"
+_EXPERT = re.compile(rf"mlp\.experts\.(?:local_experts\.(\d+)\.{_LINEAR}|{_LINEAR}(\d+))")
 
 
 def is_expert(parameter: str) -> bool:
@@ -97,7 +105,7 @@ def pieces(parameter: str, architecture: Architecture, shard: Shard = Shard()) -
 
 
 def _outside(parameter: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
-    if parameter.startswith("decoder.final_layernorm."):
+    if parameter.startswith(("decoder.final_layernorm.", "decoder.final_norm.")):
         yield _whole(f"final_norm.{_part(parameter)}", (a.hidden_size,))
     elif parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
         # The second copy of a tied embedding, on the last pipeline stage, is Megatron's output layer.
@@ -113,35 +121,105 @@ def _of_layer(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterato
     part = _part(local)
     for start, norm in _NORMS.items():
         if local.startswith(start):
-            width = a.head_dim if norm in ("q_norm", "k_norm") else a.hidden_size
+            norm, width = _norm(norm, a)
             yield _whole(f"{prefix}{norm}.{part}", (width,))
             return
     columns = ((0, a.hidden_size),) if part == "weight" else ()
     if local == f"self_attention.linear_qkv.{part}":
         yield from _qkv(prefix, part, columns, a, shard)
     elif local == f"self_attention.linear_proj.{part}":
-        yield _row_parallel(f"{prefix}o.{part}", a.num_attention_heads * a.head_dim, a, shard)
+        yield _row_parallel(f"{prefix}o.{part}", a.num_attention_heads * a.value_dim, a, shard)
+    elif local.removeprefix("self_attention.") in _LATENTS and a.kv_lora_rank:
+        yield from _latents(local.removeprefix("self_attention."), prefix, a, shard)
+    elif local == "self_attention.core_attention.softmax_offset":
+        first, last = shard.of(a.num_attention_heads)
+        yield Piece(f"{prefix}sinks", ((first, last),), ((0, last - first),))
     elif local.startswith("mlp.linear_fc"):
         yield from _mlp(local.removeprefix("mlp."), prefix, a.ffn_hidden_size, a, shard)
     elif local.startswith("mlp.") and a.num_moe_experts:
         yield from _mixture(local, prefix, a, shard)
+    elif local.startswith("mixer."):
+        yield from _mamba(local.removeprefix("mixer."), prefix, a, shard)
+
+
+def _norm(norm: str, a: Architecture) -> tuple[str, int]:
+    """(Canonical name of a norm, its width.) A hybrid's layer has one norm; multi-latent attention norms the latent of
+    queries where others norm queries."""
+    if a.hybrid_pattern and norm == "pre_mlp_norm":
+        return "input_norm", a.hidden_size
+    if a.kv_lora_rank and norm in ("q_norm", "q_latent_norm"):
+        return "q_latent_norm", a.q_lora_rank or 0
+    widths = {"q_norm": a.head_dim, "k_norm": a.head_dim, "kv_latent_norm": a.kv_lora_rank or 0}
+    return norm, widths.get(norm, a.hidden_size)
+
+
+_LATENTS = {  # a parameter of multi-latent attention -> (the canonical tensors in it, whether TP deals them out)
+    "linear_q_proj.weight": (("q.weight",), True),
+    "linear_q_down_proj.weight": (("q_down.weight",), False),
+    "linear_q_up_proj.weight": (("q_up.weight",), True),
+    "linear_kv_down_proj.weight": (("kv_down.weight", "k_rope.weight"), False),
+    "linear_kv_up_proj.weight": (("kv_up.weight",), True),
+}
+
+
+def _latents(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
+    """A rank has complete heads, and all of the projections down to the latents and to the rotary key."""
+    tensors, (names, divided), at = dict(latents.shapes(a)), _LATENTS[local], 0
+    for name in names:
+        rows, columns = tensors[name]
+        first, last = shard.of(rows) if divided else (0, rows)
+        place = ((at, at + last - first), (0, columns))
+        yield Piece(f"{prefix}{name}", ((first, last), (0, columns)), place)
+        at += last - first
+
+
+_OWN = {"A_log": "a_log", "D": "d", "dt_bias": "dt.bias", "norm.weight": "gated_norm.weight"}
+_TOGETHER = {  # a parameter of Megatron's mixer -> the canonical tensors in it, one after another
+    "in_proj.weight": tuple(f"{part}.weight" for part in ("z", "x", "b", "c", "dt")),
+    **{f"conv1d.{kind}": tuple(f"{part}_conv.{kind}" for part in ("x", "b", "c")) for kind in ("weight", "bias")},
+}
+
+
+def _mamba(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
+    """A rank of tensor parallelism holds complete groups of heads: of each canonical tensor its own part."""
+    tensors, local = dict(hybrid.shapes(a)), local.replace("conv1d_", "conv1d.")  # Megatron-core 0.19's name
+    whole, _, part = local.rpartition(".")
+    if local in _TOGETHER:
+        names = _TOGETHER[local]
+    elif whole in _TOGETHER:  # a checkpoint has each part under a name of its own
+        names = tuple(name for name in _TOGETHER[whole] if name.startswith((f"{part}.".lower(), f"{part}_".lower())))
+    else:
+        names = (_OWN[local],) if local in _OWN else ()
+    if local == "out_proj.weight":
+        yield _row_parallel(f"{prefix}out.weight", hybrid.inner(a), a, shard)
+    at = 0
+    for name in names:
+        rows, *rest = tensors[name]
+        first, last = shard.of(rows)
+        others = tuple((0, size) for size in rest)
+        yield Piece(f"{prefix}{name}", ((first, last), *others), ((at, at + last - first), *others))
+        at += last - first
 
 
 def _mixture(local: str, prefix: str, a: Architecture, shard: Shard) -> Iterator[Piece]:
     shared = "mlp.shared_experts."
+    experts = a.num_moe_experts or 0
     if local == "mlp.router.weight":
-        yield _whole(f"{prefix}router.weight", (a.num_moe_experts or 0, a.hidden_size))
+        yield _whole(f"{prefix}router.weight", (experts, a.hidden_size))
+    elif local == "mlp.router.expert_bias" and a.moe_router_enable_expert_bias:
+        yield _whole(f"{prefix}router.expert_bias", (experts,))
+    elif local == "mlp.router.bias" and a.moe_router_bias:
+        yield _whole(f"{prefix}router.bias", (experts,))
     elif local == f"{shared}gate_weight":
         yield _whole(f"{prefix}shared_expert.router.weight", (1, a.hidden_size))
     elif local.startswith(shared):
         width = a.moe_shared_expert_intermediate_size or 0
         yield from _mlp(local.removeprefix(shared), f"{prefix}shared_expert.", width, a, shard)
-    elif match := _EXPERT.fullmatch(local):
-        index, on_rank = int(match[1] or match[4]), (a.num_moe_experts or 0) // shard.ep_size
+    elif (match := _EXPERT.fullmatch(local)) and (a.mlp_bias or "weight" in local):
+        index, on_rank = int(match[1] or match[4]), experts // shard.ep_size
         if index < on_rank:
             expert = f"{prefix}experts.{shard.ep_rank * on_rank + index}."
-            name = f"{match[2] or match[3]}.weight"
-            yield from _mlp(name, expert, a.moe_ffn_hidden_size or 0, a, shard.expert)
+            yield from _mlp(match[2] or match[3], expert, a.moe_ffn_hidden_size or 0, a, shard.expert)
 
 
 def _mlp(local: str, prefix: str, width: int, a: Architecture, shard: Shard) -> Iterator[Piece]:

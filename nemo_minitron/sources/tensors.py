@@ -1,7 +1,8 @@
 """The interface of a teacher for a cut: canonical tensors that can be read in blocks, as raw bits.
 
 Raw bits are unsigned integers of the stored dtype's size (bf16 -> uint16, fp32 -> uint32). A cut moves them and never
-computes, so the same plan gives the same bytes from every source that stores the same dtype.
+computes (but for two tensors of a Gemma, in one function: `pruning/rescale.py`), so the same plan gives the same
+bytes from every source that stores the same dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 
 
 class TensorSource(Protocol):
-    """A model that can be read in blocks: a Hugging Face folder, a NeMo checkpoint."""
+    """A model that can be read in blocks: a Hugging Face folder, a checkpoint."""
 
     architecture: Architecture
 

@@ -26,6 +26,8 @@ CUTS = {
     "nothing, then something": (DENSE, [{}, {"ffn": 3}, {}]),
     "experts": (MIXED, [{"experts": 4, "layers": [0, 1, 2, 5]}, {"expert_ffn": 4, "experts": 2, "layers": [1, 3]}]),
     "their neurons": (MIXED, [{"expert_ffn": 5, "shared_expert_ffn": 5}, {"experts": 3}, {"expert_ffn": 2}]),
+    "experts of a token": (MIXED, [{"experts_per_token": 1}, {"experts": 1}]),
+    "and no mixture is left": (MIXED, [{"experts_per_token": 1}, {"layers": [1, 4]}]),
     "no mixture is left": (MIXED, [{"experts": 4, "expert_ffn": 3, "ffn": 8}, {"layers": [1, 4]}]),
 }  # fmt: skip
 

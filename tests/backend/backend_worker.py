@@ -15,28 +15,31 @@ from pathlib import Path
 import torch
 from workers import process_group
 
+from nemo_minitron.backend.versions import fits, installed
+
 MICRO_BATCHES = 8
 DENSE = ("qk_norm", "nemotron")  # RMSNorm and QK norm; LayerNorm with a zero-centred gamma, biases
-KINDS = (*DENSE, "mla", "moe", "mla_moe")
+KINDS = (*DENSE, "hybrid", "mla", "moe", "mla_moe", "sinks")
+BIASED = ("sinks",) if fits(installed("megatron-core") or "0", ">=0.19.dev0") else ()  # under TP; refused before 0.19
 TIED = ("qk_norm", "moe")
 # A layout's sizes, what else the model's config gets, and the kinds that run in it.
 LAYOUTS = {
     2: {
-        "tp2": ({"tp": 2}, {}, (*DENSE, "mla")),
-        "tp2_sp": ({"tp": 2, "etp": 2}, {"sequence_parallel": True}, KINDS),
-        "tp2_sp_etp1": ({"tp": 2, "etp": 1}, {"sequence_parallel": True}, ("moe",)),
+        "tp2": ({"tp": 2}, {}, (*DENSE, "hybrid", "mla")),
+        "tp2_sp": ({"tp": 2, "etp": 2}, {"sequence_parallel": True}, KINDS[:-1]),
+        "tp2_sp_etp1": ({"tp": 2, "etp": 1}, {"sequence_parallel": True}, ("moe", *BIASED)),
         "tp2_sp_etp2_gather": (
             {"tp": 2, "etp": 2},
             {"sequence_parallel": True, "moe_token_dispatcher_type": "allgather"},
             ("moe",),
         ),
         "tp2_sp_packed": ({"tp": 2}, {"sequence_parallel": True, "packed": True}, ("qk_norm", "mla")),
-        "pp2": ({"pp": 2}, {}, ("qk_norm", "mla_moe")),
+        "pp2": ({"pp": 2}, {}, ("qk_norm", "hybrid", "mla_moe", "sinks")),
         "pp2_vp2": ({"pp": 2, "vp": 2}, {}, DENSE),
         "dp2": ({}, {}, ("nemotron", "moe")),
         "dp2_zero": ({}, {"zero": True}, ("qk_norm",)),
-        "cp2": ({"cp": 2}, {}, ("qk_norm", "mla", "moe")),
-        "ep2": ({"ep": 2}, {}, ("moe", "mla_moe")),
+        "cp2": ({"cp": 2}, {}, ("qk_norm", "hybrid", "mla", "moe", "sinks")),
+        "ep2": ({"ep": 2}, {}, ("moe", "mla_moe", "sinks")),
         "ep2_gather": ({"ep": 2}, {"moe_token_dispatcher_type": "allgather"}, ("moe",)),
     },
     4: {
@@ -103,7 +106,8 @@ def step(iterator, chunk):
 
     tokens, positions, labels, *params = next(iterator)
     parts = parallel_state.get_context_parallel_world_size()  # Megatron wants a rank's share of the mean
-    output = chunk(tokens, positions, None, labels=labels, packed_seq_params=params[0] if params else None)
+    packed = {"packed_seq_params": params[0]} if params else {}  # a hybrid of Megatron-core 0.15 knows no such thing
+    output = chunk(tokens, positions, None, labels=labels, **packed)
     return output, lambda losses: (
         losses.mean() / parts,
         {"loss": losses.mean()},

@@ -1,11 +1,12 @@
 """Tensor, sequence, context, pipeline (virtual, too), data and expert parallelism of the twin's layers.
 
-In real processes: one torchrun for each number of them; `backend_worker.py` says what it does. Tried by hand,
-each of these makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards
-without their mark (tp2: the gradient's norm), virtual stages without the mends in `cpu.py` (pp2_vp2),
+In real processes: one torchrun for each number of them; `backend_worker.py` says what it does. Tried by hand, each of
+these makes a test fail: norm parameters without their `sequence_parallel` flag (tp2_sp), shards without their mark
+(tp2: the gradient's norm; hybrid-tp2: the gated norm's), virtual stages without the mends in `cpu.py` (pp2_vp2),
 context-parallel chunks in plain order (cp2), the rotary key's gradient not summed over ranks (mla-tp2), experts'
-gradients left to Megatron's data-parallel group (moe-tp2_sp_etp1), the dispatcher's collectives without the mends
-in `dispatch.py` (moe-ep2, and moe-tp2_sp_ep2_etp2 for the unequal ones: both raise).
+gradients left to Megatron's data-parallel group (moe-tp2_sp_etp1), an expert's bias summed over tensor-parallel ranks
+(sinks-tp2_sp_etp1), the dispatcher's collectives without the mends in
+`dispatch.py` (moe-ep2, and moe-tp2_sp_ep2_etp2 for the unequal ones: both raise).
 """
 
 import json

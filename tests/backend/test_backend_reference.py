@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from nemo_minitron.backend import differences
 from nemo_minitron.backend.attention import Attention
 from nemo_minitron.backend.norms import Norm, normalize
 from nemo_minitron.errors import InputError
@@ -96,6 +97,9 @@ def qkv(queries=7, keys=7, seed=0):
         ({"window_size": (2, 0)}, None),
         ({"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}, None),
         ({}, "random"),
+        ({"softmax_type": "learnable"}, None),
+        ({"softmax_type": "learnable", "window_size": (2, 0), "softmax_scale": 0.7}, None),
+        ({"softmax_type": "learnable"}, "random"),
     ],
 )
 def test_attention_is_megatrons_unfused_one(options, mask):
@@ -106,7 +110,11 @@ def test_attention_is_megatrons_unfused_one(options, mask):
     results = []
     for attention in (ours, theirs):
         inputs = qkv()
-        out = attention(*inputs, mask, attn_mask_type=AttnMaskType.causal)
+        if attention.softmax_offset is not None:
+            with torch.no_grad():
+                attention.softmax_offset.copy_(torch.linspace(-1, 2, 6))
+            inputs.append(attention.softmax_offset)
+        out = attention(*inputs[:3], mask, attn_mask_type=AttnMaskType.causal)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
         results.append([out, *(x.grad for x in inputs)])
     for got, wanted in zip(*results, strict=True):
@@ -125,8 +133,12 @@ def test_attention_sees_a_cache():
     assert torch.allclose(free, whole[-1:], atol=1e-6)
 
 
-def test_attention_takes_a_bias():
-    ours, _ = attentions()
+@pytest.mark.parametrize("kind", ["vanilla", "learnable"])
+def test_attention_takes_a_bias(kind):
+    """A sink of minus infinity takes no share."""
+    ours, _ = attentions(softmax_type=kind)
+    if kind == "learnable":
+        torch.nn.init.constant_(ours.softmax_offset, float("-inf"))
     query, key, value = qkv()
     forbid = torch.zeros(7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
     forbid[:, 0] = forbid[:, 0] + 0.5
@@ -141,7 +153,7 @@ def test_attention_takes_a_bias():
 
 def test_attention_refuses_what_it_cannot():
     with pytest.raises(InputError, match="softmax_type"):
-        attentions(softmax_type="learnable")
+        attentions(softmax_type="off-by-one")
 
 
 # -- the model ---------------------------------------------------------------------------------------------
@@ -246,3 +258,13 @@ def test_a_checkpoint_with_fp8_state_loads_on_a_cpu(tmp_path):
     assert found["same"]
     assert all(found["same"].values())
     assert sum("linear_qkv._extra_state/shard_" in key for key in found["objects"]) == 4  # of each layer
+
+
+def test_experts_with_biases_need_a_megatron_that_trains_them(monkeypatch):
+    """Under tensor parallelism; on one rank every version does."""
+    monkeypatch.setattr(differences, "installed", lambda package: "0.15.3")
+    differences.check_biased_experts(bare_models.config("sinks"))
+    with pytest.raises(InputError, match=r"experts with biases at tp=2 need Megatron-core 0.19"):
+        differences.check_biased_experts(SimpleNamespace(tensor_model_parallel_size=2))
+    monkeypatch.setattr(differences, "installed", lambda package: "0.19.2")
+    differences.check_biased_experts(SimpleNamespace(tensor_model_parallel_size=2))

@@ -266,9 +266,9 @@ def test_the_tables_name_modules_that_exist():
     from nemo_minitron.backend import mends
     from nemo_minitron.backend.versions import installed
 
-    hosts = {"nemo.": "nemo_toolkit", "megatron.bridge.": "megatron-bridge"}
+    hosts = {"nemo.": "nemo_toolkit", "megatron.bridge.": "megatron-bridge", "megatron.core.": "megatron-core"}
     found = []
-    for name in mends.CPU | mends.REFERENCE:
+    for name in mends.CPU | mends.REFERENCE | mends.SCAN:
         if not installed(next(package for start, package in hosts.items() if name.startswith(start))):
             continue
         first, *rest = name.split(".")

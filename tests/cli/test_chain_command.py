@@ -7,6 +7,7 @@ from command_line import losses, minitron, start
 from pico import raw_tensors
 
 from nemo_minitron.artifacts import PrunePlan, Scores, compose
+from nemo_minitron.commands.prune import Extras, compensation_of
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
 from nemo_minitron.sources.tensors import source_digest
@@ -71,8 +72,10 @@ def test_the_second_round_scored_what_the_first_had_left(chain):
     assert all(set(kept) < set(after_one.keep["ffn"][layer]) for layer, kept in made.keep["ffn"].items())
     assert not (folder / "rounds" / "2" / "model").exists()
     pruned = raw_tensors(folder / "checkpoints" / "pruned")
-    solved = folder / "compensation.safetensors"
-    again = raw_tensors(prune(chain[0] / "80" / "student", made, chain[0].parent / "at-once", compensation=solved))
+    teacher, scores = HFSource(chain[0] / "80" / "student"), folder / "scores.safetensors"
+    extras = Extras(folder / "compensation.safetensors", scores=scores, scale_gaps=True)
+    added = compensation_of(teacher, made, extras)
+    again = raw_tensors(prune(teacher, made, chain[0].parent / "at-once", compensation=added))
     assert [name for name in pruned if pruned[name].tobytes() != again[name].tobytes()] == []
 
 
@@ -91,7 +94,7 @@ def test_the_student_learned_from_the_first_teacher_by_the_plan_of_both_cuts(cha
 
 def test_a_rerun_does_nothing_and_its_folder_has_no_report_of_its_own(chain, world):
     output = minitron(world, "compress", "chain.py", "--out", "chain")
-    assert output.count("done before, skipped") == 10 + 11
+    assert output.count("done before, skipped") == 11 + 12
     process = start(world, "report", "chain")
     assert "give one of chain/80, chain/64" in process.communicate(timeout=100)[0].replace("\n", " ")
     assert process.returncode == 2

@@ -13,7 +13,7 @@ from grams64 import grams64
 from pico import raw_tensors
 from tolerances import GRAM_FP32
 
-from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.cli.find import find
 from nemo_minitron.commands.compensate import solve_for
 from nemo_minitron.families import from_hf
@@ -23,6 +23,7 @@ from nemo_minitron.job.stages import compress as stages
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
 from nemo_minitron.pruning.convert import convert
+from nemo_minitron.pruning.gaps import gap_scales
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,30 @@ def test_the_stage_of_a_job(world):
         assert ours is None or not np.array_equal(found[name], tensor), name
 
 
+def check_scaled(scaled, slices, plan, scales):
+    """A folder of slices times the factors; nothing else differs."""
+    assert scales
+    plain, found = raw_tensors(slices), raw_tensors(scaled)
+    for name, (part,) in HFSource(slices).family.hf_tensors(plan.target).items():
+        by = scales.get(part, 1.0)
+        expected = (plain[name].view(np.float32).astype(np.float64) * by).astype(np.float32)
+        np.testing.assert_array_equal(found[name].view(np.float32), expected, err_msg=name)
+        assert np.array_equal(found[name], plain[name]) == (part not in scales), name
+
+
+def test_scaled_behind_dropped_layers(world, plan):
+    """By the command, from a file of scores: slices times the factors, and a note; nothing else changes."""
+    scores = Scores.load(world / "run" / "scores.safetensors")
+    scales = gap_scales(plan, scores)
+    minitron(world, "prune", "teacher", "compensated.json", "slices")
+    minitron(
+        world, "prune", "teacher", "compensated.json", "scaled", "--scale-gaps", "--scores", "run/scores.safetensors"
+    )
+    check_scaled(world / "scaled", world / "slices", plan, scales)
+    note = json.loads((world / "scaled" / "minitron_compensation.json").read_text())
+    assert set(note["scaled behind dropped layers"].values()) == set(scales.values())
+
+
 def test_vocabulary(world):
     """Tokens ranked, fewest that stay, and the student's text is the teacher's."""
     from transformers import AutoTokenizer
@@ -161,7 +186,10 @@ def test_vocabulary(world):
         (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
         (["prune", "teacher", "layers.json", "s", "--compensation", "c.safetensors"], "made for another plan"),
         (["prune", "teacher", "layers.json", "s", "--fold-norms"], "cuts no hidden channels"),
-        (["prune", "teacher", "compensated.json", "s", "--head-residual", "paper"], "--scores need each other"),
+        (
+            ["prune", "teacher", "compensated.json", "s", "--head-residual", "paper"],
+            "need --scores; give it with at least one of them",
+        ),
         (["rank-tokens", "teacher", "--data", "corpus.jsonl", "--out", "c.safetensors"], "is no file of scores"),
     ],
 )

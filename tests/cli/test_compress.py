@@ -25,9 +25,11 @@ def test_the_run_folder_is_whole(world):
     names = {"recipe.json", "manifest.json", "scores.safetensors", "plan.json", "numbers.json", "report.html"}
     assert names | {"checkpoints", "student", "figures", "log.txt"} <= {path.name for path in run.iterdir()}
     rows = json.loads((run / "numbers.json").read_text())
-    assert [row["stage"] for row in rows] == ["teacher", "random", "pruned", "distilled"]
+    assert [row["stage"] for row in rows] == ["teacher", "random", "sliced", "pruned", "distilled"]
+    assert rows[2]["loss"] != rows[3]["loss"]  # without the re-fitted matrices, and with them
+    assert not (run / "checkpoints" / "sliced").exists()
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert len(json.loads((run / "manifest.json").read_text())["stages"]) == 10
+    assert len(json.loads((run / "manifest.json").read_text())["stages"]) == 11
     assert len(losses(run / "checkpoints" / "distilled" / "loss.csv")) == 6
     card = (run / "student" / "README.md").read_text()
     assert "base_model" in card
@@ -73,7 +75,7 @@ def test_nemo_alone_trains_the_student_on(world, rooms):
 def test_a_rerun_does_nothing(world):
     shutil.copytree(world / "run", world / "again")
     output = minitron(world, "compress", "recipe.py", "--out", "again")
-    assert output.count("done before, skipped") == 10
+    assert output.count("done before, skipped") == 11
 
 
 def test_the_student_learns_what_the_teacher_wrote(world):
@@ -82,8 +84,8 @@ def test_the_student_learns_what_the_teacher_wrote(world):
     asked = ["generation.documents=24", "generation.prompt_tokens=8", "generation.new_tokens=40"]
     loss = ["distillation.logits_weight=0", "distillation.lm_weight=1"]
     output = minitron(world, "compress", "recipe.py", "--out", "written", "--overwrite", *asked, *loss)
-    assert output.count("done before, skipped") == 6
-    assert "[7/11] generate ..." in output
+    assert output.count("done before, skipped") == 7
+    assert "[8/12] generate ..." in output
     data, training = world / "written" / "data", world / "written" / "checkpoints" / "distilled"
     record = json.loads((data / "generation.json").read_text())
     assert record["documents"] + record["empty"] == 24
@@ -117,8 +119,8 @@ def test_killed_in_distillation_it_goes_on_and_ends_with_the_same_losses(world):
     (checkpoints / "step=9-last").mkdir()  # as a kill in the middle of a save leaves them
     (checkpoints / "step=9-last-unfinished").touch()
     output = minitron(world, "compress", "recipe.py", "--out", "killed")
-    assert "[2/10] estimate: done before, skipped" in output
-    assert "[7/10] distill ..." in output
+    assert "[2/11] estimate: done before, skipped" in output
+    assert "[8/11] distill ..." in output
     after = losses(world / "killed" / "checkpoints" / "distilled" / "loss.csv")
     assert len(after) == 6
     assert log.read_text().splitlines()[1].endswith(",1234.50")

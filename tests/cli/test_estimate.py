@@ -153,7 +153,8 @@ def test_a_recipe_drops_layers_by_loss_and_the_report_draws_it(run):
 @pytest.mark.slow
 def test_two_runs_merge_into_one(folder, whole, run):
     """Nothing is left to gather of the first run, so no process starts."""
-    output = minitron(folder, *COMMAND, "--out", "whole.safetensors", "--merge", run.path("scores.safetensors"))
+    options = ["--merge", run.path("scores.safetensors"), "--overwrite"]
+    output = minitron(folder, *COMMAND, "--out", "whole.safetensors", *options)
     made, other = Scores.load(folder / "whole.safetensors"), Scores.load(run.path("scores.safetensors"))
     whole[0].save(folder / "whole.safetensors")
     assert "  > " not in output

@@ -128,7 +128,7 @@ def test_two_hosts_give_one_process_result_though_one_dies(folder, hosts, monkey
     pair = start(folder, hosts, "--dp")
     again = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], again
-    assert again[0].count("done before, skipped") == 5
+    assert again[0].count("done before, skipped") == 6
     monkeypatch.setenv("NEMORUN_HOME", str(folder / "nemo_run"))
     minitron(folder, "compress", "recipe.py", "--out", "one", "--executor", "local")
     _same_scores(folder)
@@ -136,6 +136,9 @@ def test_two_hosts_give_one_process_result_though_one_dies(folder, hosts, monkey
     assert [row["step"] for row in two] == [row["step"] for row in one] == [str(n + 1) for n in range(STEPS)]
     a, b = ([float(row["loss"]) for row in table] for table in (two, one))
     np.testing.assert_allclose(a, b, rtol=LOSS_LAYOUT_FP32, atol=LOSS_PRINTED)
+    for run in ("one", "two"):  # a job folds the norms of a cut of hidden channels
+        pruned = json.loads((folder / run / "checkpoints" / "pruned" / "minitron_compensation.json").read_text())
+        assert pruned["folded norms"] is True
 
 
 def _same_scores(folder):

@@ -93,7 +93,7 @@ def test_two_plans_share_no_file(run, tmp_path):
 def test_a_budget_above_the_model_says_so(run):
     output = run("scores.safetensors", "--params", 10 * PICO.parameters())
     assert f"remark: nothing has to be cut: the model, with {PICO.parameters():,} parameters, is within" in output
-    assert "remark" not in run("scores.safetensors", "--params", "0.7x")
+    assert "remark" not in run("scores.safetensors", "--params", "0.7x", "--overwrite")
 
 
 def test_sizes_as_before(run, scores, tmp_path):

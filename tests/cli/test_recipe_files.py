@@ -1,12 +1,14 @@
 """Recipes as YAML and JSON: the same job as in Python; what is wrong is refused in a sentence."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_minitron.cli.find import find, names
 from nemo_minitron.errors import InputError
+from nemo_minitron.families import resolve
 from nemo_minitron.schema import asked_for
 
 TEXT = """
@@ -97,3 +99,24 @@ def test_json_that_is_wrong(tmp_path):
 def test_no_such_file(tmp_path, name):
     with pytest.raises(InputError, match="does not exist"):
         find(str(tmp_path / name))
+
+
+def test_files_of_the_demo_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Those of the current folder first; a missing one keeps its name, and the refusal says what makes it."""
+    from nemo_minitron.recipes.smollm2_135m import demo
+
+    monkeypatch.chdir(tmp_path)
+    assert Path(demo("prepare.py")).is_absolute()
+    assert Path(demo("prepare.py")).is_file()
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "prepare.py").touch()
+    assert demo("prepare.py") == "demo/prepare.py"
+    (tmp_path / "demo" / "smollm2-135m-instruct").mkdir()  # a recipe asks at each call, whoever loaded it before
+    assert find("smollm2_135m_to_108m_width").teacher == "demo/smollm2-135m-instruct"
+    monkeypatch.chdir("/")
+    assert find("smollm2_135m_to_108m_width").teacher != "demo/smollm2-135m-instruct"
+    monkeypatch.chdir(tmp_path)
+    assert demo("nothing") == "demo/nothing"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="`make venv`, in a clone"):
+        resolve(demo("nothing"))

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 from pico import pico_llama
 from words import save_tokenizer
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Scores
 from nemo_minitron.families import from_hf
 from nemo_minitron.search import random_plan
 
@@ -147,6 +149,37 @@ def test_dry_run_writes_nothing(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["estimate", "compensate", "plan", "candidates", "rank-tokens"])
+def test_a_file_that_exists_is_replaced_only_when_asked(world, tmp_path, command):
+    """Whatever the command would write, before it reads anything."""
+    out, model = tmp_path / "mine.json", world / "teacher"
+    there = out
+    if command == "candidates":
+        there = tmp_path / "mine.candidates.csv"
+    there.write_text("mine")
+    counted = Scores(from_hf(model), {"vocab": np.arange(512, dtype=np.float32)})
+    counted.save(world / "counted.safetensors")
+    if command == "rank-tokens":
+        counted.save(out)
+    before = there.read_bytes()
+    arguments = {
+        "estimate": (model, "--data", world / "corpus.jsonl"),
+        "compensate": (model, world / "plan.json", "--data", world / "corpus.jsonl"),
+        "plan": (world / "counted.safetensors", "--keep", "vocab=256"),
+        "candidates": ("--architecture", model, "--params", "0.7x"),
+        "rank-tokens": (model, "--data", world / "corpus.jsonl"),
+    }[command]
+    plans = command in ("plan", "candidates")
+    command = "plan" if plans else command
+    refused(minitron(command, *arguments, "--out", out), there.name, "already", "--overwrite")
+    assert there.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [there]
+    if plans or command == "rank-tokens":
+        done = minitron(command, *arguments, "--out", out, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert there.read_bytes() != before
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "student"])
 def test_distill_replaces_nothing_of_somebody_elses(world, tmp_path, kind):
     out = world / "teacher" if kind == "student" else tmp_path / "mine"
@@ -159,6 +192,16 @@ def test_distill_replaces_nothing_of_somebody_elses(world, tmp_path, kind):
     arguments = ["--teacher", world / "teacher", "--data", world / "corpus.jsonl", "--tokens", 64, "--out", out]
     refused(minitron("distill", world / "teacher", *arguments), "give a")
     assert sorted(out.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["mine.safetensors", "new.safetensors"])
+def test_scores_may_be_merged_into_their_own_file_or_a_new_one(world, tmp_path, out):
+    """Neither is refused for being there or not; what is merged must be scores."""
+    (tmp_path / "mine.safetensors").write_text("mine")
+    merge = ("--merge", tmp_path / "mine.safetensors", "--out", tmp_path / out)
+    done = minitron("estimate", world / "teacher", "--data", world / "corpus.jsonl", *merge)
+    refused(done, "mine.safetensors", "is no file of scores")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
 
 
 def test_unknown_recipe():
@@ -297,3 +340,9 @@ def test_a_truncated_tokenizer_is_one_sentence(world, broken):
 
 def test_evaluate_without_anything_to_measure(world):
     refused(minitron("evaluate", world / "teacher"), "--data, --tasks or both")
+
+
+def test_a_place_that_the_system_refuses_is_named_in_a_sentence(world):
+    """In /proc nothing can be made, whatever the rights; the message was Python's `[Errno 2]`."""
+    command = ("estimate", world / "teacher", "--data", world / "corpus.jsonl", "--out", "/proc/nowhere/scores")
+    refused(minitron(*command), "minitron: '/proc/nowhere", "could not be read or written: No such file or directory")

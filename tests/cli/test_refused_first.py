@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
-from pico import pico_llama
+from pico import SIZES, pico_llama
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 from words import save_tokenizer
 
 from nemo_minitron.cli import app
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import from_hf
+from nemo_minitron.families import family_of, from_hf
 from nemo_minitron.search import random_plan
 
 TEXTS = [f"the model number {i} reads {i * 7} words and the next ends." for i in range(40)]
@@ -46,11 +48,30 @@ def world(tmp_path_factory):
         config = json.loads((folder / "good" / "config.json").read_text()) | fields
         (folder / name / "config.json").unlink()
         (folder / name / "config.json").write_text(json.dumps(config))
+    write_hybrid(folder / "hybrid", folder / "good")
     random_plan(from_hf(folder / "good"), keep={"ffn": 64}).save(folder / "plan.json")
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"input": text, "output": text}) for text in TEXTS))
     (folder / "recipe.py").write_text(RECIPE)
     return folder
+
+
+def write_hybrid(folder, good):
+    """Zeros as a Nemotron-H, which transformers 4 cannot write; the other files are those of `good`."""
+    left_out = ("rms_norm_eps", "rope_theta", "num_hidden_layers")
+    config = {name: value for name, value in SIZES.items() if name not in left_out} | {"model_type": "nemotron_h"}
+    config |= {"mamba_num_heads": 8, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 5}
+    config |= {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-*M"}
+    architecture = from_hf(config)
+    shapes, zeros = architecture.shapes(), {}
+    for name, parts in family_of(config).hf_tensors(architecture).items():
+        rows = sum(shapes[part][0] for part in parts)
+        zeros[name] = np.zeros((rows, *shapes[parts[0]][1:]), np.float32)
+    folder.mkdir()
+    save_file(zeros, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in good.glob("*token*"):
+        (folder / file.name).symlink_to(file)
 
 
 def refused(world, monkeypatch, command):
@@ -70,11 +91,66 @@ def test_a_rotary_scaling_that_nemo_lacks(world, monkeypatch, command, model):
     )
 
 
+ON_NEMO = {name: (command, "give --host bridge") for name, command in COMMANDS.items() if name != "distill from"} | {
+    "evaluate": ("evaluate {model} --data text.jsonl", "has no 'nemotron_h'; transformers 5 has it"),
+    "evaluate a draft": ("evaluate good --data text.jsonl --draft-of {model}", "has no 'nemotron_h'"),
+    "chat": ("chat {model}", "has no 'nemotron_h'"),
+    "chat beside": ("chat good --beside {model}", "has no 'nemotron_h'"),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), ON_NEMO.values(), ids=ON_NEMO)
+def test_a_hybrid_on_nemo(world, monkeypatch, command, words):
+    assert words in refused(world, monkeypatch, command.format(model="hybrid"))
+
+
+NOT_OF_HYBRIDS = {
+    "rank-tokens": ("rank-tokens {model} --data text.jsonl --out out.safetensors", "rank-tokens"),
+    "plan within a budget": ("plan --architecture {model} --params 0.8x", "a search"),
+    "compress a model": ("compress ./{model} --data text.jsonl --params 0.8x --dry-run", "a search"),
+}
+
+
+@pytest.mark.parametrize(("command", "stage"), NOT_OF_HYBRIDS.values(), ids=NOT_OF_HYBRIDS)
+def test_what_is_not_proven_for_a_hybrid(world, monkeypatch, command, stage):
+    monkeypatch.setenv("MINITRON_HOST", "bridge")
+    monkeypatch.setattr("nemo_minitron.hosts.host_name", lambda: "bridge")  # it may not be installed
+    said = refused(world, monkeypatch, command.format(model="hybrid"))
+    assert said.startswith(f"{stage} is not supported for a hybrid with Mamba; legal are estimate, plan, compensate, ")
+
+
+def test_fp8_of_a_hybrid(world, monkeypatch):
+    monkeypatch.setenv("MINITRON_HOST", "bridge")
+    monkeypatch.setattr("nemo_minitron.hosts.host_name", lambda: "bridge")  # it may not be installed
+    said = refused(world, monkeypatch, COMMANDS["estimate"].format(model="hybrid") + " --precision fp8-current")
+    assert said == "fp8-current is not supported for a hybrid with Mamba; legal are bf16 and fp32"
+
+
 def test_a_pair_without_one_vocabulary(world, monkeypatch):
     said = refused(world, monkeypatch, COMMANDS["distill from"].format(model="small"))
     assert "the teacher has 480 tokens in its vocabulary and the student has 509" in said
 
 
-def test_a_refusal_of_the_text_leaves_no_hidden_folder(world, monkeypatch):
-    command = COMMANDS["estimate"].format(model="good").replace("text.jsonl", "missing.jsonl")
-    assert "missing.jsonl' does not exist" in refused(world, monkeypatch, command)
+TEXT_READERS = {
+    **{name: COMMANDS[name] for name in ("estimate", "compensate", "cache-logits", "distill")},
+    "evaluate": "evaluate {model} --data text.jsonl",
+    "rank-tokens": "rank-tokens {model} --data text.jsonl --out out.safetensors",
+    "distill, held out": COMMANDS["distill"].replace("text.jsonl", "pairs.jsonl") + " --validation text.jsonl",
+    "compress": "compress recipe.py data.train=text.jsonl --out out",
+    "compress a model": "compress ./{model} --data text.jsonl --params 0.8x --out out",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("missing.jsonl", "'missing.jsonl' does not exist"),
+        ("plan.json", "'plan.json' is not a file of text: legal are"),
+    ],
+)
+@pytest.mark.parametrize("command", TEXT_READERS.values(), ids=TEXT_READERS)
+def test_a_text_that_is_missing_or_none_is_refused_before_anything_begins(world, monkeypatch, command, text, words):
+    """Before a tokenizer is loaded, whose import alone takes many seconds."""
+    monkeypatch.setattr("nemo_minitron.data.load_tokenizer", None)
+    said = refused(world, monkeypatch, command.format(model="good").replace("text.jsonl", text))
+    assert words in said

@@ -70,7 +70,7 @@ def test_a_size_that_loads_everywhere_is_not(world, monkeypatch):
 @pytest.mark.parametrize("given", ["scores.safetensors", "--architecture model", "--architecture model/config.json"])
 def test_a_budget_is_met_by_sizes_that_load_everywhere(world, monkeypatch, given):
     monkeypatch.setenv("COLUMNS", "140")
-    output = run(world, monkeypatch, f"plan {given} --params 55K --tolerance 20% --out best.json --top 50")
+    output = run(world, monkeypatch, f"plan {given} --params 55K --tolerance 20% --out best.json --overwrite --top 50")
     if given == "scores.safetensors":
         assert PrunePlan.load(world / "best.json").target.hidden_size % 6 == 0
     import csv

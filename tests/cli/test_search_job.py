@@ -58,7 +58,7 @@ def test_from_budget_to_report(searched):
     run, teacher = folder / "run", from_hf(folder / "teacher")
     listed, measured, ranks = (read(run / "search" / f"{name}.json") for name in ("candidates", "measured", "ranks"))
     assert "2 are cut and measured, 1 distilled for 4 steps in 2 rounds" in dry
-    assert "candidates, compensate, measure, rank, plan, prune" in dry
+    assert "candidates, gates, compensate, measure, rank, plan, prune" in dry
     assert len(listed) == 2
     assert {row["name"] for row in measured} == {row["name"] for row in listed}
     assert [row["loss"] for row in measured] == sorted(row["loss"] for row in measured)

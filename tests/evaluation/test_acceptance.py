@@ -49,7 +49,10 @@ def test_acceptance_equals_float64(pair, monkeypatch):
     p, q = (probabilities(folder, windows) for folder in pair)
     expected = np.minimum(p, q).sum(-1).mean()
     assert 0.2 < expected < 0.9  # else a sum of something else might look like it
-    found = draft_acceptance(*pair, windows, precision="fp32", batch_size=2)
+    told = []
+    say = lambda done, total: told.append((done, total))  # noqa: E731
+    found = draft_acceptance(*pair, windows, precision="fp32", batch_size=2, progress=say)
+    assert told == [(2, 5), (4, 5), (5, 5)]
     assert found.acceptance == pytest.approx(expected, rel=ACCEPTANCE_FP32)
     assert found.acceptance == pytest.approx(1 - np.abs(p - q).sum(-1).mean() / 2, rel=ACCEPTANCE_FP32)
     assert found.greedy == (p.argmax(-1) == q.argmax(-1)).mean()
@@ -116,8 +119,7 @@ def test_the_command_tells_acceptance_and_writes_the_pair(pair, tmp_path, monkey
     assert held["num_speculative_tokens"] == max(1, draft["length"])
     alone = ["evaluate", str(pair[1]), "--data", "corpus.jsonl", "--draft-out", "served"]
     blind = ["evaluate", str(pair[1]), "--tasks", "none", "--draft-of", str(pair[0])]
-    # Before the corpus, which is not there, is looked for.
-    early = ["evaluate", str(pair[1]), "--data", "nowhere.jsonl", "--draft-of"]
+    early = ["evaluate", str(pair[1]), "--data", "corpus.jsonl", "--draft-of"]
     over = [*early, str(pair[0]), "--draft-out", "corpus.jsonl"]
     other = [*early, str(pico_llama(tmp_path / "other", vocab_size=512))]
     refusals = [(alone, "give --draft-of"), (blind, "give --data"), (over, "is a file"), (other, "has 512 tokens")]

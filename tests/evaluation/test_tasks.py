@@ -8,7 +8,7 @@ import pytest
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation import run_tasks
-from nemo_minitron.evaluation.tasks import task_name
+from nemo_minitron.evaluation.benchmarks import task_name
 
 
 def test_tasks_without_lm_eval_say_what_to_install(folder, monkeypatch):
@@ -81,7 +81,7 @@ def test_tasks_are_handed_to_lm_eval_by_name(folder, monkeypatch, tmp_path):
     assert called["num_fewshot"] is None
     run_tasks(folder, ["HellaSwag"])
     assert (called["tasks"], called["num_fewshot"]) == (["hellaswag"], 10)
-    with pytest.raises(InputError, match="no task 'hellaswig'"):
+    with pytest.raises(InputError, match="no task 'hellaswig'; did you mean 'hellaswag'"):
         run_tasks(folder, ["hellaswig"])
     with pytest.raises(InputError, match="bf16"):
         run_tasks(folder, ["hellaswag"], precision="bf17")

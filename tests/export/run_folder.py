@@ -14,6 +14,17 @@ SOURCE = Architecture(
     vocab_size=50,
 )  # fmt: skip
 EVIL = "<script>alert('x')</script>"
+MEASURED = [
+    {"name": "a", "parameters": 100, "kept": 0.5, "loss": 3.0},
+    {"name": "b", "parameters": 90, "kept": 0.6, "loss": 3.5},
+    {"name": "c", "parameters": 110, "kept": 0.7, "loss": 3.2},
+    {"name": "d", "parameters": 90, "kept": 0.4, "loss": 3.6},
+]
+RANKS = [
+    {"step": step, "candidate": name, "loss": loss, "rank": rank}
+    for step, order in ((2, "abc"), (4, "bac"), (6, "ba"))
+    for rank, (name, loss) in enumerate(zip(order, (1.0, 1.5, 2.0), strict=False), 1)
+]
 
 
 def top(values, count):

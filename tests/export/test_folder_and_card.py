@@ -165,6 +165,19 @@ def front_matter(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def test_the_card_of_a_gemma_says_how_it_runs_and_what_was_rescaled(facts):
+    """transformers' default attention leaves a cap of scores out; a cut of ffn alone rescales nothing."""
+    assert "eager" not in card_text(facts)
+    assert "Rescaled" not in card_text(facts)
+    gemma = {"capped_attention": True, "scaled_embeddings": True}
+    source, target = (facts.source.replace(**gemma), facts.target.replace(**gemma))
+    text = card_text(dataclasses.replace(facts, source=source, target=target))
+    assert 'dtype="float32", attn_implementation="eager")  # before' in text
+    assert "- **Rescaled:** embeddings" in text
+    alone = dataclasses.replace(facts, source=source, target=source.replace(ffn_hidden_size=64))
+    assert "Rescaled" not in card_text(alone)
+
+
 def test_the_card_says_what_was_done(tmp_path, facts):
     text = write_card(tmp_path, facts).read_text()
     assert text == (tmp_path / "README.md").read_text() == card_text(facts)

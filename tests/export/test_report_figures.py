@@ -1,15 +1,17 @@
 """The data behind the report's figures, and their parts."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from run_folder import SOURCE, page, rows, top
+from test_architecture import mixed, smollm2
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.export import importance_figures, write_report
-from nemo_minitron.export.formatting import change, memory, number, seconds, short_count
+from nemo_minitron.export.formatting import change, memory, number, seconds, short_count, size_rows
 from nemo_minitron.export.plot import log_ticks
 from nemo_minitron.export.result_figures import smoothed
 
@@ -51,6 +53,19 @@ def test_csv_of_curve_and_numbers(run):
     assert [(r["stage"], float(r["perplexity"])) for r in rows(run, "perplexity")] == [
         ("teacher", 17.25), ("random", 9.7e7), ("pruned", 500.5), ("distilled", 68.0),
     ]  # fmt: skip
+
+
+def test_what_the_re_fitted_matrices_gained(run):
+    """Told where a cut without them was measured, and drawn; nothing is said of a cut that re-fits none."""
+    assert "fitted again" not in " ".join(page(run).words)
+    numbers = json.loads((run / "numbers.json").read_text())
+    sliced = next(row for row in numbers if row["stage"] == "pruned") | {"stage": "sliced", "perplexity": 812.0}
+    (run / "numbers.json").write_text(json.dumps([*numbers, sliced]))
+    text = " ".join(page(run).words)
+    assert "the cut alone has 812.0; matrices fitted again and norms scaled" in text
+    assert "without any training, make it 500.5" in text
+    assert [row["stage"] for row in rows(run, "perplexity")] == ["teacher", "random", "sliced", "pruned", "distilled"]
+    assert "pruned, plain slices" in (run / "figures/perplexity.svg").read_text()
 
 
 def test_heads_and_groups(run, scores):
@@ -107,3 +122,16 @@ def test_importing_the_rooms_loads_nothing_heavy():
     code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_sizes_of_a_mixture():
+    """A dense model's table has no experts."""
+    source = mixed()
+    rows = {what: (before, after) for what, before, after, _ in size_rows(source, source.replace(moe_router_topk=1))}
+    assert (rows["experts"], rows["experts of a token"]) == (("4", "4"), ("2", "1"))
+    at_work = rows["parameters at work on a token"]
+    assert at_work == (
+        f"{source.parameters(active=True):,}",
+        f"{source.replace(moe_router_topk=1).parameters(active=True):,}",
+    )
+    assert "experts" not in [row[0] for row in size_rows(smollm2(), smollm2())]

@@ -1,8 +1,11 @@
 """The report in headless Chromium, at three widths, light and dark: nothing runs off the page, nothing overlaps, all
 words are readable."""
 
+import json
+
 import pytest
 from browser import Page, chromium
+from run_folder import MEASURED, RANKS
 from tolerances import CONTRAST
 
 from nemo_minitron.export import write_report
@@ -24,6 +27,16 @@ OVERLAPS = """
       && Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top) > 3
   ).map(([f, s]) => e.textContent + " / " + f.textContent));
 })
+"""
+BROKEN = """
+[...document.querySelectorAll("td, .tile span, p, figcaption")].flatMap(e => [...e.childNodes])
+  .filter(n => n.nodeType == 3 && n.parentElement.getClientRects().length).flatMap(n =>
+    [...n.textContent.matchAll(/(?<!\\S)[A-Za-z]{2,10}(?!\\S)/g)].filter(word => {
+      const range = document.createRange();
+      range.setStart(n, word.index);
+      range.setEnd(n, word.index + word[0].length);
+      return new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1;
+    }).map(word => word[0]))
 """
 CONTRASTS = """
 (() => {
@@ -50,6 +63,9 @@ CONTRASTS = """
 
 @pytest.fixture
 def browser(run):
+    (run / "search").mkdir()
+    for name, rows in (("measured", MEASURED), ("ranks", RANKS)):
+        (run / "search" / f"{name}.json").write_text(json.dumps(rows))
     with Page(write_report(run)) as page:
         yield page
 
@@ -63,6 +79,18 @@ def test_the_report_fits_and_is_readable(browser):
             contrasts = browser.run(CONTRASTS)
             assert len(contrasts) > 100
             assert min(contrasts)[0] >= CONTRAST, (width, dark, min(contrasts))
+
+
+def test_no_short_word_is_broken(run):
+    """At 768 px the table of numbers is as narrow as it gets, and had `corpu s`."""
+    numbers = json.loads((run / "numbers.json").read_text())
+    sized = {"corpus": "corpus", "parameters": 134_515_008, "bits_per_byte": 1.5, "perplexity": 24_653.0}
+    (run / "numbers.json").write_text(json.dumps([row | sized for row in numbers]))
+    with Page(write_report(run)) as browser:
+        for width in WIDTHS:
+            browser.show(width)
+            assert browser.run(BROKEN) == [], width
+            assert browser.run(BEYOND) == [], width
 
 
 def test_the_colours_follow_the_scheme_and_paper_is_white(browser):

@@ -31,6 +31,15 @@ def differing(source, expected):
     ]
 
 
+def other_windows(chunks, expected):
+    """The fields of windows in which the live model is not the folder's."""
+    from nemo_minitron.importance.forward import architecture_of
+    from nemo_minitron.windows import FIELDS
+
+    live = architecture_of(chunks[0])
+    return [name for name in FIELDS if getattr(live, name) != getattr(expected.architecture, name)]
+
+
 def run_case(name, kind, folder, out):
     """The teacher and its student in this layout: bits, logits, and checkpoints where they are split."""
     from checkpoints import save_checkpoint
@@ -47,6 +56,7 @@ def run_case(name, kind, folder, out):
         expected = HFSource(folder / f"{name}-{model}")
         chunks = load_model(folder / f"{name}-teacher", cut, layout=layout)
         result[model] = differing(LiveSource(chunks, expected.architecture), expected)
+        result[model] += other_windows(chunks, expected)
         found[model] = logits(chunks, folder)
         if kind == "split":
             save_checkpoint(chunks, out / f"{name}-{model}", expected.config)

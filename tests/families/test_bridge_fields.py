@@ -7,7 +7,7 @@ from pico import SIZES
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_host, family_of
-from nemo_minitron.families.bridge import bridge_fields
+from nemo_minitron.families.bridge import bridge_fields, hf_yarn
 
 CLASSES = {"arcee": "Arcee", "llama": "Llama", "nemotron": "Nemotron", "phi3": "Phi3", "qwen2": "Qwen2"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -46,6 +46,17 @@ def test_yarn_is_transformers(own):
     assert (found["yarn_beta_fast"], found["yarn_beta_slow"]) == (own.get("beta_fast", 32), own.get("beta_slow", 1))
     assert found["yarn_correction_range_round_to_int"] is own.get("truncate", True)
     assert (found["position_embedding_type"], found["yarn_rotary_scaling_factor"]) == ("yarn", 4.0)
+
+
+@pytest.mark.parametrize("own", [{}, {"beta_fast": 16, "truncate": False}, {"mscale": 0.7, "mscale_all_dim": 0.3}])
+def test_a_checkpoint_by_yarn_is_the_config_again(own):
+    base = config("qwen2", YARN | own)
+    given, family = fields("qwen2", YARN | own), family_of(base)
+    found = family.from_nemo(given | {"position_embedding_type": "rope"}) | hf_yarn(given)
+    assert bridge_fields(family, found) == given
+    assert hf_yarn(fields("qwen2", None)) == {}
+    with pytest.raises(InputError, match=r"yarn_mscale is 0\.5 and its yarn_mscale_all_dim 0"):
+        hf_yarn(given | {"yarn_mscale": 0.5, "yarn_mscale_all_dim": 0.0})
 
 
 def test_llama3_is_megatrons_own():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from contract import LLAMA3_ROPE, MODELS, megatron_fields
+from contract import FULL, LLAMA3_ROPE, MODELS, SLIDING, megatron_fields
 from pico import SIZES
 
 from nemo_minitron.errors import InputError
@@ -23,6 +23,9 @@ def in_form_5(old):
     new = {name: value for name, value in old.items() if name not in (*ROPE_KEYS, "torch_dtype")}
     scaling = dict(old.get("rope_scaling") or {"rope_type": "default"})
     scaling |= {name: old[name] for name in ("rope_theta", "partial_rotary_factor") if name in old}
+    if old["model_type"] == "gemma3_text":  # a mapping for each kind of layer
+        base = new.pop("rope_local_base_freq", 1e4)
+        scaling = {FULL: scaling, SLIDING: {"rope_type": "default", "rope_theta": base}}
     return new | {"rope_parameters": scaling, "dtype": old.get("torch_dtype", "float32")}
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import contract
+import ml_dtypes
 import numpy as np
 import pytest
 from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES, NEMO_NAMES
@@ -100,9 +101,10 @@ def test_names_and_count_are_transformers(name, models):
     shapes = source.architecture.shapes()
     found = {}
     for hf, parts in source.family.hf_tensors(source.architecture).items():
-        found[hf] = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
-    assert found == {hf: tuple(parameter.shape) for hf, parameter in model.named_parameters()}
-    assert source.architecture.parameters() == model.num_parameters()
+        found[hf] = source.family.stored_shape(hf, [shapes[part] for part in parts])
+    theirs = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    assert found == {hf: tuple(tensor.shape) for hf, tensor in theirs.items()}
+    assert source.architecture.parameters() == sum(tensor.numel() for tensor in theirs.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,17 +114,23 @@ def test_a_cut_is_slicing_by_hand(name, models):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     teacher, student = models / f"{name}-teacher", models / f"{name}-student"
-    sliced = contract.slice_by_hand(raw_tensors(teacher), contract.everything())
+    sliced = contract.slice_by_hand(raw_tensors(teacher), contract.everything(), contract.dtype_of(name))
     assert_same_bits(raw_tensors(student), sliced)
     config = AutoConfig.from_pretrained(teacher)
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 3, 41, 50
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, HEAD_DIM
-    if name.startswith("mixtral"):
+    if name.startswith(("mixtral", "qwen3_moe", "gpt_oss", "deepseek")):
+        config.num_experts_per_tok = 2
+    if name.startswith("deepseek"):
+        config.num_key_value_heads, config.head_dim, config.first_k_dense_replace = 4, contract.latents.ROTARY, 1
+        config.n_routed_experts, config.moe_intermediate_size, config.kv_lora_rank = 3, 50, 14
+        config.q_lora_rank = 15 if config.q_lora_rank else None
+    if name.startswith(("mixtral", "gpt_oss")):
         config.num_local_experts = 3
     if name.startswith("qwen3_moe"):
         config.num_experts, config.moe_intermediate_size = 3, 50
         config.mlp_only_layers = [1] if config.mlp_only_layers else []
-    elif name.startswith(("ministral", "qwen", "smollm3")):
+    elif name.startswith(("ministral", "qwen", "smollm3", "gpt_oss", "gemma")):
         config.layer_types = [config.layer_types[layer] for layer in contract.CUT_LAYERS]
     if name.startswith("smollm3"):
         config.no_rope_layers = [config.no_rope_layers[layer] for layer in contract.CUT_LAYERS]
@@ -140,7 +148,8 @@ def test_shards_hold_the_same_bits(name, tmp_path):
     plan = contract.plan_of(from_hf(teacher), contract.everything())
     student = prune(teacher, plan, tmp_path / "s", shard_size=20_000)
     assert len(list(student.glob("*.safetensors"))) > 1
-    assert_same_bits(raw_tensors(student), contract.slice_by_hand(raw_tensors(teacher), contract.everything()))
+    dtype = contract.dtype_of(name, ml_dtypes.bfloat16)
+    assert_same_bits(raw_tensors(student), contract.slice_by_hand(raw_tensors(teacher), contract.everything(), dtype))
 
 
 # -- what is exact ---------------------------------------------------------------------------------------------
@@ -172,6 +181,8 @@ def test_hidden_is_not_exact(name, models, tmp_path):
     for hf, tensor in tensors.items():
         if hf.split(".")[-2] in ("o_proj", "down_proj", "w2"):
             tensor[:5] = 0
+        elif ".experts.down_proj" in hf:  # gpt-oss's
+            tensor[..., :5] = 0
         elif hf in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor[:, :5] = 0
     save_tensors(teacher, tensors)

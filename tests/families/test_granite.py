@@ -6,7 +6,15 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import check_host, family_of, family_of_nemo, from_hf, to_hf, written_config
+from nemo_minitron.families import (
+    check_host,
+    family_of,
+    family_of_fields,
+    family_of_nemo,
+    from_hf,
+    to_hf,
+    written_config,
+)
 from nemo_minitron.families.bridge import bridge_fields
 
 MULTIPLIERS = {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
@@ -36,6 +44,19 @@ def test_where_a_config_is_silent_all_are_one():
     found = bridge_fields(family_of(silent), silent)
     assert (found["softmax_scale"], found["mup_embedding_mult"], found["mup_output_mult"]) == (1, 1, 1)
     assert found["layernorm_epsilon"] == 3e-5
+
+
+def test_a_checkpoint_is_the_same_model():
+    """The residual multiplier is 1 in it, and its numbers in Megatron's fields are the same."""
+    given = bridge_fields(family_of(CONFIG), CONFIG | {"logits_scaling": 0.3})
+    family = family_of_fields(given | {"max_position_embeddings": 256})
+    assert family.model_type == "granite"
+    found = family.from_nemo(given)
+    again = bridge_fields(family, found)
+    assert again.pop("mup_output_mult") == pytest.approx(given.pop("mup_output_mult"), rel=1e-15)
+    assert again == given
+    with pytest.raises(InputError, match="mup_base_hidden_size is 32; a GraniteForCausalLM needs its hidden_size, 48"):
+        family.from_nemo(given | {"mup_base_hidden_size": 32})
 
 
 def test_a_student_keeps_the_multipliers():

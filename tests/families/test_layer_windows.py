@@ -41,6 +41,9 @@ def test_the_windows_are_transformers(kind, fields):
     window = found["window_size"]
     skip = found.get("window_attn_skip_freq") or [1] * 6
     assert theirs == [window[0] + 1 if window and windowed else None for windowed in skip]
+    counted = from_hf(base)
+    windows = counted.window_attn_skip_freq or [1] * 6
+    assert theirs == [counted.attention_window if windowed else None for windowed in windows]
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)

@@ -1,12 +1,13 @@
 """Configs of Qwen2, Qwen3, Nemotron and Phi-3: published sizes, transformers' defaults, and what is refused."""
 
 import pytest
+from contract import HYBRIDS
 from pico import SIZES
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import FAMILIES, family_of, from_hf, to_hf
 
-CLASSES = {family.model_type: family for family in FAMILIES}
+CLASSES = {family.model_type: family for family in FAMILIES if family.model_type not in HYBRIDS}
 # layers, hidden, heads, groups, ffn, vocabulary, billions, billions without embeddings
 PUBLISHED = [
     ("nemotron", 32, 6144, 48, 8, 24576, 256_000, 15.629, 12.483),
@@ -25,8 +26,12 @@ COUNTED = [
 ]
 
 
+OWN = {"num_key_value_heads": None, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+
+
 def config(model_type, **fields):
-    return SIZES | {"model_type": model_type, "architectures": [CLASSES[model_type].hf_class]} | fields
+    own = OWN if model_type.startswith("deepseek") else {}
+    return SIZES | own | {"model_type": model_type, "architectures": [CLASSES[model_type].hf_class]} | fields
 
 
 def without(fields, *names):
@@ -84,11 +89,14 @@ def test_sizes_where_a_config_is_silent_are_transformers(model_type, absent):
     if model_type == "ministral" and "head_dim" in absent:
         pytest.skip("transformers' Ministral fails without head_dim")
     heads = 32 if "num_key_value_heads" in absent else 24  # transformers gives Qwen 32 groups
+    if model_type.startswith("deepseek") and "num_key_value_heads" in absent:
+        pytest.skip("transformers' DeepSeek V3 has 128, whatever the heads")
     sizes = without(config(model_type, num_attention_heads=heads, hidden_size=96, head_dim=4), *absent)
     theirs = AutoConfig.for_model(**sizes | {"pad_token_id": None})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
-    assert from_hf(sizes).parameters() == model.num_parameters()
+    biases = [buffer.numel() for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+    assert from_hf(sizes).parameters() == model.num_parameters() + sum(biases)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)

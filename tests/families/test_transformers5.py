@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contract
 import numpy as np
 import pytest
 from contract import CUT_EXPERTS, NAMES, everything, make, megatron_fields, neurons, plan_of
@@ -43,11 +44,12 @@ def models(tmp_path_factory):
 
 def sizes_that_load(name):
     """What of the cut is another one, since transformers 5 refuses the sizes of `everything`."""
-    if name.startswith(("llama", "arcee")):
+    if name.startswith(("llama", "arcee", "gemma")):
         return {"hidden": list(range(40))}  # a multiple of 8 heads
-    if name.startswith(("mixtral", "qwen3_moe")):
+    if name.startswith(("mixtral", "qwen3_moe", "gpt_oss", "deepseek")):
         experts = {layer: {e: neurons(layer + e)[:48] for e in kept} for layer, kept in CUT_EXPERTS.items()}
-        return {"hidden": list(range(40)), "expert_ffn": experts}
+        shared = {layer: contract.latents.shared(layer, 48) for layer in contract.CUT_LAYERS}
+        return {"hidden": list(range(40)), "expert_ffn": experts, "shared_expert_ffn": shared}
     return {}
 
 

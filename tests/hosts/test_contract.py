@@ -154,22 +154,24 @@ cli.main()
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["estimate", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
-        ["cache-logits", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
-        ["distill", "MODEL", "--teacher", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
-        ["finetune", "MODEL", "--data", "text.jsonl", "--out", "OUT"],
+        ["estimate", "MODEL", "--data", "TEXT", "--out", "OUT"],
+        ["cache-logits", "MODEL", "--data", "TEXT", "--out", "OUT"],
+        ["distill", "MODEL", "--teacher", "MODEL", "--data", "TEXT", "--out", "OUT"],
+        ["finetune", "MODEL", "--data", "TEXT", "--out", "OUT"],
         ["compress", "smollm2_135m_to_108m_width", "--out", "OUT"],
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_without_a_host_a_command_says_how_to_install_one(arguments, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"input": "one", "output": "two", "text": "three"}\n')
     places = {"MODEL": str(pico_llama(tmp_path / "model")), "OUT": str(tmp_path / "out")}
+    places["TEXT"] = str(tmp_path / "text.jsonl")
     code = WITHOUT.format(arguments=[places.get(word, word) for word in arguments])
     done = run("-c", code, host="")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("minitron: no host is installed here; install NeMo 2 with: pip install 'nemo_mini")
     assert "nemo_minitron[bridge]" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.jsonl"}
 
 
 def test_without_nemo_run_an_executor_says_how_to_install_it():

@@ -14,7 +14,7 @@ from workers import load_model, process_group, run_cases
 
 CRITERIA = ["l2,mean", *(",".join(p) for p in itertools.product(("mean", "l2", "var", "max"), repeat=2))]
 BOUNDARIES = [[0, 7, 16, 22], [0, 24], [0, 1, 13, 24], [0, 3, 20]]  # of packed rows; some leave a tail
-AXES = ("ffn", "ffn_pre_activation", "heads", "head_channels", "norms", "layers", "mlp_output")
+AXES = ("ffn", "ffn_pre_activation", "heads", "head_channels", "norms", "layers", "stream_logs", "mlp_output")
 
 
 def register_own_estimator():

@@ -35,11 +35,14 @@ def activations(folder, samples):
             (layer.self_attn.o_proj, "heads", i, lambda given, out: given.unflatten(-1, (-1, 8)).norm(dim=-1)),
             (layer.input_layernorm, "norms", 2 * i, lambda given, out: out),
             (layer.post_attention_layernorm, "norms", 2 * i + 1, lambda given, out: out),
+            (layer, "stream_logs", i, lambda x, y: _parts(x.norm(dim=-1).log())),
             (layer, "layers", i, lambda x, y: 1 - torch.nn.functional.cosine_similarity(x, y, dim=-1)[..., None]),
         ]
         for module, *what in watched:
             module.register_forward_hook(keep(*what), with_kwargs=True)
-    last = 2 * len(model.model.layers)
+    last, count = 2 * len(model.model.layers), len(model.model.layers)
+    behind = keep("stream_logs", count, lambda x, y: _parts(y.norm(dim=-1).log()))
+    model.model.layers[-1].register_forward_hook(behind, with_kwargs=True)
     model.model.norm.register_forward_hook(keep("norms", last, lambda given, out: out), with_kwargs=True)
     with torch.no_grad():
         for sample in samples:
@@ -55,6 +58,17 @@ def scores64(found, criterion):
         ordered = [rows[row] for row in sorted(rows)]
         if statistic == "layers":  # every token counts alike
             scores[statistic] = np.array([np.concatenate(samples).mean() for samples in ordered])
+        elif statistic == "stream_logs":
+            scores[statistic] = np.stack([np.concatenate(samples).mean(0) for samples in ordered])
         else:
             scores[statistic] = np.stack([over_samples(np.stack([over_sequence(s) for s in r])) for r in ordered])
+    if "stream_logs" in scores:
+        scores["stream"] = scores["stream_logs"][:, 0] - scores["stream_logs"][:, 1]
     return scores | {"hidden": scores["norms"].sum(0)}
+
+
+def _parts(log):
+    """[positions] -> [positions, 2], the parts above and below 0, as numbers that are not negative."""
+    import torch
+
+    return torch.stack([log.clamp(min=0), (-log).clamp(min=0)], -1)

@@ -166,7 +166,7 @@ def test_scores_equal_one_process(case, kind, results):
     scores = _scores(results, case["world"], case["name"], kind)
     reference = _scores(results, 1, case["model"], kind)
     assert (scores.samples, scores.tokens) == COUNTS[kind]
-    assert set(scores.tensors) == {*AXES, "query_groups", "hidden"}
+    assert set(scores.tensors) == {*AXES, "query_groups", "hidden", "stream"}
     assert set(scores.criteria) == set(CRITERIA)
     for criterion in CRITERIA:
         found, expected = scores.under(criterion), reference.under(criterion)

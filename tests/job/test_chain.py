@@ -17,7 +17,7 @@ from nemo_minitron.job.chain import describe_chain, jobs_of, summary, table
 from nemo_minitron.job.compress import run_compress
 from nemo_minitron.job.lineage import check_lineage, plan_of_learned
 from nemo_minitron.job.run import open_run
-from nemo_minitron.job.stages import compress as stages
+from nemo_minitron.job.stages import distill as stage
 from nemo_minitron.search import random_plan
 
 
@@ -213,12 +213,12 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     """All that the stage hands on: the first teacher, and the student's plan in that one's layers."""
     asked = {}
 
-    def run_training(student, teacher, texts, out, recipe, layout, log, plan):
-        asked.update(teacher=teacher.path, plan=plan)
+    def run_training(student, teacher, texts, out, recipe, layout, log, stop, plan):
+        asked.update(teacher=teacher.path, plan=plan, stop=stop)
 
-    monkeypatch.setattr(stages, "run_training", run_training)
+    monkeypatch.setattr(stage, "run_training", run_training)
     text = write_indexed(tmp_path / "text", [range(5_000)])
-    monkeypatch.setattr(stages, "trained_on", lambda run: text)
+    monkeypatch.setattr(stage, "trained_on", lambda run: text)
     for name in ("teacher", "run/checkpoints/pruned"):
         pico_llama(tmp_path / name)
     job = Job(
@@ -227,8 +227,8 @@ def test_the_distillation_is_taught_by_what_it_learns_from(chain, plans, tmp_pat
     (tmp_path / "run" / "recipe.json").touch()
     run = open_run(job, tmp_path / "run")
     PrunePlan.load(plans[1]).save(run.path("plan.json"))
-    stages.distill(run)
-    assert asked == {"teacher": tmp_path / "teacher", "plan": run.path("lineage.json")}
+    stage.distill(run)
+    assert asked == {"teacher": tmp_path / "teacher", "plan": run.path("lineage.json"), "stop": None}
 
 
 def test_the_shipped_chain(tmp_path):

@@ -58,6 +58,27 @@ def test_a_short_training_warms_up_for_a_tenth_of_its_steps(model, text):
     assert settings.min_learning_rate == 3e-5
 
 
+def test_what_the_steps_decide_follows_an_override_and_gives_way_to_one(model, text):
+    own = OwnModel(data=text, keep="ffn=64")
+    short = job_of(model, own, Machine(), overrides=["distillation.tokens=1280"]).distillation
+    assert (short.steps, short.warmup_steps, short.save_every) == (20, 2, 5)
+    asked = ["distillation.tokens=1280", "distillation.warmup_steps=7", "distillation.save_every=3"]
+    settings = job_of(model, own, Machine(), overrides=asked).distillation
+    assert (settings.steps, settings.warmup_steps, settings.save_every) == (20, 7, 3)
+
+
+def test_gates_are_in_fp32_where_the_model_is_sure_to_fit(model, tmp_path, text):
+    llama = folder(tmp_path / "llama", LLAMA_8B)
+    for given, machine, precision in (
+        (model, Machine(), "fp32"),
+        (llama, Machine(), "auto"),
+        (llama, Machine(1, 80 * 10**9), "fp32"),  # 32 GB
+        (llama, Machine(1, 24 * 10**9), "auto"),
+    ):
+        job = job_of(given, OwnModel(data=text, keep="ffn=64"), machine)
+        assert (job.gates.run, job.gates.precision) == (True, precision)
+
+
 def test_on_gpus(tmp_path):
     model = folder(tmp_path / "llama", LLAMA_8B)
     job = job_of(model, OwnModel(data="org/corpus", keep="ffn=9216"), Machine(8))
@@ -86,6 +107,13 @@ def test_the_least_tensor_parallelism_that_fits(gpus, memory):
     assert fits(layout) or layout.tp == max(n for n in (1, 2, 4, 8) if gpus % n == 0)
 
 
+def test_experts_with_biases_are_whole():
+    gpt_oss = LLAMA_8B | {"architectures": ["GptOssForCausalLM"], "num_local_experts": 32}
+    layout = layout_on(Machine(8, int(40e9)), from_hf(gpt_oss), 4096)
+    assert (layout.tp > 1, layout.etp) == (True, 1)
+    layout.check(from_hf(gpt_oss))
+
+
 @pytest.mark.parametrize(
     ("own", "words"),
     [
@@ -93,7 +121,7 @@ def test_the_least_tensor_parallelism_that_fits(gpus, memory):
         ({"data": "{text}"}, "no size given; give one of --params 0.7x"),
         ({"data": "{text}", "params": "1M", "keep": "ffn=64"}, "--params and --keep given; give one of"),
         ({"data": "{text}@rest", "params": "1M"}, "has no part that can be held out; give held-out text with --test"),
-        ({"data": "{model}/config.json", "params": "1M"}, "has no part that can be held out"),
+        ({"data": "{model}/config.json", "params": "1M"}, "is not a file of text: legal are"),
     ],
 )
 def test_refused(model, text, own, words):

@@ -86,6 +86,16 @@ def test_a_failure_there_ends_the_stage_here(hosts, tmp_path, ending, error, wor
     assert "node 0 ended" in str(end())
 
 
+def test_processes_that_were_told_to_stop_say_so():
+    """Not the last line of some library; but an error of a rank comes first."""
+    with pytest.raises(
+        RuntimeError, match=r"^distill was told to stop on node 1 \(SIGTERM\); run the same command again"
+    ):
+        StageResult(143, cause="a line of a library").check("distill", " on node 1")
+    with pytest.raises(RuntimeError, match="exit code 143: rank 1: ValueError: broken"):
+        StageResult(143, cause="rank 1: ValueError: broken").check("distill")
+
+
 def test_a_training_that_diverged_is_told_from_other_failures():
     with pytest.raises(DivergedError, match="exit code 1: DivergedError: training stopped at step 3"):
         StageResult(1, cause="DivergedError: training stopped at step 3: the loss is NaN").check("distill")

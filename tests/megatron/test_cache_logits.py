@@ -11,7 +11,7 @@ import time
 import command_line
 import numpy as np
 import pytest
-from pico import pico_llama
+from pico import pico_gpt_oss, pico_llama
 from words import save_tokenizer
 
 from nemo_minitron.artifacts.cache_settings import CacheSettings
@@ -168,6 +168,13 @@ def test_a_student_learns_from_it_by_the_command(world):
     assert list(rows[0]) == ["step", "tokens", "loss", "seconds", "cross_entropy"]
     assert len(rows) == 3
     assert (world / "distilled" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("config", [{"router_aux_loss_coef": 0.5}, {"rms_norm_eps": 2e-5}, {"sliding_window": 9}])
+def test_a_digest_of_a_model_that_nemo_lacks(tmp_path, config):
+    teacher = pico_gpt_oss(tmp_path / "a", num_hidden_layers=2)
+    other = pico_gpt_oss(tmp_path / "b", num_hidden_layers=2, **config)
+    assert teacher_digest(HFSource(teacher)) != teacher_digest(HFSource(other))
 
 
 def test_a_teachers_digest_sees_its_config(tmp_path):

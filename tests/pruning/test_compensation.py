@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from pico import pico_llama, raw_tensors, save_tensors
+from pico import pico_gemma2, pico_gemma3_text, pico_llama, raw_tensors, save_tensors
 from plans_by_hand import HIDDEN, slice_by_hand, whole_groups, width_and_depth
 from tolerances import LOGITS_PICO_FP32, SOLVED_FP32
 
@@ -179,7 +179,7 @@ def test_what_a_file_may_not_be(tmp_path, cut):
     refused(r"is \(41, 49\), the student's is \(41, 50\)", {DOWN: good[:, 1:].copy()}, header)
     refused("the student's is not there", {"layers.3.down.weight": good}, header)
     refused("is not a compensation", {DOWN: good.astype(np.float64)}, header)
-    refused("is not a compensation", {DOWN: good}, header | {"version": 2})
+    refused("is not a compensation", {DOWN: good}, header | {"version": 3})
     refused("is not a compensation", {DOWN: good}, {})
     refused("not finite", {DOWN: good * np.nan}, header)
     path.write_bytes(b"x" * 100)
@@ -205,17 +205,24 @@ def zero_channels(teacher):
     return np.setdiff1d(np.arange(48), gone).tolist()
 
 
-def test_folded_norms_make_zero_channels_exact(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options", "count"),
+    [
+        (pico_llama, {}, 13), (pico_gemma3_text, {"tie_word_embeddings": True}, 25),
+        (pico_gemma2, {"tie_word_embeddings": False}, 25),
+    ],
+)  # fmt: skip
+def test_folded_norms_make_zero_channels_exact(tmp_path, family, options, count):
     """Without the fold the logits are others, with it they are the teacher's (but for epsilon, made small here)."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    teacher = pico_llama(tmp_path / "t", rms_norm_eps=1e-12)
+    teacher = family(tmp_path / "t", rms_norm_eps=1e-12, **options)
     kept = zero_channels(teacher)
     source = from_hf(teacher)
     plan = PrunePlan(source=source, target=source.replace(hidden_size=32), keep={"hidden": kept})
     folded = Compensation(plan.digest, fold_norms(HFSource(teacher), plan))
-    assert len(folded.tensors) == 13
+    assert len(folded.tensors) == count
     prune(teacher, plan, tmp_path / "plain")
     prune(teacher, plan, tmp_path / "folded", compensation=folded)
     tokens = torch.arange(3, 131)[None] * 13 % 509

@@ -241,7 +241,9 @@ ALL = {layer: [0, 1] for layer in (0, 2, 4)}
             "expert_ffn of layer 0, expert 0: index 40 is out of range",
         ),
         ({"shared_expert_ffn": ALL}, {"moe_shared_expert_intermediate_size": 3}, "2 indices are kept"),
-        ({}, {"moe_router_topk": 1}, "cannot change moe_router_topk"),
+        ({}, {"moe_router_topk": 1}, "changes moe_router_topk from 2 to 1 but keeps no indices of 'experts_per_token'"),
+        ({"experts_per_token": [1]}, {"moe_router_topk": 1}, r"'experts_per_token' is \[1\]; the first of them stay"),
+        ({"experts_per_token": [0, 1]}, {"moe_router_topk": 1}, r"'experts_per_token' is \[0, 1\]; the first"),
         ({}, {"moe_layer_freq": 3}, "cannot change moe_layer_freq"),
     ],
 )

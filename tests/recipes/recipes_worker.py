@@ -4,33 +4,48 @@ Argument: JSON of recipe -> [[layout, Architecture], ...]; prints as JSON recipe
 group is torch's fake one, which stands for all ranks of the layout; tensors are its fake ones, which are shapes alone.
 """
 
+import contextlib
 import json
 import sys
+from types import SimpleNamespace
 
 
 def parameters_of_rank(architecture, layout):
-    """Parameters that Megatron's GPTModel has on this rank."""
+    """Parameters that Megatron's GPTModel has on this rank, or its MambaModel."""
     import torch
     from bare_models import KINDS
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.mamba import MambaModel
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from megatron.core.ssm import mamba_block, mamba_mixer
     from megatron.core.transformer import TransformerConfig
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from nemo_minitron import hybrid
     from nemo_minitron.families.base import nemo_sizes
 
     sizes = nemo_sizes(architecture)
     del sizes["make_vocab_size_divisible_by"]
     vocabulary, tied = sizes.pop("vocab_size"), sizes.pop("share_embeddings_and_output_weights")
     kind = KINDS["llama" if architecture.gated_mlp else "nemotron"]
+    if architecture.hybrid_pattern:
+        sizes["is_hybrid_model"], kind = True, KINDS["hybrid"]
+        sizes |= {name: getattr(architecture, name) for name in hybrid.SIZES}
+        kind = {name: value for name, value in kind.items() if name not in sizes}
     config = TransformerConfig(
         **sizes, **kind | {"add_bias_linear": False, "add_qkv_bias": False}, qk_layernorm=architecture.qk_norm,
         tensor_model_parallel_size=layout.tp, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp, sequence_parallel=layout.sp, perform_initialization=False,
         params_dtype=torch.bfloat16, bf16=True,
     )  # fmt: skip
+    for module in (mamba_block, mamba_mixer):  # the generator's states are no shapes
+        module.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=contextlib.nullcontext)
     with FakeTensorMode():
-        model = GPTModel(
+        model = MambaModel(
+            config, mamba_stack_spec, vocabulary, 8192, hybrid_override_pattern=architecture.hybrid_pattern,
+            share_embeddings_and_output_weights=tied,
+        ) if architecture.hybrid_pattern else GPTModel(
             config, get_gpt_decoder_block_spec(config, use_transformer_engine=True), vocabulary, 8192,
             position_embedding_type="rope", share_embeddings_and_output_weights=tied,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from nemo_minitron.job import Job
 from nemo_minitron.job.chain import checked
 from nemo_minitron.job.dry_run import check, training_memory
 from nemo_minitron.job.teacher import teacher_config
+from nemo_minitron.search.sizes import student_architecture
 
 WORKER = Path(__file__).parent / "recipes_worker.py"
 H100 = 80e9  # bytes
@@ -31,6 +32,10 @@ RECIPES = {  # -> teacher and student of the papers, whose sizes test_architectu
     "nemotron4_15b_to_8b_search": ("nemotron-4-15b", "minitron-8b"),  # the shape closest to the target
 }
 CHAIN = "nemotron4_15b_to_8b_to_4b"
+HYBRID = "nemotron_nano_12b_to_9b"
+GEMMA = "gemma3_4b_to_3b_width"
+COUNTS = [12_310_001_152, 8_888_227_328]  # parameters of the published checkpoints' tensors
+PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"  # of the published student
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +70,43 @@ def test_the_chain_ends_at_the_published_student_and_keeps_its_teacher(tmp_path)
         assert fits(student, models[0], step.distillation, step.layout)
 
 
+@pytest.fixture
+def on_bridge(monkeypatch):
+    """The host that has hybrids; it need not be installed to plan a job."""
+    monkeypatch.setenv("MINITRON_HOST", "bridge")
+
+
+def test_the_hybrids_student_is_the_published_one_and_fits(on_bridge):
+    job = find(HYBRID)
+    teacher, student = check(job, offline=True)
+    assert [teacher.parameters(), student.parameters()] == COUNTS
+    assert (student.hybrid_pattern, student.hidden_size, student.ffn_hidden_size) == (PATTERN, 4480, 15680)
+    numbers = {"mamba_layers": 27, "attention_layers": 4, "mlp_layers": 25}
+    assert student_architecture(teacher, {**numbers, "hidden": 4480, "ffn": 15680}).parameters() == COUNTS[1]
+    assert job.layout.for_student(student, teacher) == (job.layout, "")
+    assert fits(student, teacher, job.distillation, job.layout)
+    assert fits(teacher, teacher, job.distillation.correction(), job.layout)
+
+
+def test_gemma_is_cut_by_width_and_fits(on_bridge):
+    job = find(GEMMA)
+    teacher, student = check(job, offline=True)
+    assert [teacher.parameters(), student.parameters()] == [3_880_263_168, 3_010_942_208]
+    assert (student.hidden_size, student.ffn_hidden_size) == (2304, 8192)
+    assert job.layout.for_student(student, teacher) == (job.layout, "")
+    assert fits(student, teacher, job.distillation, job.layout)
+    assert fits(teacher, teacher, job.distillation.correction(), job.layout)
+
+
+def test_transformers_builds_as_many_parameters_of_gemma(on_bridge):
+    test_transformers_builds_as_many_parameters(GEMMA)
+
+
+@pytest.mark.bridge
+def test_transformers_builds_as_many_parameters_of_the_hybrid(on_bridge):
+    test_transformers_builds_as_many_parameters(HYBRID)
+
+
 def fits(student, teacher, settings, layout):
     return sum(training_memory(student, teacher, settings, layout).values()) < H100
 
@@ -89,9 +131,11 @@ def test_transformers_builds_as_many_parameters(name):
 
 
 @pytest.mark.slow
-def test_megatron_builds_each_rank_as_counted():
-    """Both models of each recipe on one rank of its 256: tensor-parallel shards, of equal size on every rank."""
-    cases = {name: [find(name), check(find(name), offline=True)] for name in RECIPES}
+def test_megatron_builds_each_rank_as_counted(on_bridge):
+    """Both models of each recipe on one rank of its 256: tensor-parallel shards, of equal size on every rank.
+
+    All but Gemma, of which bare Megatron has only two of the four norms."""
+    cases = {name: [find(name), check(find(name), offline=True)] for name in [*RECIPES, HYBRID]}
     cases[CHAIN] = [find(CHAIN), [of_table("minitron-8b"), of_table("minitron-4b")]]
     given = {n: [[dataclasses.asdict(job.layout), a.as_dict()] for a in pair] for n, (job, pair) in cases.items()}
     environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
@@ -99,7 +143,7 @@ def test_megatron_builds_each_rank_as_counted():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.keys() == {*RECIPES, CHAIN}
+    assert found.keys() == {*RECIPES, HYBRID, CHAIN}
     for name, models in found.items():
         for (held, counted), architecture in zip(models, cases[name][1], strict=True):
             assert held == counted
@@ -130,6 +174,14 @@ def test_a_teacher_of_another_architecture_is_refused(tmp_path):
     for offline in (True, False):
         with pytest.raises(InputError, match=words):
             teacher_config(job, offline=offline)
+
+
+def test_a_student_that_the_host_cannot_build_is_refused_before_it_is_scored():
+    job = find("qwen3_30b_a3b_to_16b_experts")
+    fewer = [dataclasses.replace(job, keep=job.keep | {"experts_per_token": number}) for number in (4, 1)]
+    assert check(fewer[0], offline=True)[1] == check(job, offline=True)[1].replace(moe_router_topk=4)
+    with pytest.raises(InputError, match=r"num_experts_per_tok is 1 and the router normalizes.* nearest legal .* is 2"):
+        check(fewer[1], offline=True)
 
 
 def test_without_the_teacher_only_the_dry_run_goes_on(monkeypatch):

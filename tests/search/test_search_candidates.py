@@ -103,6 +103,21 @@ def test_the_papers_spaces(text, target, count):
     assert tuple(found.candidates[0].sizes.values()) == published
 
 
+PUBLISHED_8B = """
+32-32-12800-5120 32-32-13824-4608 32-48-11520-4608 32-48-16384-4096 31-32-12800-5120 31-32-16128-4608 31-48-13824-4608
+31-48-16384-4096 30-32-12800-5120 30-32-16128-4608 30-48-13824-4608 30-48-16384-4096 29-32-12800-5120 29-32-16128-4608
+29-48-13824-4608
+"""  # 2407.14679's candidates for 8B, as layers-heads-ffn-hidden
+
+
+def test_the_fifteen_published_candidates_are_found_by_name():
+    found = search(make_space(NEMOTRON, lists=parse.lists(SPACE_8B)), [targets.parameters(int(8.27e9))], top=100)
+    shapes = [shape.split("-") for shape in PUBLISHED_8B.split()]
+    names = {f"layers{layers}-hidden{hidden}-ffn{ffn}-heads{heads}" for layers, heads, ffn, hidden in shapes}
+    assert len(names) == 15
+    assert names <= {candidate.name for candidate in found.candidates}
+
+
 def test_a_million_shapes_are_searched_exactly():
     bounds = {"ffn": (512, 1536), "hidden": (448, 576), "layers": (24, 30)}
     space = make_space(smollm2(), bounds=bounds, divisors=Divisors(1))
@@ -128,7 +143,7 @@ def test_a_budget_that_nothing_meets_names_the_nearest():
         search(make_space(PICO, bounds={"heads": (5, 7)}), [TARGET])
     with pytest.raises(InputError, match="there is no target"):
         search(SPACE, [])
-    with pytest.raises(InputError, match="the target for parameters is 0; the nearest legal one is 1"):
+    with pytest.raises(InputError, match="the target for parameters is 0; the nearest legal one is 1, and a share"):
         targets.parameters(0)
     with pytest.raises(InputError, match="a tolerance of 150% is not legal"):
         targets.parameters(10, 1.5)

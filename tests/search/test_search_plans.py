@@ -51,6 +51,16 @@ def test_dropped_layers_do_not_shift_scores():
     assert made.keep["ffn"] == {1: [1], 3: [3]}
 
 
+def test_windows_of_the_layers_that_stay():
+    """A plan knows which layers it keeps, and so what their KV cache costs."""
+    s = scores()
+    s.architecture = SOURCE.replace(attention_window=8, window_attn_skip_freq=(1, 0, 1, 0))
+    s.tensors["layers"][:] = [1, 2, 3, 0]
+    made = plan(s, {"layers": 2})
+    assert made.keep["layers"] == [1, 2]
+    assert (made.target.attention_window, made.target.window_attn_skip_freq) == (8, (0, 1))
+
+
 def test_whole_groups_by_their_own_scores_or_their_heads():
     s = scores()
     s.tensors["heads"][:] = [5, 1, 3, 4, 0, 1]  # sums 6, 7, 1

@@ -19,6 +19,7 @@ COSTS = {
     "memory": lambda a: a.memory(batch=3, context=70, weights="fp8", kv_cache="bf16"),
     "FLOPs": lambda a: a.flops_per_token(70),
 }
+WINDOWED = smollm2(num_layers=6, attention_window=40, window_attn_skip_freq=(1, 1, 0) * 2)
 WHOLE = {name: (1, cut.length(PICO)) for name, cut in AXES.items() if cut.length(PICO)}
 
 
@@ -60,6 +61,8 @@ def test_multiples_that_are_no_sizes_go():
     ("source", "axes"),
     [
         (NEMOTRON, ("layers", "hidden", "ffn", "heads", "query_groups", "vocab")),
+        (smollm2(attention_window=40), ("layers", "heads")),
+        (WINDOWED, ("hidden", "heads")),
         (smollm2(), ("layers", "hidden", "ffn", "heads")),
         (smollm2(qkv_bias=True, attention_output_bias=True, mlp_bias=True), ("layers", "hidden", "ffn", "heads")),
         (of_table("qwen3-8b"), ("layers", "hidden", "ffn", "query_groups", "heads", "vocab")),
@@ -82,6 +85,15 @@ def test_formulas_are_the_architectures(source, axes, cost):
     for i, value in enumerate(found):
         sizes = {AXES[name].size: int(column[i]) for name, column in columns.items()}
         assert value == COSTS[cost](source.replace(**sizes))
+
+
+def test_where_only_some_layers_have_a_window_a_number_of_layers_counts_none():
+    """Which ones stay is not known, so a shape costs at most so much."""
+    columns = {"layers": np.array([2, 6])}
+    for cost in (COSTS["memory"], COSTS["FLOPs"]):
+        whole = [cost(smollm2(num_layers=layers)) for layers in (2, 6)]
+        assert Formula(cost, WINDOWED, ("layers",))(columns).tolist() == whole
+        assert cost(WINDOWED) < whole[1]
 
 
 def test_a_cost_of_another_form_is_not_taken_for_one():

@@ -96,14 +96,17 @@ def test_every_setting_decides_something():
 
 def test_axes_are_those_of_the_built_in_estimators():
     """But for the latents of multi-latent attention, which none of the families has."""
-    from nemo_minitron.importance.estimators import dense, latent, moe
+    from nemo_minitron.importance.estimators import dense, latent, mamba, moe
     from nemo_minitron.importance.registry import Estimator
 
-    classes = [value for module in (dense, moe) for value in vars(module).values() if isinstance(value, type)]
+    classes = [value for module in (dense, mamba, moe) for value in vars(module).values() if isinstance(value, type)]
     registered = {cls.axis for cls in classes if issubclass(cls, Estimator) and hasattr(cls, "axis")}
     everything = PICO.replace(
         qk_norm=True, num_moe_experts=4, moe_layer_freq=(0, 1, 1, 1, 1, 1), moe_shared_expert_intermediate_size=8
     )
-    assert set(axes_of(everything)) == registered | set(DERIVED)
+    sizes = {"mamba_num_heads": 2, "mamba_head_dim": 3, "mamba_num_groups": 1, "mamba_state_dim": 4}
+    hybrid = PICO.replace(hybrid_pattern="M*-M*-", **sizes)
+    assert {*axes_of(everything), *axes_of(hybrid)} == registered | set(DERIVED)
+    assert "mamba_heads" not in axes_of(everything)
     assert not registered & {latent.QueryLatentNorm.axis, latent.KeyValueLatentNorm.axis}
     assert not {"experts", "q_norm", "shared_expert_ffn"} & set(axes_of(PICO))

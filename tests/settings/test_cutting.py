@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 from pico import pico_llama, pico_mixtral
 
-from nemo_minitron.artifacts import Compensation
+from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.run_folder import CutFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf, read_config
 from nemo_minitron.job import Data, Job
 from nemo_minitron.job.dry_run import check, space, stage_names
-from nemo_minitron.job.stages.compensate import cut_identity
+from nemo_minitron.job.run import open_run
+from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, unscaled
 from nemo_minitron.job.stages.compress import stages
+from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import solvable
+from nemo_minitron.pruning.gaps import gap_scales
 from nemo_minitron.search import random_plan
 
 
@@ -31,7 +34,6 @@ def job(teacher, keep, *settings):
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0, for example 4.0"),
-        ({"ffn": 48}, ["cutting.fold_norms=true"], "cuts no hidden channels"),
         (
             {"ffn": 48},
             ["cutting.compensate=false", "cutting.head_residual=paper"],
@@ -51,20 +53,20 @@ def test_refusals(teacher, keep, settings, message):
 
 @pytest.mark.parametrize("keep", [{"ffn": 48}, {"heads": 3}, {"query_groups": 1}, {"ffn": 48, "layers": 4}])
 def test_on_by_default_where_something_is_left_to_solve(teacher, keep):
-    names = stage_names(job(teacher, keep), nemo=False)
-    assert names[names.index("plan") :][:3] == ["plan", "compensate", "prune"]
-    assert "compensate" not in stage_names(job(teacher, keep, "cutting.compensate=false"), nemo=False)
+    names = stage_names(job(teacher, keep), checkpoint=False)
+    assert names[names.index("plan") :][:4] == ["plan", "gates", "compensate", "prune"]
+    assert "compensate" not in stage_names(job(teacher, keep, "cutting.compensate=false"), checkpoint=False)
 
 
 def test_neurons_of_experts_leave_matrices_too(tmp_path):
     mixture = str(pico_mixtral(tmp_path / "m"))
-    assert "compensate" in stage_names(job(mixture, {"expert_ffn": 24}), nemo=False)
-    assert "compensate" not in stage_names(job(mixture, {"experts": 3}), nemo=False)
+    assert "compensate" in stage_names(job(mixture, {"expert_ffn": 24}), checkpoint=False)
+    assert "compensate" not in stage_names(job(mixture, {"experts": 3}), checkpoint=False)
 
 
 @pytest.mark.parametrize("keep", [{"layers": 4}, {"hidden": 40}])
 def test_depth_and_hidden_leave_nothing_to_solve(teacher, keep):
-    assert "compensate" not in stage_names(job(teacher, keep), nemo=False)
+    assert "compensate" not in stage_names(job(teacher, keep), checkpoint=False)
 
 
 def test_disk_for_what_is_solved(teacher):
@@ -95,4 +97,63 @@ def test_a_cut_models_identity(teacher, tmp_path):
 @pytest.mark.parametrize("settings", [(), ("search.params=120K",), ("rounds=3",), ("cutting.compensate=false",)])
 def test_the_dry_run_names_the_stages_that_run(teacher, settings):
     asked = job(teacher, {} if "search" in str(settings) else {"ffn": 48}, *settings)
-    assert stage_names(asked, nemo=False) == [stage.name for stage in stages(asked)]
+    assert stage_names(asked, checkpoint=False) == [stage.name for stage in stages(asked)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "normalization", "setting", "folds"),
+    [
+        ({"hidden": 40}, "rmsnorm", "true", True),
+        ({"hidden": 40}, "rmsnorm", "false", False),
+        ({"hidden": 40}, "layernorm", "true", False),
+        ({"ffn": 48}, "rmsnorm", "true", False),
+    ],
+)
+def test_norms_are_folded_where_hidden_channels_of_an_rmsnorm_are_cut(teacher, keep, normalization, setting, folds):
+    source = from_hf(teacher).replace(normalization=normalization)
+    target = random_plan(source, keep=keep).target
+    assert job(teacher, keep, f"cutting.fold_norms={setting}").cutting.folds(source, target) is folds
+    assert job(teacher, keep).cutting.folds(source, target) is (folds or setting == "false")
+
+
+@pytest.mark.parametrize(
+    ("keep", "settings", "scaled"),
+    [
+        ({"layers": 4}, (), True),
+        ({"layers": 4}, ("cutting.scale_gaps=false",), False),
+        ({"ffn": 48}, (), False),
+        ({"layers": 4}, ("calibration.method=taylor",), False),  # only activations have the stream
+        ({"layers": 4}, ("calibration.axes=layers",), False),
+    ],
+)
+def test_what_is_written_behind_dropped_layers_is_scaled_where_the_stream_is_scored(teacher, keep, settings, scaled):
+    source, asked = from_hf(teacher), job(teacher, keep, *settings)
+    plan = random_plan(source, keep=keep)
+    assert asked.cutting.scales(source, plan.target, asked.calibration.scores_stream) is scaled
+    said = unscaled(asked, plan)
+    assert said.startswith("nothing is scaled behind dropped layers") if "calibration" in str(settings) else not said
+    assert not (said and scaled)
+
+
+def test_the_stream_may_be_among_the_axes(teacher):
+    asked = job(teacher, {"layers": 4}, 'calibration.axes=["layers","stream"]')
+    plan = random_plan(from_hf(teacher), keep={"layers": 4})
+    assert asked.cutting.scales(plan.source, plan.target, asked.calibration.scores_stream)
+    assert unscaled(asked, plan) == ""
+
+
+@pytest.mark.parametrize(("setting", "scaled"), [("true", True), ("false", False)])
+def test_a_job_scales_behind_dropped_layers(teacher, tmp_path, setting, scaled):
+    """By the scores of the run, for its plan; asked not to, the student has nothing but slices."""
+    source = HFSource(teacher)
+    a = source.architecture
+    plan = PrunePlan(a, a.keep_layers([0, 2, 3, 5]), {"layers": [0, 2, 3, 5]})
+    run = open_run(job(teacher, {"layers": 4}, f"cutting.scale_gaps={setting}"), tmp_path / "run")
+    scores = Scores(a, {"stream": np.arange(7, dtype=np.float32) ** 2 / 9})
+    plan.save(run.folder.plan)
+    scores.save(run.folder.scores)
+    made = compensation_of_run(run, source, run.folder)
+    scales = gap_scales(plan, scores)
+    assert len(scales) == 2 * 3
+    assert (made is not None and made.scales == scales) if scaled else made is None
+    assert cut_identity(run.job, run.folder)[3] is scaled

@@ -60,7 +60,7 @@ def test_the_dry_run_tells_the_search(job):
     text = describe(job)
     assert f"{found.combinations:,} shapes, {found.fitting:,} with at most 150,000 parameters;" in text
     assert f"{len(found.candidates)} are cut and measured" in text
-    assert "estimate, candidates, compensate, measure, rank, plan, prune" in text
+    assert "estimate, candidates, gates, compensate, measure, rank, plan, prune" in text
 
 
 def test_a_job_that_would_cut_nothing_is_refused(job):

@@ -54,7 +54,7 @@ def test_rows_out_of_range(tmp_path):
 
 def test_gaps_and_calls_that_end_early(tmp_path, monkeypatch):
     """Runs of rows over short gaps, over long ones, more runs than one call takes, and calls that read too little."""
-    from nemo_minitron.sources import folder as module
+    from nemo_minitron.sources import rows as module
 
     folder = pico_llama(tmp_path)
     expected = raw_tensors(folder)["model.embed_tokens.weight"]

@@ -16,8 +16,7 @@ from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.hosts.bridge.distill import micro_batch, model_inputs
-from nemo_minitron.hosts.scoring import Gathering
-from nemo_minitron.importance.forward import architecture_of
+from nemo_minitron.hosts.scoring import Gathering, check_student
 
 
 class Importance(Callback):
@@ -82,8 +81,8 @@ class Pruning(Importance):
     weights are read from `teacher` (a Hugging Face folder or a checkpoint), or from the live model if no teacher is
     given. The other options are those of `Importance`.
 
-    Raises InputError for sizes that are not legal, before the first batch, and for a model that no family of this
-    package is.
+    Raises InputError for sizes that are not legal, or in which the student cannot run in this layout, before the first
+    batch; and for a model that no family of this package is.
     """
 
     def __init__(self, out: str, keep: Mapping[str, int], teacher: str | None = None, **options: Any) -> None:
@@ -91,9 +90,7 @@ class Pruning(Importance):
         self.folder, self.keep, self.teacher = str(out), dict(keep), teacher
 
     def on_eval_start(self, context: Any) -> None:
-        from nemo_minitron.search.sizes import target_of
-
-        target_of(architecture_of(unwrap(context.model[0])), self.keep)
+        check_student(unwrap(context.model[0]), self.keep)
         super().on_eval_start(context)
 
     def on_eval_end(self, context: Any) -> None:

@@ -26,6 +26,7 @@ from nemo_minitron.hosts.bridge.schedule import Step, around_steps
 from nemo_minitron.hosts.distillation import make_distiller
 from nemo_minitron.sources.bridge_config import name_of
 
+PACKED = ("cu_seqlens", "max_seqlen", "total_tokens")  # how the names of a packed row's numbers begin
 TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -54,12 +55,13 @@ class Distillation(Callback):
         offload: bool = False, *, top_k: int = 100, logits_weight: float = 1.0, lm_weight: float = 0.0,
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
         plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
+        common_vocabulary: int | None = None,
     ) -> None:  # fmt: skip
         self.distiller = make_distiller(
             build_model, model_inputs, teacher=teacher, loss=loss, temperature=temperature, precision=precision,
             offload=offload, top_k=top_k, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
             intermediate_loss=intermediate_loss, intermediate_weight=intermediate_weight, plan=plan, seed=seed,
-            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff,
+            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff, common_vocabulary=common_vocabulary,
         )  # fmt: skip
         self.distiller.prepare(config.model)
         config.model.register_pre_wrap_hook(functools.partial(_check_sum, config))
@@ -163,7 +165,9 @@ def micro_batch(batches: Iterator[Any]) -> dict[str, Any]:
     item = next(batches)
     device = torch.cuda.current_device()
     found = {name: item[name].to(device) for name in TENSORS if item.get(name) is not None}
-    packed = {name: value for name, value in item.items() if name.startswith(("cu_seqlens", "max_seqlen"))}
+    packed = {name: value for name, value in item.items() if name.startswith(PACKED) and value is not None}
+    for name in [name for name in packed if name.startswith("cu_seqlens") and not name.endswith("argmin")]:
+        packed[name] = packed[name].to(device)  # the other numbers are read on the CPU
     batch: dict[str, Any] = batch_on_this_cp_rank(found)
     if packed:
         if batch["tokens"].shape != found["tokens"].shape:

@@ -16,6 +16,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families import family_of
 from nemo_minitron.families.bridge import bridge_fields
 from nemo_minitron.families.translate import ACTIVATIONS
+from nemo_minitron.hosts.bridge.load import load_bridge
 
 # Of a run or of NeMo's own files: `models.provider_of` sets what a provider has in their place.
 _LEFT_OUT = ("make_vocab_size_divisible_by", "max_position_embeddings", "vocab_size")
@@ -27,12 +28,25 @@ OF_LLAMA = {  # as Bridge's class for Llama has it
 _SQUARED_RELU = "megatron.core.activations.squared_relu"  # NeMo's is not installed beside Bridge
 
 
-def plain_provider(architecture: Architecture) -> Any:
-    """Bridge's provider of any GPT model, for a family that Bridge has no class for."""
+def plain_provider(architecture: Architecture, longrope: bool) -> Any:
+    """Bridge's provider of any GPT model, for a family that Bridge has no class for, or of any hybrid; or ours of a
+    Gemma, a DeepSeek or a model with longrope."""
+    load_bridge()
     from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.core.transformer.enums import AttnBackend
 
-    sizes = {n: getattr(architecture, n) for n in ("num_layers", "hidden_size", "num_attention_heads")}
-    return GPTModelProvider(**sizes, **OF_LLAMA, hf_model_id=None)
+    from nemo_minitron.hosts.bridge.deepseek import DeepseekProvider
+    from nemo_minitron.hosts.bridge.gemma import GemmaProvider
+    from nemo_minitron.hosts.bridge.longrope import LongRopeProvider
+
+    sizes: dict[str, Any] = {n: getattr(architecture, n) for n in ("num_layers", "hidden_size", "num_attention_heads")}
+    if architecture.hybrid_pattern:
+        # Its default, flash, is not for fp32, and fails in a process whose other models leave the choice open.
+        return HybridModelProvider(**sizes, attention_backend=AttnBackend.auto)
+    provider: Any = GemmaProvider if architecture.post_norms else LongRopeProvider if longrope else GPTModelProvider
+    provider = DeepseekProvider if architecture.kv_lora_rank else provider
+    return provider(**sizes, **OF_LLAMA, hf_model_id=None)
 
 
 def describe(provider: Any, config: Mapping[str, Any]) -> None:
@@ -42,10 +56,9 @@ def describe(provider: Any, config: Mapping[str, Any]) -> None:
     """
     family = family_of(config)
     fields = bridge_fields(family, config)
-    activation = family.value(config, "hidden_act")
-    fields["activation_func"] = pkgutil.resolve_name(
-        _SQUARED_RELU if activation == "relu2" else ACTIVATIONS[activation]
-    )
+    activation = family.value(config, family.activation)
+    named = family.own_activation or (_SQUARED_RELU if activation == "relu2" else ACTIVATIONS[activation])
+    fields["activation_func"] = pkgutil.resolve_name(named)
     if fields.get("num_moe_experts"):
         fields |= _mixture(fields)
     for name, value in fields.items():
@@ -57,9 +70,10 @@ def describe(provider: Any, config: Mapping[str, Any]) -> None:
 
 
 def _mixture(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The dispatcher that fits every layout, and a spec that reads `moe_layer_freq`; Bridge's default does not."""
+    """The dispatcher that fits every layout, and a spec that reads `moe_layer_freq`; Bridge's default does not, that
+    of a DeepSeek does."""
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
-    if isinstance(fields.get("moe_layer_freq", 1), int):
+    if isinstance(fields.get("moe_layer_freq", 1), int) or fields.get("multi_latent_attention"):
         return dispatcher
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 

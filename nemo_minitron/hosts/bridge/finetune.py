@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.run_folder import TrainingFolder
 from nemo_minitron.hosts.bridge.load import load_training
+from nemo_minitron.hosts.distillation import without_teacher
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.orders import FinetuneOrder
 from nemo_minitron.sources.checkpoint_files import check_resumable
@@ -18,8 +19,8 @@ def finetune(order: FinetuneOrder) -> None:
     leaves and raises."""
     load_training()
     from megatron.bridge.data.utils import get_dataset_provider
-    from megatron.bridge.training.gpt_step import forward_step
 
+    from nemo_minitron.hosts.bridge.distill import Distillation
     from nemo_minitron.hosts.bridge.loop import Watch, run
     from nemo_minitron.hosts.bridge.trainer import fill_first, settings
     from nemo_minitron.sources.open import open_source
@@ -28,10 +29,11 @@ def finetune(order: FinetuneOrder) -> None:
     training = recipe.training()
     config = settings(student, training, order.layout, order.out, _data(order.data, recipe))
     check_resumable(TrainingFolder(order.out).bridge)
+    learning = Distillation(config, **without_teacher(student.config))
     fill_first(config, student)
     run(
-        config, forward_step, [], watch=Watch(order.out, training), datasets=get_dataset_provider(config.dataset),
-        vocab_size=student.architecture.vocab_size,
+        config, learning.forward_step, [learning], watch=Watch(order.out, training, learning),
+        datasets=get_dataset_provider(config.dataset), vocab_size=student.architecture.vocab_size,
     )  # fmt: skip
 
 

@@ -12,14 +12,19 @@ from megatron.core import parallel_state
 from nemo_minitron.backend.precision import apply
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.families import family_of
+from nemo_minitron.families.longrope import is_longrope
 from nemo_minitron.hosts.bridge.fields import describe, plain_provider
 from nemo_minitron.hosts.bridge.load import load_bridge
 from nemo_minitron.megatron.groups import model_sizes, start
+from nemo_minitron.megatron.live import keep_biases_wide
 from nemo_minitron.precisions import weights_in
 from nemo_minitron.settings.fp8 import check_fp8
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.sources.mapping import padded_vocab
 
+# Fields of a Hugging Face config that Bridge does not read here: `describe` says them. Mistral's bridge fails on YaRN,
+# and transformers 5 refuses a Llama whose hidden size is no multiple of its heads, which a student may be.
+UNREAD = ("model_type", "rope_scaling", "hidden_size", "num_attention_heads", "quantization_config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,12 +34,17 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     Raises InputError for a model or a precision that Bridge does not have, and for a layout that does not fit the
     model.
     """
-    bridge = _bridge_of(config)
     weights = weights_in(precision)
     architecture = family_of(config).architecture(config)
+    # whatever Bridge has for it
+    ours = architecture.hybrid_pattern or architecture.post_norms or architecture.kv_lora_rank
+    bridge = None if ours else _bridge_of(config)
     layout.check(architecture)
     check_fp8(architecture, layout, precision)
-    provider = bridge.to_megatron_provider(load_weights=False) if bridge else plain_provider(architecture)
+    if bridge:
+        provider = bridge.to_megatron_provider(load_weights=False)
+    else:
+        provider = plain_provider(architecture, is_longrope(config))
     describe(provider, config)
     for name, size in model_sizes(layout).items():
         setattr(provider, name, size)
@@ -61,8 +71,7 @@ def _bridge_of(config: Mapping[str, Any]) -> Any:
     if name not in AutoBridge.list_supported_models():
         return None
     try:
-        # `describe` says how positions are scaled; Mistral's bridge fails on YaRN
-        fields = {name: value for name, value in config.items() if name not in ("model_type", "rope_scaling")}
+        fields = {name: value for name, value in config.items() if name not in UNREAD}
         return AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
     except ValueError as error:
         raise InputError(f"Megatron-Bridge cannot read this {name}: {first_line(error)}") from error
@@ -86,4 +95,5 @@ def build_model(
         virtual = stage if layout.vp > 1 else None
         chunk = provider.provide(pre_process=first, post_process=last, vp_stage=virtual)
         chunks.append(chunk.to(device=torch.cuda.current_device(), dtype=provider.params_dtype))
+    keep_biases_wide(chunks)
     return chunks

@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.families import family_of
 from nemo_minitron.hosts.bridge.load import load_training
 from nemo_minitron.hosts.bridge.models import DTYPES, build_model
-from nemo_minitron.megatron.groups import current_layout
+from nemo_minitron.hosts.scoring import student_layout
 from nemo_minitron.megatron.live import LiveSource, fill
 from nemo_minitron.sources.bridge_config import config_of_model
 from nemo_minitron.sources.open import open_source
@@ -45,8 +45,7 @@ def save_student(
     config = opened.config if opened else config_of_model(_fields(live[0].config))
     config = family_of(config).config(plan.target, config, plan.keep.get("layers"))
     precision = next(name for name, dtype in DTYPES.items() if dtype == live[0].config.params_dtype)
-    layout = current_layout(sp=live[0].config.sequence_parallel).for_depth(plan.target.num_layers)
-    chunks = build_model(config, precision=precision, layout=layout)
+    chunks = build_model(config, precision=precision, layout=student_layout(live[0], plan.target))
     fill(chunks, source, plan)
     rank_zero = torch.distributed.get_rank() == 0
     with atomic_folder(path) if rank_zero else contextlib.nullcontext() as partial:

@@ -14,9 +14,8 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.criteria import check_norms
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
-from nemo_minitron.hosts.scoring import Gathering
+from nemo_minitron.hosts.scoring import Gathering, check_student
 from nemo_minitron.importance.collector import Collector
-from nemo_minitron.importance.forward import architecture_of
 
 
 class Importance(Callback):
@@ -181,7 +180,8 @@ class Pruning(Importance):
     class. Its weights are read from `teacher` (a NeMo checkpoint or a Hugging Face folder), or from the live model if
     no teacher is given. The other options are those of `Importance`.
 
-    Raises InputError for sizes that are not legal, before the first batch.
+    Raises InputError for sizes that are not legal, or in which the student cannot run in this layout, before the first
+    batch.
     """
 
     def __init__(self, out: str, keep: Mapping[str, int], teacher: str | None = None, **options: Any) -> None:
@@ -189,9 +189,7 @@ class Pruning(Importance):
         self.folder, self.keep, self.teacher = str(out), dict(keep), teacher
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        from nemo_minitron.search.sizes import target_of
-
-        target_of(architecture_of(chunks_of(trainer)[0]), self.keep)
+        check_student(chunks_of(trainer)[0], self.keep)
         super().on_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

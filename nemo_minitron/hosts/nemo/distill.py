@@ -70,6 +70,9 @@ class Distillation(Callback):
     replaces what the model's config says while the student is distilled, so that the loss is what was asked for. The
     routers' z-loss is off.
 
+    Vocabularies: the two are one, unless `common_vocabulary` says how many tokens both begin with. The losses of the
+    logits then compare these, as if there were no others.
+
     `parts` has the parts of the last step's loss by name, if there is more than one part or a cache. NeMo's logger gets
     them too.
 
@@ -82,12 +85,13 @@ class Distillation(Callback):
         offload: bool = False, *, top_k: int = 100, logits_weight: float = 1.0, lm_weight: float = 0.0,
         intermediate: str = "", intermediate_loss: str = "cosine", intermediate_weight: float | None = None,
         plan: str | None = None, seed: int = 1234, cache: str = "", moe_aux_loss_coeff: float = 0.0,
+        common_vocabulary: int | None = None,
     ) -> None:  # fmt: skip
         self.distiller = make_distiller(
             build_model, model_inputs, teacher=teacher, loss=loss, temperature=temperature, precision=precision,
             offload=offload, top_k=top_k, logits_weight=logits_weight, lm_weight=lm_weight, intermediate=intermediate,
             intermediate_loss=intermediate_loss, intermediate_weight=intermediate_weight, plan=plan, seed=seed,
-            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff,
+            cache=cache, moe_aux_loss_coeff=moe_aux_loss_coeff, common_vocabulary=common_vocabulary,
         )  # fmt: skip
 
     @property

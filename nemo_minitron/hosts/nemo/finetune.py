@@ -6,6 +6,7 @@ from typing import Any
 
 import nemo_minitron.backend as backend
 from nemo_minitron.artifacts.run_folder import TrainingFolder
+from nemo_minitron.hosts.distillation import without_teacher
 from nemo_minitron.hosts.nemo.trainer import logger, make_trainer, optimizer, resume, training_strategy
 from nemo_minitron.settings.finetuning import Finetuning
 from nemo_minitron.settings.orders import FinetuneOrder
@@ -18,7 +19,7 @@ def finetune(order: FinetuneOrder) -> None:
     from nemo.collections import llm
 
     from nemo_minitron.hosts.nemo.data_module import nemo_tokenizer
-    from nemo_minitron.hosts.nemo.distill import FillStudent
+    from nemo_minitron.hosts.nemo.distill import Distillation, FillStudent
     from nemo_minitron.hosts.nemo.epoch import TwiceTheSamples
     from nemo_minitron.hosts.nemo.finite import StopWhenNotFinite
     from nemo_minitron.hosts.nemo.loss_log import LossLog
@@ -37,9 +38,11 @@ def finetune(order: FinetuneOrder) -> None:
     model = nemo_model(
         student.config, tokenizer=tokenizer, precision=recipe.precision, layout=layout, training=True, optim=optim
     )
-    log = LossLog(str(TrainingFolder(out).losses), recipe.tokens_per_step)
-    fill = FillStudent(student)
-    trainer.callbacks[:0] = [fill, StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()]
+    learning = Distillation(**without_teacher(student.config))
+    log = LossLog(str(TrainingFolder(out).losses), recipe.tokens_per_step, parts=learning)
+    trainer.callbacks[:0] = [
+        FillStudent(student), learning, StopWhenNotFinite(), log, TwiceTheSamples(), SaveWhenAsked()
+    ]  # fmt: skip
     llm.finetune(
         model, _data(str(order.data), tokenizer, recipe), trainer, log=logger(str(out), recipe.training()),
         resume=resume(str(out)), optim=optim,

@@ -34,9 +34,10 @@ class NeMo:
         return build_model(config, precision=precision, layout=layout)
 
     def save(self, chunks: list[Any], folder: Path, teacher: Path, plan: PrunePlan) -> None:
-        from nemo_minitron.hosts.nemo.students import save_like
+        from nemo_minitron.hosts.nemo.students import save_like, save_new
+        from nemo_minitron.sources.bridge_config import is_bridge_checkpoint
 
-        save_like(teacher, chunks, folder, plan)
+        (save_new if is_bridge_checkpoint(teacher) else save_like)(teacher, chunks, folder, plan)
 
     def rows(self, estimation: Estimation, first: int, samples: int, length: int) -> Sequence[dict[str, Any]]:
         from nemo_minitron.hosts.nemo.validate import rows

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from nemo_minitron.hosts.nemo.trainer import leave_context
-from nemo_minitron.megatron.progress import Rows
+from nemo_minitron.megatron.progress import Report, rows
 
 
 class Progress(Callback):
@@ -16,17 +16,18 @@ class Progress(Callback):
 
     def __init__(self, samples: int, sequence_length: int, done: int, rows_per_step: int) -> None:
         self.settings, self.done, self.rows_per_step = (samples, sequence_length, done), done, rows_per_step
-        self._rows: Rows | None = None
+        self._report: Report | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         leave_context(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self._rows = Rows(*self.settings)
+            self._report = rows("calibration", *self.settings)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: Any
     ) -> None:
-        if self._rows is not None:
-            self._rows.to(self.done + (index + 1) * self.rows_per_step)
+        if self._report is not None:
+            samples = self.settings[0]
+            self._report(min(samples, self.done + (index + 1) * self.rows_per_step), samples)

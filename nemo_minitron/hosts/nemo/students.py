@@ -12,11 +12,16 @@ from megatron.core import dist_checkpointing
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder
+from nemo_minitron.artifacts.temporary import apart
+from nemo_minitron.families import family_of
 from nemo_minitron.families.base import nemo_sizes
-from nemo_minitron.hosts.nemo.models import build
-from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context
-from nemo_minitron.megatron.groups import current_layout
+from nemo_minitron.hosts.nemo.data_module import nemo_tokenizer
+from nemo_minitron.hosts.nemo.models import build, nemo_model
+from nemo_minitron.hosts.nemo.trainer import chunks_of, leave_context, make_trainer
+from nemo_minitron.hosts.scoring import student_layout
 from nemo_minitron.megatron.live import LiveSource, fill
+from nemo_minitron.megatron.prune import precision_of
+from nemo_minitron.settings.layout import Layout
 from nemo_minitron.sources.context import read_context, resize_context
 from nemo_minitron.sources.mapping import padded_vocab
 from nemo_minitron.sources.open import open_source
@@ -35,7 +40,7 @@ def save_student(trainer: Any, module: Any, plan: PrunePlan, path: Path, teacher
     only when the new one is complete. Raises InputError if the teacher cannot be read or does not fit the plan.
     """
     live = chunks_of(trainer)
-    layout = current_layout(sp=live[0].config.sequence_parallel)
+    layout = student_layout(live[0], plan.target)
     student = student_module(module, plan, layout.tp)
     chunks = build(student.config, layout)
     fill(chunks, open_source(teacher) if teacher else LiveSource(live, plan.source), plan)
@@ -59,12 +64,31 @@ def save_like(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -
     The context is a copy of the teacher's with the plan's sizes. It is changed as data: the teacher's class need not be
     built.
     """
-    (folder / "weights").mkdir()
-    state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
-    dist_checkpointing.save(state, str(folder / "weights"))
+    _save_weights(chunks, folder)
     sizes = {name: size for name, size in nemo_sizes(plan.target).items() if name not in KEPT}
     sizes |= _layer_lists(read_context(teacher / "context").config, plan)
     resize_context(teacher / "context", folder / "context", sizes)
+
+
+def save_new(teacher: Path, chunks: list[Any], folder: Path, plan: PrunePlan) -> None:
+    """As `save_like`, for a teacher that is a checkpoint of another host: the context is a new one, of NeMo's class for
+    the teacher's family, with the teacher's tokenizer. Collective."""
+    from nemo.lightning.io.pl import TrainerContext
+
+    source = open_source(teacher)
+    config = family_of(source.config).config(plan.target, source.config, plan.keep.get("layers"))
+    precision = precision_of(source)
+    _save_weights(chunks, folder)
+    with apart() as scratch:  # NeMo copies the tokenizer to the context
+        model = nemo_model(config, tokenizer=nemo_tokenizer(source.folder, scratch), precision=precision)
+        trainer = make_trainer(Layout(), precision)
+        TrainerContext(model=model, trainer=trainer, extra={}).io_dump(folder / "context", yaml_attrs=["model"])
+
+
+def _save_weights(chunks: list[Any], folder: Path) -> None:
+    (folder / "weights").mkdir()
+    state = {"state_dict": {}, "sharded_state_dict": sharded_state(chunks)}
+    dist_checkpointing.save(state, str(folder / "weights"))
 
 
 def student_module(module: Any, plan: PrunePlan, tp: int) -> Any:

@@ -6,7 +6,7 @@ size, X further dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,9 @@ from nemo_minitron.importance.registry import Estimator, Output, Watch, estimato
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+
+
+LEAST_NORM = 1e-12  # of a residual stream: a token that is 0 everywhere has a logarithm, too
 
 
 def first_input(module: nn.Module, module_input: Tensor, output: Output) -> Tensor:
@@ -155,8 +158,10 @@ class PreMLPNorms(_Norm):
 
 @estimator(TransformerBlock)
 class FinalNorm(_Norm):
+    name = "final_layernorm"
+
     def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
-        norm = module.final_layernorm
+        norm = getattr(module, self.name, None)
         if norm is None:  # not on this pipeline stage
             return None
         return Watch(2 * architecture.num_layers, norm, _output, times_input)
@@ -216,3 +221,28 @@ class BlockInfluence(Estimator):
             return output_SBH, lambda gradient: (added_SBH * gradient).sum(-1)
 
         return Watch(layer, module, influence, taylor)
+
+
+# -- the length of the residual stream -----------------------------------------------------------------
+@estimator(TransformerLayer)
+class StreamLogs(Estimator):
+    """The logarithm of the L2 norm of the residual stream, in front of each layer and behind the last; a mean over all
+    tokens. It ranks nothing: a cut of layers is scaled by it (`pruning/gaps.py`).
+
+    A mean counts absolute values, so logarithms above 0 and below 0 are two channels; `stream` is their difference.
+    """
+
+    axis = "stream_logs"
+    sharded = False
+    aggregate = False
+
+    def watches(self, module: nn.Module, layer: int, architecture: Architecture) -> Iterator[Watch]:
+        yield Watch(layer, module, lambda _, module_input, output: _logs(module_input))
+        if layer == architecture.num_layers - 1:
+            yield Watch(layer + 1, module, lambda _, module_input, output: _logs(_output(_, module_input, output)))
+
+
+def _logs(state_SBH: Tensor) -> Tensor:
+    """[S, B, 2]: the parts of log |x| above and below 0."""
+    log_SB = torch.linalg.vector_norm(state_SBH.float(), dim=-1).clamp(min=LEAST_NORM).log()
+    return torch.stack([log_SB.clamp(min=0), -log_SB.clamp(max=0)], -1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from nemo_minitron.artifacts.files import write_json
+from pathlib import Path
+
+from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.run_folder import RunFolder
+from nemo_minitron.evaluation.benchmarks import YAML
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.teacher import teacher_folder
 
@@ -25,7 +28,8 @@ def measure(run: Run) -> None:
 
 def _inputs(run: Run) -> object:
     settings = run.job.evaluation
-    return [list(settings.benchmarks), settings.precision]
+    files = [file_digest(name) for name in settings.benchmarks if name.endswith(YAML) and Path(name).is_file()]
+    return [list(settings.benchmarks), settings.precision, *files]
 
 
 MEASURE = Stage("benchmarks", measure, _inputs, ("export",), (RunFolder.benchmarks,))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
@@ -15,6 +17,7 @@ from nemo_minitron.commands.prune import Extras, compensation_of
 from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
+from nemo_minitron.job.teacher import clear_torn
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.tensors import ModelSource
@@ -66,8 +69,21 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
 
 def cut_identity(job: Job, cut: CutFolder) -> list[object]:
     """Plain values that decide the weights of the cut model."""
-    file = solved_of(job, cut)
-    return [PrunePlan.load(cut.plan).as_dict(), job.cutting.fold_norms, file_digest(file) if file else None]
+    file, plan = solved_of(job, cut), PrunePlan.load(cut.plan)
+    folded = job.cutting.folds(plan.source, plan.target)
+    return [plan.as_dict(), folded, file_digest(file) if file else None, _scales(job, plan)]
+
+
+def _scales(job: Job, plan: PrunePlan) -> bool:
+    """Whether this cut is scaled behind dropped layers. The plan comes from the scores, so it stands for them."""
+    return job.cutting.scales(plan.source, plan.target, job.calibration.scores_stream)
+
+
+def unscaled(job: Job, plan: PrunePlan) -> str:
+    """Why a cut of layers is not scaled, although the job asks for it; "" if it is, or if there is nothing to scale."""
+    if _scales(job, plan) or not job.cutting.scales(plan.source, plan.target, True):
+        return ""
+    return "nothing is scaled behind dropped layers: this calibration does not score the stream's length"
 
 
 def solved_of(job: Job, cut: CutFolder) -> Path | None:
@@ -78,11 +94,33 @@ def solved_of(job: Job, cut: CutFolder) -> Path | None:
     return cut.compensation
 
 
+@contextlib.contextmanager
+def sliced(run: Run, source: ModelSource, cut: CutFolder) -> Iterator[Path | None]:
+    """The teacher's plain slices; None if the pruned student has nothing else, or if the job does not measure them. The
+    folder goes afterwards, so that it takes no more of the disk than the training, which comes later."""
+    if not (run.job.evaluation.slices_baseline and _extras(run, PrunePlan.load(cut.plan), cut) != Extras()):
+        yield None
+        return
+    from nemo_minitron.pruning import prune
+
+    clear_torn(run.folder.sliced)
+    try:
+        yield prune(source, PrunePlan.load(cut.plan), run.folder.sliced, overwrite=True)
+    finally:
+        shutil.rmtree(run.folder.sliced, ignore_errors=True)
+
+
 def compensation_of_run(run: Run, source: ModelSource, cut: CutFolder) -> Compensation | None:
-    """Everything that the job's `cutting` asks for, together; None if it asks for nothing. Norms are folded only if the
-    plan cuts hidden, which not every candidate of a search does. Raises InputError for damaged files."""
-    cutting, plan = run.job.cutting, PrunePlan.load(cut.plan)
-    scores = run.folder.scores if cutting.head_residual else None
-    folded = cutting.fold_norms and plan.source.hidden_size != plan.target.hidden_size
-    extras = Extras(solved_of(run.job, cut), folded, cutting.head_residual or None, scores)
-    return compensation_of(source, plan, extras)
+    """Everything that the job's `cutting` asks for, together; None if it asks for nothing. Raises InputError for
+    damaged files."""
+    plan = PrunePlan.load(cut.plan)
+    return compensation_of(source, plan, _extras(run, plan, cut))
+
+
+def _extras(run: Run, plan: PrunePlan, cut: CutFolder) -> Extras:
+    """What this student gets beyond slices. Norms are folded only if the plan cuts hidden channels, and writers scaled
+    only if it drops layers, which not every candidate of a search does."""
+    cutting = run.job.cutting
+    folded, scaled = cutting.folds(plan.source, plan.target), _scales(run.job, plan)
+    scores = run.folder.scores if cutting.head_residual or scaled else None
+    return Extras(solved_of(run.job, cut), folded, cutting.head_residual or None, scores, scaled)

@@ -9,32 +9,31 @@ from pathlib import Path
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import file_digest, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.artifacts.logit_cache import CacheHeader
 from nemo_minitron.artifacts.records import read_numbers, read_samples
-from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
-from nemo_minitron.commands.distill import export_student, left_by_training, run_training
+from nemo_minitron.artifacts.run_folder import CutFolder, RunFolder
+from nemo_minitron.commands.distill import export_student
 from nemo_minitron.commands.estimate import calibrate, describe_scores
 from nemo_minitron.commands.evaluate import measured
 from nemo_minitron.data import Tokens
 from nemo_minitron.families import resolve
 from nemo_minitron.families.tokenizer import tokenizer_files
 from nemo_minitron.job.calibrations import calibration_of
-from nemo_minitron.job.fitted import fitted_calibration, fitted_distillation
-from nemo_minitron.job.lineage import learned_from, plan_of_learned
+from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.benchmark import MEASURE
-from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run, solves
-from nemo_minitron.job.stages.generate import WRITE, trained_on
+from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run, sliced, solves, unscaled
+from nemo_minitron.job.stages.distill import distill_stage
+from nemo_minitron.job.stages.gates import gate_stage
+from nemo_minitron.job.stages.generate import WRITE
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
-from nemo_minitron.job.stages.search import search_stages, sizes_of, winner
+from nemo_minitron.job.stages.search import as_large_as, search_stages, winner
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_checkpoint, open_source
 
-LAST = f"{RunFolder.distilled}/{TrainingFolder.last}"
+MEASURED = ("teacher", "random", "sliced", "pruned")  # the teacher first: the others are compared with its windows
 
 
 def stages(job: Job) -> list[Stage]:
@@ -43,29 +42,33 @@ def stages(job: Job) -> list[Stage]:
     names = RunFolder
     shown = (names.numbers, names.samples)
     cuts = [names.pruned, *[names.random] * job.evaluation.random_baseline]
-    nemo = is_checkpoint(resolve(job.teacher))
+    checkpoint = is_checkpoint(resolve(job.teacher))
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
-    first = [converting] if nemo else []
-    data = Stage("data", tokenise, _data_inputs, ("convert",) * nemo, corpora.outputs(job.data), corpora.sidecars)
+    first = [converting] if checkpoint else []
+    data = Stage("data", tokenise, _data_inputs, ("convert",) * checkpoint, corpora.outputs(job.data), corpora.sidecars)
     searching = search_stages(job) if job.search.wanted else []
     solving = [SOLVE] if solves(job) and not searching else []
     planned = "compensate" if solving else "plan"
     writing = [WRITE] if job.generation.wanted else []
     learned = "generate" if writing else "data"
     rounds = round_stages(job)
+    checking = [gate_stage(job)] if job.gates.run else []
     scored = rounds[-1].name if rounds else "rank" if searching else "estimate"
     return [
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), (names.scores,)),
-        *searching,
+        *searching[:1],
+        *(checking if searching else []),
+        *searching[1:],
         *rounds,
         Stage("plan", plan, _plan_inputs, (scored,), (names.plan,)),
+        *([] if searching else checking),
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), tuple(map(_config, cuts)), _made(*cuts)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), (*shown, names.windows)),
         *writing,
-        Stage("distill", distill, _distill_inputs, (learned, "prune"), (LAST,), _trained),
+        distill_stage((learned, "prune")),
         Stage("export", export, lambda run: None, ("distill",), (_config(names.student),), _made(names.student)),
         Stage("evaluate student", evaluate_student, _evaluation_inputs, ("evaluate", "export"), (*shown, names.speed)),
         *([MEASURE] if job.evaluation.benchmarks else []),
@@ -88,12 +91,6 @@ def _config(folder: str) -> str:
 
 def _made(*folders: str) -> Callable[[Run], tuple[str, ...]]:
     return lambda run: folders
-
-
-def _trained(run: Run) -> list[str]:
-    """Of a training's folder: the last checkpoint and the records, but not the index of the samples and the logs."""
-    left = left_by_training(run.folder.distilled)
-    return [f"{RunFolder.distilled}/{name}" for name in left] + [RunFolder.composed]
 
 
 # -- inputs: what decides a stage's result, besides the stages before it --------------------------------
@@ -123,15 +120,7 @@ def _prune_inputs(run: Run) -> object:
 
 
 def _evaluation_inputs(run: Run) -> object:
-    return dataclasses.asdict(run.job.evaluation)
-
-
-def _distill_inputs(run: Run) -> object:
-    cache = run.job.distillation.teacher_cache  # its content decides, not its place
-    contents: JsonObject = {"teacher_cache": CacheHeader.load(cache).digest} if cache else {}
-    if run.job.learns_from:
-        contents["learned"] = [run.open(run.job.learns_from).identity, *map(file_digest, run.job.lineage)]
-    return dataclasses.asdict(run.job.distillation) | contents
+    return run.job.evaluation.deciding()
 
 
 def _report_inputs(run: Run) -> object:
@@ -148,8 +137,6 @@ def tokenise(run: Run) -> None:
 
 
 def estimate(run: Run) -> None:
-    from nemo_minitron.data import Tokens
-
     job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
     fit = fitted_calibration(job, teacher.architecture, tokens)
     if fit.remark:  # it also holds for later stages that read this text, which do not repeat it
@@ -182,41 +169,33 @@ def prune(run: Run) -> None:
     from nemo_minitron.search import random_plan
 
     teacher, plan = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
-    # A search has re-fitted the matrices of each candidate; they lie in the candidate's own folder.
-    cut_folder = winner(run) if run.job.search.wanted else run.folder
-    compensation = compensation_of_run(run, teacher, cut_folder)
+    if why := unscaled(run.job, plan):
+        run.say(f"    remark: {why}")
+    compensation = compensation_of_run(run, teacher, _cut_folder(run))
     for torn in (run.folder.pruned, run.folder.random):
         clear_torn(torn)
     cut(teacher, plan, run.folder.pruned, compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
-        at_random = random_plan(plan.source, keep={**sizes_of(plan), **run.job.keep}, seed=run.job.seed)
+        at_random = random_plan(plan.source, keep=as_large_as(plan, run.job.keep), seed=run.job.seed)
         cut(teacher, at_random, run.folder.random, overwrite=True)
+
+
+def _cut_folder(run: Run) -> CutFolder:
+    """Where the plan and its re-fitted matrices lie. A search has re-fitted those of each candidate, in its folder."""
+    return winner(run) if run.job.search.wanted else run.folder
 
 
 def evaluate(run: Run) -> None:
     models = {"teacher": teacher_folder(run), "random": run.folder.random, "pruned": run.folder.pruned}
     if not run.job.evaluation.random_baseline:
         del models["random"]
-    numbers = [_measure(run, stage, folder) for stage, folder in models.items()]
+    with sliced(run, run.open(models["teacher"]), _cut_folder(run)) as plain:
+        if plain:
+            models["sliced"] = plain
+        numbers = [_measure(run, stage, models[stage]) for stage in MEASURED if stage in models]
     write_json(run.folder.numbers, numbers)
     samples = [text for stage in ("teacher", "pruned") for text in _continue(run, stage, models[stage])]
     write_json(run.folder.samples, samples)
-
-
-def distill(run: Run) -> None:
-    job, train = run.job, trained_on(run)
-    student, learned = open_source(run.folder.pruned), run.open(learned_from(job))
-    layout, why = job.layout.for_student(student.architecture, learned.architecture)
-    if why:
-        run.say(f"    {why}")
-    held_out = corpora.prefix(run, "test") if job.distillation.validate_every else train
-    fit = fitted_distillation(job, layout, Tokens(train), Tokens(held_out))
-    if fit.remark:
-        run.say(f"    remark: {fit.remark}")
-    run_training(
-        student, learned, (train, held_out), run.folder.distilled, fit.settings, layout,
-        run.folder.log, plan=plan_of_learned(job, run.folder),
-    )  # fmt: skip
 
 
 def export(run: Run) -> None:
@@ -241,11 +220,10 @@ def report(run: Run) -> None:
 
 
 def _measure(run: Run, stage: str, folder: Path) -> JsonObject:
-    from nemo_minitron.data import Tokens
     from nemo_minitron.evaluation import Windows
 
     held_out = Tokens(corpora.prefix(run, "test"))
-    numbers = measured(folder, held_out, run.job.evaluation, lambda line: run.say(f"    {line}"))
+    numbers = measured(folder, held_out, run.job.evaluation, run.progress)
     assert numbers.windows is not None  # `evaluate` always gives them
     row = numbers.as_dict() | {"stage": stage, "corpus": run.job.data.name}
     if stage == "teacher":
@@ -273,8 +251,8 @@ def _continue(run: Run, stage: str, folder: Path) -> list[dict[str, str]]:
     prompts = list(settings.prompts)
     if not prompts:
         return []
-    progress = Progress("generate: prompt", "tokens", settings.new_tokens, lambda line: run.say(f"    {line}"))
-    texts = generate(
-        folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision, progress=progress
-    )
+    with run.progress("generate: prompt", "tokens", settings.new_tokens) as progress:
+        texts = generate(
+            folder, prompts, max_new_tokens=settings.new_tokens, precision=settings.precision, progress=progress
+        )
     return [{"stage": stage, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
 from nemo_minitron.artifacts.parse import grouped, listed, text, whole
@@ -10,7 +12,7 @@ from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import CardFacts, write_card_figures
 from nemo_minitron.export.folder import dtype_of, has_chat_template
 from nemo_minitron.export.run import read_run
-from nemo_minitron.families import read_config, remark_on, resolve
+from nemo_minitron.families import family_of, read_config, remark_on, resolve
 from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.run import Run
 from nemo_minitron.pruning.compensation import follows_a_cut
@@ -60,9 +62,17 @@ def card_facts(run: Run) -> CardFacts:
         },
         numbers=read_numbers(run.folder.numbers),
         versions=run.manifest.versions,
-        limits=[*([between] if job.learns_from else []), *([sentence] if sentence else [])],
+        limits=[*([between] if job.learns_from else []), *([sentence] if sentence else []), *larger_files(base)],
         in_place=_in_place(run),
     )
+
+
+def larger_files(base: Path) -> list[str]:
+    """One sentence if the base's folder stores four bits a weight, which no student does."""
+    config = read_config(base) if (base / "config.json").is_file() else {}
+    if not config or not family_of(config).packed(config):
+        return []
+    return ["The base is published in MXFP4; this model is stored in bf16, so its files may be larger than the base's."]
 
 
 def _in_place(run: Run) -> str:

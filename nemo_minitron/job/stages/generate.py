@@ -18,7 +18,6 @@ from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import teacher_folder
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import as_folder
 from nemo_minitron.settings.generation import Generation
 
@@ -108,15 +107,15 @@ def write_parts(run: Run, folder: Path, prompts: list[list[int]], parts: Path) -
         seed=settings.seed, batch_size=settings.batch_size, precision=run.job.evaluation.precision,
         skip=lambda first: (parts / f"{first:08d}.jsonl").is_file(),
     )  # fmt: skip
-    progress = Progress("generate: document", "tokens", settings.new_tokens, lambda line: run.say(f"    {line}"))
     done = sum(len(read.read_text().splitlines()) for read in parts.glob("*.jsonl"))
-    progress.begin(done)
-    for first, written in batches:
-        lines = [json.dumps(dataclasses.asdict(text)) + "\n" for text in written]
-        with atomic_file(parts / f"{first:08d}.jsonl") as partial:
-            partial.write_text("".join(lines))
-        done += len(lines)
-        progress(done, len(prompts))
+    with run.progress("generate: document", "tokens", settings.new_tokens) as progress:
+        progress.begin(done)
+        for first, written in batches:
+            lines = [json.dumps(dataclasses.asdict(text)) + "\n" for text in written]
+            with atomic_file(parts / f"{first:08d}.jsonl") as partial:
+                partial.write_text("".join(lines))
+            done += len(lines)
+            progress(done, len(prompts))
     run.say(f"    {done:,} of {len(prompts):,} documents")
 
 

@@ -26,12 +26,14 @@ from nemo_minitron.commands.distill import run_training
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import DivergedError, InputError
 from nemo_minitron.families import multiples_of, to_hf
+from nemo_minitron.hybrid import COUNTS
 from nemo_minitron.job.fitted import fitted_distillation
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
 from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.search.sizes import Keep
 from nemo_minitron.settings.recipe import Distillation, Evaluation, Job
 from nemo_minitron.settings.search import Search
 from nemo_minitron.sources.open import config_of, open_source
@@ -70,7 +72,7 @@ def _candidates_inputs(run: Run) -> object:
 
 
 def _measure_inputs(run: Run) -> object:
-    return [dataclasses.asdict(_evaluation(run)), run.job.search.distil, run.job.cutting.deciding()]
+    return [_evaluation(run).deciding(), run.job.search.distil, run.job.cutting.deciding()]
 
 
 def _rank_inputs(run: Run) -> object:
@@ -261,6 +263,14 @@ def winner(run: Run) -> CandidateFolder:
     """The folder of the candidate that is first at the last step. Raises InputError for damaged ranks."""
     last = max(read_json(run.folder.ranks, "the ranks", records.RANKS), key=lambda row: (row["step"], -row["rank"]))
     return run.folder.candidate(last["candidate"])
+
+
+def as_large_as(plan: PrunePlan, keep: Keep) -> Keep:
+    """The sizes of a plan's student, for another choice of units; `keep` is the job's."""
+    sizes = {**sizes_of(plan), **keep}
+    if not COUNTS.keys().isdisjoint(keep):
+        sizes.pop("layers", None)  # `keep` has a number for each kind of layer
+    return sizes
 
 
 def sizes_of(plan: PrunePlan) -> Mapping[str, int]:

@@ -29,7 +29,7 @@ def run_case(case, folder, out):
         layout = Layout(**sizes).for_depth(HFSource(student).architecture.num_layers)
         order = DistillOrder(
             student, folder / case["teacher"], corpus, corpus, made, folder / "index", recipe, layout, stop,
-            folder / case["plan"],
+            folder / case["plan"], case.get("common"),
         )  # fmt: skip
         if case.get("diverges"):
             diverge(case, order, made)

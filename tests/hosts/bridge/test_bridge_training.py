@@ -8,22 +8,17 @@ staged teacher in reverse; `calculate_per_token_loss` off (DP=2); the loss on an
 
 import csv
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from pico import pico_llama, pico_qwen3_moe
+from pico import pico_llama, pico_nemotron_h, pico_qwen3_moe, wider
 from ranks import run_ranks
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
-from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.data import build, load_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
@@ -52,6 +47,10 @@ MODELS = {  # name -> its maker, what of it a student keeps
         lambda f: pico_qwen3_moe(f, vocab_size=509, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4),
         {"hidden": 40},
     ),
+    "hybrid": (  # M-M*-M -> M-*M
+        lambda f: pico_nemotron_h(f, vocab_size=509, num_attention_heads=8, num_key_value_heads=4),
+        {"layers": [0, 1, 3, 5], "hidden": 40, "ffn": 64, "mamba_heads": 6},
+    ),
 }  # fmt: skip
 BASE = {
     "tokens": 24 * 8 * 4, "sequence_length": 24, "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3,
@@ -60,16 +59,18 @@ BASE = {
 RECIPES = {
     "kl": BASE,
     "all": BASE | {"lm_weight": 0.3, "intermediate": "embedding,attention:1:2,mlp:3:5,block:0:1,block:2:4"},
+    "states": BASE | {"lm_weight": 0.3, "intermediate": "embedding,block:0:0,mlp:1:4,block:2:4,block:3:5"},
     "aux": BASE | {"moe_aux_loss_coeff": 0.3},
 }
 LAYOUTS = {  # world size -> model, recipe, layout
-    1: [("llama", "kl", {}), ("llama", "all", {}), ("moe", "aux", {})],
+    1: [("llama", "kl", {}), ("llama", "all", {}), ("moe", "aux", {}), ("hybrid", "states", {})],
     2: [
         ("llama", "kl", {"pp": 2}),
         ("llama", "all", {"pp": 2, "vp": 2}),
         ("llama", "all", {"dp": 2}),
         ("llama", "kl", {"cp": 2}),
         ("llama", "all", {"tp": 2, "sp": True}),
+        *[("hybrid", "states", layout) for layout in ({"pp": 2}, {"dp": 2}, {"tp": 2, "sp": True}, {"cp": 2})],
         *[("moe", "aux", layout) for layout in ({"ep": 2, "dp": 2}, {"tp": 2, "sp": True}, {"cp": 2})],
     ],
 }
@@ -84,9 +85,11 @@ def _case(world, model, recipe, layout, /, **others):
 
 
 CASES = [_case(world, *case) for world, cases in LAYOUTS.items() for case in cases]
+CASES += [_case(2, "llama", "kl", {"tp": 2}, name="wider", teacher="llama-wider", common=509)]  # eleven rows more
 RESUMED = [
     _case(1, "llama", "all", {}, name="resumed", stops=[2, None], layouts=[{}, {}]),
     _case(2, "llama", "all", {}, name="moved", stops=[2, None], layouts=[{"pp": 2}, {"tp": 2, "sp": True}]),
+    _case(2, "hybrid", "states", {}, name="hybrid-moved", stops=[2, None], layouts=[{"tp": 2, "sp": True}, {"pp": 2}]),
 ]
 DIVERGING = [
     _case(1, "llama", "kl", {}, name="weights", diverges="weights", recipe=BASE | {"save_every": 1}),
@@ -111,6 +114,7 @@ def models(tmp_path_factory):
         plan = random_plan(from_hf(folder / name), keep=keep)
         plan.save(folder / f"{name}-plan.json")
         prune(folder / name, plan, folder / f"{name}-student")
+    wider(folder / "llama", folder / "llama-wider", 520)
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     build(folder / "corpus.jsonl", load_tokenizer(folder / "llama"), folder / "corpus")
     return folder
@@ -235,8 +239,10 @@ def test_a_checkpoint_is_a_model_like_any_other(results, models, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("use_mup", True, "the checkpoint's use_mup is True; only False is supported"),
+        ("use_mup", True, "no supported family has a model with these fields of Megatron"),
+        ("qk_l2_norm", True, "the checkpoint's qk_l2_norm is True; only False is supported"),
         ("multi_latent_attention", True, "only False is supported"),
+        ("hybrid_layer_pattern", "M-*", "the checkpoint's is_hybrid_model is False; only True is supported"),
         ("_target_", "other.Provider", "is a other.Provider with the layers of"),
         ("normalization", "LayerNorm", "no supported family has a model with these fields of Megatron"),
         ("num_layers", None, "has no model of Bridge's|no supported family"),
@@ -256,32 +262,3 @@ def test_a_damaged_config_is_refused(text, tmp_path):
     (tmp_path / "run_config.yaml").write_text(text)
     with pytest.raises(InputError, match="is no config of Megatron-Bridge"):
         hf_config(tmp_path)
-
-
-@pytest.mark.parametrize("script", ["bridge_distill.py", "bridge_prune.py"])
-def test_a_users_own_script(script, models, tmp_path):
-    first = models / "llama-student" if "distill" in script else models / "llama"
-    places = [first, models / "llama"] if "distill" in script else [first]
-    command = [EXAMPLES / script, *places, models / "corpus", tmp_path / "out"]
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    environment["MASTER_PORT"] = str(free_port())
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    if "distill" in script:
-        assert open_source(tmp_path / "out").architecture == from_hf(first)
-        return
-    cut = open_source(tmp_path / "out" / "student")
-    assert (cut.architecture.ffn_hidden_size, cut.architecture.num_layers) == (64, 3)
-    plan = PrunePlan.load(tmp_path / "out" / "plan.json")
-    by_hand = prune(models / "llama", plan, tmp_path / "by-hand")
-    expected = HFSource(by_hand)
-    for name, shape in expected.architecture.shapes().items():
-        assert np.array_equal(expected.read(name, whole(shape)), cut.read(name, whole(shape))), name
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

@@ -30,7 +30,7 @@ def run_case(case, folder, out):
     made.mkdir(exist_ok=True)
     order = DistillOrder(
         student, folder / case["teacher"], corpus, corpus, made, folder / "index", recipe, layout,
-        plan=folder / case["plan"],
+        plan=folder / case["plan"], common_vocabulary=case.get("common"),
     )  # fmt: skip
     asked = ways_of_the_head(several=case.get("world") != 1)
     if case.get("gradients"):

@@ -7,7 +7,7 @@ import sys
 import forked
 import numpy as np
 import pytest
-from pico import pico_llama, raw_tensors
+from pico import pico_llama, raw_tensors, wider
 from tolerances import LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
@@ -36,8 +36,8 @@ def world(tmp_path_factory):
     return folder, plan
 
 
-def distill(folder, out, options):
-    command = [sys.executable, "-m", "nemo_minitron.cli", "distill", "student", "--teacher", "teacher", "--out", out]
+def distill(folder, out, options, teacher="teacher"):
+    command = [sys.executable, "-m", "nemo_minitron.cli", "distill", "student", "--teacher", teacher, "--out", out]
     command += [str(word) for name, value in (BASE | options).items() for word in (f"--{name}", value)]
     return forked.run(command, cwd=folder)
 
@@ -81,14 +81,32 @@ def test_refusals(world, options, said):
     assert said in " ".join((done.stdout + done.stderr).split())
 
 
+LEFT_OUT = ("correction-tokens", "validation", "validate-every")
+ONE_STEP = {name: MORE[name] for name in MORE if name not in LEFT_OUT} | {"tokens": 96}
+
+
 def test_a_training_of_one_step_is_saved(world):
     """Without the correction; its first losses are those of another teacher than the corrected one."""
     folder, plan = world
-    left_out = ("correction-tokens", "validation", "validate-every")
-    done = distill(folder, "one", {name: MORE[name] for name in MORE if name not in left_out} | {"tokens": 96})
+    done = distill(folder, "one", ONE_STEP)
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = csv.DictReader((folder / "one" / "loss.csv").open())
     corrected = next(csv.DictReader((folder / "out" / "loss.csv").open()))
     assert float(row["lm"]) == pytest.approx(float(corrected["lm"]), rel=LOSS_LAYOUT_FP32)
     assert abs(float(row["logits"]) / float(corrected["logits"]) - 1) > 5 * LOSS_LAYOUT_FP32
     assert from_hf(folder / "one") == plan.target
+
+
+def test_a_teacher_with_more_rows_teaches_the_tokens_that_both_have(world):
+    """The same losses as of the teacher without them, and the command says so."""
+    folder, plan = world
+    wider(folder / "teacher", folder / "wider", 512)
+    done = distill(folder, "by-wider", ONE_STEP, teacher="wider")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "it learns the 509 that both begin with, and the others are masked" in done.stderr
+    found, expected = (next(csv.DictReader((folder / out / "loss.csv").open())) for out in ("by-wider", "one"))
+    assert {name: found[name] for name in found if name != "seconds"} == {
+        name: expected[name] for name in expected if name != "seconds"
+    }
+    assert from_hf(folder / "by-wider") == plan.target
+    assert "It learned the 509 tokens that its teacher has" in (folder / "by-wider" / "README.md").read_text()

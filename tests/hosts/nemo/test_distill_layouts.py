@@ -4,7 +4,8 @@ Samples have masks of unlike lengths (distill_worker.py), teacher and student ha
 eight micro-batches. Mutations tried by hand, each of which makes tests here fail: the teacher's hidden states taken
 in the reverse order; `calculate_per_token_loss` off (DP=2); the intermediate states' mask not cut for sequence or
 context parallelism; the loss on an earlier stage not attached; a virtual stage with a config of its own; the
-projection's gradient not summed over the pipeline, or under sequence parallelism over the tensor-parallel ranks.
+projection's gradient not summed over the pipeline, or under sequence parallelism over the tensor-parallel ranks; the
+rows that only one vocabulary has compared, too.
 """
 
 import csv
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mixture64 import farthest, first_step
-from pico import pico_llama, pico_mixtral, pico_qwen3_moe
+from pico import pico_llama, pico_mixtral, pico_qwen3_moe, wider
 from ranks import run_ranks
 from tolerances import FIRST_GRADIENT_FP32, LOSS_LAYOUT_FP32
 from words import save_tokenizer
@@ -105,6 +106,12 @@ CASES = [
     for world, layouts in LAYOUTS.items()
     for model, recipe, layout in layouts
 ]  # fmt: skip
+CASES += [  # one of the two has eleven rows more: the losses are those of the first 509
+    next(case for case in CASES if case["name"] == name) | {"name": f"{name}-{whose}", whose: longer, "common": 509}
+    for name, whose, longer in (
+        ("four-all-tp2-spTrue", "teacher", "four-wider"), ("four-kl-tp2", "student", "four-student-wider")
+    )
+]  # fmt: skip
 DIVERGING = {  # world size -> its last case, in which a number of step 3 is none, on the last rank alone
     world: {
         "name": f"diverges-{what}", "teacher": "four", "student": "four-student", "plan": "four-plan.json",
@@ -125,6 +132,8 @@ def models(tmp_path_factory):
         plan = random_plan(from_hf(folder / name), keep=keep)
         plan.save(folder / f"{name}-plan.json")
         prune(folder / name, plan, folder / f"{name}-student")
+    for name in ("four", "four-student"):
+        wider(folder / name, folder / f"{name}-wider", 520)
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     build(folder / "corpus.jsonl", load_tokenizer(folder / "three"), folder / "corpus")
     return folder

@@ -90,7 +90,7 @@ def test_the_dry_run_tells_the_rounds(job):
     text = describe(job)
     assert "round 1 of 2: ffn 80, layers 5, " in text
     assert "round 2 of 2: ffn 64, layers 4, " in text
-    assert "stages: data, estimate, round 2, plan, compensate, prune" in text
+    assert "stages: data, estimate, round 2, plan, gates, compensate, prune" in text
     assert [(stage.name, stage.after) for stage in round_stages(dataclasses.replace(job, rounds=3))] == [
         ("round 2", ("estimate",)),
         ("round 3", ("round 2",)),

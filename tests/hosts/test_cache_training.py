@@ -1,24 +1,24 @@
 """Training with a cache in the teacher's place: its loss in float64, step by step, and the same in every layout.
 
-Samples have masks of unlike lengths (distill_worker.py), and 32 samples go more than twice through 13 rows, with
-another set of draws each time. Mutations tried by hand, each of which makes tests here fail: the set of epoch 0 for
-all; targets not cut for context parallelism; targets one position late.
+Each host runs it. Samples have masks of unlike lengths (workers.mask_some), and 32 samples go more than twice through
+13 rows, with another set of draws each time. Mutations tried by hand, each of which makes tests here fail: the set of
+epoch 0 for all; targets not cut for context parallelism; targets one position late.
 """
 
 import csv
 import json
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pico import pico_llama
+from pico import pico_llama, pico_nemotron_h
 from ranks import run_ranks
-from tolerances import LOSS_LAYOUT_FP32
+from tolerances import CACHED_KL_FP32, LOSS_LAYOUT_FP32
 from words import save_tokenizer
 
 from nemo_minitron.data import Tokens, build, load_tokenizer
-from nemo_minitron.distillation.cache import CachedTeacher
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import prune
 from nemo_minitron.search import random_plan
@@ -54,9 +54,16 @@ LAYOUTS = {  # world size -> recipe, layout; a new layout is one entry
         ("both", {"tp": 2}),
     ],
 }
+BRIDGE = any("megatron-bridge" in names for names in metadata.packages_distributions().values())
+if BRIDGE:  # it alone has hybrids
+    CACHES["of-hybrid"] = CACHES["largest"] | {"teacher": "hybrid"}
+    RECIPES["hybrid"] = BASE | {"teacher_cache": "of-hybrid"}
+    LAYOUTS[1] += [("hybrid", {})]
+    LAYOUTS[2] += [("hybrid", {"tp": 2, "sp": True}), ("hybrid", {"pp": 2})]
 CASES = [
     {"name": recipe + "".join(f"-{k}{v}" for k, v in layout.items()), "recipe": recipe, "layout": layout,
-     "teacher": "teacher", "student": "student", "plan": "plan.json", "world": world}
+     "layouts": [layout], "teacher": "teacher", "student": "hybrid-student" if recipe == "hybrid" else "student",
+     "plan": "plan.json", "world": world}
     for world, layouts in LAYOUTS.items()
     for recipe, layout in layouts
 ]  # fmt: skip
@@ -70,6 +77,11 @@ def models(tmp_path_factory):
     plan = random_plan(from_hf(folder / "teacher"), keep={"ffn": 64, "layers": 4, "hidden": 40})
     plan.save(folder / "plan.json")
     prune(folder / "teacher", plan, folder / "student")
+    if BRIDGE:
+        pico_nemotron_h(folder / "hybrid", num_attention_heads=8, num_key_value_heads=4)
+        save_tokenizer(folder / "hybrid", TEXTS, 509)
+        cut = random_plan(from_hf(folder / "hybrid"), keep={"ffn": 64, "layers": [0, 1, 3, 5], "mamba_heads": 6})
+        prune(folder / "hybrid", cut, folder / "hybrid-student")
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     build(folder / "corpus.jsonl", load_tokenizer(folder / "teacher"), folder / "corpus")
     return folder
@@ -97,7 +109,12 @@ def results(models, tmp_path_factory):
 
 def reference(models, name):
     """The mean loss of each step's tokens under the first student, with transformers in float64."""
+    import nemo_minitron.backend as backend
+
+    backend.setup()  # before Megatron is imported
     from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.distillation.cache import CachedTeacher
 
     student = AutoModelForCausalLM.from_pretrained(models / "student", dtype=torch.float64)
     cached, tokens, random = CachedTeacher(models / name), Tokens(models / "corpus"), np.random.default_rng(SEED)
@@ -129,6 +146,25 @@ def test_losses_are_those_of_the_cache_in_float64(case, cache, column, results, 
     assert list(found) == ["step", "tokens", "loss", "seconds", column]
     np.testing.assert_allclose(found["loss"], reference(models, cache), rtol=LOSS_LAYOUT_FP32)
     np.testing.assert_allclose(found[column], found["loss"], rtol=LOSS_LAYOUT_FP32)
+
+
+@pytest.mark.bridge
+def test_a_hybrids_cache_is_transformers(results, models):
+    """In one chunk, longer than a row: transformers alone is wrong beyond that, on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.distillation.cache import CachedTeacher
+
+    results("hybrid")  # made the cache, too
+    teacher = AutoModelForCausalLM.from_pretrained(models / "hybrid", dtype=torch.float64, chunk_size=32)
+    tokens = Tokens(models / "corpus")
+    rows = torch.from_numpy(np.stack([tokens.stream(row * LENGTH, LENGTH) for row in range(ROWS)]))
+    with torch.no_grad():
+        p = (teacher(rows).logits / CACHE["temperature"]).softmax(-1)
+    targets = CachedTeacher(models / "of-hybrid").targets(rows, [0] * ROWS)
+    largest = p.topk(CACHES["of-hybrid"]["k"]).values.numpy()
+    np.testing.assert_allclose(targets.weights.numpy(), largest, rtol=0, atol=CACHED_KL_FP32)
+    np.testing.assert_allclose(p.gather(-1, targets.ids).numpy(), largest, rtol=0, atol=CACHED_KL_FP32)
 
 
 def test_the_student_learns(results):

@@ -1,0 +1,151 @@
+"""A whole job on one GPU, killed and resumed: `python benchmarks/gpu_job.py --precision bf16`.
+
+It compresses a model with `minitron compress`, sends SIGTERM once some steps are trained, and runs the command again,
+which must go on from the checkpoint. Then it compares the losses with those of a job that was not killed, measures the
+student in transformers, and reads the trained checkpoint in a process that sees no GPU (so without Transformer Engine):
+its weights, in the student's dtype, must be the student's, bit by bit. The model is the demo's, or with
+`--shape Llama-3.2-1B` a random one with the demo's tokenizer. `--device cpu --quick` does all of it at pico size.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from gpu_steps import PICO, SHAPES, config_of
+
+STEPS, SAVE = 24, 6
+KILL_AT = 10  # steps that are trained when the signal is sent
+
+
+def random_model(name: str, folder: Path) -> Path:
+    """A random model of a shape, in bf16, with the demo's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(common.MODEL)
+    extra, teacher, _ = (PICO | SHAPES)[name]
+    config = config_of(teacher, extra, len(tokenizer))
+    made = AutoConfig.for_model(config.pop("model_type"), **config, dtype="bfloat16")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(made).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, out: Path, precision: str, length: int) -> list[str]:
+    ffn = json.loads((model / "config.json").read_text())["intermediate_size"] * 2 // 3 // 32 * 32
+    text = [f"--data={common.TEXT / 'train.jsonl'}", f"--keep=ffn={ffn}", f"--out={out}"]
+    settings = {
+        "calibration.samples": 16, "calibration.sequence_length": length, "distillation.sequence_length": length,
+        "distillation.global_batch_size": 1, "distillation.tokens": STEPS * length, "distillation.save_every": SAVE,
+        "distillation.precision": precision, "evaluation.tokens": 8 * length, "evaluation.sequence_length": length,
+        "evaluation.prompts": "[]",
+    }  # fmt: skip
+    chosen = [f"{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "nemo_minitron.cli", "compress", str(model), *text, *chosen]
+
+
+def losses(out: Path) -> list[float]:
+    """The losses that a training has written so far, wherever in the run its table is."""
+    (file, *_) = [*out.rglob("loss.csv"), None]
+    if file is None:
+        return []
+    with file.open() as rows:
+        return [float(row["loss"]) for row in csv.DictReader(rows)]
+
+
+def killed(words: list[str], out: Path, log: Path) -> int:
+    """Runs the job until some steps are trained, then sends SIGTERM. Returns the number of steps it had trained."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
+        while process.poll() is None and len(losses(out)) < KILL_AT:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    return len(losses(out))
+
+
+def ran(words: list[str], log: Path) -> float:
+    """Runs a command to its end and returns its seconds; ends this script with its output if it fails."""
+    began = time.perf_counter()
+    with log.open("w") as stream:
+        code = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(log.read_text()[-4000:])
+    return time.perf_counter() - began
+
+
+def read_without_engine(out: Path, folder: Path) -> bool:
+    """Whether the trained checkpoint, converted where no GPU is seen, has the student's bits."""
+    from safetensors import safe_open
+
+    training = out / "checkpoints" / "distilled"
+    saved = [*training.rglob("*-last"), *training.rglob("iter_*")]  # NeMo's, Megatron-Bridge's
+    checkpoint = max((folder for folder in saved if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
+    words = [sys.executable, "-m", "nemo_minitron.cli", "convert", str(checkpoint), str(folder)]
+    subprocess.run(words, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
+
+    def tensors(place: Path) -> dict[str, Any]:
+        files = [safe_open(file, "pt") for file in place.glob("*.safetensors")]
+        return {name: file.get_tensor(name) for file in files for name in file.keys()}  # noqa: SIM118
+
+    ours, theirs = tensors(folder), tensors(out / "student")
+    same = [bool((ours[name].to(bits.dtype) == bits).all()) for name, bits in theirs.items() if name in ours]
+    return ours.keys() == theirs.keys() and all(same)
+
+
+def run(model: Path, precision: str, length: int, folder: Path) -> dict[str, Any]:
+    once, twice = folder / "once", folder / "twice"
+    seconds = ran(command(model, once, precision, length), folder / "once.log")
+    at = killed(command(model, twice, precision, length), twice, folder / "killed.log")
+    again = ran(command(model, twice, precision, length), folder / "resumed.log")
+    whole, resumed = losses(once), losses(twice)
+    apart = [abs(a - b) for a, b in zip(whole, resumed, strict=True)]
+    numbers = json.loads((once / "numbers.json").read_text())
+    stages = json.loads((once / "manifest.json").read_text())["stages"]
+    return {
+        "precision": precision, "steps": len(whole), "killed at step": at, "first loss": whole[0], "last": whole[-1],
+        "largest difference after a kill and a resume": max(apart), "in transformers": {
+            row["stage"]: row["loss"] for row in numbers
+        }, "read without Transformer Engine, bit by bit": read_without_engine(once, folder / "converted"),
+        "seconds": round(seconds, 1), "seconds of the resumed": round(again, 1),
+        "stages": {stage["name"]: stage["seconds"] for stage in stages},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--shape", default="", choices=["", *PICO, *SHAPES], help="a random model of this shape")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="pico size")
+    parser.add_argument("--out", type=Path, help="the JSON; default: none is written")
+    given = parser.parse_args()
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU; --device cpu --quick runs the job at pico size")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        shape = "pico" if given.quick else given.shape
+        model = random_model(shape, folder / "model") if shape else common.MODEL
+        found = run(model, given.precision, 64 if given.quick else 1024, folder)
+    finally:
+        shutil.rmtree(folder)
+    common.write(common.heading(["torch", "transformer-engine", "megatron-core"]) | {"found": found}, given.out)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
