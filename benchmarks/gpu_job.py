@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from gpu_steps import PICO, SHAPES, config_of
 
 STEPS, SAVE = 24, 6
@@ -57,9 +58,9 @@ def command(model: Path, out: Path, precision: str, length: int) -> list[str]:
 
 
 def losses(out: Path) -> list[float]:
-    """The losses that a training has written so far, wherever in the run its table is."""
-    (file, *_) = [*out.rglob("loss.csv"), None]
-    if file is None:
+    """The losses that a run's training has written so far."""
+    file = TrainingFolder(RunFolder(out).distilled).losses
+    if not file.exists():
         return []
     with file.open() as rows:
         return [float(row["loss"]) for row in csv.DictReader(rows)]
@@ -69,10 +70,12 @@ def killed(words: list[str], out: Path, log: Path) -> int:
     """Runs the job until some steps are trained, then sends SIGTERM. Returns the number of steps it had trained."""
     with log.open("w") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
-        while process.poll() is None and len(losses(out)) < KILL_AT:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        try:
+            while process.poll() is None and len(losses(out)) < KILL_AT:
+                time.sleep(0.05)
+        finally:  # whatever goes wrong here, nothing writes into the folder after this
+            process.send_signal(signal.SIGTERM)
+            process.wait()
     return len(losses(out))
 
 
@@ -90,7 +93,7 @@ def read_without_engine(out: Path, folder: Path) -> bool:
     """Whether the trained checkpoint, converted where no GPU is seen, has the student's bits."""
     from safetensors import safe_open
 
-    training = out / "checkpoints" / "distilled"
+    training = RunFolder(out).distilled
     saved = [*training.rglob("*-last"), *training.rglob("iter_*")]  # NeMo's, Megatron-Bridge's
     checkpoint = max((folder for folder in saved if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
     words = [sys.executable, "-m", "nemo_minitron.cli", "convert", str(checkpoint), str(folder)]
