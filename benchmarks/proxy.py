@@ -18,14 +18,13 @@ from typing import Any
 import common
 from search import spearman
 
-TOKENS = 8192
 BUDGET = {"params": "84M", "tolerance": "5%"}
 
 
 class Cuts:
     """Cuts of the demo's model and their losses, in a file that grows."""
 
-    def __init__(self, scores: Path, out: Path) -> None:
+    def __init__(self, scores: Path, out: Path, tokens: int) -> None:
         from nemo_minitron.artifacts import Scores
         from nemo_minitron.commands.corpus import tokenise
         from nemo_minitron.sources.open import open_source
@@ -33,7 +32,7 @@ class Cuts:
         self.out, self.scores, self.source = out, Scores.load(scores), open_source(common.MODEL)
         self.result = json.loads(out.read_text()) if out.exists() else common.heading(["torch", "transformers"])
         self.losses: dict[str, float] = self.result.setdefault("losses", {})
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder, self.measured = Path(tempfile.mkdtemp()), tokens
         text = str(common.TEXT / "test.jsonl")
         self.tokens = tokenise(text, common.MODEL, self.folder / "test", self.source.architecture.vocab_size)
 
@@ -55,7 +54,7 @@ class Cuts:
 
         student, settings = (
             common.MODEL,
-            Evaluation(tokens=TOKENS, sequence_length=1024, batch_size=2, precision="bf16"),
+            Evaluation(tokens=self.measured, sequence_length=1024, batch_size=2, precision="bf16"),
         )
         if keep:
             made = plan(self.scores, dict(keep))
@@ -91,9 +90,10 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("scores", type=Path, help="of `minitron estimate` on the demo's model and text, all axes")
     parser.add_argument("--shapes", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the held-out text, for each shape")
     parser.add_argument("--out", type=Path, default=common.dated("proxy"))
     given = parser.parse_args()
-    cuts = Cuts(given.scores, given.out)
+    cuts = Cuts(given.scores, given.out, given.tokens)
     try:
         rows = guesses(cuts, shapes(cuts, given.shapes))
     finally:
