@@ -19,6 +19,8 @@ import common
 import texts
 from short_training import batch_of
 
+from nemo_minitron.settings.precision import best_precision
+
 KEEP, HELD_OUT, LENGTH, SEED = {"ffn": 1024}, 512, 512, 1234
 
 
@@ -64,7 +66,7 @@ class Bench:
         from nemo_minitron.hosts.nemo.models import load_model
 
         compensation = Compensation(self.plan.digest, tensors)
-        return self.losses(load_model(self.model, self.plan, compensation=compensation, precision="bf16")[0])
+        return self.losses(load_model(self.model, self.plan, compensation=compensation, precision=best_precision())[0])
 
     def points(self, numbers: list[int], ridges: list[float]) -> Iterator[tuple[int, float, dict[str, list[float]]]]:
         """(calibration tokens, ridge, losses)."""
@@ -120,7 +122,12 @@ def main() -> None:
                 "difference to the default ridge": compared(losses, found.get((tokens, RIDGE), losses), name),
             }
         rows.append(row)
-    settings = {"keep": KEEP, "held-out tokens": options.tokens, "seed": SEED, "precision": "bf16, fp32 to fit"}
+    settings = {
+        "keep": KEEP,
+        "held-out tokens": options.tokens,
+        "seed": SEED,
+        "precision": f"{best_precision()}, fp32 to fit",
+    }
     plain = {name: round(statistics.fmean(each), 4) for name, each in slices.items()}
     common.write({**result, "settings": settings, "slices": plain, "rows": rows}, options.out)
 

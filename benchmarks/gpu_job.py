@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from gpu_steps import PICO, SHAPES, config_of
+
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
 STEPS, SAVE = 24, 6
 KILL_AT = 10  # steps that are trained when the signal is sent

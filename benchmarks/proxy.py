@@ -50,11 +50,12 @@ class Cuts:
         from nemo_minitron.commands.prune import Extras, compensation_of
         from nemo_minitron.pruning import prune
         from nemo_minitron.search import plan
+        from nemo_minitron.settings.precision import best_precision
         from nemo_minitron.settings.recipe import Evaluation
 
         student, settings = (
             common.MODEL,
-            Evaluation(tokens=self.measured, sequence_length=1024, batch_size=2, precision="bf16"),
+            Evaluation(tokens=self.measured, sequence_length=1024, batch_size=2, precision=best_precision()),
         )
         if keep:
             made = plan(self.scores, dict(keep))

@@ -30,6 +30,8 @@ import texts
 from quality_table import PEER, show, table
 from short_training import Schedule, Training, batch_of
 
+from nemo_minitron.settings.precision import best_precision
+
 SLICES, UNSCALED, JOB = "slices", "unscaled", "job"
 ARMS = (PEER, SLICES, UNSCALED, JOB)
 CUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # ours, and Megatron's names of the same sizes
@@ -194,13 +196,13 @@ class Bench:
         from nemo_minitron.hosts.nemo.distill import model_inputs
         from nemo_minitron.hosts.nemo.models import load_model
 
-        chunk = load_model(self.model, precision="bf16")[0]
+        chunk = load_model(self.model, precision=self.options.precision)[0]
         if not self.results.find("none", "teacher", 0, 0):
             self.results.add({"cut": "none", "arm": "teacher", "seed": 0, "tokens": 0, **self.losses(chunk)})
         teacher = Teacher([chunk], model_inputs) if self.options.tokens else None
         for cut, arm, seed, tokens in self.left():
             plan, compensation, costs = self.make(cut, arm)
-            student = load_model(self.model, plan, compensation=compensation, precision="bf16")[0]
+            student = load_model(self.model, plan, compensation=compensation, precision=self.options.precision)[0]
             training = self.train(student, teacher, seed) if seed else {}
             row = {"cut": cut, "arm": arm, "seed": seed, "tokens": tokens, **self.losses(student), **training}
             self.results.add(row if seed else row | {"costs": costs})
@@ -222,7 +224,7 @@ class Bench:
         length = self.options.train_length
         rows = self.train_tokens.windows(length + 1, self.options.tokens // length, seed)
         step = distillation_step(Objective(self.vocab_size, logits_weight=1.0), model_inputs, teacher)
-        done = Training(student, len(rows), Schedule()).run(step, rows)
+        done = Training(student, len(rows), Schedule(), self.options.precision).run(step, rows)
         return {"CPU s a step": done["CPU s a step"]}
 
     def losses(self, chunk: Any) -> dict[str, Any]:
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="that each student is trained on, for example 60000")
     parser.add_argument("--train-length", type=int, default=256, help="of a training row")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training rows")
+    parser.add_argument("--precision", default=best_precision(), choices=("fp32", "bf16"), help="of what is measured")
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--report", action="store_true", help="only print the table of --out")
@@ -263,7 +266,12 @@ def main() -> None:
     options = parser.parse_args()
     names = ("samples", "sequence_length", "held_out", "train_length")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names} | {"calibration seed": SEED}
-    settings |= {"model": Path(options.model).name, "precision": "bf16", "schedule": vars(Schedule()), "threads": 1}
+    settings |= {
+        "model": Path(options.model).name,
+        "precision": options.precision,
+        "schedule": vars(Schedule()),
+        "threads": 1,
+    }
     results = Results(options.out, settings)
     if not options.report:
         import torch
