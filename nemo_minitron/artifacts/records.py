@@ -35,6 +35,7 @@ SPEED = mapped(grouped({"latency": number(0), "tokens_per_second": number(0), "p
 BENCHMARKS = mapped(mapped(mapped(number())))
 SAMPLES = listed(grouped({"stage": text(), "prompt": text(), "text": text()}))
 LAST = grouped({"checkpoint": INSIDE}, {"stopped": whole()})
+MARGINALS = grouped({"uncut": number(), "cuts": listed(grouped({"axis": NAME, "size": whole(1), "loss": number()}))})
 CANDIDATES = listed(grouped({"name": NAME, "parameters": whole()}), least=1)
 MEASURED = listed(grouped({"name": NAME, "parameters": number(0), "loss": number()}), least=1)
 RANKS = listed(grouped({"step": whole(), "candidate": NAME, "loss": loss, "rank": whole(1)}), least=1)

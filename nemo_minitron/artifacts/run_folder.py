@@ -99,6 +99,7 @@ class RunFolder(CutFolder):
     scores = Name("scores.safetensors")
     rounds = Name("rounds")
     search = Name("search")
+    marginals = Name("search/marginals.json")
     candidates = Name("search/candidates.json")
     measured = Name("search/measured.json")
     ranks = Name("search/ranks.json")

@@ -31,6 +31,7 @@ from nemo_minitron.settings.derive import fit_job, fit_job_to_models
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.settings.search import LOSSES
 from nemo_minitron.settings.written import as_yaml
 from nemo_minitron.sources.open import config_of, is_checkpoint
 
@@ -144,6 +145,8 @@ def parts_of(job: Job, config: HfConfig) -> dict[tuple[str, str], int]:
     """(stage, where it writes) -> bytes, for everything that is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
+    if job.search.proxy == LOSSES:
+        cuts += job.search.marginals * len(job.search.shapes(from_hf(config), job.keep).axes)
     trained = 2 + 2 * 14  # a new checkpoint is written before the old one is removed
     refitted = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # one more: the parts of a file while it is made
     student = 2 * target.parameters()
@@ -235,7 +238,8 @@ def stage_names(job: Job, checkpoint: bool) -> list[str]:
     """The names of the stages, in order. `checkpoint`: whether the teacher is one of a host."""
     solving = ["compensate"] * solves(job)
     gates = ["gates"] * job.gates.run
-    searching = ["candidates", *gates, *solving, "measure", "rank", "plan"]
+    guessed = ["marginals"] * (job.search.proxy == LOSSES)
+    searching = [*guessed, "candidates", *gates, *solving, "measure", "rank", "plan"]
     cutting = searching if job.search.wanted else ["plan", *gates, *solving]
     return [
         *["convert"] * checkpoint, "data", "estimate", *map(round_name, range(2, job.rounds + 1)), *cutting, "prune",

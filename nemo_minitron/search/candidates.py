@@ -19,6 +19,7 @@ from nemo_minitron.search.space import Space
 from nemo_minitron.search.targets import Target
 
 Measure = Callable[["Candidate"], float]
+Guess = Callable[[Columns], np.ndarray]  # sizes -> a value above 0, larger for a better shape, NaN for an illegal one
 RANKED = 2048  # most shapes that are ranked, of all that fit
 TIMED = 64  # most shapes whose latency is measured
 
@@ -92,10 +93,11 @@ def search(
     depth: str = BLOCK_INFLUENCE,
     contiguous: bool = True,
     latency: tuple[float, Measure] | None = None,
+    proxy: Guess | None = None,
 ) -> SearchResult:
-    """Enumerates the whole space, keeps what meets every target, and ranks it by the proxy of `scores`.
+    """Enumerates the whole space, keeps what meets every target, and ranks it by `proxy`, by default that of `scores`.
 
-    Without scores the shape closest to the first target comes first. `maximal` leaves out a shape that fits inside
+    Without either the shape closest to the first target comes first. `maximal` leaves out a shape that fits inside
     another one that meets the targets. `latency`: a limit and a function that measures a candidate (in the same
     unit); candidates are measured in the order of their rank, 64 at most, until `top` of them are within the limit.
     Layers are dropped by the criterion `depth`, as in `plan`.
@@ -104,7 +106,8 @@ def search(
     """
     if not targets:
         raise InputError("there is no target to search for; give the parameters, the memory or the FLOPs")
-    proxy = make_proxy(scores, space.axes, depth, contiguous) if scores else None
+    if proxy is None and scores:
+        proxy = make_proxy(scores, space.axes, depth, contiguous)
     formulas = [Formula(target.cost, space.source, space.axes) for target in targets]
     best = front = _Rows(np.empty((0, len(space.axes)), np.int64), np.empty(0, np.int64), np.empty(0))
     fitting, nearest = 0, None

@@ -25,6 +25,8 @@ TOLERANCE = "Take targets in parameters as bands of this tolerance, e.g. 5%. Def
 BOUNDS = "Smallest and largest size of axes, e.g. ffn=512:1536,layers=20:30. Default: half to all of each axis."
 DIVISORS = "Divisors of the sizes: 64, fp8 (16 on a rank), fp8=128, tp=8, hidden=128; several are separated by commas."
 RANKED = "only a job distils its candidates to rank them"
+CUT = "only a job cuts a model to measure it"
+SCORES, LOSSES = PROXIES = ("scores", "losses")
 Loads = Mapping[str, int | str]  # axis -> what its size must be a multiple of, so that transformers loads it
 
 
@@ -40,6 +42,9 @@ class Search(ValidatedSettings):
 
     `bounds` ("ffn=512:1536,layers=20:30"), `space` ("layers=29,30;ffn=2.5x,3x") and `divisors` ("64,tp=8", "fp8,tp=4"
     or "fp8=128") say which shapes are tried. `maximal` leaves out a shape that fits inside another one.
+
+    The proxy ranks shapes before any is cut: by the share of `scores` that they keep, or by `losses`: the model is cut
+    along one axis at a time, at `marginals` sizes of each, and the measured rises are added.
 
     The `candidates` that the proxy ranks highest are cut and measured on `tokens` of the held-out corpus. The best
     `distil` of them are distilled by the recipe's own settings for at most `steps` steps, in `rounds` equal parts.
@@ -65,6 +70,11 @@ class Search(ValidatedSettings):
     space: str = setting("", "Sizes to try, e.g. 'layers=29,30;ffn=3x' (3x means three times hidden).")
     divisors: str = setting("", DIVISORS)
     maximal: bool = setting(True, "Leave out a shape that fits inside another one.")
+    proxy: str = setting(
+        SCORES, "What ranks shapes before they are cut: scores that they keep, or losses of cuts along one axis each.",
+        legal=PROXIES, recipe_only=CUT,
+    )  # fmt: skip
+    marginals: int = setting(4, "Sizes of each axis whose loss is measured, with proxy=losses.", recipe_only=CUT)
     candidates: int = setting(12, "Number of candidates to list; a job cuts and measures them.", flag="--top")
     distil: int = setting(4, "Number of candidates that are distilled briefly.", recipe_only=RANKED)
     steps: int = setting(60, "Steps of each brief distillation, at most.", recipe_only=RANKED)
@@ -152,8 +162,11 @@ class Search(ValidatedSettings):
         result = self.run(source, keep, loads=loads)
         latency = [f"a latency of at most {self.latency}, yet to be measured"] if self.latency else []
         wanted, count = " and ".join([*map(str, self.targets()), *latency]), len(result.candidates)
+        single = (
+            f"each axis is cut alone and measured at up to {self.marginals} sizes; " if self.proxy == LOSSES else ""
+        )
         return (
-            f"{result.combinations:,} shapes, {result.fitting:,} with {wanted}; {count} are cut and measured, "
+            f"{result.combinations:,} shapes, {result.fitting:,} with {wanted}; {single}{count} are cut and measured, "
             f"{min(self.distil, count)} distilled for {self.steps} steps in {self.rounds} rounds"
         )
 

@@ -20,7 +20,9 @@ from nemo_minitron.job import *
 def recipe():
     return Job(
         name="pico", teacher="teacher", data=Data("corpus.jsonl", "corpus.jsonl"), keep={{"hidden": 48}},
-        search=Search(params="140K", candidates=2, distil=1, steps={STEPS}, rounds=2, tokens=64),
+        search=Search(
+            params="140K", proxy="losses", marginals=1, candidates=2, distil=1, steps={STEPS}, rounds=2, tokens=64,
+        ),
         calibration=Calibration(samples=4, sequence_length=36, batch_size=2),
         distillation=Distillation(
             tokens=36 * 2 * {STEPS}, sequence_length=36, global_batch_size=2, learning_rate=1e-3, warmup_steps=1,
@@ -58,7 +60,11 @@ def test_from_budget_to_report(searched):
     run, teacher = folder / "run", from_hf(folder / "teacher")
     listed, measured, ranks = (read(run / "search" / f"{name}.json") for name in ("candidates", "measured", "ranks"))
     assert "2 are cut and measured, 1 distilled for 4 steps in 2 rounds" in dry
-    assert "candidates, gates, compensate, measure, rank, plan, prune" in dry
+    assert "each axis is cut alone and measured at up to 1 sizes" in dry
+    alone = read(run / "search" / "marginals.json")
+    assert {row["axis"] for row in alone["cuts"]} == {"layers", "ffn"}
+    assert all(row["kept"] > 0 for row in listed)
+    assert "marginals, candidates, gates, compensate, measure, rank, plan, prune" in dry
     assert len(listed) == 2
     assert {row["name"] for row in measured} == {row["name"] for row in listed}
     assert [row["loss"] for row in measured] == sorted(row["loss"] for row in measured)
@@ -70,7 +76,7 @@ def test_from_budget_to_report(searched):
     assert made.keep == plan(scores, sizes).keep
     assert made.target.hidden_size == teacher.hidden_size
     assert from_hf(run / "student") == made.target
-    assert 133_000 <= made.target.parameters() <= 147_000
+    assert made.target.parameters() <= 140_000
     solved = Compensation.load(run / "search" / winner / "compensation.safetensors")
     assert dict(solvable(made)).keys() == solved.tensors.keys()
     pruned = raw_tensors(run / "checkpoints" / "pruned")

@@ -46,24 +46,24 @@ def stages(job: Job) -> list[Stage]:
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
     first = [converting] if checkpoint else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) * checkpoint, corpora.outputs(job.data), corpora.sidecars)
-    searching = search_stages(job) if job.search.wanted else []
-    solving = [SOLVE] if solves(job) and not searching else []
+    choosing, trying = search_stages(job) if job.search.wanted else ([], [])
+    solving = [SOLVE] if solves(job) and not choosing else []
     planned = "compensate" if solving else "plan"
     writing = [WRITE] if job.generation.wanted else []
     learned = "generate" if writing else "data"
     rounds = round_stages(job)
     checking = [gate_stage(job)] if job.gates.run else []
-    scored = rounds[-1].name if rounds else "rank" if searching else "estimate"
+    scored = rounds[-1].name if rounds else "rank" if choosing else "estimate"
     return [
         *first,
         data,
         Stage("estimate", estimate, _estimate_inputs, ("data",), (names.scores,)),
-        *searching[:1],
-        *(checking if searching else []),
-        *searching[1:],
+        *choosing,
+        *(checking if choosing else []),
+        *trying,
         *rounds,
         Stage("plan", plan, _plan_inputs, (scored,), (names.plan,)),
-        *([] if searching else checking),
+        *([] if choosing else checking),
         *solving,
         Stage("prune", prune, _prune_inputs, (planned,), tuple(map(_config, cuts)), _made(*cuts)),
         Stage("evaluate", evaluate, _evaluation_inputs, ("data", "prune"), (*shown, names.windows)),

@@ -16,42 +16,46 @@ from typing import TYPE_CHECKING
 from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.json_types import HfConfig, JsonObject
-from nemo_minitron.artifacts.parse import Kind, anything, listed, mapped, number
-from nemo_minitron.artifacts.records import read_curve, read_known
+from nemo_minitron.artifacts.parse import anything, listed
+from nemo_minitron.artifacts.records import read_curve
 from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder, TrainingFolder
-from nemo_minitron.artifacts.seals import damaged, sealed
 from nemo_minitron.axes import AXES
 from nemo_minitron.commands.corpus import corpus_identity
 from nemo_minitron.commands.distill import run_training
-from nemo_minitron.commands.evaluate import measure
-from nemo_minitron.errors import DivergedError, InputError
+from nemo_minitron.errors import DivergedError
 from nemo_minitron.families import multiples_of, to_hf
 from nemo_minitron.hybrid import COUNTS
 from nemo_minitron.job.fitted import fitted_distillation
 from nemo_minitron.job.lineage import learned_from, plan_of_learned
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity, solve_cuts, solves
-from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.job.stages.candidate import evaluation_of, identity_of, known_of, loss_of, student_of
+from nemo_minitron.job.stages.compensate import solve_cuts, solves
+from nemo_minitron.job.stages.marginals import MARGINALS, marginals_of
 from nemo_minitron.search.sizes import Keep
-from nemo_minitron.settings.recipe import Distillation, Evaluation, Job
-from nemo_minitron.settings.search import Search
+from nemo_minitron.settings.recipe import Distillation, Job
+from nemo_minitron.settings.search import LOSSES, Search
 from nemo_minitron.sources.open import config_of, open_source
 
 if TYPE_CHECKING:
     from nemo_minitron.search.rank import Curve
 
 
-def search_stages(job: Job) -> list[Stage]:
-    """The stages between `estimate` and `plan`, in order."""
+def search_stages(job: Job) -> tuple[list[Stage], list[Stage]]:
+    """The stages between `estimate` and `plan`, in order: those that choose candidates, and those that try them."""
     names, each = RunFolder, CandidateFolder
+    guessed = [MARGINALS] if job.search.proxy == LOSSES else []
+    known = guessed[0].name if guessed else "estimate"
+    choosing = [
+        *guessed,
+        Stage("candidates", candidates, _candidates_inputs, (known,), (names.candidates,), _each(each.plan)),
+    ]
     solve = Stage(
         "compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(each.compensation)
     )
     solving = [solve] if solves(job) else []
     before = solving[0].name if solving else "candidates"
-    return [
-        Stage("candidates", candidates, _candidates_inputs, ("estimate",), (names.candidates,), _each(each.plan)),
+    return choosing, [
         *solving,
         Stage("measure", measure_all, _measure_inputs, ("data", before), (names.measured,), _each(each.numbers)),
         Stage("rank", rank_all, _rank_inputs, ("data", "measure"), (names.ranks,), _each(each.curve)),
@@ -72,7 +76,7 @@ def _candidates_inputs(run: Run) -> object:
 
 
 def _measure_inputs(run: Run) -> object:
-    return [_evaluation(run).deciding(), run.job.search.distil, run.job.cutting.deciding()]
+    return [evaluation_of(run).deciding(), run.job.search.distil, run.job.cutting.deciding()]
 
 
 def _rank_inputs(run: Run) -> object:
@@ -81,10 +85,6 @@ def _rank_inputs(run: Run) -> object:
         run.job.search.rounds,
         run.job.search.distil,
     ]
-
-
-def _evaluation(run: Run) -> Evaluation:
-    return dataclasses.replace(run.job.evaluation, tokens=run.job.search.tokens, prompts=())
 
 
 def _brief(settings: Distillation, search: Search) -> Distillation:
@@ -107,7 +107,7 @@ def candidates(run: Run) -> None:
     config = config_of(job.teacher)
     result = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
-        loads=multiples_of(config), depth=job.depth,
+        loads=multiples_of(config), depth=job.depth, proxy=marginals_of(run) if job.search.proxy == LOSSES else None,
     )  # fmt: skip
     run.say(
         f"    {result.combinations:,} shapes, {result.fitting:,} within the budget, {len(result.candidates)} chosen"
@@ -140,7 +140,7 @@ def measure_all(run: Run) -> None:
     """The stage: cuts and measures each candidate, and keeps the students that are among the best so far."""
     rows: list[JsonObject] = []
     for row in read_json(run.folder.candidates, "the candidates", records.CANDIDATES):
-        rows.append(row | {"loss": _loss(run, row["name"])})
+        rows.append(row | {"loss": loss_of(run, row["name"])})
         run.say(f"    {row['name']:40} {row['parameters']:>13,} parameters  loss {rows[-1]['loss']:.4f}")
         for other in _ordered(rows)[run.job.search.distil :]:
             shutil.rmtree(run.folder.candidate(other["name"]).student, ignore_errors=True)
@@ -149,50 +149,6 @@ def measure_all(run: Run) -> None:
 
 def _ordered(rows: list[JsonObject]) -> list[JsonObject]:
     return sorted(rows, key=lambda row: row["loss"])
-
-
-def _loss(run: Run, name: str) -> float:
-    """The cut model's loss on held-out text, in nats a token. It is read from its file if it was measured before."""
-    from nemo_minitron.data import Tokens
-
-    files, test = run.folder.candidate(name), corpora.prefix(run, "test")
-    settings = _evaluation(run)
-    identity = digest_of([_cut(run, name), dataclasses.asdict(settings), corpus_identity(test)])
-    known = _known(files.numbers, identity, loss=number())
-    if known is None:
-        known = {"identity": identity, **measure(_student(run, name), Tokens(test), settings)}
-        write_json(files.numbers, known)
-    return known["loss"]
-
-
-def _known(path: Path, identity: str, **fields: Kind) -> JsonObject | None:
-    """The content of a file if it was made from the same things; None for another or a damaged one, which is remade."""
-    try:
-        return read_known(path, identity, **fields)
-    except InputError:
-        return None
-
-
-def _plan(run: Run, name: str) -> PrunePlan:
-    return PrunePlan.load(run.folder.candidate(name).plan)
-
-
-def _cut(run: Run, name: str) -> list[object]:
-    return cut_identity(run.job, run.folder.candidate(name))
-
-
-def _student(run: Run, name: str) -> Path:
-    """The candidate as a Hugging Face folder. It is cut if the folder is missing, damaged or of another plan."""
-    from nemo_minitron.pruning import prune
-
-    files, identity, teacher = run.folder.candidate(name), digest_of(_cut(run, name)), run.open(teacher_folder(run))
-    known = _known(files.cut, identity, files=mapped(anything()))
-    if known is None or not files.student.is_dir() or damaged(files.student, known["files"]):
-        clear_torn(files.student)
-        compensation = compensation_of_run(run, teacher, files)
-        prune(teacher, _plan(run, name), files.student, compensation=compensation, overwrite=True)
-        write_json(files.cut, {"identity": identity, "files": sealed(files.student, ["."])})
-    return files.student
 
 
 def rank_all(run: Run) -> None:
@@ -220,11 +176,11 @@ def _curve(run: Run, name: str, steps: int) -> Curve:
 
     files, train = run.folder.candidate(name), corpora.prefix(run, "train")
     brief = _brief(fitted_distillation(run.job, run.job.layout, Tokens(train)).settings, run.job.search)
-    identity = digest_of([_cut(run, name), dataclasses.asdict(brief), _texts(run, train)])
-    known = _known(files.curve, identity, losses=listed(anything()))
+    identity = digest_of([identity_of(run, name), dataclasses.asdict(brief), _texts(run, train)])
+    known = known_of(files.curve, identity, losses=listed(anything()))
     if known is None or (len(known["losses"]) < steps and not known.get("diverged")):
         run.say(f"    {name}: to step {steps}")
-        student, learned = open_source(_student(run, name)), run.open(learned_from(run.job))
+        student, learned = open_source(student_of(run, name)), run.open(learned_from(run.job))
         layout, _ = run.job.layout.for_student(student.architecture, learned.architecture)
         known, diverged = {"identity": identity}, False
         try:

@@ -13,6 +13,7 @@ from nemo_minitron.errors import DivergedError
 from nemo_minitron.families import from_hf
 from nemo_minitron.job import Data, Distillation, Job, Search
 from nemo_minitron.job.run import Stage, execute, open_run
+from nemo_minitron.job.stages import candidate, marginals
 from nemo_minitron.job.stages import search as search_stages
 from nemo_minitron.job.stages.search import winner
 from nemo_minitron.pruning import HFSource
@@ -49,9 +50,11 @@ class World:
         )  # fmt: skip
         self.run = open_run(self.job, folder / "run")
         Scores(self.source, tensors).save(folder / "run" / "scores.safetensors")
-        put = {"measure": self.measure, "run_training": self.train, "corpus_identity": lambda prefix: "text"}
-        for name, function in put.items():
-            monkeypatch.setattr(search_stages, name, function)
+        for room in (candidate, marginals):
+            monkeypatch.setattr(room, "measure", self.measure)
+        for room in (candidate, search_stages):
+            monkeypatch.setattr(room, "corpus_identity", lambda prefix: "text")
+        monkeypatch.setattr(search_stages, "run_training", self.train)
         monkeypatch.setattr("nemo_minitron.job.stages.corpora.prefix", lambda run, split: split)
         monkeypatch.setattr("nemo_minitron.data.Tokens", Text)
 
@@ -80,7 +83,8 @@ class World:
         self.done.clear()
         run = open_run(self.job.override(settings), self.folder / "run")
         before = [Stage(name, lambda run: None, lambda run: None) for name in ("data", "estimate")]
-        execute(run, [*before, *search_stages.search_stages(self.job)])
+        choosing, trying = search_stages.search_stages(run.job)
+        execute(run, [*before, *choosing, *trying])
         return run
 
 
@@ -117,6 +121,29 @@ def test_a_search(world):
     assert not list(run.folder.path.glob("search/*/distilled"))
     assert not list(run.folder.path.glob("search/*/student"))
     assert len(list(run.folder.path.glob("search/*/curve.json"))) == 3
+
+
+def test_losses_of_single_axes_rank_the_shapes(world, monkeypatch):
+    """`hidden` is the same in all shapes, so it is not cut alone."""
+    given = ("search.proxy=losses", "search.marginals=2", "search.candidates=3")
+    monkeypatch.setattr(marginals, "solve_cuts", lambda run, cuts: solved.extend(cut.path.name for cut in cuts))
+    solved = []
+    run = world.search(*given)
+    assert solved == ["layers3", "layers5"]
+    found = json.loads(run.folder.marginals.read_text())
+    assert found == {
+        "uncut": LOSS[6],
+        "cuts": [{"axis": "layers", "size": 3, "loss": LOSS[3]}, {"axis": "layers", "size": 5, "loss": LOSS[5]}],
+    }
+    rows = json.loads(run.folder.candidates.read_text())
+    assert [row["layers"] for row in rows] == [5, 6, 4]  # 4 lies between the two
+    np.testing.assert_allclose([row["kept"] for row in rows], np.exp([1, 0, -0.5]), rtol=1e-6)
+    assert not list(run.folder.path.glob("search/layers*/student"))
+    world.search(*given)
+    assert world.done == []
+    run.folder.marginals.unlink()
+    world.search(*given)
+    assert world.done == [("measured", 6)]  # the cuts' own numbers are still there
 
 
 def test_nothing_is_done_twice(world):
