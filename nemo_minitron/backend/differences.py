@@ -12,6 +12,7 @@ release in between is served as well.
 | 0.18 | the dispatcher's `all_to_all` has one more option | `dispatch.py` |
 | by 0.19 | routers scale their loss, summed per token, where ranks share the tokens | `routers_scale_themselves` |
 | 0.19 | a model multiplies its logits behind the output layer, under MuP | `scaled_logits` |
+| by 0.19 | the parameters of packed rows have a field that keeps Mamba's states within a sample | `ends_of_states` |
 | 0.19 | the import fails beside nvidia-resiliency-ext below 0.6, which 0.4.1, the last on the index, is | `load` |
 """
 
@@ -93,6 +94,21 @@ def scaled_logits(model: Any, logits: Tensor) -> Tensor:
     """The output layer's logits as the model gives them: multiplied by `mup_output_mult`, if its config says so."""
     scale = getattr(model, "_scale_logits", None)
     return logits if scale is None else scale(logits)
+
+
+def ends_of_states(tokens: int, hybrid: bool) -> dict[str, int]:
+    """What `PackedSeqParams` of a row of `tokens` tokens needs beside its samples' ends: without it a Mamba layer's
+    states would run on into the next sample. Raises InputError for a hybrid if this Megatron-core has no such field."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if "total_tokens" in PackedSeqParams.__dataclass_fields__:
+        return {"total_tokens": tokens}
+    if hybrid:
+        raise InputError(
+            "packed rows (cu_seqlens) of a hybrid with Mamba need Megatron-core 0.19, which Megatron-Bridge has; legal "
+            "are rows of one sample"
+        )
+    return {}
 
 
 def caps_logits(model: Any) -> bool:

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from nemo_minitron.backend.ssd import refuse_packed, scan, wide
+from nemo_minitron.backend.ssd import scan, wide
 from nemo_minitron.backend.versions import replace
 from nemo_minitron.errors import InputError
 
@@ -29,6 +29,8 @@ def mend(mixer: ModuleType) -> None:
     replace(mixer, "HAVE_MAMBA_SSM", True)
     replace(mixer, "ExtendedRMSNorm", GatedNorm)
     replace(mixer, "causal_conv1d_fn", None)  # Megatron then takes torch's convolution
+    if hasattr(mixer, "_check_mamba_sequence_packing_support"):  # Megatron-core 0.19
+        replace(mixer, "_check_mamba_sequence_packing_support", packing_support)
     mixer.mamba_chunk_scan_combined = scan  # type: ignore[attr-defined]
     mixer.mamba_split_conv1d_scan_combined = convolve_and_scan  # type: ignore[attr-defined]
 
@@ -87,11 +89,17 @@ def convolve_and_scan(
 
     The convolution of the channels x | B | C has `weight` [X, width] and `bias` [X]. `decay` and `dt_bias` are [A]. `D`
     is [A], or [A, Y] if there is no `headdim`. `norm_before_gate` says nothing here, because the norm comes later.
-    Raises InputError for another activation than SiLU, and for packed sequences.
+    `seq_idx` [1, S], of a packed row, has a number for each position's sample: no sample sees another one. Raises
+    InputError for another activation than SiLU, and for several packed rows.
     """
+    if seq_idx is not None:
+        alone = [
+            convolve_and_scan(one, weight, bias, dt_bias, decay, D, chunk_size, activation, headdim, ngroups)
+            for one in projected.split(_lengths(seq_idx), dim=1)
+        ]
+        return torch.cat(alone, dim=1)
     if activation not in ("silu", "swish"):
         raise InputError(f"activation '{activation}' in Mamba needs the kernels of causal_conv1d; legal is 'silu'")
-    refuse_packed(seq_idx)
     heads, channels = decay.shape[0], weight.shape[0]
     inner = heads * (headdim or D.shape[-1])
     state = (channels - inner) // 2
@@ -103,6 +111,18 @@ def convolve_and_scan(
         x_BSAY, dt_BSA, decay, keys_BSGI, queries_BSGI, chunk_size, D=D, z=gate_BSAY, dt_bias=dt_bias, dt_softplus=True
     )
     return torch.flatten(y_BSAY, -2)
+
+
+def packing_support(for_inference_not_training: bool = True) -> tuple[bool, str | None]:
+    """Megatron's question whether packed rows can run, and why not."""
+    return not for_inference_not_training, "packed rows need the kernels of mamba_ssm for inference"
+
+
+def _lengths(seq_idx: Tensor) -> list[int]:
+    """The lengths of a packed row's samples."""
+    if len(seq_idx) != 1:
+        raise InputError(f"{len(seq_idx)} packed rows are in one batch of Mamba; legal is 1")
+    return torch.unique_consecutive(seq_idx[0], return_counts=True)[1].tolist()
 
 
 def _convolve(x_BSX: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

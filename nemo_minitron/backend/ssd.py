@@ -94,8 +94,11 @@ def _chunks(part: Tensor, size: int) -> Tensor:
 
 
 def refuse_packed(seq_idx: Tensor | None) -> None:
+    """The convolution in front of the scan has seen the other samples already."""
     if seq_idx is not None:
-        raise InputError("packed sequences in Mamba need the kernels of mamba_ssm and causal_conv1d; legal is None")
+        raise InputError(
+            "a scan without its convolution (use_mem_eff_path=False) cannot keep packed samples apart; legal is None"
+        )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

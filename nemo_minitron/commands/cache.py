@@ -16,7 +16,7 @@ from nemo_minitron.families import megatron_fields
 from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_tokens
+from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
@@ -46,6 +46,7 @@ def run_cache(
     settings = fit.settings
     layout.check(source.architecture)
     layout.check_sequence(settings.sequence_length)
+    check_fp8(source.architecture, layout, settings.precision)
     check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
     _check_out(out)
     begin(f"caching logits of {model} on {data}")

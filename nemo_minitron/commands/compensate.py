@@ -18,6 +18,7 @@ from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.derive import Fit
+from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
 from nemo_minitron.sources.tensors import ModelSource
@@ -46,6 +47,8 @@ def run_compensate(
     fit.model(positions_of(source.config))
     layout.check(source.architecture)
     layout.check_sequence(fit.settings.sequence_length)
+    check_fp8(source.architecture, layout, calibration.precision)
+    check_tokens(fit.settings.sequence_length, calibration.batch_size, layout, calibration.precision)
     begin(f"re-fitting matrices of {model} on {data}")
     with working(out) as work:
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)

@@ -19,7 +19,7 @@ from nemo_minitron.commands.corpus import begin, corpus_identity, positions_of, 
 from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.commands.same_host import begin_on_this_host
 from nemo_minitron.commands.training_card import write_training_card
-from nemo_minitron.commands.vocabularies import common_vocabulary, remark
+from nemo_minitron.commands.vocabularies import shared_vocabulary
 from nemo_minitron.distillation.layer_map import layer_map
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import resolve, written_config
@@ -29,6 +29,7 @@ from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.derive import Fit
+from nemo_minitron.settings.fp8 import check_fp8
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import DistillOrder
 from nemo_minitron.settings.recipe import Distillation
@@ -59,7 +60,7 @@ def run_training(
     taught = teacher.path if teacher else None
     if recipe.correction_tokens and teacher:
         taught = _corrected(teacher, prefixes, files.teacher, recipe.correction(), layout, log)
-    common = common_vocabulary(student, teacher) if teacher and recipe.learns_from_teacher else None
+    common = shared_vocabulary(student, teacher).tokens if teacher and recipe.learns_from_teacher else None
     order = DistillOrder(student.path, taught, *prefixes, out, files.index, recipe, layout, stop, plan, common)
     files.whole.unlink(missing_ok=True)  # its seals are those of checkpoints that the training replaces
     try:
@@ -199,8 +200,8 @@ def run_distill(
         fit.exactly(cache.settings.sequence_length, "the cache's rows have this length")
     fit.model(positions_of(*(model.config for model in opened)))
     recipe = fit.settings
-    if recipe.learns_from_teacher and taught and (common := common_vocabulary(base, taught)):
-        say(remark(base, taught, common))
+    if recipe.learns_from_teacher and taught:
+        say(shared_vocabulary(base, taught).remark)
     for architecture in models if not recipe.teacher_cache else models[:1]:
         layout.for_depth(architecture.num_layers).check(architecture, training=True)
     depth = models[0].num_layers
@@ -212,6 +213,9 @@ def run_distill(
     layout.check_sequence(recipe.sequence_length)
     recipe.check_tokens(layout)
     recipe.check_batch(layout)
+    check_fp8(models[0], layout, recipe.precision)
+    if recipe.learns_from_teacher and taught:
+        check_fp8(taught.architecture, layout, recipe.teacher_precision or recipe.precision)
     if recipe.tokens == Distillation.tokens:
         say(f"the student is trained on {recipe.tokens:,} tokens; --tokens gives another number")
     begin(f"distilling {student} on {data}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.temporary import apart
 from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.vocabularies import check_one_vocabulary
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_draft, from_hf, resolve
 from nemo_minitron.progress import Progress
@@ -17,7 +18,7 @@ from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Evaluation
 from nemo_minitron.settings.validated import check_whole
-from nemo_minitron.sources.open import config_of, is_checkpoint
+from nemo_minitron.sources.open import config_of, is_checkpoint, tokenizer_folder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,9 @@ def _check_draft(model: str, data: str | None, draft_of: str | None, draft_out: 
         return
     if data is None:
         raise InputError("--draft-of needs text on which the two models are compared; give --data")
-    check_draft(config_of(draft_of), config_of(model))
+    target, _ = check_draft(config_of(draft_of), config_of(model))
+    folders = tokenizer_folder_of(model), tokenizer_folder_of(draft_of)
+    say(check_one_vocabulary(*folders, target.vocab_size, f"'{draft_of}'"))
     if draft_out is None:
         return
     if draft_out.exists() and not draft_out.is_dir():

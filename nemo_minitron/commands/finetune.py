@@ -29,6 +29,7 @@ from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.finetuning import Finetuning
+from nemo_minitron.settings.fp8 import check_fp8
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import FinetuneOrder
 
@@ -54,6 +55,7 @@ def run_finetune(student: str, data: Path, out: Path, recipe: Finetuning, layout
     layout.check_sequence(recipe.sequence_length)
     recipe.training().check_tokens(layout)
     recipe.training().check_batch(layout)
+    check_fp8(architecture, layout, recipe.precision)
     check_rows(data)
     _check_tokens(data, source, recipe, architecture.vocab_size)
     begin(f"tuning {student} on {data}")

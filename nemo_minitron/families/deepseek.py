@@ -19,7 +19,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_DEFAULTS, Family
 from nemo_minitron.families.bridge import yarn_fields
 from nemo_minitron.families.stored import LLAMA_TENSORS
-from nemo_minitron.families.translate import fixed
+from nemo_minitron.families.translate import MTP, fixed
 
 _LAYER = "model.layers.{i}."
 MLP, _ATTENTION = f"{_LAYER}mlp.", f"{_LAYER}self_attn."
@@ -28,7 +28,6 @@ _ONLY: JsonFields = {  # key -> its only legal value
     "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "num_nextn_predict_layers": 0,
     "rope_interleave": True,
 }  # fmt: skip
-MTP = "layers of multi-token prediction are not supported: remove their tensors and set num_nextn_predict_layers to 0"
 YARN = {  # field of Megatron's multi-latent attention -> the provider's field of YaRN, as `yarn_fields` has it
     "rotary_scaling_factor": "yarn_rotary_scaling_factor",
     "original_max_position_embeddings": "yarn_original_max_position_embeddings",

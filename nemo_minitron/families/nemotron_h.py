@@ -15,7 +15,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import HfConfig, Json, JsonFields, JsonObject
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.base import LLAMA_SIZES, Family, nemo_sizes
-from nemo_minitron.families.translate import check_fixed, hf_activation, hf_sizes
+from nemo_minitron.families.translate import MTP, check_fixed, hf_activation, hf_sizes
 
 _LAYER = "backbone.layers.{i}."
 _ONE_TO_ONE = {
@@ -110,7 +110,8 @@ class NemotronH(Family):
     def features(self, config: HfConfig) -> JsonObject:
         for name, legal in _ONLY.items():
             if self.value(config, name) not in (None, legal):
-                raise InputError(f"the config's {name} is {config[name]!r}; a {self.hf_class} here needs {legal!r}")
+                needs = MTP if name == "num_nextn_predict_layers" else f"a {self.hf_class} here needs {legal!r}"
+                raise InputError(f"the config's {name} is {config[name]!r}; {needs}")
         least, most = self.value(config, _LIMIT) or (0.0, _INFINITE[0])
         if least or most not in _INFINITE:
             raise InputError(f"the config's {_LIMIT} is {config[_LIMIT]!r}; Megatron's mixer has 0 to infinity")

@@ -37,6 +37,7 @@ _FIXED = {
     "use_mup": False,
     "multi_latent_attention": False,
 }
+MTP = "layers of multi-token prediction are not supported: remove their tensors and set num_nextn_predict_layers to 0"
 
 
 def fixed(*read: str, **others: object) -> JsonObject:

@@ -14,14 +14,16 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from nemo_minitron.backend.differences import batch_on_this_cp_rank
+from nemo_minitron.backend.differences import batch_on_this_cp_rank, ends_of_states
 from nemo_minitron.backend.precision import recipe_of
+from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.samples import boundaries_of
 from nemo_minitron.precisions import token_multiple
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
 
 Batch = dict[str, Tensor]
 
@@ -91,7 +93,7 @@ def _filled(batch: Batch, rows: int, length: int) -> Batch:
     return filled
 
 
-def forward_arguments(batch: Batch) -> dict[str, Tensor | PackedSeqParams | None]:
+def forward_arguments(batch: Batch, model: MegatronModule) -> dict[str, Tensor | PackedSeqParams | None]:
     """What Megatron's model takes of a micro-batch, cut over context-parallel ranks: `packed_seq_params` of packed
     samples alone, since the hybrid model of Megatron-core 0.15 does not know it."""
     device = torch.cuda.current_device()
@@ -99,14 +101,15 @@ def forward_arguments(batch: Batch) -> dict[str, Tensor | PackedSeqParams | None
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     packed: dict[str, PackedSeqParams] = {}
     if "cu_seqlens" in batch:
-        packed["packed_seq_params"], positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1])
+        hybrid = unwrap(model).config.is_hybrid_model
+        packed["packed_seq_params"], positions = _packed(batch["cu_seqlens"].to(device), tokens.shape[1], hybrid)
     cut = batch_on_this_cp_rank({"tokens": tokens.contiguous(), "position_ids": positions.contiguous()})
     return {
         "input_ids": cut["tokens"], "position_ids": cut["position_ids"], "attention_mask": None, **packed,
     }  # fmt: skip
 
 
-def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
+def _packed(boundaries: Tensor, length: int, hybrid: bool) -> tuple[PackedSeqParams, Tensor]:
     """Attention that stays within each sample. The positions behind the last sample form one more sample, which does
     not count."""
     if boundaries[-1] < length:
@@ -115,8 +118,9 @@ def _packed(boundaries: Tensor, length: int) -> tuple[PackedSeqParams, Tensor]:
     starts = boundaries[torch.searchsorted(boundaries, places, right=True) - 1]
     sizes, longest = boundaries.int(), int(boundaries.diff().max())
     params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=sizes, cu_seqlens_kv=sizes, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+        qkv_format="thd", cu_seqlens_q=sizes, cu_seqlens_kv=sizes, max_seqlen_q=longest, max_seqlen_kv=longest,
+        **ends_of_states(length, hybrid),
+    )  # fmt: skip
     return params, (places - starts)[None]
 
 

@@ -161,4 +161,4 @@ def run_forward(chunks: list[MegatronModule], rows: list[Batch], watcher: Watche
 
 
 def _step(iterator: Iterator[Batch], model: MegatronModule) -> tuple[Tensor, Callable[..., int]]:
-    return model(**forward_arguments(next(iterator))), lambda output, non_loss_data=False: 0
+    return model(**forward_arguments(next(iterator), model)), lambda output, non_loss_data=False: 0

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+OF_LAYERS = ("ffn_pre_activation", "head_channels", "mamba_channels")  # a row a layer; other scores are made of them
+
+
 def reduce(collector: Collector, norms: str = "all") -> Scores:
     """Merges data-parallel ranks, concatenates channels over TP and experts over EP, and places rows over PP.
 
@@ -31,7 +34,8 @@ def reduce(collector: Collector, norms: str = "all") -> Scores:
     Raises InputError if an activation was not finite; it names the layer.
     """
     a = collector.architecture
-    states = _place(_over_stages(_stage_states(collector)), {n: s[0] for n, s in expected_shapes(a).items()})
+    rows = {name: shape[0] for name, shape in expected_shapes(a).items()} | dict.fromkeys(OF_LAYERS, a.num_layers)
+    states = _place(_over_stages(_stage_states(collector)), rows)
     check_finite(states)
     tensors = criteria.derive(criteria.finish(states, collector.criteria[0]), a, norms)
     samples, tokens = _counts(collector)

@@ -85,7 +85,7 @@ def _step(vocab_size: int) -> Callable[[Iterator[Batch], MegatronModule], tuple[
             # parallelism.
             return total_loss(logits, batch, vocab_size), torch.ones((), dtype=torch.int, device=logits.device), {}
 
-        return model(**forward_arguments(batch)), loss
+        return model(**forward_arguments(batch, model)), loss
 
     return step
 

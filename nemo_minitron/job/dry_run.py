@@ -11,8 +11,9 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in, need_space
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import RunFolder
-from nemo_minitron.commands.corpus import positions_of
+from nemo_minitron.commands.corpus import positions_of, say
 from nemo_minitron.commands.plan import uncut
+from nemo_minitron.commands.vocabularies import check_one_vocabulary
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import benchmarks, describe_benchmarks
 from nemo_minitron.evaluation.tasks import check_tasks
@@ -33,7 +34,7 @@ from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
 from nemo_minitron.settings.search import LOSSES
 from nemo_minitron.settings.written import as_yaml
-from nemo_minitron.sources.open import config_of, is_checkpoint
+from nemo_minitron.sources.open import config_of, is_checkpoint, tokenizer_folder_of
 
 Known = Mapping[str, HfConfig]  # a model's folder -> its Hugging Face config
 
@@ -97,6 +98,9 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     calibration_of(job, source)
     check_rounds(job, source, config)
     check_lineage(job, target, source, ancestor)
+    if job.learns_from and on_disk(job.teacher) and on_disk(job.learns_from):
+        folders = tokenizer_folder_of(job.teacher), tokenizer_folder_of(job.learns_from)
+        say(check_one_vocabulary(*folders, source.vocab_size, f"'{job.learns_from}'"))
     layout, _ = job.layout.for_student(target, ancestor)
     layout.check(target, training=True)
     check_fp8(source, job.layout, job.calibration.precision)

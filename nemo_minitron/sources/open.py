@@ -32,6 +32,18 @@ def open_source(source: str | Path) -> ModelSource:
     return HFSource(path)
 
 
+def tokenizer_folder_of(model: str | Path) -> Path:
+    """The folder where a model's tokenizer lies, if it has one. Raises InputError if there is no model."""
+    path = resolve(model)
+    if not is_checkpoint(path):
+        return path
+    if is_bridge_checkpoint(path):
+        return newest(path) / "tokenizer"
+    from nemo_minitron.sources.context import tokenizer_folder
+
+    return tokenizer_folder(path)
+
+
 def config_of(model: str | Path) -> JsonObject:
     """The Hugging Face config of a model; for a checkpoint it is made from the checkpoint's own, without its framework.
 

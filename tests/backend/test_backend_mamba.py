@@ -133,6 +133,22 @@ def test_the_gated_norm_is_over_each_group_of_channels():
     assert torch.allclose(made(gated), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_samples_of_a_packed_row_do_not_see_each_other():
+    """Neither the convolution nor the states pass from one to the next; gradients neither."""
+    projected, *others = fused_inputs()
+    row, options = projected[:1], {"chunk_size": 4, "headdim": None, "ngroups": GROUPS}
+    places = torch.tensor([[0, 0, 0, 2, 2, 2, 2, 2, 2, 3, 3]], dtype=torch.int32)
+    packed = with_gradients(lambda *given: [convolve_and_scan(*given, **options, seq_idx=places)], [row, *others])
+
+    def alone(row, *others):
+        parts = [slice(3), slice(3, 9), slice(9, 11)]
+        return [torch.cat([convolve_and_scan(row[:, at], *others, **options) for at in parts], 1)]
+
+    for mine, theirs in zip(packed, with_gradients(alone, [row, *others]), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.allclose(packed[0], convolve_and_scan(row, *others, **options))
+
+
 def test_what_needs_the_kernels_is_refused():
     packed = torch.zeros(BATCH, LENGTH, dtype=torch.int32)
     given = fused_inputs()

@@ -40,6 +40,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tokenizer(pico_llama(folder / "good", num_hidden_layers=2), TEXTS, 509)
     save_tokenizer(pico_llama(folder / "small", num_hidden_layers=2, vocab_size=480), TEXTS, 480)
+    save_tokenizer(pico_llama(folder / "other", num_hidden_layers=2), [text[::-1] for text in TEXTS], 509)
     yarn = {"rope_type": "yarn", "factor": 4.0}
     for name, fields in {"yarn-4": {"rope_scaling": yarn}, "yarn-5": {"rope_parameters": yarn}}.items():
         (folder / name).mkdir()
@@ -119,16 +120,35 @@ def test_what_is_not_proven_for_a_hybrid(world, monkeypatch, command, stage):
     assert said.startswith(f"{stage} is not supported for a hybrid with Mamba; legal are estimate, plan, compensate, ")
 
 
-def test_fp8_of_a_hybrid(world, monkeypatch):
+def test_fp8_and_virtual_stages_of_a_hybrid(world, monkeypatch):
     monkeypatch.setenv("MINITRON_HOST", "bridge")
     monkeypatch.setattr("nemo_minitron.hosts.host_name", lambda: "bridge")  # it may not be installed
-    said = refused(world, monkeypatch, COMMANDS["estimate"].format(model="hybrid") + " --precision fp8-current")
-    assert said == "fp8-current is not supported for a hybrid with Mamba; legal are bf16 and fp32"
+    for name in ("estimate", "cache-logits", "distill", "distill from", "finetune"):
+        command = COMMANDS[name].format(model="hybrid")
+        option = "--teacher-precision" if name == "distill from" else "--precision"
+        said = refused(world, monkeypatch, f"{command} {option} fp8-current")
+        assert said == "fp8-current is not supported for a hybrid with Mamba; legal are bf16 and fp32", name
+        if name == "distill from":  # the student's two layers are no four stages
+            continue
+        said = refused(world, monkeypatch, f"{command} --pp 2 --vp 2")
+        assert said == "vp=2 is not possible in a hybrid with Mamba; the nearest legal vp is 1", name
+
+
+def test_sizes_that_fp8_cannot_multiply(world, monkeypatch):
+    """48 hidden channels and 96 neurons divide by 16; 3 query groups of 8 channels do not."""
+    for name in ("estimate", "compensate", "cache-logits", "distill", "finetune"):
+        said = refused(world, monkeypatch, COMMANDS[name].format(model="good") + " --precision fp8-current")
+        assert "query_groups=3 is not legal in fp8-current at tp=1" in said, name
 
 
 def test_a_pair_without_one_vocabulary(world, monkeypatch):
     said = refused(world, monkeypatch, COMMANDS["distill from"].format(model="small"))
     assert "the teacher has 480 tokens in its vocabulary and the student has 509" in said
+    for command in (COMMANDS["distill from"], "evaluate good --data text.jsonl --draft-of {model}"):
+        said = refused(world, monkeypatch, command.format(model="other"))
+        assert "both have 509 tokens in their vocabularies, but token 259 is" in said, command
+    said = refused(world, monkeypatch, COMMANDS["compress, learning from"].format(model="other"))
+    assert "the student and 'other' both have 509 tokens in their vocabularies, but token 259 is" in said
 
 
 TEXT_READERS = {

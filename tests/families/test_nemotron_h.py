@@ -137,7 +137,7 @@ def test_the_limit_of_the_steps_that_megatron_has(limit):
         ({"time_step_limit": [0.0, 0.1]}, "time_step_limit is .*; Megatron's mixer has 0 to infinity"),
         ({"time_step_limit": [0.01, math.inf]}, "time_step_limit is"),
         ({"use_bias": True}, "use_bias is True"),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1; layers of multi-token prediction are not"),
         ({"residual_in_fp32": True}, "residual_in_fp32 is True"),
         ({"mamba_head_dim": None}, "has no 'mamba_head_dim'"),
     ],

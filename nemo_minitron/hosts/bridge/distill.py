@@ -177,9 +177,11 @@ def micro_batch(batches: Iterator[Any]) -> dict[str, Any]:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a model's forward pass for a micro-batch, without the labels."""
+    """The keyword arguments of a model's forward pass for a micro-batch, without the labels. Without `total_tokens` the
+    states of a Mamba layer would run from a packed row's sample into the next one."""
     arguments = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
     arguments["attention_mask"] = batch.get("attention_mask")
     if "packed" in batch:
-        arguments["packed_seq_params"] = get_packed_seq_params(batch["packed"])
+        whole_row = {"total_tokens": batch["tokens"].shape[1]}
+        arguments["packed_seq_params"] = get_packed_seq_params(whole_row | batch["packed"])
     return arguments

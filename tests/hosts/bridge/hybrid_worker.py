@@ -29,6 +29,31 @@ def scores_of(chunks, architecture, folder, layout, method):
     return {f"{precision}{method}-{name}": tensor for name, tensor in found.tensors.items()}
 
 
+def packed_scores(chunks, architecture, folder, layout, whole):
+    """Scores of samples of 10 and 14 tokens, each two in a packed row, or each alone."""
+    import torch
+
+    from nemo_minitron.importance import estimate
+
+    rank, tokens = torch.distributed.get_rank() if layout.dp > 1 else 0, np.load(folder / "tokens.npy")
+    rows = torch.from_numpy(tokens[rank :: layout.dp]).split(1)
+    packed = [{"tokens": row, "cu_seqlens": torch.tensor([[0, 10, 24]])} for row in rows]
+    alone = [sample for row in rows for sample in row.split([10, 14], dim=1)]
+    found = estimate(chunks, alone if whole else packed, criterion=CRITERION, architecture=architecture)
+    return {f"{'alone' if whole else 'packed'} {name}": tensor for name, tensor in found.tensors.items()}
+
+
+def shorter_scores(folder, layout):
+    """Scores of the teacher without its last layer: then no Mamba and no attention layer is the last one."""
+    from nemo_minitron.families import from_hf
+    from nemo_minitron.search import random_plan
+
+    cut = random_plan(from_hf(folder / "teacher"), keep={"layers": [0, 1, 2, 3, 4]})
+    chunks = load_model(folder / "teacher", cut, layout=layout)
+    found = scores_of(chunks, cut.target, folder, layout, "activation")
+    return {f"shorter {name}": score for name, score in found.items()}
+
+
 def grams_of(chunks, folder, layout):
     """The second moments of the inputs of `down` and `o`, of which rank 0 has all without pipeline stages."""
     import torch
@@ -103,11 +128,14 @@ def run_case(case, folder, out):
             found |= grams_of(chunks, folder, layout)
             for method in ("activation", "taylor"):
                 found |= scores_of(chunks, expected.architecture, folder, layout, method)
+            for whole in (False, True) if layout.dp > 1 else (False,) if layout.cp == 1 else ():
+                found |= packed_scores(chunks, expected.architecture, folder, layout, whole)
         result[f"{model}-saved"] = saved(chunks, expected, out / f"{case['name']}-{model}")
     if layout.cp == 1:  # in bf16
         rounded = load_model(folder / "teacher", None, layout=layout, precision="bf16")
         found |= scores_of(rounded, HFSource(folder / "teacher").architecture, folder, layout, "activation")
     if layout.dp > 1:  # both ranks hold whole models
+        found |= shorter_scores(folder, layout)
         found |= distilled(teacher, chunks, expected.architecture, torch.from_numpy(np.load(folder / "tokens.npy")))
     leave_layout()
     if torch.distributed.get_rank() == 0:

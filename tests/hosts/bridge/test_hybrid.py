@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import minitron
+from hybrid_cut import CHANNELS, HEADS, KEEP, LAYERS, MAMBA, STUDENT, by_hand
 from pico import pico_nemotron_h, raw_tensors
 from ranks import run_ranks
 from tolerances import (
@@ -44,15 +45,6 @@ CASES = [
 ]
 CASES += [{"name": "cp", "layout": {"cp": 2}}]
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4}
-# 6 layers M-M*-M, 8 heads of 6 channels in 2 groups; other units in each layer
-LAYERS, HIDDEN = [0, 1, 3, 5], [i for i in range(48) if i % 6 != 2]
-MAMBA = {0: [0, 1, 3, 5, 6, 7], 5: [1, 2, 3, 4, 6, 7]}
-CHANNELS = {0: [0, 2, 3, 5], 5: [1, 2, 4, 5]}
-NEURONS, GROUPS, HEADS = {1: list(range(4, 84))}, {3: [0, 3]}, {3: [0, 1, 6, 7]}
-KEEP = {"layers": LAYERS, "hidden": HIDDEN, "ffn": NEURONS, "heads": HEADS, "query_groups": GROUPS}
-KEEP |= {"mamba_heads": MAMBA, "mamba_head_dim": CHANNELS}
-STUDENT = {"hidden_size": 40, "ffn_hidden_size": 80, "num_attention_heads": 4, "num_query_groups": 2}
-STUDENT |= {"mamba_num_heads": 6, "mamba_head_dim": 4}
 
 
 @pytest.fixture(scope="module")
@@ -140,46 +132,6 @@ def test_the_loss_of_a_distillation_and_its_gradients_are_transformers(models, r
         assert np.abs(own - expected).max() < FIRST_GRADIENT_FP32 * np.abs(expected).max(), name
 
 
-def channels(heads, width, kept=None):
-    return [head * width + i for head in heads for i in (range(width) if kept is None else kept)]
-
-
-def by_hand(tensors):
-    """The teacher's tensors (name -> array), cut by Hugging Face's names."""
-    cut = {}
-    for name, tensor in tensors.items():
-        words = name.split(".")
-        if words[1] != "layers":
-            cut[name] = tensor[HIDDEN] if tensor.ndim == 1 else tensor[:, HIDDEN]
-        elif (layer := int(words[2])) in LAYERS:
-            words[2] = str(LAYERS.index(layer))
-            cut[".".join(words)] = sliced(tensor, ".".join(words[3:]), layer)
-    return cut
-
-
-def sliced(tensor, name, layer):
-    inner, groups, q = [], [], []
-    if layer in MAMBA:
-        heads = MAMBA[layer]
-        inner, of_states = channels(heads, 6, CHANNELS[layer]), list(range(10))
-        conv = [*inner, *(48 + i for i in of_states), *(58 + i for i in of_states)]
-        rows = [*inner, *(48 + i for i in conv), *(116 + head for head in heads)]
-        by_name = {"conv1d.weight": conv, "conv1d.bias": conv, "norm.weight": inner}
-        by_name |= dict.fromkeys(("A_log", "D", "dt_bias"), heads)
-        if name.removeprefix("mixer.") in by_name and name.startswith("mixer."):
-            return tensor[by_name[name.removeprefix("mixer.")]]
-        if name == "mixer.in_proj.weight":
-            return tensor[rows][:, HIDDEN]
-    if name == "norm.weight":
-        return tensor[HIDDEN]
-    if layer in HEADS:
-        q, groups = channels(HEADS[layer], 8), channels(GROUPS[layer], 8)
-    ffn = NEURONS.get(layer)
-    rows = {"q_proj": q, "k_proj": groups, "v_proj": groups, "up_proj": ffn}.get(name.split(".")[1], HIDDEN)
-    columns = {"o_proj": q, "down_proj": ffn, "out_proj": inner}.get(name.split(".")[1], HIDDEN)
-    return tensor[rows][:, columns]
-
-
 def test_every_cut_is_the_one_by_hand(models):
     rename = {"backbone.embedding.weight": "backbone.embeddings.weight"}
     teacher = {rename.get(name, name): tensor for name, tensor in raw_tensors(models / "teacher").items()}
@@ -214,13 +166,33 @@ def test_what_a_cut_gets_beyond_slices(models):
 @pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case["name"])
 def test_scores_of_a_layout_are_one_processs(case, results):
     one, found = np.load(results / "dp.npz"), np.load(results / f"{case['name']}.npz")
-    names = [name for name in one.files if "-" in name and not name.startswith("bf16")]
+    names = [name for name in one.files if "-" in name and not name.startswith(("bf16", "shorter"))]
     assert {"activation-mamba_heads", "activation-mamba_head_dim", "activation-layers", "taylor-mamba_heads"} <= {
         *names
     }
     for name in names:
         largest = np.abs(one[name]).max(-1, keepdims=True)
         assert np.all(np.abs(found[name] - one[name]) <= SCORES_FP32 * largest), name
+
+
+def test_a_hybrid_whose_last_layer_is_an_mlp_has_scores_of_every_layer(results):
+    """As the published models end. No layer's activations depend on the layers behind it."""
+    one = np.load(results / "dp.npz")
+    assert not one["shorter activation-mamba_heads"][[1, 3, 4]].any()
+    for axis in ("mamba_heads", "mamba_head_dim", "heads", "query_groups", "ffn", "layers"):
+        np.testing.assert_allclose(one[f"shorter activation-{axis}"], one[f"activation-{axis}"][:5], rtol=SCORES_FP32)
+
+
+def test_samples_of_a_packed_row_have_the_scores_that_they_have_alone(results):
+    """No convolution and no state passes from one to the next, in any layout."""
+    one = np.load(results / "dp.npz")
+    wanted = {name.removeprefix("alone "): one[name] for name in one.files if name.startswith("alone ")}
+    assert {"mamba_heads", "mamba_head_dim", "layers", "hidden", "heads", "ffn"} <= wanted.keys()
+    for layout in ("dp", "tp", "tp-sp", "pp"):
+        found = np.load(results / f"{layout}.npz")
+        for name, score in wanted.items():
+            largest = np.abs(score).max(-1, keepdims=True)
+            assert np.all(np.abs(found[f"packed {name}"] - score) <= SCORES_FP32 * largest), (layout, name)
 
 
 @pytest.mark.parametrize("name", ["dp", "tp", "tp-sp", "pp"])

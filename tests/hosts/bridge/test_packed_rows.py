@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pico import pico_gemma2, pico_gemma3_text, pico_llama
+from pico import pico_gemma2, pico_gemma3_text, pico_llama, pico_nemotron_h
 from ranks import run_ranks
 from tolerances import LOSS_LAYOUT_FP32
 
@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.bridge]
 WORKER = Path(__file__).parent / "packed_worker.py"
 
 
-@pytest.mark.parametrize("family", [pico_llama, pico_gemma2, pico_gemma3_text])
+@pytest.mark.parametrize("family", [pico_llama, pico_gemma2, pico_gemma3_text, pico_nemotron_h])
 def test_a_sample_learns_as_if_it_were_alone(tmp_path, family):
-    """Samples are longer than the windows of Gemma's layers."""
+    """Samples are longer than the windows of Gemma's layers. In a Mamba layer no state passes from one to the next."""
     family(tmp_path / "teacher")
     prune(tmp_path / "teacher", random_plan(from_hf(tmp_path / "teacher"), keep={"ffn": 48}), tmp_path / "student")
     run_ranks(1, WORKER, tmp_path, json.dumps([5, 11, 3]), tmp_path / "losses.json")
