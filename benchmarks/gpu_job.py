@@ -4,7 +4,8 @@ It compresses a model with `minitron compress`, sends SIGTERM once some steps ar
 which must go on from the checkpoint. Then it compares the losses with those of a job that was not killed, measures the
 student in transformers, and reads the trained checkpoint in a process that sees no GPU (so without Transformer Engine):
 its weights, in the student's dtype, must be the student's, bit by bit. The model is the demo's, or with
-`--shape Llama-3.2-1B` a random one with the demo's tokenizer. `--device cpu --quick` does all of it at pico size.
+`--shape Llama-3.2-1B` a random one with the demo's tokenizer. The JSON is written after each piece. `--device cpu
+--quick` does all of it at pico size.
 """
 
 from __future__ import annotations
@@ -18,30 +19,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
-from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 from gpu_steps import PICO, SHAPES, config_of
+from random_folder import random_folder
+
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
 STEPS, SAVE = 24, 6
 KILL_AT = 10  # steps that are trained when the signal is sent
 
 
-def random_model(name: str, folder: Path) -> Path:
+def random_model(name: str, folder: Path, device: str) -> Path:
     """A random model of a shape, in bf16, with the demo's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from nemo_minitron.data import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(common.MODEL)
     extra, teacher, _ = (PICO | SHAPES)[name]
-    config = config_of(teacher, extra, len(tokenizer))
-    made = AutoConfig.for_model(config.pop("model_type"), **config, dtype="bfloat16")
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(made).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_folder(folder, config_of(teacher, extra, len(load_tokenizer(str(common.MODEL)))), device)
 
 
 def command(model: Path, out: Path, precision: str, length: int) -> list[str]:
@@ -108,23 +105,22 @@ def read_without_engine(out: Path, folder: Path) -> bool:
     return ours.keys() == theirs.keys() and all(same)
 
 
-def run(model: Path, precision: str, length: int, folder: Path) -> dict[str, Any]:
+def run(
+    model: Path, precision: str, length: int, folder: Path, note: Callable[[dict[str, Any]], object]
+) -> None:  # fmt: skip
+    """The job at once, the job with a kill, and what is read from both; `note` gets each piece that was found."""
     once, twice = folder / "once", folder / "twice"
     seconds = ran(command(model, once, precision, length), folder / "once.log")
-    at = killed(command(model, twice, precision, length), twice, folder / "killed.log")
-    again = ran(command(model, twice, precision, length), folder / "resumed.log")
-    whole, resumed = losses(once), losses(twice)
-    apart = [abs(a - b) for a, b in zip(whole, resumed, strict=True)]
+    whole, stages = losses(once), json.loads((once / "manifest.json").read_text())["stages"]
+    note({"precision": precision, "steps": len(whole), "first loss": whole[0], "last loss": whole[-1]})
     numbers = json.loads((once / "numbers.json").read_text())
-    stages = json.loads((once / "manifest.json").read_text())["stages"]
-    return {
-        "precision": precision, "steps": len(whole), "killed at step": at, "first loss": whole[0], "last": whole[-1],
-        "largest difference after a kill and a resume": max(apart), "in transformers": {
-            row["stage"]: row["loss"] for row in numbers
-        }, "read without Transformer Engine, bit by bit": read_without_engine(once, folder / "converted"),
-        "seconds": round(seconds, 1), "seconds of the resumed": round(again, 1),
-        "stages": {stage["name"]: stage["seconds"] for stage in stages},
-    }  # fmt: skip
+    note({"seconds": round(seconds, 1), "loss in transformers": {row["stage"]: row["loss"] for row in numbers}})
+    note({"seconds of stages": {stage["name"]: stage["seconds"] for stage in stages}})
+    note({"killed after step": killed(command(model, twice, precision, length), twice, folder / "killed.log")})
+    again = ran(command(model, twice, precision, length), folder / "resumed.log")
+    apart = max(abs(a - b) for a, b in zip(whole, losses(twice), strict=True))
+    note({"seconds of the resumed": round(again, 1), "largest difference after a kill and a resume": apart})
+    note({"read without Transformer Engine, bit by bit": read_without_engine(once, folder / "converted")})
 
 
 def main() -> None:
@@ -139,15 +135,20 @@ def main() -> None:
 
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu --quick runs the job at pico size")
+    result = common.heading(["torch", "transformer-engine", "megatron-core"]) | {"found": {}}
+
+    def note(piece: dict[str, Any]) -> None:
+        result["found"] |= piece
+        common.write(result, given.out)
+        print(json.dumps(piece), flush=True)
+
     folder = Path(tempfile.mkdtemp())
     try:
         shape = "pico" if given.quick else given.shape
-        model = random_model(shape, folder / "model") if shape else common.MODEL
-        found = run(model, given.precision, 64 if given.quick else 1024, folder)
+        model = random_model(shape, folder / "model", given.device) if shape else common.MODEL
+        run(model, given.precision, 64 if given.quick else 1024, folder, note)
     finally:
         shutil.rmtree(folder)
-    common.write(common.heading(["torch", "transformer-engine", "megatron-core"]) | {"found": found}, given.out)
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
