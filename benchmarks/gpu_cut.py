@@ -17,7 +17,6 @@ bytes. The memory of a training step stands beside the dry run's in the steps of
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,15 @@ from random_folder import random_folder
 ALL = PICO | SHAPES | LARGE
 VOCAB, ROWS, LENGTH = 128_256, 32, 4096
 PICO_VOCAB, PICO_LENGTH = 49_152, 64  # the demo's tokenizer has so many tokens
+# Linux counts a process's memory from its fork on, so a small process starts the command: this one holds torch.
+WATCH = """
+import os, sys
+process = os.spawnv(os.P_NOWAIT, sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(process, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(str(used.ru_maxrss))  # of the process and those that it started, the largest
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
 
 
 class Peak:
@@ -73,15 +81,15 @@ class Peak:
 
 def command(device: str, *words: str) -> dict[str, Any]:
     """Runs `minitron WORDS`: its seconds and peaks. Ends this script with its output if it fails."""
-    with tempfile.TemporaryFile("w+") as log, Peak(device) as peak:
+    with tempfile.NamedTemporaryFile("w+") as log, tempfile.NamedTemporaryFile("r") as memory, Peak(device) as peak:
         began, line = time.perf_counter(), [sys.executable, "-m", "nemo_minitron.cli", *words]
-        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)  # of the processes that it started the largest one counts
+        watched = [sys.executable, "-S", "-c", WATCH, memory.name, *line]
+        code = subprocess.run(watched, stdout=log, stderr=subprocess.STDOUT).returncode
         seconds = time.perf_counter() - began
-        log.seek(0)
-        if process.poll() or status:
-            raise SystemExit(f"minitron {words[0]} failed:\n{log.read()[-3000:]}")
-    return {"s": round(seconds, 1), "bytes of the GPU": peak.bytes, "bytes resident": used.ru_maxrss * 1024}
+        if code:
+            raise SystemExit(f"minitron {words[0]} failed:\n{Path(log.name).read_text()[-3000:]}")
+        resident = int(memory.read()) * 1024
+    return {"s": round(seconds, 1), "bytes of the GPU": peak.bytes, "bytes resident": resident}
 
 
 def size(folder: Path) -> dict[str, int]:

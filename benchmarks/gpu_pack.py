@@ -1,6 +1,6 @@
 """Packs the wheels that a GPU machine without a package index needs into one folder of pieces:
 
-    python benchmarks/gpu_pack.py PACK -c constraints.txt --there 'torch,triton,nvidia-*' REQUIREMENT...
+    python benchmarks/gpu_pack.py PACK -c constraints.txt --there 'torch,triton,nvidia-cu*' REQUIREMENT...
     python PACK/install.py --venv VENV        # on the other machine; `gpu_unpack.py` is this script's source
 
 It runs where there is an index, under the Python version and the system of the other machine. pip resolves the

@@ -17,7 +17,9 @@ def summary(result: dict[str, Any]) -> list[str]:
     count = sum(row["state"] == DONE for row in rows.values())
     on = machine.get("device") or machine.get("processor", "?")
     lines = [f"{count} of {len(rows)} parts done on {on}, {result.get('date', '?')}"]
-    lines += [f"  {name:36}{row['state']:10}{_seconds(row)}{reason(row)}"[:LONGEST] for name, row in rows.items()]
+    lines += [
+        f"  {name:36}{row['state']:10}{_seconds(row)}{reason(row)}"[:LONGEST].rstrip() for name, row in rows.items()
+    ]
     lines += [f"  {name:36}{'absent':10}{'':10}{why}" for name, why in result.get("not measured", {}).items()]
     for name, row in rows.items():
         found = [f"  {line}" for line in _found(row)]
@@ -68,7 +70,7 @@ def _wrapped(values: dict[str, Any]) -> list[str]:
 
 
 def shown(key: str, value: Any) -> str:
-    """A number in a form to read: bytes with a unit, yes and no, four digits; of a list its length."""
+    """A number in a form to read: bytes with a unit, yes and no, five digits; of a list its length."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "NO", None: "-"}[value]
     if key.startswith("bytes") and isinstance(value, (int, float)):
@@ -77,4 +79,4 @@ def shown(key: str, value: Any) -> str:
         return f"({len(value)})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} {shown(name, of)}" for name, of in value.items()) + "}"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -68,11 +68,23 @@ def checked(folder: Path) -> dict[str, Any]:
     own, wanted = f"{sys.version_info.major}.{sys.version_info.minor}", index["python"]
     if own != wanted:
         raise Refusal(f"the pack is for Python {wanted}, and this is {own}; run it with python{wanted}")
-    here = {plain(found.metadata["Name"]) for found in importlib.metadata.distributions()}
-    if lacking := [name for name in index["left out"] if plain(name) not in here]:
-        names = ", ".join(lacking)
-        raise Refusal(f"neither the pack nor this Python has {names}; pack again with another --there")
+    check_there(index)
     return index
+
+
+def check_there(index: dict[str, Any]) -> None:
+    """Raises Refusal if a package is missing that `--there` names in full; what its patterns match may be missing (a
+    torch can bring CUDA's libraries itself). That, and another version than the pack was made with, is printed."""
+    here = {plain(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()}
+    named = {plain(name) for name in index["there"]}
+    lacking = [name for name in index["left out"] if plain(name) not in here]
+    if needed := [name for name in lacking if plain(name) in named]:
+        raise Refusal(f"neither the pack nor this Python has {', '.join(needed)}; pack again with another --there")
+    if lacking:
+        print(f"not here, and not in the pack: {', '.join(lacking)}")
+    for name, version in index["left out"].items():
+        if (own := here.get(plain(name), version)).partition("+")[0] != version.partition("+")[0]:
+            print(f"{name} {own} is here; the pack was made for {version}")
 
 
 class Joined(io.RawIOBase):
@@ -123,7 +135,7 @@ def install(folder: Path, venv: Path | None, target: Path | None) -> None:
             names = see(index["there"], next(venv.glob("lib/python*/site-packages")))
             print(f"seen from this machine: {', '.join(names) or 'nothing'}")
             pip += ["--python", str(venv / "bin" / "python")]
-        words = ["install", "--no-index", "--no-deps", *place, *map(str, Path(work).iterdir())]
+        words = ["install", "--quiet", "--no-index", "--no-deps", *place, *map(str, Path(work).iterdir())]
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip takes it for installed
         if subprocess.run([*pip, *words], stdout=sys.stderr, env=own).returncode:
             raise Refusal("pip failed; what it said stands above")

@@ -1,4 +1,5 @@
-"""A Hugging Face folder of a random model: weights of a normal distribution, norms of ones, in bf16."""
+"""A Hugging Face folder of a random model: weights of a normal distribution of variance 1 / hidden_size, so that logits
+differ at any size; norms of ones; in bf16."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def random_folder(folder: Path, config: dict[str, Any], device: str = "cpu") -> 
         for name in names:
             drawn = torch.ones(tensors[name], dtype=torch.bfloat16, device=device)
             if "norm" not in name:
-                drawn.normal_(0.0, 0.02, generator=generator)
+                drawn.normal_(0.0, config["hidden_size"] ** -0.5, generator=generator)
             content[name] = drawn.cpu()
         save_file(content, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)

@@ -91,7 +91,7 @@ def test_a_bad_piece_is_one_sentence(pack, tmp_path, harm):
 
 
 def test_what_is_there_is_not_packed_but_seen(wheels, installed, tmp_path):
-    assert "1 wheels" in packed(wheels, tmp_path / "pack", "--there", "absent,tiny-o*")
+    assert "1 wheels" in packed(wheels, tmp_path / "pack", "--there", "tiny_one,absent*")
     script, venv = tmp_path / "pack" / "install.py", tmp_path / "venv"
     done = ran(script, "--venv", venv)
     assert done.returncode == 2
