@@ -4,7 +4,8 @@ It compresses a model with `minitron compress`, sends SIGTERM once some steps ar
 which must go on from the checkpoint. Then it compares the losses with those of a job that was not killed, measures the
 student in transformers, and reads the trained checkpoint in a process that sees no GPU (so without Transformer Engine):
 its weights, in the student's dtype, must be the student's, bit by bit. The model is the demo's, or with
-`--shape Llama-3.2-1B` a random one with the demo's tokenizer. `--device cpu --quick` does all of it at pico size.
+`--shape Llama-3.2-1B` a random one with the demo's tokenizer. The JSON is written after each piece. `--device cpu
+--quick` does all of it at pico size.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 from gpu_steps import PICO, SHAPES, config_of
+from random_folder import random_folder
+
+from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
@@ -30,24 +35,26 @@ STEPS, SAVE = 24, 6
 KILL_AT = 10  # steps that are trained when the signal is sent
 
 
-def random_model(name: str, folder: Path) -> Path:
+def random_model(name: str, folder: Path, device: str) -> Path:
     """A random model of a shape, in bf16, with the demo's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from nemo_minitron.data import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(common.MODEL)
     extra, teacher, _ = (PICO | SHAPES)[name]
-    config = config_of(teacher, extra, len(tokenizer))
-    made = AutoConfig.for_model(config.pop("model_type"), **config, dtype="bfloat16")
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(made).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_folder(folder, config_of(teacher, extra, len(load_tokenizer(str(common.MODEL)))), device)
 
 
-def command(model: Path, out: Path, precision: str, length: int) -> list[str]:
+def some_text(folder: Path, share: float) -> Path:
+    """The beginning of each of the demo's documents. All of it takes 15 seconds to tokenise, in each of the runs; and
+    every 20th document is held out, so fewer documents would not do."""
+    rows = [json.loads(line) for line in (common.TEXT / "train.jsonl").read_text().splitlines()]
+    shorter = [row | {"text": row["text"][: round(share * len(row["text"]))]} for row in rows]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shorter))
+    return folder / "text.jsonl"
+
+
+def command(model: Path, text: Path, out: Path, precision: str, length: int) -> list[str]:
     ffn = json.loads((model / "config.json").read_text())["intermediate_size"] * 2 // 3 // 32 * 32
-    text = [f"--data={common.TEXT / 'train.jsonl'}", f"--keep=ffn={ffn}", f"--out={out}"]
+    given = [f"--data={text}", f"--keep=ffn={ffn}", f"--out={out}"]
     settings = {
         "calibration.samples": 16, "calibration.sequence_length": length, "distillation.sequence_length": length,
         "distillation.global_batch_size": 1, "distillation.tokens": STEPS * length, "distillation.save_every": SAVE,
@@ -55,7 +62,7 @@ def command(model: Path, out: Path, precision: str, length: int) -> list[str]:
         "evaluation.prompts": "[]",
     }  # fmt: skip
     chosen = [f"{name}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "nemo_minitron.cli", "compress", str(model), *text, *chosen]
+    return [sys.executable, "-m", "nemo_minitron.cli", "compress", str(model), *given, *chosen]
 
 
 def losses(out: Path) -> list[float]:
@@ -109,23 +116,23 @@ def read_without_engine(out: Path, folder: Path) -> bool:
     return ours.keys() == theirs.keys() and all(same)
 
 
-def run(model: Path, precision: str, length: int, folder: Path) -> dict[str, Any]:
-    once, twice = folder / "once", folder / "twice"
-    seconds = ran(command(model, once, precision, length), folder / "once.log")
-    at = killed(command(model, twice, precision, length), twice, folder / "killed.log")
-    again = ran(command(model, twice, precision, length), folder / "resumed.log")
-    whole, resumed = losses(once), losses(twice)
-    apart = [abs(a - b) for a, b in zip(whole, resumed, strict=True)]
+def run(
+    model: Path, precision: str, length: int, folder: Path, note: Callable[[dict[str, Any]], object]
+) -> None:  # fmt: skip
+    """The job at once, the job with a kill, and what is read from both; `note` gets each piece that was found."""
+    once, twice, text = folder / "once", folder / "twice", some_text(folder, max(1 / 16, length / 2048))
+    words = command(model, text, twice, precision, length)
+    seconds = ran(command(model, text, once, precision, length), folder / "once.log")
+    whole, stages = losses(once), json.loads((once / "manifest.json").read_text())["stages"]
+    note({"precision": precision, "steps": len(whole), "first loss": whole[0], "last loss": whole[-1]})
     numbers = json.loads((once / "numbers.json").read_text())
-    stages = json.loads((once / "manifest.json").read_text())["stages"]
-    return {
-        "precision": precision, "steps": len(whole), "killed at step": at, "first loss": whole[0], "last": whole[-1],
-        "largest difference after a kill and a resume": max(apart), "in transformers": {
-            row["stage"]: row["loss"] for row in numbers
-        }, "read without Transformer Engine, bit by bit": read_without_engine(once, folder / "converted"),
-        "seconds": round(seconds, 1), "seconds of the resumed": round(again, 1),
-        "stages": {stage["name"]: stage["seconds"] for stage in stages},
-    }  # fmt: skip
+    note({"seconds": round(seconds, 1), "loss in transformers": {row["stage"]: row["loss"] for row in numbers}})
+    note({"seconds of stages": {stage["name"]: stage["seconds"] for stage in stages}})
+    note({"killed after step": killed(words, twice, folder / "killed.log")})
+    again = ran(words, folder / "resumed.log")
+    apart = max(abs(a - b) for a, b in zip(whole, losses(twice), strict=True))
+    note({"seconds of the resumed": round(again, 1), "largest difference after a kill and a resume": apart})
+    note({"read without Transformer Engine, bit by bit": read_without_engine(once, folder / "converted")})
 
 
 def main() -> None:
@@ -140,15 +147,20 @@ def main() -> None:
 
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu --quick runs the job at pico size")
+    result = common.heading(["torch", "transformer-engine", "megatron-core"]) | {"found": {}}
+
+    def note(piece: dict[str, Any]) -> None:
+        result["found"] |= piece
+        common.write(result, given.out)
+        print(json.dumps(piece), flush=True)
+
     folder = Path(tempfile.mkdtemp())
     try:
         shape = "pico" if given.quick else given.shape
-        model = random_model(shape, folder / "model") if shape else common.MODEL
-        found = run(model, given.precision, 64 if given.quick else 1024, folder)
+        model = random_model(shape, folder / "model", given.device) if shape else common.MODEL
+        run(model, given.precision, 64 if given.quick else 1024, folder, note)
     finally:
         shutil.rmtree(folder)
-    common.write(common.heading(["torch", "transformer-engine", "megatron-core"]) | {"found": found}, given.out)
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     found = json.loads(out.read_text())["found"]
     parts = {name: part for name, part in found.items() if isinstance(part, dict)}
     assert {name: part["error"] for name, part in parts.items() if "error" in part and "Liger" not in name} == {}
-    assert len(parts) == 9
+    assert len(parts) == 10
+    assert parts["loss: fused head"]["over its four products"] > 0
+    assert parts["teacher in the CPU's memory: pico"]["ratio"] > 0
+    assert parts["step: pico, bf16"]["bytes in the dry run"] > 0
     assert parts["importance: scored over plain"]["ratio"] > 0
     assert parts["step: pico, all FP8"]["student"] == "fp8-delayed"
 
