@@ -29,8 +29,6 @@ from random_folder import random_folder
 
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
-from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
-
 STEPS, SAVE = 24, 6
 KILL_AT = 10  # steps that are trained when the signal is sent
 
