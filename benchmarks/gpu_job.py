@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 from gpu_steps import PICO, SHAPES, config_of
@@ -29,8 +29,17 @@ from random_folder import random_folder
 
 from nemo_minitron.artifacts.run_folder import RunFolder, TrainingFolder
 
-STEPS, SAVE = 24, 6
-KILL_AT = 10  # steps that are trained when the signal is sent
+
+class Pace(NamedTuple):
+    """Tokens of a row, steps of the training, steps between two checkpoints, and steps before the signal is sent."""
+
+    length: int
+    steps: int
+    save: int
+    kill: int
+
+
+WHOLE, QUICK = Pace(1024, 24, 6, 10), Pace(64, 9, 3, 4)
 
 
 def random_model(name: str, folder: Path, device: str) -> Path:
@@ -50,12 +59,14 @@ def some_text(folder: Path, share: float) -> Path:
     return folder / "text.jsonl"
 
 
-def command(model: Path, text: Path, out: Path, precision: str, length: int) -> list[str]:
+def command(model: Path, text: Path, out: Path, precision: str, pace: Pace) -> list[str]:
     ffn = json.loads((model / "config.json").read_text())["intermediate_size"] * 2 // 3 // 32 * 32
     given = [f"--data={text}", f"--keep=ffn={ffn}", f"--out={out}"]
+    length = pace.length
     settings = {
         "calibration.samples": 16, "calibration.sequence_length": length, "distillation.sequence_length": length,
-        "distillation.global_batch_size": 1, "distillation.tokens": STEPS * length, "distillation.save_every": SAVE,
+        "distillation.global_batch_size": 1, "distillation.tokens": pace.steps * length,
+        "distillation.save_every": pace.save,
         "distillation.precision": precision, "evaluation.tokens": 8 * length, "evaluation.sequence_length": length,
         "evaluation.prompts": "[]",
     }  # fmt: skip
@@ -72,12 +83,12 @@ def losses(out: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(rows)]
 
 
-def killed(words: list[str], out: Path, log: Path) -> int:
-    """Runs the job until some steps are trained, then sends SIGTERM. Returns the number of steps it had trained."""
+def killed(words: list[str], out: Path, log: Path, steps: int) -> int:
+    """Runs the job until so many steps are trained, then sends SIGTERM. Returns the number of steps it had trained."""
     with log.open("w") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None and len(losses(out)) < KILL_AT:
+            while process.poll() is None and len(losses(out)) < steps:
                 time.sleep(0.05)
         finally:  # whatever goes wrong here, nothing writes into the folder after this
             process.send_signal(signal.SIGTERM)
@@ -115,18 +126,18 @@ def read_without_engine(out: Path, folder: Path) -> bool:
 
 
 def run(
-    model: Path, precision: str, length: int, folder: Path, note: Callable[[dict[str, Any]], object]
+    model: Path, precision: str, pace: Pace, folder: Path, note: Callable[[dict[str, Any]], object]
 ) -> None:  # fmt: skip
     """The job at once, the job with a kill, and what is read from both; `note` gets each piece that was found."""
-    once, twice, text = folder / "once", folder / "twice", some_text(folder, max(1 / 16, length / 2048))
-    words = command(model, text, twice, precision, length)
-    seconds = ran(command(model, text, once, precision, length), folder / "once.log")
+    once, twice, text = folder / "once", folder / "twice", some_text(folder, max(1 / 16, pace.length / 2048))
+    words = command(model, text, twice, precision, pace)
+    seconds = ran(command(model, text, once, precision, pace), folder / "once.log")
     whole, stages = losses(once), json.loads((once / "manifest.json").read_text())["stages"]
     note({"precision": precision, "steps": len(whole), "first loss": whole[0], "last loss": whole[-1]})
     numbers = json.loads((once / "numbers.json").read_text())
     note({"seconds": round(seconds, 1), "loss in transformers": {row["stage"]: row["loss"] for row in numbers}})
     note({"seconds of stages": {stage["name"]: stage["seconds"] for stage in stages}})
-    note({"killed after step": killed(words, twice, folder / "killed.log")})
+    note({"killed after step": killed(words, twice, folder / "killed.log", pace.kill)})
     again = ran(words, folder / "resumed.log")
     apart = max(abs(a - b) for a, b in zip(whole, losses(twice), strict=True))
     note({"seconds of the resumed": round(again, 1), "largest difference after a kill and a resume": apart})
@@ -156,7 +167,7 @@ def main() -> None:
     try:
         shape = "pico" if given.quick else given.shape
         model = random_model(shape, folder / "model", given.device) if shape else common.MODEL
-        run(model, given.precision, 64 if given.quick else 1024, folder, note)
+        run(model, given.precision, QUICK if given.quick else WHOLE, folder, note)
     finally:
         shutil.rmtree(folder)
 
