@@ -25,7 +25,7 @@ from nemo_minitron.settings.gates import Gates
 from nemo_minitron.settings.layout import Layout, legal_tp
 from nemo_minitron.settings.own_model import OwnModel
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.settings.search import Search
+from nemo_minitron.settings.search import LOSSES, Search
 from nemo_minitron.sources.open import config_of
 
 TARGETS = ("params", "memory", "keep")
@@ -68,11 +68,11 @@ class Scale:
 
 ON_GPUS = Scale(
     tokens=100_000_000, sequence_length=4096, batch=16, calibration=1024, evaluation=262_144,
-    search=Search(candidates=12, distil=4, steps=60, tokens=65_536),
+    search=Search(proxy=LOSSES, candidates=12, distil=4, steps=60, tokens=65_536),
 )  # fmt: skip
 ON_A_CPU = Scale(
     tokens=200_000, sequence_length=512, batch=1, calibration=32, evaluation=16_384,
-    search=Search(candidates=6, distil=2, steps=30, tokens=4096),
+    search=Search(proxy=LOSSES, marginals=3, candidates=6, distil=2, steps=30, tokens=4096),
 )  # fmt: skip
 
 
