@@ -12,8 +12,8 @@ The selection (mean |activation|) comes from the first 8,192 calibration tokens 
 on four calibration rows that they do not read. Residuals: squared error over the square of what the teacher's MLPs
 write (in sequence: of what they should write), on four held-out rows of Wikipedia, mean over layers. Losses: nats a
 token on held-out text (`texts.py`); a standard error is that of the difference from least squares of as many tokens,
-over the rows. Each finished arm is written to `--out`; a second start skips what is there. `--quick` is a smoke run.
-All is fp32 in one thread.
+over the rows. Each finished arm is written to `--out`, and each finished layer to `--work`; a second start goes on from
+there. `--quick` is a smoke run. All is fp32 in one thread.
 """
 
 from __future__ import annotations
@@ -73,12 +73,31 @@ class Point:
         self.teacher, self.layers, self.arms = bench.teacher, Layers(bench.teacher), arms
         self.learn, self.steps = tokens, bench.options.passes * tokens // bench.how.batch
         self.how, self.count = bench.how, bench.options.layers
+        self.file = bench.options.work / f"{tokens} tokens.pt"  # what is done, layer by layer
         self.rows = torch.cat([bench.pool[: tokens // LENGTH], bench.pool[-ASIDE:], bench.test])
+        self.key = [str(bench.options.model), arms, bench.result["settings"]]
         self.made: dict[str, list[Dense]] = {arm: [] for arm in arms}
         self.residuals: dict[str, list[float]] = {arm: [] for arm in arms}
         self.looks: list[list[float]] = []
         self.seconds = dict.fromkeys([*arms, "teacher"], 0.0)
         self.clock = time.process_time()
+
+    def save(self, done: int, stream: Tensor, own: dict[str, Tensor]) -> None:
+        weights = {arm: [(made.gate, made.up, made.down) for made in layers] for arm, layers in self.made.items()}
+        state = {"key": self.key, "done": done, "stream": stream, "own": own, "weights": weights}
+        state |= {"residuals": self.residuals, "looks": self.looks, "seconds": self.seconds}
+        torch.save(state, self.file.with_suffix(".new"))
+        self.file.with_suffix(".new").replace(self.file)
+
+    def load(self) -> tuple[int, Tensor, dict[str, Tensor]]:
+        """(layers done, the teacher's stream behind them, those of the arms in sequence)."""
+        stream = self.teacher.model.embed_tokens(self.rows)
+        state = torch.load(self.file, weights_only=True) if self.file.exists() else {"key": None}
+        if state["key"] != self.key:
+            return 0, stream, {arm: stream.clone() for arm in self.arms if "in sequence" in arm}
+        self.made = {arm: [Dense(*three) for three in layers] for arm, layers in state["weights"].items()}
+        self.residuals, self.looks, self.seconds = state["residuals"], state["looks"], state["seconds"]
+        return state["done"], state["stream"], state["own"]
 
     def spent(self, arm: str) -> None:
         """Books the CPU seconds since the last call."""
@@ -87,9 +106,8 @@ class Point:
 
     @torch.no_grad()
     def run(self) -> None:
-        stream = self.teacher.model.embed_tokens(self.rows)
-        own = {arm: stream.clone() for arm in self.arms if "in sequence" in arm}
-        for number, layer in enumerate(self.teacher.model.layers[: self.count]):
+        done, stream, own = self.load()
+        for number, layer in enumerate(self.teacher.model.layers[done : self.count], done):
             stream = self.layers.attended(layer, stream)
             inputs = self.layers.read(layer, stream)
             aims = written(layer.mlp, inputs)
@@ -106,6 +124,7 @@ class Point:
                 self.fit_layer(slices(layer.mlp, kept), {arm: pairs}, number)
                 own[arm] += written(self.made[arm][-1], read).view_as(own[arm])
                 self.spent(arm)
+            self.save(number + 1, stream, own)
             print(number, {arm: round(found[-1], 4) for arm, found in self.residuals.items()}, flush=True)
 
     def fit_layer(self, start: Dense, plain: dict[str, Pairs], number: int) -> None:
@@ -222,6 +241,7 @@ class Bench:
             self.add(tokens, arm, self.losses(point.student(arm)), residual=found, **cost, **more)
         if DISTILLED in left:
             self.control(tokens, point.student(SOLVED))
+        point.file.unlink()
 
     def control(self, tokens: int, student: Any) -> None:
         given = self.find(tokens, FIT)
