@@ -34,6 +34,19 @@ def register_norm() -> None:
     DMRegistry.register({torch.nn.RMSNorm: "nn.RMSNorm"})(DynamicRMSNorm)
 
 
+def gather_numbers() -> None:
+    """Gloo gathers tensors of equal ranks alone; Model Optimizer gathers the number of layers, which has no dimension,
+    into a vector, as NCCL allows. Here is one process, so the result has the number's size."""
+    import torch
+
+    gather = torch.distributed.all_gather_into_tensor
+
+    def of_one_process(output: Any, part: Any, **more: Any) -> Any:
+        return gather(output, part.reshape(output.shape), **more)
+
+    torch.distributed.all_gather_into_tensor = of_one_process
+
+
 def build(source: Any) -> Any:
     """The folder's model, fp32: Megatron's local layers with torch's RMSNorm. For Llamas without biases."""
     import torch
@@ -148,6 +161,7 @@ def main() -> None:
     source, tokens = open_source(folder), torch.from_numpy(np.load(rows))
     peer.one_process()
     register_norm()
+    gather_numbers()
     model = build(source)
     before, first = weights_of(model), loss(model, tokens[0])
     ready = time.perf_counter()
