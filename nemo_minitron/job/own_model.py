@@ -72,7 +72,7 @@ ON_GPUS = Scale(
 )  # fmt: skip
 ON_A_CPU = Scale(
     tokens=200_000, sequence_length=512, batch=1, calibration=32, evaluation=16_384,
-    search=Search(proxy=LOSSES, marginals=3, candidates=6, distil=2, steps=30, tokens=4096),
+    search=Search(proxy=LOSSES, candidates=6, distil=2, steps=30, tokens=4096),
 )  # fmt: skip
 
 

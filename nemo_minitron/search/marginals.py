@@ -1,7 +1,9 @@
 """Guesses the loss of a shape from measured losses of cuts along one axis each.
 
-The rise of the loss above the uncut model's is measured at a few sizes of each axis and interpolated between them,
-linearly in the size. The rises of a shape's sizes are added. It is a heuristic, as the share of scores that a shape
+The rise of the loss above the uncut model's is measured at a few sizes of each axis. Between them it is interpolated by
+a monotone cubic (PCHIP), since the loss rises ever faster as an axis gets smaller: on SmolLM2, with four sizes an axis,
+lines order shapes by 0.84 to 0.93 (Spearman, by where the sizes lie) and PCHIP by 0.87 to 0.90, with three by 0.77 to
+0.82 and 0.84 to 0.89. The rises of a shape's sizes are added. It is a heuristic, as the share of scores that a shape
 keeps (`proxy.py`) is, but it has seen what each axis costs this model, and where the loss of a cut runs away.
 """
 
@@ -39,10 +41,12 @@ class Marginals:
         return np.exp(-rise)
 
     def _rise(self, name: str, measured: Mapping[int, float], at: np.ndarray) -> np.ndarray:
+        from scipy.interpolate import PchipInterpolator
+
         points = {**measured, self.lengths[name]: self.uncut}
         known = sorted(points)
-        rise = np.interp(at, known, [points[size] - self.uncut for size in known])
-        return np.where(at < known[0], np.nan, rise)
+        rise = PchipInterpolator(known, [points[size] - self.uncut for size in known], extrapolate=False)
+        return rise(at)
 
 
 def points_of(space: Space, name: str, count: int) -> Sequence[int]:

@@ -24,8 +24,10 @@ def columns(**sizes):
 def test_rises_are_interpolated_and_added(source):
     losses = {"layers": {3: 5.0, 5: 2.5}, "ffn": {48: 3.0}}
     guess = Marginals(2.0, losses, {"layers": 6, "ffn": 96}, source.num_query_groups)
-    found = -np.log(guess(columns(layers=[6, 5, 4, 3, 5, 6], ffn=[96, 96, 96, 96, 48, 72])))
-    np.testing.assert_allclose(found, [0, 0.5, 1.75, 3.0, 1.5, 0.5], atol=1e-12)
+    found = -np.log(guess(columns(layers=[6, 5, 3, 5, 6], ffn=[96, 96, 96, 48, 72])))
+    np.testing.assert_allclose(found, [0, 0.5, 3.0, 1.5, 0.5], atol=1e-12)  # two points of an axis make a line
+    (between,) = -np.log(guess(columns(layers=[4], ffn=[96])))
+    assert 0.5 < between < 1.75  # 1.75 would be on the line; the loss rises ever faster
 
 
 def test_a_size_below_the_smallest_is_not_guessed(source):
