@@ -17,8 +17,6 @@ BRIDGE_TESTS := tests/backend tests/distillation tests/hosts/test_contract.py te
   tests/cli/test_chain_command.py tests/cli/test_search_job.py tests/cli/test_nodes_compress.py \
   tests/cli/test_nemo_command.py tests/cli/test_trajectory_command.py
 export HF_HUB_OFFLINE := 1
-# Modules are compiled when they are first imported: most of the 30,000 files never are.
-export PIP_NO_COMPILE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 
