@@ -58,14 +58,14 @@ docs: venv
 	@$(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
 
 test: venv lint
-	@echo "make test: every test on this machine, real processes over gloo (15 to 30 minutes on two cores)"
+	@echo "make test: every test on this machine, real processes over gloo (20 to 55 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; \
 	if test -n "$(PYTHON312)"; then $(MAKE) --no-print-directory test-bridge || code=1; \
 	else echo "make test: Megatron-Bridge is left out, because there is no Python 3.12 here"; fi; exit $$code
 
 test-bridge: venv-bridge
-	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (6 to 12 minutes on two cores)"
+	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (8 to 20 minutes on two cores)"
 	@start=$$SECONDS; $(BRIDGE)/bin/python -m pytest $(wildcard $(BRIDGE_TESTS)) -q -n 2 --dist loadfile --durations=5; code=$$?; \
 	echo "make test-bridge: $$((SECONDS - start)) s"; exit $$code
 
