@@ -149,7 +149,7 @@ def parts_of(job: Job, config: HfConfig) -> dict[tuple[str, str], int]:
     """(stage, where it writes) -> bytes, for everything that is large in a run."""
     target = _target(job, from_hf(config), config)
     cuts, distilled = (job.search.candidates, job.search.distil) if job.search.wanted else (1, 0)
-    if job.search.proxy == LOSSES:
+    if job.search.wanted and job.search.proxy == LOSSES:
         cuts += job.search.marginals * len(job.search.shapes(from_hf(config), job.keep).axes)
     trained = 2 + 2 * 14  # a new checkpoint is written before the old one is removed
     refitted = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # one more: the parts of a file while it is made

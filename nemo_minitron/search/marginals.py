@@ -34,10 +34,7 @@ class Marginals:
         for a size below the smallest that was measured."""
         rise = np.zeros(len(next(iter(sizes.values()))))
         for name, measured in self.losses.items():
-            at = sizes[name]
-            if name == "heads":  # cut alone, the heads of every group were measured
-                at = at // sizes.get("query_groups", np.array(self.groups)) * self.groups
-            rise += self._rise(name, measured, at)
+            rise += self._rise(name, measured, _alone(sizes, name, self.groups))
         return np.exp(-rise)
 
     def _rise(self, name: str, measured: Mapping[int, float], at: np.ndarray) -> np.ndarray:
@@ -49,12 +46,19 @@ class Marginals:
         return rise(at)
 
 
+def _alone(sizes: Columns, name: str, groups: int) -> np.ndarray:
+    """The size of an axis in each shape if no other axis is cut: for heads, as many in each of all query groups."""
+    if name != "heads":
+        return sizes[name]
+    return sizes[name] // sizes.get("query_groups", np.array(groups)) * groups
+
+
 def points_of(space: Space, name: str, count: int) -> Sequence[int]:
     """The sizes of an axis at which the loss is measured, rising: `count` of the space's sizes below the uncut one, at
-    most, evenly spread, with the smallest and the largest of them. None if the axis does not vary."""
+    most, evenly spread, with the smallest and the largest of them. It is empty if the axis does not vary."""
     sizes: set[int] = set()
     for columns in space.blocks():
-        sizes.update(np.unique(columns[name]).tolist())
+        sizes.update(np.unique(_alone(columns, name, space.source.num_query_groups)).tolist())
     if len(sizes) < 2:
         return []
     below = sorted(size for size in sizes if size < axis(name).length(space.source))

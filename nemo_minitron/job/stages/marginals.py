@@ -6,9 +6,10 @@ Each cut is a candidate's folder, `search/AXISsize`: it is cut, re-fitted and me
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Scores, records
+from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder
@@ -22,7 +23,6 @@ from nemo_minitron.job.stages.candidate import evaluation_of, loss_of
 from nemo_minitron.job.stages.compensate import solve_cuts, solves
 from nemo_minitron.job.teacher import teacher_folder
 from nemo_minitron.search.marginals import Marginals, points_of
-from nemo_minitron.search.space import Space
 from nemo_minitron.sources.open import config_of
 
 
@@ -34,26 +34,28 @@ def measure_axes(run: Run) -> None:
     job, scores = run.job, Scores.load(run.folder.scores)
     config = config_of(job.teacher)
     space = job.search.shapes(scores.architecture, job.keep, multiples_of(config))
-    sizes = {name: _sizes(space, name, job.search.marginals, config) for name in space.axes}
-    cuts = [(name, size) for name, values in sizes.items() for size in values]
-    for name, size in cuts:
-        plan(scores, {name: size}, depth=job.depth).save(run.folder.candidate(f"{name}{size}").plan)
+    names = []
+    for name in space.axes:
+        points = points_of(space, name, job.search.marginals)
+        made = {size: plan(scores, {name: size}, depth=job.depth) for size in points}
+        for size, cut in _loaded(name, made, config).items():
+            names.append((name, size))
+            cut.save(run.folder.candidate(f"{name}{size}").plan)
     if solves(job):
-        solve_cuts(run, [run.folder.candidate(f"{name}{size}") for name, size in cuts])
+        solve_cuts(run, [run.folder.candidate(f"{name}{size}") for name, size in names])
     uncut = measure(teacher_folder(run), Tokens(corpora.prefix(run, "test")), evaluation_of(run))["loss"]
     run.say(f"    {'uncut':40} loss {uncut:.4f}")
-    rows = [{"axis": name, "size": size, "loss": _loss(run, f"{name}{size}")} for name, size in cuts]
+    rows = [{"axis": name, "size": size, "loss": _loss(run, f"{name}{size}")} for name, size in names]
     write_json(run.folder.marginals, {"uncut": uncut, "cuts": rows})
 
 
-def _sizes(space: Space, name: str, count: int, config: HfConfig) -> list[int]:
-    """Sizes of an axis that are measured: those that transformers loads although no other axis is cut.
+def _loaded(name: str, plans: Mapping[int, PrunePlan], config: HfConfig) -> dict[int, PrunePlan]:
+    """Of the plans by size of an axis, those whose students transformers loads although no other axis is cut.
 
-    Raises InputError if the axis varies, and none of its sizes is one.
+    Raises InputError if there are plans, and none of them is one.
     """
-    points = points_of(space, name, count)
-    alone = [size for size in points if _loads(space.source.replace(**{axis(name).size: size}), config)]
-    if points and not alone:
+    alone = {size: made for size, made in plans.items() if _loads(made.target, config)}
+    if plans and not alone:
         raise InputError(
             f"the model cannot be cut along '{name}' alone, so no loss can be measured; set search.proxy to 'scores'"
         )

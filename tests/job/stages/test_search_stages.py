@@ -146,6 +146,18 @@ def test_losses_of_single_axes_rank_the_shapes(world, monkeypatch):
     assert world.done == [("measured", 6)]  # the cuts' own numbers are still there
 
 
+def test_query_groups_are_cut_alone_with_their_heads(world, monkeypatch):
+    monkeypatch.setattr(marginals, "solve_cuts", lambda run, cuts: None)
+    monkeypatch.setattr(marginals, "solves", lambda job: False)
+    monkeypatch.setattr(marginals, "loss_of", lambda run, name: 3.0)
+    run = open_run(world.job.override(["search.proxy=losses", "search.space=query_groups=1,3"]), world.folder / "run")
+    marginals.measure_axes(run)
+    cuts = json.loads(run.folder.marginals.read_text())["cuts"]
+    assert cuts == [{"axis": "query_groups", "size": 1, "loss": 3.0}]  # heads are as many in each group
+    target = PrunePlan.load(run.folder.candidate("query_groups1").plan).target
+    assert (target.num_query_groups, target.num_attention_heads) == (1, world.source.heads_per_group)
+
+
 def test_nothing_is_done_twice(world):
     world.search()
     world.search()
