@@ -104,6 +104,7 @@ class Bench:
         from nemo_minitron.sources.open import open_source
 
         backend.setup()
+        self.schedule = Schedule()
         self.model, self.work, self.options, self.results = options.model, options.work, options, results
         self.source, tokenizer = open_source(options.model), load_tokenizer(options.model)
         self.vocab_size = self.source.architecture.vocab_size
@@ -224,7 +225,7 @@ class Bench:
         length = self.options.train_length
         rows = self.train_tokens.windows(length + 1, self.options.tokens // length, seed)
         step = distillation_step(Objective(self.vocab_size, logits_weight=1.0), model_inputs, teacher)
-        done = Training(student, len(rows), Schedule(), self.options.precision).run(step, rows)
+        done = Training(student, len(rows), self.schedule, self.options.precision).run(step, rows)
         return {"CPU s a step": done["CPU s a step"]}
 
     def losses(self, chunk: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ power of WEIGHTS. The best few shapes are measured afterwards: `rank` distils th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,6 +28,9 @@ from nemo_minitron.search.plans import scores_of
 # one with fewer heads better; Spearman 0.68 over all. So the best few are cut and measured before any is trained.
 WEIGHTS = {"hidden": 3.5, "layers": 3.5, "heads": 2.0}
 OTHERS = 1.0
+# The rise of the loss is guessed as a multiple of -log(share kept). Of the 29 largest shapes of SmolLM2 at 84 million
+# parameters two thirds were guessed to 15% (docs/benchmarks.md, "A search").
+ERROR = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,14 @@ class Proxy:
                 at = at // sizes.get("query_groups", self.groups)
             kept *= shares[at] ** WEIGHTS.get(name, OTHERS)
         return kept
+
+
+def near(kept: float | None, best: float | None) -> bool | None:
+    """Whether the proxy cannot tell a shape from the best one: the rises that it guesses differ by no more than ERROR of
+    the best one's. None without scores."""
+    if kept is None or best is None:
+        return None
+    return math.log(best) - math.log(kept) <= -ERROR * math.log(best)
 
 
 def make_proxy(scores: Scores, axes: tuple[str, ...], depth: str = BLOCK_INFLUENCE, contiguous: bool = True) -> Proxy:

@@ -11,14 +11,17 @@ from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
 from nemo_minitron.axes import axis
 from nemo_minitron.search.candidates import Candidate, SearchResult
 from nemo_minitron.search.formula import Cost, Formula
+from nemo_minitron.search.proxy import near
 
 
 def rows_of(result: SearchResult, source: Architecture, **serving: object) -> list[JsonObject]:
     """The candidates, best first, then the other shapes on the front; `serving`: arguments of `Architecture.memory`.
 
     Columns: name, each axis, parameters, without_embeddings, active_parameters (of mixtures), bytes (to serve),
-    flops (of a token at the end of the context), kept (the proxy), rank (None beyond the candidates), front.
+    flops (of a token at the end of the context), kept (the proxy), rank (None beyond the candidates), near_first (the
+    proxy cannot tell it from the first one), front.
     """
+    best = result.candidates[0].kept
     names = {candidate.name for candidate in result.candidates}
     front = {candidate.name for candidate in result.front}
     shapes = [*result.candidates, *(candidate for candidate in result.front if candidate.name not in names)]
@@ -30,6 +33,7 @@ def rows_of(result: SearchResult, source: Architecture, **serving: object) -> li
             **{column: values[i] for column, values in costs.items()},
             "kept": candidate.kept,
             "rank": i + 1 if i < len(names) else None,
+            "near_first": near(candidate.kept, best),
             "front": candidate.name in front,
         }
         for i, candidate in enumerate(shapes)

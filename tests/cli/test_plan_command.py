@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 
@@ -66,6 +67,10 @@ def test_a_budget(run, scores, tmp_path):
     table = [line.split() for line in output.splitlines() if line.strip()[:1] in ("1", "4", "u")]
     assert [line[0] for line in table] == ["1", "4", "uncut"]
     assert table[0][1:5] == [str(size) for size in best.values()]
+    close = [row["rank"] for row in listed[1:4] if math.log(kept[0] / float(row["kept"])) <= -0.15 * math.log(kept[0])]
+    assert [row["rank"] for row in listed[1:4] if row["near_first"] == "1"] == close != []
+    assert [line.split()[0] for line in output.splitlines() if line.split()[1:2] == ["~"]] == close
+    assert f"~: {len(close)} other shape" in output
 
 
 def test_a_budget_is_the_most(run, tmp_path):
