@@ -43,7 +43,8 @@ class Sweep(Bench):
                 student = load_model(self.model, plan, compensation=compensation, precision=o.precision)[0]
                 self.schedule = Schedule(peak=rate, least=rate / 10)
                 more = self.train(student, teacher, seed) if rate else {}
-                self.results.add({"cut": cut, "arm": arm, "seed": seed, "tokens": tokens, **self.losses(student), **more})
+                row = {"cut": cut, "arm": arm, "seed": seed, "tokens": tokens}
+                self.results.add({**row, **self.losses(student), **more})
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -29,8 +29,8 @@ BASELINE = "Baseline to plan instead: random units, or the least important ones 
 WIDE = 140
 NOT_SHOWN = ("name", "rank", "near_first", "front")
 NEAR = (
-    "~: {} other {} within the noise of this ranking, which guesses the loss's rise to 15 %; minitron compress with the\n"
-    "same budget cuts and measures the best shapes"
+    "~: {} other {} within the noise of this ranking, which guesses the loss's rise to 15 %;\n"
+    "minitron compress with the same budget cuts and measures the best shapes"
 )
 COLUMNS = {  # column -> heading, the unit that its numbers are divided by, format
     "parameters": ("params M", 1e6, "{:,.1f}"), "without_embeddings": ("no emb. M", 1e6, "{:,.1f}"),

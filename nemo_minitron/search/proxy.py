@@ -53,8 +53,8 @@ class Proxy:
 
 
 def near(kept: float | None, best: float | None) -> bool | None:
-    """Whether the proxy cannot tell a shape from the best one: the rises that it guesses differ by no more than ERROR of
-    the best one's. None without scores."""
+    """Whether the proxy cannot tell a shape from the best one: the rises that it guesses differ by no more than ERROR
+    of the best one's. None without scores."""
     if kept is None or best is None:
         return None
     return math.log(best) - math.log(kept) <= -ERROR * math.log(best)
