@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=4096, help="tokens of each held-out text")
     parser.add_argument("--tokens", type=int, default=16384, help="that each student is trained on")
     parser.add_argument("--train-length", type=int, default=256, help="of a training row")
-    parser.add_argument("--rates", type=float, nargs="+", default=[BASE, 6e-4, 1.2e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.5e-4, BASE, 6e-4])
     parser.add_argument("--seed", type=int, default=1, help="of the training rows")
     parser.add_argument("--precision", default=best_precision(), choices=("fp32", "bf16"), help="of what is measured")
     parser.add_argument("--cuts", nargs="+", default=["ffn 1024", "layers 24", "all, to 84M"], choices=list(CUTS))

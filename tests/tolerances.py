@@ -74,6 +74,11 @@ SOLVED_FP32 = 1e-6
 # products are summed in fp32 within a micro-batch. Relative to the largest element.
 GRAM_FP32 = 5e-6
 
+# Matrices after some 80 steps of Adam on fp32 activations, against float64: Adam divides each gradient by its own size,
+# so that an element whose gradient is nearly 0 can move by a share of the rate (2e-3 here). Absolute, of matrices with
+# elements of 0.1.
+RECONSTRUCTED = 1e-4
+
 # A loss between intermediate states of pico models against float64: norms and a projection of fp32 states that went
 # through a few layers. Relative. Its gradients went back through them too: relative to the tensor's largest element.
 STATE_LOSS_FP32 = 1e-5

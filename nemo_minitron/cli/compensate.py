@@ -27,7 +27,7 @@ def compensate(
     plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan` that cuts neurons or heads.")],
     data: Data,
     calibration: Annotated[Calibration, ROWS],
-    cutting: Annotated[Cutting, Taking("ridge", "memory")],
+    cutting: Annotated[Cutting, Taking("ridge", "memory", "reconstruct", "reconstruct_batch")],
     layout: Layout,
     skip_bad_lines: SkipBadLines = False,
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
@@ -39,6 +39,7 @@ def compensate(
 
     compensation = run_compensate(
         model, plan, data, out, calibration, layout, ridge=cutting.ridge, memory=int(cutting.memory * 1e9),
+        reconstruct=cutting.reconstruct, reconstruct_batch=cutting.reconstruct_batch,
         skip_bad_lines=skip_bad_lines, overwrite=overwrite,
     )  # fmt: skip
     print(f"{out}: {len(compensation.tensors)} matrices")

@@ -15,12 +15,14 @@ from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import RIDGE
+from nemo_minitron.pruning.reconstruction import can_reconstruct
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
+from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.sources.tensors import ModelSource
 
 BYTES = int(MEMORY * 1e9)
@@ -28,7 +30,8 @@ BYTES = int(MEMORY * 1e9)
 
 def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES, skip_bad_lines: bool = False, overwrite: bool = False,
+    ridge: float = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
+    skip_bad_lines: bool = False, overwrite: bool = False,
 ) -> Compensation:  # fmt: skip
     """`minitron compensate`: leaves the file `out`, for `minitron prune --compensation`. `calibration` says which rows
     are read. `memory`: bytes of Gram matrices on a rank. A file `out` that exists is replaced only under `overwrite`.
@@ -49,24 +52,42 @@ def run_compensate(
     layout.check_sequence(fit.settings.sequence_length)
     check_fp8(source.architecture, layout, calibration.precision)
     check_tokens(fit.settings.sequence_length, calibration.batch_size, layout, calibration.precision)
+    check_reconstruct(loaded, reconstruct, fit.settings.samples, reconstruct_batch, layout)
     begin(f"re-fitting matrices of {model} on {data}")
     with working(out) as work:
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)
         fit.text(tokens)
         say(fit.remark)
-        solve_for(source, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory)
+        batch = check_reconstruct(loaded, reconstruct, fit.settings.samples, reconstruct_batch, layout)
+        solve_for(
+            source, {plan: out}, tokens.prefix, fit.settings, layout, ridge=ridge, memory=memory,
+            reconstruct=reconstruct, reconstruct_batch=batch,
+        )  # fmt: skip
     return Compensation.load(out)
 
 
 def solve_for(
     model: ModelSource, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES, log: Path | None = None,
+    ridge: float = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
+    log: Path | None = None,
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
-    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. Raises RuntimeError if a process
-    fails."""
-    order = CompensateOrder(model.path, plans, data, ridge, memory, calibration, layout)
+    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. `reconstruct`: passes in which MLPs
+    are fitted as a whole, by steps of `reconstruct_batch` rows. Raises RuntimeError if a process fails."""
+    order = CompensateOrder(
+        model.path, plans, data, ridge, memory, calibration, layout, reconstruct, reconstruct_batch
+    )  # fmt: skip
     launch(order, host_of().worker, log)
+
+
+def check_reconstruct(plan: PrunePlan, passes: int, samples: int, batch: int, layout: Layout) -> int:
+    """The rows of a step. Raises InputError if `passes` are asked for and the plan has no MLP to fit, or if the rows do
+    not serve."""
+    if not passes:
+        return batch
+    if not can_reconstruct(plan):
+        raise InputError("reconstruct fits MLPs that lost neurons, and the plan cuts no ffn; leave it out")
+    return rows_of_step(samples, batch, layout.dp)
 
 
 def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:

@@ -1,4 +1,5 @@
-"""The compensate stage: it sums the Gram matrices of the uncut model's activations and re-fits matrices with them.
+"""The compensate stage: it sums the Gram matrices of the uncut model's activations and re-fits matrices with them. Then
+it may fit cut MLPs as a whole.
 
 Shapes (docs/shapes.md): D input channels of a matrix.
 """
@@ -6,8 +7,9 @@ Shapes (docs/shapes.md): D input channels of a matrix.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +19,23 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.axes import AXES
+from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.importance.gram import gram, whole
+from nemo_minitron.megatron.live import LiveSource
 from nemo_minitron.megatron.load import Builder, load
 from nemo_minitron.megatron.progress import Report, counted
+from nemo_minitron.megatron.reconstruct import reconstruct
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.reconstruction import can_reconstruct, fitted_names, neurons_alone, of_student
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
+from nemo_minitron.sources.tensors import whole as everything
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 
 def compensate(order: CompensateOrder, host: Builder) -> None:
@@ -36,12 +46,16 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     that it re-fits to files beside the Compensation. Rank 0 joins the files, one plan at a time, so that no rank holds
     the matrices of several plans.
 
+    Under `order.reconstruct` the MLPs of each plan are then fitted as a whole, one plan after another.
+
     Raises InputError if the model, the text or a plan cannot be read, or if they do not belong together.
     """
     source, calibration = open_source(order.model), order.calibration
-    cuts = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
-    for cut in cuts:
+    wanted = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
+    for cut in wanted:
         check_plan(cut.plan, source)
+    fits = [Fit(cut) for cut in wanted if order.reconstruct and can_reconstruct(cut.plan)]
+    cuts = [*wanted, *(fit.start for fit in fits)]
     chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
     if torch.distributed.get_rank() == 0:
         for cut in cuts:
@@ -63,6 +77,9 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
         rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
         for cut in cuts:
             cut.finish({"method": "least squares", "ridge": order.ridge, **rows})
+    torch.distributed.barrier()
+    for fit in fits:
+        fit.run(order, host, source, chunks)
 
 
 def _reporting(order: CompensateOrder, report: Report, group: int, groups: int) -> Callable[[int], None]:
@@ -102,17 +119,62 @@ class Cut:
         shutil.rmtree(self.parts)
 
 
+class Fit:
+    """The MLPs of a plan, fitted as a whole from the least squares of the cut of neurons alone, `start`."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.start = Cut(neurons_alone(cut.plan), cut.out.with_name(f"{cut.out.name}.neurons"))
+
+    def run(self, order: CompensateOrder, host: Builder, source: ModelSource, teacher: list[MegatronModule]) -> None:
+        """Puts the fitted matrices into the plan's Compensation. Collective."""
+        plan, alone, first = self.cut.plan, self.start.plan, torch.distributed.get_rank() == 0
+        solved = Compensation.load(self.start.out)
+        student = load(source, alone, build=host.build, compensation=solved, precision="fp32", layout=order.layout)
+        report = Report("reconstruction: pass") if first else lambda done, total: None
+        found = reconstruct(order, teacher, student, rows_of(order), report)
+        errors = {k: v for each in gather_objects(found, torch.distributed.group.WORLD) for k, v in each.items()}
+        live = LiveSource(student, alone.target)
+        if first:
+            self.cut.begin()
+        for name, origin in fitted_names(plan):
+            raw = live.read(origin, everything(alone.target.shapes()[origin]))
+            if first:
+                np.save(self.cut.parts / name, of_student(plan, name, raw.view(np.float32)))
+        torch.distributed.barrier()
+        if first:
+            self._join(order, {layer: errors[layer] for layer in plan.kept_layers if layer in errors})
+
+    def _join(self, order: CompensateOrder, errors: Mapping[int, tuple[float, float]]) -> None:
+        """`errors`: the teacher's layer -> its MLP's on held-out rows, before and after."""
+        solved, parts = Compensation.load(self.cut.out), self.cut.parts
+        fitted = {name: np.load(parts / f"{name}.npy", mmap_mode="r") for name, _ in fitted_names(self.cut.plan)}
+        kept = [min(after / before, 1.0) if before else 1.0 for before, after in errors.values()]
+        notes: JsonObject = {
+            "reconstruct": order.reconstruct, "reconstruct_batch": order.reconstruct_batch,
+            "held-out error of each layer's MLP, as a share of the least squares'": [round(x, 4) for x in kept],
+        }  # fmt: skip
+        both = {name: solved.tensors[name] for name in solved.tensors if name not in fitted} | fitted
+        Compensation(solved.plan, both, solved.notes | notes).save(self.cut.out)
+        shutil.rmtree(parts)
+        self.start.out.unlink()
+
+
+def rows_of(order: CompensateOrder) -> torch.Tensor:
+    """All rows that the calibration's seed draws from the corpus, int64 [samples, sequence_length]."""
+    from nemo_minitron.data import Tokens
+
+    calibration = order.calibration
+    return Tokens(order.data).windows(calibration.sequence_length, calibration.samples, calibration.seed)
+
+
 def rank_batches(order: CompensateOrder) -> list[torch.Tensor]:
     """This data-parallel rank's share of the rows that the calibration's seed draws from the corpus.
 
     Each batch is int64 [batch_size, sequence_length]; the last one may be smaller.
     """
-    from nemo_minitron.data import Tokens
-
-    calibration = order.calibration
-    rows = Tokens(order.data).windows(calibration.sequence_length, calibration.samples, calibration.seed)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(rows.split(calibration.batch_size))[rank::ranks]
+    return list(rows_of(order).split(order.calibration.batch_size))[rank::ranks]
 
 
 def passes(source: Architecture, origins: Iterable[str], memory: int, layout: Layout) -> Iterator[list[int]]:

@@ -14,6 +14,11 @@ from nemo_minitron.schema import setting
 MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
 FOLD = "Scale RMSNorms by sqrt(all / kept) where hidden channels are cut."
 GAPS = "Scale what is written to the residual stream behind dropped layers to the stream's length there."
+PASSES = (
+    "Passes over the calibration in which each MLP that lost neurons is fitted as a whole, after the least squares; 0: "
+    "none."
+)
+BATCH = "Rows of one step of that fit, of all data-parallel ranks together."
 RESIDUAL = (
     "Add the residual of pruned heads to the heads that stay: paper, or laco (the other sign). It needs --scores."
 )
@@ -27,6 +32,9 @@ class Cutting:
     calibration's activations, damped by `ridge`; false leaves the papers' pure selection.
     `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes, divided among the
     ranks that share it. One pass of the calibration serves as many layers as fit, at least one.
+    `reconstruct`: passes over the calibration in which each MLP that lost neurons learns, as a whole, to write what the
+    teacher's MLP writes (`megatron/reconstruct.py`; 2510.14444), in steps of `reconstruct_batch` rows. It starts from
+    the least squares, and each rank holds a second copy of the model in fp32 for it.
     `fold_norms`: where hidden channels are cut, RMSNorms are scaled for the smaller number of channels. LayerNorms, for
     which no factor is exact, stay as they are.
     `scale_gaps`: where layers are dropped, what is written to the residual stream behind them is scaled to the length
@@ -34,8 +42,8 @@ class Cutting:
     activation, or `axes` without it) leaves the slices as they are.
     `head_residual` ("paper", "laco" or none): see `pruning/compensation.py`.
 
-    Raises InputError for a ridge or a memory that is not finite and above 0, an unknown residual, and a head residual
-    together with `compensate`.
+    Raises InputError for a ridge or a memory that is not finite and above 0, an unknown residual, a head residual
+    together with `compensate`, and `reconstruct` without it.
     """
 
     compensate: bool = setting(True, "Re-fit the matrices that lose inputs to the cut; false: pure selection.")
@@ -45,6 +53,8 @@ class Cutting:
     memory: float = setting(
         MEMORY, "GB of Gram matrices on each rank; it limits how many layers one pass serves.", above_zero=True
     )
+    reconstruct: int = setting(0, PASSES, least=0)
+    reconstruct_batch: int = setting(1, BATCH, derived=True, least=1)
     fold_norms: bool = setting(True, FOLD)
     scale_gaps: bool = setting(True, GAPS)
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
@@ -55,15 +65,25 @@ class Cutting:
                 raise InputError(f"{name} is {value}; it must be above 0, for example {usual}, and finite")
         if self.head_residual and self.head_residual not in SIGNS:
             raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
+        if self.reconstruct and not self.compensate:
+            raise InputError(
+                "reconstruct starts from the least squares; leave cutting.compensate=true, or set 0 passes"
+            )
         if self.head_residual and self.compensate:
             raise InputError("head_residual changes the heads that compensate re-fits; set cutting.compensate=false")
 
     def deciding(self) -> dict[str, object]:
         """Name -> value of the settings that decide the student's weights."""
         values = dataclasses.asdict(self)
-        for name in ("memory",) if self.compensate else ("memory", "ridge"):
+        leave = {"memory"} if self.compensate else {"memory", "ridge"}
+        leave |= set() if self.reconstruct else {"reconstruct", "reconstruct_batch"}
+        for name in leave:
             del values[name]
         return values
+
+    def fitting(self) -> object:
+        """Plain values that decide what the least squares, and the fit after them, give."""
+        return [self.ridge, self.reconstruct, int(self.reconstruct_batch)] if self.reconstruct else self.ridge
 
     def folds(self, source: Architecture, target: Architecture) -> bool:
         """Whether this cut's norms are scaled."""
@@ -79,6 +99,8 @@ class Cutting:
         """Raises InputError for a setting that this cut cannot have. `searched`: a search will find the sizes."""
         from nemo_minitron.pruning.compensation import check_residual
 
+        if self.reconstruct and not searched and source.ffn_hidden_size == target.ffn_hidden_size:
+            raise InputError("reconstruct fits MLPs that lost neurons, and the job cuts no ffn; set 0 passes")
         if self.head_residual and searched:
             raise InputError("head_residual needs sizes in keep; the shapes of a search keep all heads")
         if self.head_residual:

@@ -74,7 +74,8 @@ class PruneOrder(Order):
 @dataclasses.dataclass(frozen=True)
 class CompensateOrder(Order):
     """Re-fit the matrices that lose inputs to a cut. `plans`: the file of each plan -> the file of its Compensation.
-    `memory`: bytes of Gram matrices on a rank. `calibration` says which rows are read."""
+    `memory`: bytes of Gram matrices on a rank. `calibration` says which rows are read. `reconstruct`: passes in which
+    cut MLPs are then fitted as a whole, by steps of `reconstruct_batch` rows."""
 
     stage: ClassVar[str] = "compensate"
     model: Path
@@ -84,6 +85,8 @@ class CompensateOrder(Order):
     memory: int
     calibration: Calibration
     layout: Layout
+    reconstruct: int = 0
+    reconstruct_batch: int = 1
 
     @property
     def place(self) -> Path:

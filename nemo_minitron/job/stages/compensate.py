@@ -20,6 +20,7 @@ from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
+from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.sources.tensors import ModelSource
 
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # a cut of these axes leaves matrices to re-fit
@@ -41,7 +42,7 @@ def compensate(run: Run) -> None:
     solve_cuts(run, [run.folder])
 
 
-SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.ridge, ("plan",), (RunFolder.compensation,))
+SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.fitting(), ("plan",), (RunFolder.compensation,))
 
 
 def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
@@ -61,7 +62,9 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
         calibration = fitted_calibration(job, teacher.architecture, tokens).settings
         solve_for(
             teacher, outputs, tokens.prefix, calibration, job.layout,
-            ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), log=run.folder.log,
+            ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), reconstruct=job.cutting.reconstruct,
+            reconstruct_batch=rows_of_step(calibration.samples, job.cutting.reconstruct_batch, job.layout.dp),
+            log=run.folder.log,
         )  # fmt: skip
     count = sum(len(Compensation.load(out).tensors) for out in outputs.values())
     run.say(f"    {count} matrices re-fitted")

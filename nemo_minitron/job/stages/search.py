@@ -51,7 +51,7 @@ def search_stages(job: Job) -> tuple[list[Stage], list[Stage]]:
         Stage("candidates", candidates, _candidates_inputs, (known,), (names.candidates,), _each(each.plan)),
     ]
     solve = Stage(
-        "compensate", solve_all, lambda run: run.job.cutting.ridge, ("candidates",), also=_each(each.compensation)
+        "compensate", solve_all, lambda run: run.job.cutting.fitting(), ("candidates",), also=_each(each.compensation)
     )
     solving = [solve] if solves(job) else []
     before = solving[0].name if solving else "candidates"
