@@ -102,7 +102,7 @@ def _searched(
     result = search.run(source, keep, scores, loads=loads, depth=depth, contiguous=contiguous)
     best = result.candidates[0]
     outcome = Outcome(
-        None, rows_of(result, source, **search.serving), source_row(source, list(best.sizes), **search.serving),
+        None, rows_of(result, **search.serving), source_row(source, list(best.sizes), **search.serving),
         result.combinations, result.fitting,
     )  # fmt: skip
     return outcome, {**cut_of(best, source), **keep}  # `keep` may list the layers that stay

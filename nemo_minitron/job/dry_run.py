@@ -41,11 +41,13 @@ Known = Mapping[str, HfConfig]  # a model's folder -> its Hugging Face config
 
 
 def searched(job: Job, source: Architecture, loads: Mapping[str, int | str]) -> Architecture:
-    """The shape closest to the first target of a job that searches. `loads`: the multiples that the teacher's family
-    needs (`families.multiples_of`). Raises InputError if no shape meets the targets."""
+    """The shape closest to the first target of a job that searches, of those that its layout can train. `loads`: the
+    multiples that the teacher's family needs (`families.multiples_of`). Raises InputError if no shape meets the
+    targets."""
     if "vocab" in job.keep:
         raise InputError(VOCAB)
-    return job.search.run(source, job.keep, loads=loads).candidates[0].architecture
+    found = job.search.run(source, job.keep, loads=loads, check=lambda shape: job.layout.check_student(shape, source))
+    return found.candidates[0].architecture
 
 
 def _target(job: Job, source: Architecture, config: HfConfig) -> Architecture:

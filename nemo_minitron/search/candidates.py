@@ -11,14 +11,15 @@ import numpy as np
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
-from nemo_minitron.axes import AXES, axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.search.formula import Columns, Formula
 from nemo_minitron.search.proxy import make_proxy
 from nemo_minitron.search.space import Space
 from nemo_minitron.search.targets import Target
+from nemo_minitron.search.varied import length, resized
 
 Measure = Callable[["Candidate"], float]
+Check = Callable[[Architecture], None]  # raises InputError for a shape that cannot run
 Guess = Callable[[Columns], np.ndarray]  # sizes -> a value above 0, larger for a better shape, NaN for an illegal one
 RANKED = 2048  # most shapes that are ranked, of all that fit
 TIMED = 64  # most shapes whose latency is measured
@@ -71,11 +72,17 @@ class _Rows:
         """The `count` rows of highest rank; of equal rows the earlier comes first."""
         return self.take(np.argsort(-self.rank, kind="stable")[:count])
 
+    def with_better(self, rows: _Rows, count: int) -> _Rows:
+        """The `count` best of these rows, which are sorted, and later ones; most of a large space are not looked at."""
+        above = self.rank[-1] if len(self.rank) >= count else -np.inf
+        return self.join(rows.take(rows.rank > above)).best(count)
+
     def front(self) -> _Rows:
         """The rows that keep more than every cheaper row, by rising cost."""
-        rows = self.take(np.lexsort((-self.rank, self.cost)))
-        before = np.concatenate([[-np.inf], np.maximum.accumulate(rows.rank)[:-1]]) if len(rows.rank) else rows.rank
-        return rows.take(rows.rank > before)
+        order = np.lexsort((-self.rank, self.cost))
+        rank = self.rank[order]
+        before = np.concatenate([[-np.inf], np.maximum.accumulate(rank)[:-1]]) if len(rank) else rank
+        return self.take(order[rank > before])
 
     def maximal(self) -> _Rows:
         """The rows that fit inside no other row; a shape fits inside another if no size of it is larger."""
@@ -94,15 +101,18 @@ def search(
     contiguous: bool = True,
     latency: tuple[float, Measure] | None = None,
     proxy: Guess | None = None,
+    check: Check | None = None,
 ) -> SearchResult:
     """Enumerates the whole space, keeps what meets every target, and ranks it by `proxy`, by default that of `scores`.
 
     Without either the shape closest to the first target comes first. `maximal` leaves out a shape that fits inside
     another one that meets the targets. `latency`: a limit and a function that measures a candidate (in the same
     unit); candidates are measured in the order of their rank, 64 at most, until `top` of them are within the limit.
-    Layers are dropped by the criterion `depth`, as in `plan`.
+    Layers are dropped by the criterion `depth`, as in `plan`. `check` refuses shapes that could not run, for example in
+    the layout of a job; they are left out of the candidates.
 
-    Raises InputError if there is no target, and if no shape meets them; it then names the nearest shape.
+    Raises InputError if there is no target, if no shape meets them (it then names the nearest shape), and as `check`
+    if it refuses each of the best shapes.
     """
     if not targets:
         raise InputError("there is no target to search for; give the parameters, the memory or the FLOPs")
@@ -119,9 +129,12 @@ def search(
         nearest = _nearer(nearest, columns, misses)
         rows = _Rows(np.stack([*columns.values()], axis=1), costs[0], rank).take(misses == 0)
         fitting += len(rows.cost)
-        best, front = best.join(rows).best(max(top, RANKED)), front.join(rows).front()
+        best = best.with_better(rows, max(top, RANKED))
+        front = front.join(rows).front() if proxy else front
     if not fitting:
         raise InputError(_none_fits(space, targets, nearest))
+    if check is not None:
+        best = _legal(space, best, check)
     ranked = _candidates(space, best.maximal() if maximal else best, proxy is not None)
     chosen = itertools.islice(ranked if latency is None else _fast_enough(ranked, *latency), top)
     return SearchResult(
@@ -132,11 +145,21 @@ def search(
 def _candidates(space: Space, rows: _Rows, scored: bool) -> Iterator[Candidate]:
     for sizes, rank in zip(rows.sizes.tolist(), rows.rank.tolist(), strict=True):
         named = dict(zip(space.axes, sizes, strict=True))
-        yield Candidate(named, _shape(space, named), rank if scored else None)
+        yield Candidate(named, resized(space.source, named), rank if scored else None)
 
 
-def _shape(space: Space, sizes: Mapping[str, int]) -> Architecture:
-    return space.source.replace(**{axis(name).size: size for name, size in sizes.items()})
+def _legal(space: Space, rows: _Rows, check: Check) -> _Rows:
+    """The rows whose shapes `check` does not refuse. Raises the first refusal if it refuses all of them."""
+    legal, refusal = [], None
+    for at, candidate in enumerate(_candidates(space, rows, False)):
+        try:
+            check(candidate.architecture)
+            legal.append(at)
+        except InputError as error:
+            refusal = refusal or error
+    if refusal and not legal:
+        raise refusal
+    return rows.take(np.array(legal, np.int64))
 
 
 def _fast_enough(candidates: Iterator[Candidate], limit: float, measure: Measure) -> Iterator[Candidate]:
@@ -170,11 +193,11 @@ def _none_fits(space: Space, targets: Sequence[Target], nearest: tuple[float, di
     wanted = " and ".join(map(str, targets))
     if nearest is None:
         return f"no shape of the space is legal; its axes are {', '.join(space.axes)}: check divisors and query groups"
-    shape = Candidate(nearest[1], _shape(space, nearest[1]))
+    shape = Candidate(nearest[1], resized(space.source, nearest[1]))
     costs = " and ".join(f"{t.cost(shape.architecture):,} {t.unit or t.name}" for t in targets)
     return f"none of {space.combinations:,} shapes has {wanted}; the nearest is {shape} with {costs}"
 
 
 def cut_of(candidate: Candidate, source: Architecture) -> dict[str, int]:
     """The sizes to keep, as `plan` takes them, for the axes that get smaller."""
-    return {name: size for name, size in candidate.sizes.items() if size < AXES[name].length(source)}
+    return {name: size for name, size in candidate.sizes.items() if size < length(source, name)}

@@ -10,7 +10,7 @@ import numpy as np
 
 from nemo_minitron import windows
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.axes import axis
+from nemo_minitron.search.varied import length, resized
 
 Cost = Callable[[Architecture], int]
 Columns = Mapping[str, np.ndarray]  # axis -> its size in each shape, int64 [shapes]
@@ -19,7 +19,8 @@ Columns = Mapping[str, np.ndarray]  # axis -> its size in each shape, int64 [sha
 class Formula:
     """`cost` of `source` with other sizes along `axes`, for arrays of sizes.
 
-    If layers vary and only some have a window, every layer is counted without one, as in `Architecture.replace`.
+    Kinds of a hybrid's layers may be among `axes`. If layers vary and only some have a window, every layer is counted
+    without one, as in `Architecture.replace`.
 
     Parameters, bytes to serve and FLOPs are sums of products in which no size occurs twice. Such a sum is determined
     by its values at two sizes of each axis, so `cost` is evaluated there and no formula is written twice. If query
@@ -34,8 +35,8 @@ class Formula:
         pairs = {name: _two_sizes(name, source, axes) for name in axes}
         values = np.empty((2,) * len(axes), dtype=object)  # Python's integers: nothing is rounded
         for corner in itertools.product((0, 1), repeat=len(axes)):
-            sizes = {axis(name).size: pairs[name][at] for name, at in zip(axes, corner, strict=True)}
-            values[corner] = cost(source.replace(**sizes))
+            sizes = {name: pairs[name][at] for name, at in zip(axes, corner, strict=True)}
+            values[corner] = cost(resized(source, sizes))
         for i, name in enumerate(axes):
             values = _coefficients(np.moveaxis(values, i, 0), *pairs[name], i)
         self.terms = {
@@ -43,7 +44,7 @@ class Formula:
             for corner in itertools.product((0, 1), repeat=len(axes))
             if values[corner]
         }
-        source_sizes = {name: np.array([axis(name).length(source)]) for name in axes}
+        source_sizes = {name: np.array([length(source, name)]) for name in axes}
         if self(source_sizes)[0] != cost(source):
             raise ValueError("the cost is no sum of products of sizes in which each size occurs once")
 
@@ -68,7 +69,8 @@ def _two_sizes(name: str, source: Architecture, axes: Sequence[str]) -> tuple[in
     if name == "heads":  # a multiple of the query groups; if those vary too, of two groups
         groups = 2 if "query_groups" in axes else source.num_query_groups
         return groups, 2 * groups
-    step = source.moe_router_num_groups or 1 if name == "experts" else 1
+    groups_of = {"experts": source.moe_router_num_groups, "mamba_heads": source.mamba_num_groups}
+    step = groups_of.get(name) or 1
     least = max(source.moe_router_topk, 2 if "experts_per_token" in axes else 1) if name == "experts" else 1
     least = -(-least // step) * step
     return least, least + step

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nemo_minitron.axes import axis
 from nemo_minitron.search.formula import Columns
 from nemo_minitron.search.space import Space
+from nemo_minitron.search.varied import length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,6 @@ def points_of(space: Space, name: str, count: int) -> Sequence[int]:
         sizes.update(np.unique(_alone(columns, name, space.source.num_query_groups)).tolist())
     if len(sizes) < 2:
         return []
-    below = sorted(size for size in sizes if size < axis(name).length(space.source))
+    below = sorted(size for size in sizes if size < length(space.source, name))
     places = np.linspace(0, len(below) - 1, min(count, len(below))).round().astype(int)
     return [below[place] for place in places]

@@ -1,15 +1,15 @@
 """Estimates the share of importance that a shape keeps, cheaply enough to order millions of shapes before any is cut.
 
 It is a heuristic. For each axis it takes the share of importance that the kept units hold (of the sum in their layer or
-query group, averaged over layers; for layers, the share of block influence). It multiplies the shares, each to the
-power of WEIGHTS. The best few shapes are measured afterwards: `rank` distils them.
+query group, averaged over layers; for layers, the share of block influence, of all kinds of a hybrid together). It
+multiplies the shares, each to the power of WEIGHTS. The best few shapes are measured afterwards: `rank` distils them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from nemo_minitron.artifacts import Scores
 from nemo_minitron.artifacts.blocks import BLOCK_INFLUENCE
 from nemo_minitron.axes import axis
 from nemo_minitron.errors import InputError
+from nemo_minitron.hybrid import COUNTS
 from nemo_minitron.search.depth import layers_to_drop
 from nemo_minitron.search.formula import Columns
 from nemo_minitron.search.plans import scores_of
+from nemo_minitron.search.sizes import layers_by_kind
 
 # Exponents of the shares, measured once, on SmolLM2-135M without retraining: along each axis the rise of the loss was
 # in proportion to the logarithm of the share kept, by 3.6 to 4.3 for ffn (1280 to 768 of 1536), 12.8 to 14.4 for
@@ -36,10 +38,13 @@ ERROR = 0.15
 @dataclasses.dataclass(frozen=True)
 class Proxy:
     """`shares[axis][size]`: share of importance in [0, 1], NaN for an impossible size; for heads, size is that of a
-    group."""
+    group. `kinds[kind][count]`: the part of all block influence in the layers of that kind that stay; `others`: the
+    part of the kinds that do not vary."""
 
     shares: Mapping[str, np.ndarray]
     groups: int
+    kinds: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    others: float = 0.0
 
     def __call__(self, sizes: Columns) -> np.ndarray:
         """The share of importance that is kept, float64 [shapes]; NaN for an impossible size."""
@@ -49,6 +54,9 @@ class Proxy:
             if name == "heads":
                 at = at // sizes.get("query_groups", self.groups)
             kept *= shares[at] ** WEIGHTS.get(name, OTHERS)
+        if self.kinds:
+            influence = sum(parts[sizes[name]] for name, parts in self.kinds.items())
+            kept *= (self.others + influence) ** WEIGHTS["layers"]
         return kept
 
 
@@ -65,10 +73,19 @@ def make_proxy(scores: Scores, axes: tuple[str, ...], depth: str = BLOCK_INFLUEN
 
     Raises InputError for an axis that was not scored.
     """
-    shares = {name: _shares(scores, name) for name in axes if name != "layers" and axis(name).ranked}
+    counted = [name for name in axes if name in COUNTS]
+    shares = {n: _shares(scores, n) for n in axes if n not in ("layers", *counted) and axis(n).ranked}
     if "layers" in axes:
         shares["layers"] = _layers(scores, depth, contiguous)
-    return Proxy(shares, scores.architecture.num_query_groups)
+    kinds = _kinds(scores, counted) if counted else {}
+    others = 1 - sum(parts[-1] for parts in kinds.values()) if counted else 0.0
+    return Proxy(shares, scores.architecture.num_query_groups, kinds, others)
+
+
+def _kinds(scores: Scores, counted: Sequence[str]) -> dict[str, np.ndarray]:
+    """The part of all block influence in the n most important layers of each kind, for n = 0 to all of them."""
+    influence, layers_of = scores["layers"].astype(np.float64), layers_by_kind(scores.architecture)
+    return {n: _kept(influence[layers_of[n]]) * influence[layers_of[n]].sum() / influence.sum() for n in counted}
 
 
 def _shares(scores: Scores, name: str) -> np.ndarray:

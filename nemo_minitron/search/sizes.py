@@ -37,12 +37,8 @@ def student_architecture(source: Architecture, keep: Keep) -> Architecture:
     """
     keep = with_layers(source, keep, lambda layers, count: layers[:count])
     listed = given_layers(source, keep)
-    if "layers" in keep and listed is None and source.layers_differ:
-        counts = ", ".join(f"{name}={len(layers)}" for name, layers in layers_by_kind(source).items())
-        raise InputError(
-            "this model's layers are not all of one kind; list the layers that stay, for example layers=0+1+3-7"
-            + f", or give numbers of each kind; it has {counts}" * bool(counts)
-        )
+    if "layers" in keep and listed is None:
+        check_one_kind(source)
     chosen = keep.get("experts_per_token", source.moe_router_topk)  # experts that a token goes to
     sizes = {axis(name).size: _size(source, name, value, chosen) for name, value in keep.items()}
     groups = sizes.get("num_query_groups", source.num_query_groups)
@@ -54,6 +50,16 @@ def student_architecture(source: Architecture, keep: Keep) -> Architecture:
             f"legal are multiples of {groups} up to {legal[-1]}, the nearest is {_nearest(heads, legal)}"
         )
     return (source if listed is None else source.keep_layers(listed)).replace(**sizes)
+
+
+def check_one_kind(source: Architecture) -> None:
+    """Raises InputError if the layers are not all of one kind, so that a mere number does not say which ones stay."""
+    if source.layers_differ:
+        counts = ", ".join(f"{name}={len(layers)}" for name, layers in layers_by_kind(source).items())
+        raise InputError(
+            "this model's layers are not all of one kind; list the layers that stay, for example layers=0+1+3-7"
+            + f", or give numbers of each kind; it has {counts}" * bool(counts)
+        )
 
 
 def given_layers(source: Architecture, keep: Keep) -> list[int] | None:

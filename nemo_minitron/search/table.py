@@ -8,13 +8,13 @@ import numpy as np
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.json_types import JsonFields, JsonObject
-from nemo_minitron.axes import axis
 from nemo_minitron.search.candidates import Candidate, SearchResult
 from nemo_minitron.search.formula import Cost, Formula
 from nemo_minitron.search.proxy import near
+from nemo_minitron.search.varied import length
 
 
-def rows_of(result: SearchResult, source: Architecture, **serving: object) -> list[JsonObject]:
+def rows_of(result: SearchResult, **serving: object) -> list[JsonObject]:
     """The candidates, best first, then the other shapes on the front; `serving`: arguments of `Architecture.memory`.
 
     Columns: name, each axis, parameters, without_embeddings, active_parameters (of mixtures), bytes (to serve),
@@ -25,7 +25,7 @@ def rows_of(result: SearchResult, source: Architecture, **serving: object) -> li
     names = {candidate.name for candidate in result.candidates}
     front = {candidate.name for candidate in result.front}
     shapes = [*result.candidates, *(candidate for candidate in result.front if candidate.name not in names)]
-    costs = _costs(source, [candidate.sizes for candidate in shapes], serving)
+    costs = _costs(shapes[0].architecture, [candidate.sizes for candidate in shapes], serving)
     return [
         {
             "name": candidate.name,
@@ -42,12 +42,13 @@ def rows_of(result: SearchResult, source: Architecture, **serving: object) -> li
 
 def source_row(source: Architecture, axes: Sequence[str], **serving: object) -> JsonObject:
     """The uncut model in the same columns."""
-    uncut = Candidate({name: axis(name).length(source) for name in axes}, source, 1.0)
-    return rows_of(SearchResult([uncut], [], 1, 1), source, **serving)[0] | {"name": "uncut", "rank": None}
+    uncut = Candidate({name: length(source, name) for name in axes}, source, 1.0)
+    return rows_of(SearchResult([uncut], [], 1, 1), **serving)[0] | {"name": "uncut", "rank": None}
 
 
-def _costs(source: Architecture, sizes: Sequence[Mapping[str, int]], serving: JsonFields) -> dict[str, list[int]]:
-    """The costs, by formula, because counting an Architecture with hundreds of experts takes long."""
+def _costs(shape: Architecture, sizes: Sequence[Mapping[str, int]], serving: JsonFields) -> dict[str, list[int]]:
+    """The costs of a shape with other sizes, by formula: to count an Architecture with hundreds of experts takes
+    long."""
     costs: dict[str, Cost] = {
         "parameters": lambda a: a.parameters(),
         "without_embeddings": lambda a: a.parameters(embeddings=False),
@@ -55,7 +56,7 @@ def _costs(source: Architecture, sizes: Sequence[Mapping[str, int]], serving: Js
         "bytes": lambda a: a.memory(**serving),
         "flops": lambda a: a.flops_per_token(serving["context"]),
     }
-    if not source.num_moe_experts:
+    if not shape.num_moe_experts:
         del costs["active_parameters"]
     columns = {name: np.array([row[name] for row in sizes]) for name in sizes[0]}
-    return {name: Formula(cost, source, tuple(columns))(columns).tolist() for name, cost in costs.items()}
+    return {name: Formula(cost, shape, tuple(columns))(columns).tolist() for name, cost in costs.items()}

@@ -142,6 +142,10 @@ class Layout:
                 f"{max(1, round(length / parts)) * parts}"
             )
 
+    def check_student(self, student: Architecture, teacher: Architecture) -> None:
+        """Raises InputError, as `check`, if the layout nearest to this one cannot train the student."""
+        self.for_student(student, teacher)[0].check(student, training=True)
+
     def for_student(self, student: Architecture, teacher: Architecture) -> tuple[Layout, str]:
         """(the layout nearest to this one that runs both models, a sentence if it is another one, else "").
 

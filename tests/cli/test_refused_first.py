@@ -105,19 +105,12 @@ def test_a_hybrid_on_nemo(world, monkeypatch, command, words):
     assert words in refused(world, monkeypatch, command.format(model="hybrid"))
 
 
-NOT_OF_HYBRIDS = {
-    "rank-tokens": ("rank-tokens {model} --data text.jsonl --out out.safetensors", "rank-tokens"),
-    "plan within a budget": ("plan --architecture {model} --params 0.8x", "a search"),
-    "compress a model": ("compress ./{model} --data text.jsonl --params 0.8x --dry-run", "a search"),
-}
-
-
-@pytest.mark.parametrize(("command", "stage"), NOT_OF_HYBRIDS.values(), ids=NOT_OF_HYBRIDS)
-def test_what_is_not_proven_for_a_hybrid(world, monkeypatch, command, stage):
+def test_what_is_not_proven_for_a_hybrid(world, monkeypatch):
     monkeypatch.setenv("MINITRON_HOST", "bridge")
     monkeypatch.setattr("nemo_minitron.hosts.host_name", lambda: "bridge")  # it may not be installed
-    said = refused(world, monkeypatch, command.format(model="hybrid"))
-    assert said.startswith(f"{stage} is not supported for a hybrid with Mamba; legal are estimate, plan, compensate, ")
+    said = refused(world, monkeypatch, "rank-tokens hybrid --data text.jsonl --out out.safetensors")
+    legal = "legal are estimate, plan, compensate, "
+    assert said.startswith(f"rank-tokens is not supported for a hybrid with Mamba; {legal}")
 
 
 def test_fp8_and_virtual_stages_of_a_hybrid(world, monkeypatch):

@@ -13,7 +13,6 @@ from nemo_minitron.artifacts import PrunePlan, Scores, records
 from nemo_minitron.artifacts.files import read_json, write_json
 from nemo_minitron.artifacts.json_types import HfConfig
 from nemo_minitron.artifacts.run_folder import CandidateFolder, RunFolder
-from nemo_minitron.axes import axis
 from nemo_minitron.commands.evaluate import measure
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import multiples_of, to_hf
@@ -23,6 +22,7 @@ from nemo_minitron.job.stages.candidate import evaluation_of, loss_of
 from nemo_minitron.job.stages.compensate import solve_cuts, solves
 from nemo_minitron.job.teacher import teacher_folder
 from nemo_minitron.search.marginals import Marginals, points_of
+from nemo_minitron.search.varied import length
 from nemo_minitron.sources.open import config_of
 
 
@@ -85,7 +85,7 @@ def marginals_of(run: Run) -> Marginals:
     losses: dict[str, dict[int, float]] = {}
     for row in found["cuts"]:
         losses.setdefault(row["axis"], {})[row["size"]] = row["loss"]
-    lengths = {name: axis(name).length(source) for name in losses}
+    lengths = {name: length(source, name) for name in losses}
     return Marginals(found["uncut"], losses, lengths, source.num_query_groups)
 
 

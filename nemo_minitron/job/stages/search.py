@@ -32,7 +32,7 @@ from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.candidate import evaluation_of, identity_of, known_of, loss_of, student_of
 from nemo_minitron.job.stages.compensate import solve_cuts, solves
 from nemo_minitron.job.stages.marginals import MARGINALS, marginals_of
-from nemo_minitron.search.sizes import Keep
+from nemo_minitron.search.sizes import Keep, layers_by_kind
 from nemo_minitron.settings.recipe import Distillation, Job
 from nemo_minitron.settings.search import LOSSES, Search
 from nemo_minitron.sources.open import config_of, open_source
@@ -108,6 +108,7 @@ def candidates(run: Run) -> None:
     result = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
         loads=multiples_of(config), depth=job.depth, proxy=marginals_of(run) if job.search.proxy == LOSSES else None,
+        check=lambda shape: job.layout.check_student(shape, scores.architecture),
     )  # fmt: skip
     run.say(
         f"    {result.combinations:,} shapes, {result.fitting:,} within the budget, {len(result.candidates)} chosen"
@@ -116,7 +117,7 @@ def candidates(run: Run) -> None:
         to_hf(candidate.architecture, config)
         keep = {**cut_of(candidate, scores.architecture), **job.keep}
         plan(scores, keep, depth=job.depth).save(run.folder.candidate(candidate.name).plan)
-    rows = rows_of(result, scores.architecture, **job.search.serving)
+    rows = rows_of(result, **job.search.serving)
     write_json(run.folder.candidates, [row for row in rows if row["rank"] is not None])
 
 
@@ -222,16 +223,17 @@ def winner(run: Run) -> CandidateFolder:
 
 
 def as_large_as(plan: PrunePlan, keep: Keep) -> Keep:
-    """The sizes of a plan's student, for another choice of units; `keep` is the job's."""
+    """The sizes of a plan's student, for another choice of units; `keep` is the job's, and may list layers."""
     sizes = {**sizes_of(plan), **keep}
-    if not COUNTS.keys().isdisjoint(keep):
-        sizes.pop("layers", None)  # `keep` has a number for each kind of layer
-    return sizes
+    return {name: size for name, size in sizes.items() if not ("layers" in keep and name in COUNTS)}
 
 
 def sizes_of(plan: PrunePlan) -> Mapping[str, int]:
-    """Axis -> the size that a plan keeps, for the axes that it cuts."""
-    return {name: AXES[name].length(plan.target) for name in plan.keep if name != "heads" or _cuts_heads(plan)}
+    """Axis -> the size that a plan keeps, for the axes that it cuts; of a hybrid's layers the number of each kind."""
+    axes = [name for name in plan.keep if name != "heads" or _cuts_heads(plan)]
+    sizes = {name: AXES[name].length(plan.target) for name in axes}
+    kinds = layers_by_kind(plan.target) if "layers" in axes else {}
+    return {n: size for n, size in sizes.items() if n != "layers" or not kinds} | {n: len(k) for n, k in kinds.items()}
 
 
 def _cuts_heads(plan: PrunePlan) -> bool:

@@ -1,4 +1,5 @@
-"""Gemma on Megatron-Bridge: scores in every layout and in float64, logits beside padding, checkpoints, packed rows.
+"""Gemma on Megatron-Bridge: scores in every layout and in float64, logits beside padding, checkpoints, packed rows;
+likewise, in two layouts, Granite, longrope and YaRN, which NeMo has not, and Qwen with windows in some layers.
 
 Mutations tried, each of which fails here or in test_families.py: post norms with Bridge's epsilon of 1e-5; one rotary
 base for all layers, or the scaling on both; no cap of scores, or of logits; the embedding's scale left out, or a
@@ -19,7 +20,7 @@ from words import save_tokenizer
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 
 import contract
-from test_families import keep_of
+from test_families import keep_of, make
 
 from nemo_minitron.families import family_of, from_hf, read_config
 from nemo_minitron.families.bridge import bridge_fields
@@ -31,12 +32,14 @@ from nemo_minitron.sources.tensors import whole
 WORKER = Path(__file__).with_name("gemma_worker.py")
 BRIDGE = any(name == "megatron-bridge" for names in metadata.packages_distributions().values() for name in names)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BRIDGE, reason="Megatron-Bridge is not installed here")]
-NAMES = ["gemma2-own", "gemma3_text-own"]
+GEMMA = ["gemma2-own", "gemma3_text-own"]
+NAMES = [*GEMMA, "granite-other", "phi3-long", "arcee-yarn", "qwen2-own", "qwen3-own"]
 LAYOUTS = {"dp": {"dp": 2}, "tp": {"tp": 2, "sp": True}, "pp": {"pp": 2}, "cp": {"cp": 2}}
 CASES = [
     {"name": f"{family}-{name}", "family": family, "layout": layout}
     for family in NAMES
     for name, layout in LAYOUTS.items()
+    if family in GEMMA or name in ("dp", "tp")
 ]
 LENGTH = 24  # of a sample; the window is 8
 
@@ -45,7 +48,7 @@ LENGTH = 24  # of a sample; the window is 8
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in NAMES:
-        teacher = contract.make(folder / f"{name}-teacher", name)
+        teacher = make(folder / f"{name}-teacher", name)
         save_tokenizer(teacher, ["the model reads words"], 509)
         plan = contract.plan_of(from_hf(teacher), keep_of(name))
         plan.save(folder / f"{name}-plan.json")
@@ -94,7 +97,8 @@ def test_scores_are_transformers_in_float64(name, models, results):
         keep(("ffn", i), layer.mlp.down_proj, lambda given, out: given[0])
         keep(("heads", i), layer.self_attn.o_proj, lambda given, out: given[0].unflatten(-1, (-1, 8)).norm(dim=-1))
         keep(("norms", 2 * i), layer.input_layernorm, lambda given, out: out)
-        keep(("norms", 2 * i + 1), layer.pre_feedforward_layernorm, lambda given, out: out)
+        second = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+        keep(("norms", 2 * i + 1), second, lambda given, out: out)
     keep(("norms", 2 * contract.DEPTH), model.model.norm, lambda given, out: out)
     with torch.no_grad():
         model(torch.from_numpy(np.load(models / "tokens.npy")))

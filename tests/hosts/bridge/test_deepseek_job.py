@@ -2,19 +2,25 @@
 
 import csv
 import json
+import os
+import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
-from command_line import TEXTS, minitron
+from command_line import TEXTS, losses, minitron, start
 from pico import pico_deepseek_v3, raw_tensors
 from tolerances import LOGITS_PICO_FP32
 from words import save_tokenizer
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.families import from_hf
+from nemo_minitron.sources.bridge_config import TRACKER
 
 pytestmark = [pytest.mark.slow, pytest.mark.bridge]
 SIZES = {"num_hidden_layers": 3, "n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 4}
+STEPS = 4
 KEEP = {"experts": 9, "q_latent": 16, "kv_latent": 14, "ffn": 80}
 RECIPE = {
     "name": "pico",
@@ -24,7 +30,7 @@ RECIPE = {
     "calibration": {"samples": 4, "sequence_length": 36, "batch_size": 2},
     "distillation": {
         "tokens": 288, "sequence_length": 36, "global_batch_size": 2, "micro_batch_size": 1, "learning_rate": 0.001,
-        "warmup_steps": 1, "precision": "fp32", "save_every": 2,
+        "warmup_steps": 1, "precision": "fp32", "save_every": 1,
     },
     "evaluation": {"tokens": 256, "sequence_length": 32, "precision": "fp32", "prompts": ["the"], "new_tokens": 4},
 }  # fmt: skip
@@ -56,8 +62,36 @@ def test_every_tensor_is_trained_but_the_correction_biases(job):
     assert start.keys() == end.keys()
     assert same == [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
     rows = list(csv.DictReader((job / "run" / "checkpoints" / "distilled" / "loss.csv").open()))
-    assert len(rows) == 4
+    assert len(rows) == STEPS
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+def test_killed_in_distillation_it_goes_on_to_the_same_bits(job):
+    """SIGKILL to the whole session after the first checkpoint: every tensor, the correction biases among them, and the
+    loss of every step are those of the run that was not killed."""
+    killed = job / "killed"
+    shutil.copytree(job / "run", killed)
+    for made in (killed / "checkpoints" / "distilled", killed / "student"):
+        shutil.rmtree(made)
+    process = start(job, "compress", "recipe.json", "--out", "killed")
+    training, deadline = killed / "checkpoints" / "distilled", time.monotonic() + 300
+    while not (tracker := training / "bridge" / "checkpoints" / TRACKER).is_file():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 1 <= int(tracker.read_text()) < STEPS
+    log = training / "loss.csv"
+    rows = log.read_text().splitlines()
+    log.write_text("\n".join([rows[0], rows[1].rsplit(",", 1)[0] + ",1234.50", *rows[2:]]) + "\n")
+    assert not (killed / "student").exists()
+    assert "estimate: done before, skipped" in minitron(job, "compress", "recipe.json", "--out", "killed")
+    assert log.read_text().splitlines()[1].endswith(",1234.50")  # this row was kept, so it did not begin again
+    whole, resumed = (raw_tensors(folder / "student") for folder in (job / "run", killed))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not np.array_equal(whole[name], resumed[name])] == []
+    assert losses(log) == losses(job / "run" / "checkpoints" / "distilled" / "loss.csv")
 
 
 def test_gates_numbers_and_card(job):

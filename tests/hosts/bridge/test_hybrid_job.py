@@ -1,4 +1,4 @@
-"""`minitron compress` of a pico Mamba hybrid on Megatron-Bridge, from the folder to the student's card."""
+"""`minitron compress` of a pico Mamba hybrid on Megatron-Bridge, with a search, from the folder to the card."""
 
 import csv
 import json
@@ -19,7 +19,9 @@ RECIPE = """
 name: pico
 teacher: teacher
 data: {train: corpus.jsonl, test: corpus.jsonl}
-keep: {mamba_layers: 2, attention_layers: 1, mlp_layers: 1, hidden: 40, ffn: 64, mamba_heads: 6}
+keep: {attention_layers: 1, mlp_layers: 1, hidden: 40, mamba_heads: 6}
+search: {params: "70K", space: "mamba_layers=2,3;ffn=64,96", proxy: losses, marginals: 1, candidates: 2, distil: 1,
+  steps: 2, rounds: 1, tokens: 64}
 calibration: {samples: 4, sequence_length: 36, batch_size: 2}
 distillation: {tokens: 432, sequence_length: 36, global_batch_size: 2, micro_batch_size: 1, learning_rate: 0.001,
   warmup_steps: 1, precision: fp32, save_every: 2, intermediate: auto}
@@ -38,13 +40,38 @@ def job(tmp_path_factory):
     return folder
 
 
-def test_the_student_is_the_planned_one(job):
+SHAPES = {"mamba_layers2-attention_layers1-mlp_layers1-hidden40-ffn96-mamba_heads6": (2, 96, 65_748)}
+SHAPES["mamba_layers3-attention_layers1-mlp_layers1-hidden40-ffn64-mamba_heads6"] = (3, 64, 68_922)
+
+
+def read(job, *path):
+    return json.loads(job.joinpath("run", *path).read_text())
+
+
+def test_the_search_measures_both_shapes_and_each_kind_of_layer_alone(job):
+    """Two shapes fit the budget and do not fit inside one another; the cut with the lower loss is distilled."""
+    alone = read(job, "search", "marginals.json")
+    assert [(row["axis"], row["size"]) for row in alone["cuts"]] == [("mamba_layers", 2), ("ffn", 64)]
+    cut = PrunePlan.load(job / "run" / "search" / "mamba_layers2" / "plan.json")
+    assert sorted(cut.target.hybrid_pattern) == sorted("MM*--")  # of the kinds that stay whole nothing goes
+    measured = read(job, "search", "measured.json")
+    assert {row["name"]: (row["mamba_layers"], row["ffn"], row["parameters"]) for row in measured} == SHAPES
+    assert measured[0]["loss"] < measured[1]["loss"]
+    assert {row["candidate"] for row in read(job, "search", "ranks.json")} == {measured[0]["name"]}
+
+
+def test_the_student_is_the_one_that_the_search_chose(job):
     plan, student = PrunePlan.load(job / "run" / "plan.json"), from_hf(job / "run" / "student")
     assert student == plan.target
-    assert sorted(student.hybrid_pattern) == sorted("MM*-")
-    assert (student.hidden_size, student.ffn_hidden_size, student.mamba_num_heads) == (40, 64, 6)
-    assert f"{from_hf(job / 'teacher').parameters():,}" in (job / "shown.txt").read_text()
-    assert f"{student.parameters():,}" in (job / "shown.txt").read_text()
+    mamba, ffn, parameters = SHAPES[read(job, "search", "measured.json")[0]["name"]]
+    assert sorted(student.hybrid_pattern) == sorted("M" * mamba + "*-")
+    assert (student.hidden_size, student.ffn_hidden_size, student.mamba_num_heads) == (40, ffn, 6)
+    assert student.parameters() == parameters
+    random = from_hf(job / "run" / "checkpoints" / "random")
+    assert (random.parameters(), sorted(random.hybrid_pattern)) == (parameters, sorted(student.hybrid_pattern))
+    shown = (job / "shown.txt").read_text()
+    assert f"{from_hf(job / 'teacher').parameters():,}" in shown
+    assert "4 shapes, 3 with at most 70,000 parameters" in shown
 
 
 def test_the_students_folder_has_the_bits_of_the_training(job, tmp_path):
@@ -79,6 +106,7 @@ def test_numbers_and_card(job):
     stages = [row["stage"] for row in json.loads((job / "run" / "numbers.json").read_text())]
     assert {"teacher", "random", "pruned", "distilled"} <= {*stages}
     card = (job / "run" / "student" / "README.md").read_text()
-    assert "| Mamba layers | 3 | 2 |" in card
+    (kept,) = {row[0] for name, row in SHAPES.items() if name == read(job, "search", "measured.json")[0]["name"]}
+    assert f"| Mamba layers | 3 | {kept} |" in card or kept == 3
     assert "| Mamba heads | 8 | 6 |" in card
     assert "transformers#47246" in card
