@@ -56,7 +56,7 @@ def solved(folder, layout, passes):
         passes, BATCH,
     )  # fmt: skip
     write_json(folder / "order.json", plain(order))
-    run_ranks(layout.world_size, WORKER, folder / "order.json")
+    run_ranks(layout.processes, WORKER, folder / "order.json")
     return Compensation.load(out)
 
 
@@ -76,30 +76,36 @@ def expected(folder):
     from nemo_minitron.pruning.reconstruction import neurons_alone
 
     plan, source = PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
-    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64).eval().requires_grad_(False)
     rows = Tokens(folder / "corpus").windows(ROWS["sequence_length"], ROWS["samples"], ROWS["seed"])
     made, shares, hidden = {}, [], plan.keep["hidden"]
     for number, origin in enumerate(plan.kept_layers):
-        mlp, read, wrote, stream = model.model.layers[origin].mlp, [], [], []
-        handles = [
-            mlp.register_forward_hook(lambda m, a, o, x=read, y=wrote: (x.append(a[0]), y.append(o.clone()))[:0] or None),
-            model.model.layers[origin].register_forward_hook(lambda m, a, o, h=stream: h.append(o.clone()) or None),
-        ]
-        with torch.no_grad():
-            model(rows)
-        for handle in handles:
-            handle.remove()
-        x, y, weight = read[0], wrote[0], 1 / stream[0].square().mean(-1)
+        mlp, (x, y, stream) = model.model.layers[origin].mlp, passed(model, origin, rows)
+        weight = 1 / stream.square().mean(-1)
         kept = plan.keep["ffn"][origin]
-        inner = (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).flatten(0, 1).detach()
+        inner = (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).flatten(0, 1)
         down = solve(source, neurons_alone(plan), f"layers.{origin}.down.weight", (inner.T @ inner).numpy())
-        start = [torch.cat([mlp.gate_proj.weight[kept], mlp.up_proj.weight[kept]]).detach(), torch.tensor(down).double()]
-        fitted, share = by_hand(start, mlp.act_fn, x, y.detach(), weight)
+        start = [torch.cat([mlp.gate_proj.weight[kept], mlp.up_proj.weight[kept]]), torch.tensor(down).double()]
+        fitted, share = by_hand(start, mlp.act_fn, x, y, weight)
         gate, up = fitted[0].chunk(2)
         for name, tensor in (("gate", gate[:, hidden]), ("up", up[:, hidden]), ("down", fitted[1][hidden])):
             made[f"layers.{number}.{name}.weight"] = tensor.numpy()
         shares.append(share)
     return made, shares
+
+
+def passed(model, layer, rows):
+    """What the layer's MLP reads and writes, and the stream behind the layer."""
+    found, block = {}, model.model.layers[layer]
+
+    def keep(module, args, output):
+        found[module] = args[0], output.clone()
+
+    handles = [module.register_forward_hook(keep) for module in (block.mlp, block)]
+    model(rows)
+    for handle in handles:
+        handle.remove()
+    return *found[block.mlp], found[block][1]
 
 
 def by_hand(start, act, x, y, weight):
@@ -128,7 +134,7 @@ def by_hand(start, act, x, y, weight):
     return [m.detach() for m in (matrices if after < before else start)], min(after / before, 1.0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["one", "dp", "tp-sp", "cp", "pp", "pp-vp"])
 def test_every_layout_equals_the_fit_by_hand(folder, plainly, expected, layout):
     found, (wanted, shares) = solved(folder, layout, PASSES), expected
     assert found.tensors.keys() == plainly.tensors.keys() | wanted.keys()
