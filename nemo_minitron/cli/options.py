@@ -28,6 +28,8 @@ Data = Annotated[
 SKIP = "Leave out lines that cannot be read, and say how many."
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help=SKIP, rich_help_panel=MODEL)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.", rich_help_panel=OUTPUT)]
+LOG = "Trackers of the training's numbers: tensorboard, wandb, mlflow, separated by commas."
+Log = Annotated[str, typer.Option("--log", help=LOG, show_default=False, rich_help_panel=OUTPUT)]
 WITH_FIELD = ("data", "validation")  # options whose source takes the field of --field
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CONTEXT = "command_line"
