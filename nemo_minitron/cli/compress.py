@@ -12,7 +12,7 @@ import typer
 
 from nemo_minitron.cli.nodes import Machines, Stall
 from nemo_minitron.cli.options import Log, Overriding
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import MACHINES, METHOD, OUTPUT
 from nemo_minitron.settings.layout import Layout
@@ -84,19 +84,23 @@ def compress(
     from nemo_minitron.job.compress import run_compress
 
     track(log, folder)
-    if own.given:
-        print(f"the recipe, derived from your model, its text and this machine:\n\n{as_yaml(job)}", flush=True)
+    shown = f"the recipe, derived from your model, its text and this machine:\n\n{as_yaml(job)}" if own.given else ""
     # Nodes compare the recipe itself: the same name may be another recipe on another machine.
     machines = dataclasses.replace(machines, job=["compress", job.as_dict(), overwrite])
-    machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
+    machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite, shown=shown))
 
 
 def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any], overrides: list[str]) -> Job:
     """The job of a recipe, or of a model with its text, with its overrides. Raises InputError for neither, and for a
     mixture of both."""
-    from nemo_minitron.cli.find import find, is_model
+    from nemo_minitron.cli.find import find, is_model, is_recipe, names
 
     if not is_model(recipe):
+        if own.given and not is_recipe(recipe):
+            known = [path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith(".")]
+            raise InputError(
+                f"'{recipe}' is neither a model's folder here nor a recipe; {nearest(recipe, [*known, *names()])}"
+            )
         if own.given:
             raise InputError(
                 f"{own.given[0].partition('=')[0]} is for a model of your own, and '{recipe}' is a recipe; "

@@ -115,10 +115,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         arguments = {name: group.build(given) for name, group in groups.items()}
         arguments |= {name: values[name] for name in declared if name not in groups}
         if takes_field:
-            from nemo_minitron.data import check_source
+            from nemo_minitron.data import check_texts
 
-            for source in filter(None, (arguments.get(name) for name in WITH_FIELD)):
-                check_source(source)
+            sources = filter(None, (arguments.get(name) for name in WITH_FIELD))
+            check_texts(sources, bool(arguments.get("skip_bad_lines")))
         machines = [name for name, group in groups.items() if group.kind is Machines]
         for name in machines:  # nodes compare their commands by name and arguments
             same = {key: _plain(value) for key, value in arguments.items() if key not in (*machines, "out")}
