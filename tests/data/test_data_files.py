@@ -10,6 +10,7 @@ import pytest
 from pico import pico_llama
 from words import save_tokenizer
 
+from nemo_minitron.commands.finetune import check_rows
 from nemo_minitron.data import Tokens, build, check_texts, documents, held_out, load_tokenizer
 from nemo_minitron.data.text import BadLines, raw_documents, source_of, with_field
 from nemo_minitron.errors import InputError
@@ -195,3 +196,10 @@ def test_a_broken_first_line_is_refused_unless_it_is_left_out(tmp_path):
     check_texts([str(tmp_path / "a.jsonl")], skip_bad_lines=True)
     (tmp_path / "a.txt").write_bytes(b"\xff")  # a text file may be large, and is read only once
     check_texts([str(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_finetune_says_that_it_reads_plain_lines_alone(tmp_path, name):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=r"must be plain lines of JSON, a \.jsonl file"):
+        check_rows(tmp_path / name)
