@@ -56,7 +56,7 @@ def run_compress(
         execute(run, stages(job), until)
     if not until:
         run.say(f"done: {run.folder.student} is the student, {run.folder.report} shows it")
-        run.say(f"next: minitron chat {shlex.quote(str(run.folder.student))}")
+        run.say(f"next: {shlex.join(['minitron', 'chat', str(run.folder.student), '--beside', job.teacher])}")
     return folder
 
 
