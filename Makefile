@@ -55,7 +55,7 @@ demo: venv
 
 docs: venv
 	@echo "make docs: the documentation as a site in site/, strictly (half a minute)"
-	@$(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
 
 test: venv lint
 	@echo "make test: every test on this machine, real processes over gloo (20 to 55 minutes on two cores)"

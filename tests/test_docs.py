@@ -61,6 +61,15 @@ def test_a_block_is_run_or_says_why_not_and_is_right(page, block, tmp_path):
         check(line, tmp_path)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_examples_that_it_reads(name, tmp_path):
+    found = [line.strip() for line in (COMMANDS[name].help or "").splitlines() if f"minitron {name}" in line]
+    examples = [line.split(" | ")[-1] for line in found if "`" not in line]
+    assert examples
+    for line in examples:
+        check(line, tmp_path)
+
+
 def check(line, folder):
     words = shlex.split(line)
     if words[0] == "minitron":

@@ -37,7 +37,10 @@ def cache_logits(
     skip_bad_lines: SkipBadLines = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Store a few tokens of the teacher's distribution at each position. Run the command again to resume."""
+    """Store a few tokens of the teacher's distribution at each position. Run the command again to resume.
+
+    minitron cache-logits MODEL --data text.jsonl --out cache
+    """
     from nemo_minitron.commands.cache import run_cache
 
     header = run_cache(

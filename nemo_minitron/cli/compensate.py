@@ -34,7 +34,10 @@ def compensate(
     overwrite: Overwrite = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Re-fit the matrices that lose inputs to the cut, by least squares on activations, with forward passes only."""
+    """Re-fit the matrices that lose inputs to the cut, by least squares on activations, with forward passes only.
+
+    minitron compensate MODEL plan.json --data text.jsonl --out compensation.safetensors
+    """
     from nemo_minitron.commands.compensate import run_compensate
 
     compensation = run_compensate(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from nemo_minitron.cli.nodes import Machines, Stall
-from nemo_minitron.cli.options import Overriding
-from nemo_minitron.errors import InputError
+from nemo_minitron.cli.options import Log, Overriding
+from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import MACHINES, METHOD, OUTPUT
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.own_model import OwnModel
+from nemo_minitron.settings.trackers import names_of, track
 from nemo_minitron.settings.written import as_yaml
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY, rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON, rich_help_panel=OUTPUT)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE, rich_help_panel=OUTPUT)] = False,
+    log: Log = "",
 ) -> None:
     """Run the whole job of a recipe, or of your own model, in one run folder. Run the command again to resume.
 
@@ -61,6 +63,7 @@ def compress(
     settings = [*(overrides or []), *chosen, *["gates.run=false"] * skip_gates]
     of_job = [setting for setting in settings if not setting.startswith("executor.")]
     of_executor = [setting for setting in settings if setting not in of_job]
+    trackers = names_of(log)
     if as_json and not dry_run:
         raise InputError("--json prints the recipe of a --dry-run; give both")
     if of_executor and not executor:
@@ -74,25 +77,30 @@ def compress(
             print(text if executor or as_json else f"{text}\n\nnothing was loaded or written")
         if executor:
             command = ["compress", recipe, *own.given, *of_job, "--out", str(folder.absolute())]
-            command += ["--overwrite"] * overwrite
+            command += [*["--overwrite"] * overwrite, *(["--log", log] if trackers else [])]
             command += ["--stall-timeout", str(stall_timeout)] if stall_timeout != SECONDS else []
             _hand_over(backend, job.name, command, dry_run)
         return
     from nemo_minitron.job.compress import run_compress
 
-    if own.given:
-        print(f"the recipe, derived from your model, its text and this machine:\n\n{as_yaml(job)}", flush=True)
+    track(log, folder)
+    shown = f"the recipe, derived from your model, its text and this machine:\n\n{as_yaml(job)}" if own.given else ""
     # Nodes compare the recipe itself: the same name may be another recipe on another machine.
     machines = dataclasses.replace(machines, job=["compress", job.as_dict(), overwrite])
-    machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite))
+    machines.run(job.layout, folder, lambda: run_compress(job, folder, overwrite=overwrite, shown=shown))
 
 
 def _job(recipe: str, own: OwnModel, layout: Mapping[str, Any], overrides: list[str]) -> Job:
     """The job of a recipe, or of a model with its text, with its overrides. Raises InputError for neither, and for a
     mixture of both."""
-    from nemo_minitron.cli.find import find, is_model
+    from nemo_minitron.cli.find import find, is_model, is_recipe, names
 
     if not is_model(recipe):
+        if own.given and not is_recipe(recipe):
+            known = [path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith(".")]
+            raise InputError(
+                f"'{recipe}' is neither a model's folder here nor a recipe; {nearest(recipe, [*known, *names()])}"
+            )
         if own.given:
             raise InputError(
                 f"{own.given[0].partition('=')[0]} is for a model of your own, and '{recipe}' is a recipe; "
@@ -128,8 +136,13 @@ def _executor(name: str, settings: list[str], job: Job, folder: Path) -> Executo
             raise
         raise InputError("--executor needs NeMo-Run; install it with: pip install nemo_run 'leptonai<0.28'") from None
 
+    from nemo_minitron.job.chain import hours_of_job
+    from nemo_minitron.settings.derive import fit_job
+
+    hours = hours_of_job(fit_job(job)[0], folder)
     here, there = Path.cwd(), folder.absolute().parent
-    return executors.executor_of(name, settings, job.layout, [here] if there.is_relative_to(here) else [here, there])
+    folders = [here] if there.is_relative_to(here) else [here, there]
+    return executors.executor_of(name, settings, job.layout, folders, hours)
 
 
 def _hand_over(executor: Executor, name: str, command: list[str], dry_run: bool) -> None:

@@ -20,7 +20,10 @@ def convert(
 ) -> None:
     """Copy a checkpoint, or the text of a model that reads pictures, to a Hugging Face folder, which every host reads.
 
-    It needs neither NeMo nor Megatron-Bridge."""
+    It needs neither NeMo nor Megatron-Bridge.
+
+    minitron convert CHECKPOINT folder
+    """
     from nemo_minitron.commands.place import check_writable
     from nemo_minitron.errors import InputError
     from nemo_minitron.families import resolve

@@ -9,11 +9,12 @@ import typer
 
 from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Machines, Stall
-from nemo_minitron.cli.options import Data, SkipBadLines
+from nemo_minitron.cli.options import Data, Log, SkipBadLines
 from nemo_minitron.launch.stall import SECONDS
 from nemo_minitron.schema import ANY_MODEL, METHOD, MODEL, OUTPUT
 from nemo_minitron.settings.distillation import Distillation
 from nemo_minitron.settings.layout import Layout
+from nemo_minitron.settings.trackers import track
 
 TEACHER = f"The teacher: {ANY_MODEL}."
 
@@ -40,10 +41,16 @@ def distill(
         Optional[str], typer.Option(help="Held-out text, for --validate-every.", rich_help_panel=MODEL)
     ] = None,
     skip_bad_lines: SkipBadLines = False,
+    log: Log = "",
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Train a student on the teacher's logits. Run the command again to resume."""
+    """Train a student on the teacher's logits. Run the command again to resume.
+
+    minitron distill student --teacher MODEL --data text.jsonl --tokens 4M --out distilled
+    """
     from nemo_minitron.commands.distill import run_distill
+
+    track(log, out)
 
     def command() -> None:
         trained = run_distill(

@@ -31,7 +31,10 @@ def estimate(
     overwrite: Overwrite = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Score the units of a model, by forward passes. Run the command again to resume."""
+    """Score the units of a model, by forward passes. Run the command again to resume.
+
+    minitron estimate MODEL --data text.jsonl --out scores.safetensors
+    """
     from nemo_minitron.commands.estimate import describe_scores, run_estimate
 
     def command() -> None:

@@ -36,7 +36,12 @@ def evaluate(
     draft_out: Annotated[Optional[Path], typer.Option(help=DRAFT_OUT, rich_help_panel=OUTPUT)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte, lm-eval's tasks, and the tokens that a larger model accepts."""
+    """Measure loss, perplexity and bits per byte, lm-eval's tasks, and the tokens that a larger model accepts.
+
+    minitron evaluate student --data test.jsonl
+
+    minitron evaluate student --tasks MMLU,HellaSwag,Winogrande,GSM8K
+    """
     import json
 
     from nemo_minitron.commands.evaluate import run_evaluate

@@ -35,6 +35,11 @@ def is_model(text: str) -> bool:
     return path.suffix not in FILES and (path.is_dir() or "/" in text)
 
 
+def is_recipe(text: str) -> bool:
+    """Whether the argument of `compress` is the name of a shipped recipe, or a recipe's file."""
+    return Path(text).suffix in FILES or text in names()
+
+
 def find(recipe: str) -> Job:
     """The Job of a shipped recipe by name, of a Python file with `recipe()`, or of values in a YAML or JSON file.
 

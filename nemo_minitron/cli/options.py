@@ -28,6 +28,8 @@ Data = Annotated[
 SKIP = "Leave out lines that cannot be read, and say how many."
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help=SKIP, rich_help_panel=MODEL)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.", rich_help_panel=OUTPUT)]
+LOG = "Trackers of the training's numbers: tensorboard, wandb, mlflow, separated by commas."
+Log = Annotated[str, typer.Option("--log", help=LOG, show_default=False, rich_help_panel=OUTPUT)]
 WITH_FIELD = ("data", "validation")  # options whose source takes the field of --field
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CONTEXT = "command_line"
@@ -113,10 +115,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         arguments = {name: group.build(given) for name, group in groups.items()}
         arguments |= {name: values[name] for name in declared if name not in groups}
         if takes_field:
-            from nemo_minitron.data import check_source
+            from nemo_minitron.data import check_texts
 
-            for source in filter(None, (arguments.get(name) for name in WITH_FIELD)):
-                check_source(source)
+            sources = filter(None, (arguments.get(name) for name in WITH_FIELD))
+            check_texts(sources, bool(arguments.get("skip_bad_lines")))
         machines = [name for name, group in groups.items() if group.kind is Machines]
         for name in machines:  # nodes compare their commands by name and arguments
             same = {key: _plain(value) for key, value in arguments.items() if key not in (*machines, "out")}

@@ -55,7 +55,12 @@ def plan(
         bool, typer.Option("--dry-run", help="Show the candidates, and write nothing.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Choose what is kept: the best shape within a budget, or given sizes."""
+    """Choose what is kept: the best shape within a budget, or given sizes.
+
+    minitron plan scores.safetensors --params 0.7x
+
+    minitron plan scores.safetensors --keep ffn=1024,layers=24 --out plan.json
+    """
     from nemo_minitron.commands.place import check_file
     from nemo_minitron.commands.plan import files_beside, run_plan, write_candidates
     from nemo_minitron.search import parse

@@ -34,7 +34,10 @@ def prune(
     ] = False,
     stall_timeout: Stall = SECONDS,
 ) -> None:
-    """Cut a model as a plan says: a Hugging Face folder, or a checkpoint to one of the host that runs this."""
+    """Cut a model as a plan says: a Hugging Face folder, or a checkpoint to one of the host that runs this.
+
+    minitron prune MODEL plan.json student --compensation compensation.safetensors
+    """
     from nemo_minitron.commands.prune import Extras, run_prune
     from nemo_minitron.families import remark_on, remarks
     from nemo_minitron.sources.open import config_of

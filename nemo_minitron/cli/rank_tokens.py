@@ -23,7 +23,10 @@ def rank_tokens(
     ] = False,
     skip_bad_lines: SkipBadLines = False,
 ) -> None:
-    """Count a corpus' tokens, for plans with a smaller vocabulary (`minitron plan --keep vocab=N`)."""
+    """Count a corpus' tokens, for plans with a smaller vocabulary (`minitron plan --keep vocab=N`).
+
+    minitron rank-tokens MODEL --data text.jsonl --out scores.safetensors
+    """
     from nemo_minitron.commands.rank_tokens import rank_tokens as run
 
     scores = run(model, data, out, skip_bad_lines, overwrite)

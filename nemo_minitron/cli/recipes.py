@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def recipes() -> None:
-    """List the shipped recipes: what each does, its tokens and its processes."""
+    """List the shipped recipes: what each does, its tokens and its processes.
+
+    minitron recipes
+    """
     import textwrap
 
     from nemo_minitron.cli.find import find, names, summary

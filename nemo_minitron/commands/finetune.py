@@ -33,6 +33,7 @@ from nemo_minitron.settings.fp8 import check_fp8
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import FinetuneOrder
 
+PACKED = (".gz", ".zst", ".csv", ".tsv", ".parquet")  # what other commands read and a host's loader does not
 FIELDS = ("input", "output")
 
 
@@ -114,6 +115,8 @@ def _clear_index(folder: Path) -> None:
 
 def check_rows(data: Path) -> int:
     """The number of rows. Raises InputError, with the number of the line, for a row without a prompt or an answer."""
+    if data.suffix in PACKED:
+        raise InputError(f"'{data}' ends with {data.suffix}; the prompts must be plain lines of JSON, a .jsonl file")
     try:
         content = data.read_bytes()
     except OSError as error:

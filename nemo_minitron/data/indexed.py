@@ -14,12 +14,11 @@ import numpy as np
 from nemo_minitron.artifacts import parse
 from nemo_minitron.artifacts.files import naming, parse_json, sync_tree
 from nemo_minitron.artifacts.temporary import beside
-from nemo_minitron.data.files import kind_of, matching, opened
 from nemo_minitron.data.index_file import read_index
 from nemo_minitron.data.index_writer import Content, Writer, digest_of, with_ending
 from nemo_minitron.data.lines import Document
 from nemo_minitron.data.pieces import Pieces, batches, encoded
-from nemo_minitron.data.text import BadLines, is_path, raw_documents, refuse_other, source_of
+from nemo_minitron.data.text import BadLines, raw_documents, source_of
 from nemo_minitron.data.vocabulary import chat_template, load_tokenizer, parts_of, tokenizer_digest
 from nemo_minitron.errors import InputError
 from nemo_minitron.families.tokenizer import check_ids, largest_id
@@ -75,15 +74,6 @@ def prefix_of(source: str | Path) -> Path | None:
     """The prefix of Megatron's two files if `source` names them, with or without .bin or .idx; else None."""
     prefix = _bare(Path(source))
     return prefix if all(with_ending(prefix, end).is_file() for end in (".bin", ".idx")) else None
-
-
-def check_source(source: str) -> None:
-    """Raises InputError for a source that means a file and is none, or none of text, before anything loads it."""
-    name = source_of(source).name
-    if prefix_of(name) is None and matching(name) is None:
-        if kind_of(name) or is_path(name):
-            opened(Path(name)).close()
-        refuse_other(Path(name))
 
 
 def held_out(source: str, split: str = "test") -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.artifacts.run_folder import TrainingFolder
+from nemo_minitron.hosts.trackers import Trackers
 from nemo_minitron.megatron.progress import Report, say
 
 HEADER = "step,tokens,loss,seconds"
@@ -17,7 +18,7 @@ HELD_OUT = "step,tokens,loss"
 
 class Losses:
     """Writes `loss.csv` (step, tokens, loss, seconds, then the parts of the loss), and `validation.csv` (step, tokens,
-    loss) beside it. Only rank 0 has one.
+    loss) beside it. The trackers of `--log` get the same numbers. Only rank 0 has one.
 
     `path`: loss.csv; `steps`: of the whole training; `names`: the parts of the loss; `every`: steps between two lines
     of progress; `done`: the steps of the checkpoint from which the training goes on. The rows of steps that are done
@@ -39,6 +40,7 @@ class Losses:
         _write(self.path, [header, *kept])
         if held_out:
             _write(self.validation, [HELD_OUT, *held_out])
+        self._track = Trackers(self.path)
 
     def row(self, step: int, loss: float, parts: dict[str, float]) -> None:
         """Writes the row of a step, counted from 1."""
@@ -47,6 +49,7 @@ class Losses:
         row = ",".join([row, *(f"{parts[name]:.6f}" for name in self.names)])
         with open(self.path, "a") as file:
             file.write(row + "\n")
+        self._track(step, {"loss": loss, "tokens": step * self.tokens, **{name: parts[name] for name in self.names}})
         line = step % self.every == 0 or step == self.steps
         self._report(step, self.steps, f"loss {loss:.4f}", line=line)
 
@@ -56,6 +59,7 @@ class Losses:
             _write(self.validation, [HELD_OUT])
         with open(self.validation, "a") as file:
             file.write(f"{step},{step * self.tokens},{loss:.6f}\n")
+        self._track(step, {"held_out_loss": loss})
         say(f"step {step}/{self.steps}  held-out loss {loss:.4f}")
 
     def stale(self) -> int:

@@ -19,7 +19,16 @@ from nemo_minitron.artifacts.records import read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import to_hf
-from nemo_minitron.job.dry_run import Known, check, fit_to_models, lines_of, recipe_lines, remark_lines, space_left
+from nemo_minitron.job.dry_run import (
+    Known,
+    check,
+    fit_to_models,
+    hours_of,
+    lines_of,
+    recipe_lines,
+    remark_lines,
+    space_left,
+)
 from nemo_minitron.job.teacher import teacher_config
 from nemo_minitron.settings.derive import fit_job
 from nemo_minitron.settings.precision import with_resolved_precisions
@@ -124,6 +133,13 @@ def describe_chain(job: Job, folder: Path) -> str:
         lines += ["", f"step {number} of {len(steps)}: {name}, in {folder / name}", *remark_lines(step.remark)]
         lines += lines_of(step.job, step.known)
     return "\n".join([*lines, "", *recipe_lines(job)])
+
+
+def hours_of_job(job: Job, folder: Path) -> float:
+    """Hours of all distillations on the GPUs of the layout (`dry_run.hours_of`). Raises InputError as `checked`."""
+    if job.chain:
+        return sum(hours_of(step.job, step.known) for step in checked(job, folder, offline=True))
+    return hours_of(fit_to_models(job, offline=True)[0], {})
 
 
 def summary(job: Job, folder: Path) -> list[JsonObject]:

@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.artifacts.temporary import sweep
 from nemo_minitron.commands.corpus import say
-from nemo_minitron.data import check_source
+from nemo_minitron.data import check_texts
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import host_name
 from nemo_minitron.job.chain import check_chain_space, fitted_jobs, summary, table
@@ -24,11 +24,14 @@ from nemo_minitron.settings.precision import with_resolved_precisions
 from nemo_minitron.settings.recipe import Job
 
 
-def run_compress(job: Job, out: str | Path | None = None, until: str = "", overwrite: bool = False) -> Path:
+def run_compress(
+    job: Job, out: str | Path | None = None, until: str = "", overwrite: bool = False, shown: str = ""
+) -> Path:
     """`minitron compress`: runs the job and returns its run folder, `out` or `runs/NAME`. Finished stages are skipped.
 
     The folder of a chain has a folder for each step. `until`: the name of a stage; only this stage and those that it
-    depends on are run. `overwrite`: stages that another recipe finished in the folder may be redone.
+    depends on are run. `overwrite`: stages that another recipe finished in the folder may be redone. `shown`: what is
+    printed before the first stage.
     Raises InputError for what cannot run, before anything is loaded or written.
     """
     host_name()
@@ -40,19 +43,20 @@ def run_compress(job: Job, out: str | Path | None = None, until: str = "", overw
     fitted, remark = fit_to_models(job)
     say(remark)
     check(fitted)
-    for source in (*sources(job.data).values(), *job.evaluation.texts):
-        check_source(source)
+    check_texts((*sources(job.data).values(), *job.evaluation.texts), job.data.skip_bad_lines)
     check_folder(folder)
     if not overwrite:
         check_recipe(job, folder)
     sweep(folder)
     check_space(job, folder)
+    if shown:
+        print(shown, flush=True)
     with locked(folder):
         run = dataclasses.replace(open_run(job, folder), job=fitted)
         execute(run, stages(job), until)
     if not until:
         run.say(f"done: {run.folder.student} is the student, {run.folder.report} shows it")
-        run.say(f"next: minitron chat {shlex.quote(str(run.folder.student))}")
+        run.say(f"next: {shlex.join(['minitron', 'chat', str(run.folder.student), '--beside', job.teacher])}")
     return folder
 
 

@@ -243,6 +243,13 @@ def lines_of(job: Job, known: Known) -> list[str]:
     return [*lines, f"processes: {job.layout.processes}", "stages: " + ", ".join(names)]
 
 
+def hours_of(job: Job, known: Known) -> float:
+    """Hours of the distillation, and of a search, on the GPUs of the layout. `known` and refusals are as in `check`."""
+    source, target = check(job, offline=True, known=known)
+    flops = compute(target, learned(job, source, known), job.distillation, job.search)
+    return flops.gpu_hours / job.layout.processes
+
+
 def stage_names(job: Job, checkpoint: bool) -> list[str]:
     """The names of the stages, in order. `checkpoint`: whether the teacher is one of a host."""
     solving = ["compensate"] * solves(job)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import secrets
@@ -39,14 +40,19 @@ OBJECTS = ("packager", "launcher", "tunnel", "job_details", "experiment_id", "jo
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # The batch script makes a new secret at each start and writes it nowhere. srun gives it to all nodes.
 AT_START = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
-SLURM = {"time": "04:00:00", "signal": "TERM@120"}  # two minutes before the end, time to save a checkpoint
+SIGNAL = "TERM@120"  # two minutes before the end, time to save a checkpoint
+SLACK, STAGES = 1.5, 1  # a job's limit: the estimate of its training times SLACK, and hours for the other stages
+LEAST = 4  # hours of a limit; the estimate assumes H100s
 
 
-def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path]) -> Executor:
+def executor_of(
+    name: str, settings: Iterable[str], layout: Layout, folders: Sequence[Path], hours: float = 0
+) -> Executor:
     """NeMo-Run's executor for `--executor NAME`, with the settings `executor.key=value`.
 
     `name`: a kind in `KINDS`, or the name of an executor in NeMo-Run's `executors.py`. Nodes and GPUs follow from the
-    layout if the settings do not give them. A container sees `folders` under the names that they have here.
+    layout if the settings do not give them, and Slurm's time limit from `hours`, the estimate of the training. A
+    container sees `folders` under the names that they have here.
 
     Raises InputError for an executor, a key or a value that does not exist, for a key that is missing, for a layout
     that does not divide over the nodes, and for SkyPilot if it is not installed.
@@ -57,7 +63,7 @@ def executor_of(name: str, settings: Iterable[str], layout: Layout, folders: Seq
     if name == "skypilot" and not _SKYPILOT_AVAILABLE:
         raise InputError("--executor skypilot needs SkyPilot; install it with: pip install 'nemo_run[skypilot]'")
     kind, complete = KINDS[name]
-    values: Values = {}
+    values: Values = {"time": time_limit(hours)} if name == "slurm" else {}
     for key, text in pairs:
         _put(values, kind, key, text)
     values = complete(values, layout, [f"{folder}:{folder}" for folder in folders])
@@ -172,12 +178,18 @@ def _docker(given: Values, layout: Layout, mounts: list[str]) -> Values:
 
 def _slurm(given: Values, layout: Layout, mounts: list[str]) -> Values:
     nodes, each = _spread(given, layout, "nodes")
-    values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), **SLURM, **given}
+    values = {"nodes": nodes, "gpus_per_node": each, "packager": run.Packager(), "signal": SIGNAL, **given}
     # `executor.gpus_per_node=0` is for a cluster without GPUs, whose Slurm refuses a request for them.
     values |= {"ntasks_per_node": 1, "gpus_per_node": values["gpus_per_node"] or None}
     if "container_image" in given:
         values["container_mounts"] = [*mounts, *given.get("container_mounts", [])]
     return values
+
+
+def time_limit(hours: float) -> str:
+    """Slurm's time limit of a job whose training is estimated to take so many hours."""
+    days, rest = divmod(max(LEAST, math.ceil(SLACK * hours + STAGES)), 24)
+    return f"{days}-" * bool(days) + f"{rest:02d}:00:00"
 
 
 def _skypilot(given: Values, layout: Layout, mounts: list[str]) -> Values:

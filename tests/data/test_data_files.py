@@ -10,7 +10,8 @@ import pytest
 from pico import pico_llama
 from words import save_tokenizer
 
-from nemo_minitron.data import Tokens, build, documents, held_out, load_tokenizer
+from nemo_minitron.commands.finetune import check_rows
+from nemo_minitron.data import Tokens, build, check_texts, documents, held_out, load_tokenizer
 from nemo_minitron.data.text import BadLines, raw_documents, source_of, with_field
 from nemo_minitron.errors import InputError
 from nemo_minitron.job.own_model import _data
@@ -168,3 +169,37 @@ def test_messages_that_cannot_be_written(tmp_path, tokenizer):
         build(file, tokenizer, tmp_path / "other")
     with pytest.raises(InputError, match="line 1 holds chat messages, which need a model's chat template"):
         list(documents(file))
+
+
+@pytest.mark.parametrize(
+    ("texts", "source", "words"),
+    [
+        ([], "a.jsonl", "holds no text"),
+        (TEXTS, "a.csv::body", "has no column 'body'"),
+        (TEXTS, "a.parquet::body", "has no column 'body'"),
+        (TEXTS, "a.jsonl.gz::body", "line 1 has no field 'body'"),
+        (TEXTS, "a.jsonl@rest", "has 3 documents, and every 20th is held out"),
+        (TEXTS, "a.jsonl.zst@held_out", "has 3 documents, and every 20th is held out"),
+    ],
+)
+def test_the_first_documents_are_read_before_anything_is_done(tmp_path, texts, source, words):
+    name = source.partition("::")[0].partition("@")[0]
+    write(tmp_path / name, texts)
+    with pytest.raises(InputError, match=words):
+        check_texts([str(tmp_path / source)])
+
+
+def test_a_broken_first_line_is_refused_unless_it_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{oops\n{"text": "two"}\n')
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        check_texts([str(tmp_path / "a.jsonl")])
+    check_texts([str(tmp_path / "a.jsonl")], skip_bad_lines=True)
+    (tmp_path / "a.txt").write_bytes(b"\xff")  # a text file may be large, and is read only once
+    check_texts([str(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_finetune_says_that_it_reads_plain_lines_alone(tmp_path, name):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=r"must be plain lines of JSON, a \.jsonl file"):
+        check_rows(tmp_path / name)

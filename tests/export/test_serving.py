@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,18 +23,39 @@ def models(tmp_path_factory):
     return pico_llama(folder / "teacher"), pico_llama(folder / "a student", num_hidden_layers=2)
 
 
-def test_commands_of_both_engines(models):
+def test_commands_of_all_engines(models):
     student = models[1]
     assert serving_commands(student, tp=2) == {
         "vllm": [f"vllm serve '{student}' --dtype bfloat16 --tensor-parallel-size 2"],
         "tensorrt_llm": [f"trtllm-serve '{student}' --tp_size 2"],
+        "llama_cpp": [
+            f"python convert_hf_to_gguf.py '{student}' --outfile a-student.gguf --outtype bf16",
+            "llama-server --model a-student.gguf",
+        ],
+        "ollama": [
+            "echo 'FROM ./a-student.gguf' > a-student.Modelfile",
+            "ollama create a-student --file a-student.Modelfile",
+            "ollama run a-student",
+        ],
     }
     fp8 = serving_commands(student, precision="fp8")
     assert fp8["vllm"][0].endswith("--tensor-parallel-size 1 --quantization fp8")
     assert f"--qformat fp8 --export_path '{student}-fp8'" in fp8["tensorrt_llm"][0]
     assert fp8["tensorrt_llm"][1] == f"trtllm-serve '{student}-fp8' --tp_size 1"
+    assert list(fp8) == ["vllm", "tensorrt_llm"]  # llama.cpp has no FP8
     shown = CliRunner().invoke(app, ["serving", str(student), "--tp", "2"]).output.splitlines()
     assert shown[:2] == ["# vllm", serving_commands(student, tp=2)["vllm"][0]]
+
+
+def test_a_folder_without_its_weights_is_refused(models, tmp_path):
+    folder = shutil.copytree(models[0], tmp_path / "cut")
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for words in ("is the download complete", "safetensors"):
+        found = CliRunner().invoke(app, ["serving", str(folder)])
+        assert words in str(found.exception)
+        assert not found.output
+        weights.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

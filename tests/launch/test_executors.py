@@ -61,6 +61,13 @@ def test_the_host_that_is_named_here_is_named_there(executors, tmp_path, monkeyp
     assert lines[2:-1] == (["export MINITRON_HOST=bridge"] if host else [])
 
 
+def test_the_time_limit_follows_the_estimate(executors):
+    assert executors.executor_of("slurm", ["account=lab"], LAYOUT, []).time == "04:00:00"
+    assert executors.executor_of("slurm", ["account=lab"], LAYOUT, [], 6.2).time == "11:00:00"
+    assert executors.executor_of("slurm", ["account=lab"], LAYOUT, [], 26.6).time == "1-17:00:00"
+    assert executors.executor_of("slurm", ["account=lab", "time=00:30:00"], LAYOUT, [], 26.6).time == "00:30:00"
+
+
 def test_a_cluster_without_gpus_and_containers(executors, tmp_path):
     executor = executors.executor_of("slurm", ["account=lab", "nodes=4", "gpus_per_node=0"], LAYOUT, [tmp_path])
     text = executors.dry_run(executor, "pico", COMMAND)
