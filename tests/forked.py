@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = ("nemo_minitron.", "torch.distributed.run")  # what is run by `python -m`, and is forked
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "LD_")  # begin names that libraries read early
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "NEMORUN_", "PYTHON", "LD_")  # begin names that libraries read early
 BORN_WITH = dict(os.environ)  # before any test has changed it; the server's too
 SERVER = Path(__file__).with_name("forked_server.py")
 SUBREAPER = 36  # prctl: an orphan becomes the child of this process

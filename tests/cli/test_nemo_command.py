@@ -119,6 +119,7 @@ def test_minitron_hands_its_own_run_to_an_executor(said, world, monkeypatch):
     minitron(world, "compress", "recipe.py", "--out", "by-nemo", "--executor", "local")
     skipped = re.findall(r"\] (\S+): done before, skipped", (folder / "log.txt").read_text())
     assert skipped == ["data", "estimate", "plan", "gates", "compensate", "prune", "distill", "export"]
+    assert (world / "nemo-run" / "experiments" / "pico").is_dir()  # NeMo-Run's record of it
     assert (folder / "report.html").exists()
 
 
