@@ -9,9 +9,8 @@ A random model of the shape is written first (that is not counted). Then it runs
 end, and two peaks: the GPU's memory beyond what was taken before (sampled every 20 ms; with the CUDA context and the
 allocator's slack), and the resident memory of the largest process.
 
-Beside them stand what the dry run is made of: parameters, bytes in bf16, and the FLOPs of the scored tokens at the dry
-run's speed and MFU. The dry run says nothing about the memory of scoring, so the GPU's peak stands over the teacher's
-bytes. The memory of a training step stands beside the dry run's in the steps of `gpu.py`.
+Beside them stand what the dry run says: parameters, bytes in bf16, and of scoring the memory (`job/scoring.py`) and the
+FLOPs at its speed and MFU. The memory of a training step stands beside the dry run's in the steps of `gpu.py`.
 """
 
 from __future__ import annotations
@@ -124,16 +123,19 @@ def run(model: Path, device: str, keep: str, length: int, save: Callable[[dict[s
 
 def compared(found: dict[str, Any], model: Path, length: int) -> dict[str, Any]:
     from nemo_minitron.families import from_hf
-    from nemo_minitron.job.compute import MFU, PEAK
+    from nemo_minitron.job import Calibration, Layout
+    from nemo_minitron.job.compute import MFU
+    from nemo_minitron.job.scoring import Refit, scoring_flops, scoring_memory, seconds_of
 
-    seconds = ROWS * length * from_hf(model).flops_per_token(length // 2) / (PEAK * MFU)
+    source, settings = from_hf(model), Calibration(samples=ROWS, sequence_length=length, precision="bf16")
     row = {
         f"{name}, bytes on disk": found[name]["bytes on disk"] / found[name]["bytes in the dry run"]
         for name in ("teacher", "student")
     }
+    seconds = seconds_of(scoring_flops(source, settings, Refit()))
     row[f"estimate, s over its FLOPs at an MFU of {MFU:.0%}"] = found["estimate"]["s"] / seconds
     if (peak := found["estimate"]["bytes of the GPU"]) is not None:
-        row["estimate, bytes of the GPU over the teacher's"] = peak / found["teacher"]["bytes in the dry run"]
+        row["estimate, bytes of the GPU"] = peak / sum(scoring_memory(source, settings, Layout()).values())
     return row
 
 

@@ -127,6 +127,8 @@ def session(parts: list[Part], out: Path, device: str, quick: bool, budget: floa
     if (result["device"], result["quick"]) != (device, quick):
         raise SystemExit(f"{out} is of another device or size; give another --out")
     rows = result["parts"]
+    for part in parts:  # a call that is killed has them in its file, too
+        rows.setdefault(part.name, {"state": NOT_RUN, "why": "the call has not come to it"})
     for part in in_order(parts, rows):
         left = ends - time.perf_counter()
         if why := part.why_not(device, quick):

@@ -1,4 +1,4 @@
-"""What training costs on one rank of a layout: weights, gradients, optimizer, activations, teacher."""
+"""What training and scoring cost on one rank of a layout: weights, gradients, optimizer, activations, teacher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 
 from nemo_minitron import hybrid, latents
 from nemo_minitron.architecture import BYTES, Architecture
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.precisions import FP8, weights_in
 
@@ -92,6 +93,35 @@ def training_memory(
         )
     ]
     return max(stages, key=lambda stage: sum(stage.values()))
+
+
+def forward_memory(
+    architecture: Architecture, layout: Layout, *, batch: int, context: int, precision: str = "bf16"
+) -> dict[str, int]:
+    """Bytes by purpose of forward passes without a backward pass, on a rank of the pipeline stage that needs most.
+
+    A rank holds its weights and the activations of one layer at a time (see `activations`); on the last stage, where
+    that is more, the residual stream and the logits, of which the loss makes an fp32 copy if they are bf16. Counted and
+    left out is the same as in `training_memory`. Raises InputError for an unknown precision.
+    """
+    wide = weights_in(precision)
+    size, widths = BYTES[wide], {"fp32": BYTES["fp32"], "bf16": BYTES["bf16"] + BYTES["fp32"]}
+    logits = size * _residual(architecture, layout) + widths[wide] * math.ceil(architecture.vocab_size / layout.tp)
+    tokens, stages = batch * math.ceil(context / layout.cp), []
+    copies = _fp8_copies(architecture, layout, precision, 1)
+    counts = zip(stage_layers(architecture.num_layers, layout), parameters_by_stage(architecture, layout), strict=True)
+    for stage, (layers, parameters) in enumerate(counts):
+        held = size * max((_layer(architecture, layer, layout, "none", context) for layer in layers), default=0)
+        held = max(held, logits) if stage == layout.pp - 1 else held
+        stages.append({"weights": sum(parameters) * size + copies[stage], "activations": round(held * tokens)})
+    return max(stages, key=lambda stage: sum(stage.values()))
+
+
+def gram_bytes(a: Architecture, layout: Layout) -> int:
+    """Bytes of the Gram matrices (fp64) of the largest layer on a rank of the layout, with all experts of that rank."""
+    dense = AXES["ffn"].length(a) ** 2 // layout.tp
+    experts = AXES["experts"].length(a) // layout.ep * (a.moe_ffn_hidden_size or 0) ** 2 // layout.expert_tp
+    return 8 * (max(dense, experts) + (a.num_attention_heads * a.value_dim) ** 2 // layout.tp)
 
 
 def _fp8_copies(architecture: Architecture, layout: Layout, precision: str, copies: int) -> list[int]:

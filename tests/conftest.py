@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")  # lm-eval sets it, and `forked.py` would fork no command any more
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -4,7 +4,8 @@ Loading NeMo takes longer than most of the work that tests give a command. So ea
 `forked_server.py`, which loads NeMo once, and a command is forked from it instead of being executed. Every process that
 the command starts by `python -m` is forked too: torchrun's agent, and its ranks. The rest is unchanged: each process is
 its starter's child and has its own session, environment, folder, pipes, arguments and exit code. Some tests execute
-their processes: those of signals (`test_signals.py`, `tests/launch`), and the run that most of `tests/cli` looks at.
+their processes: those of signals (`test_signals.py`, `tests/launch`), and the job that `test_nemo_command.py`
+starts as a user does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = ("nemo_minitron.", "torch.distributed.run")  # what is run by `python -m`, and is forked
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "LD_")  # begin names that libraries read early
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "NEMORUN_", "PYTHON", "LD_")  # begin names that libraries read early
 BORN_WITH = dict(os.environ)  # before any test has changed it; the server's too
 SERVER = Path(__file__).with_name("forked_server.py")
 SUBREAPER = 36  # prctl: an orphan becomes the child of this process

@@ -47,6 +47,17 @@ def test_no_part_begins_without_time(driver, tmp_path):
     assert "the next call runs it" in found["parts"]["one"]["why"]
 
 
+def test_a_call_that_is_killed_has_told_of_all_parts(driver, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        driver.session([part(driver, n, "pass") for n in "ab"], tmp_path / "session.json", "cpu", True, 60)
+    rows = json.loads((tmp_path / "session.json").read_text())["parts"]
+    assert {name: row["state"] for name, row in rows.items()} == {"a": "cut off", "b": "not run"}
+
+
 def test_half_of_a_limit_must_be_left():
     code = "import gpu_session as s; print(*(part.least(quick) for part in s.PARTS[:1] for quick in (False, True)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)

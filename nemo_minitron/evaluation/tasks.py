@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,14 +94,19 @@ def _find(tasks: Sequence[str]) -> tuple[ModuleType, LmEvalTasks, dict[int | Non
         raise InputError(
             "tasks need lm-eval; install it with: pip install 'lm_eval[hf]', or in a clone: pip install '.[eval]'"
         ) from None
-    folders = sorted({str(Path(task).parent) for task in tasks if task.endswith(YAML)})
-    manager = TaskManager(include_path=folders or None)
+    manager = _manager(TaskManager, tuple(sorted({str(Path(task).parent) for task in tasks if task.endswith(YAML)})))
     for name in (name for names in by_shots.values() for name in names):
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "`lm_eval --tasks list` lists them"
             raise InputError(f"lm-eval has no task '{name}'; {hint}")
     return lm_eval, manager, by_shots
+
+
+@functools.cache
+def _manager(kind: type[LmEvalTasks], folders: tuple[str, ...]) -> LmEvalTasks:
+    """lm-eval's tasks and those of the folders. It reads thousands of files, so a process makes it once."""
+    return kind(include_path=list(folders) or None)
 
 
 def with_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:

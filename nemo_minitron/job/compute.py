@@ -36,15 +36,15 @@ class Compute:
         """GPU-hours in one line, with what they assume. A teacher in FP8 is counted at bf16's speed."""
         parts = ", ".join(f"{name} {flops:.2e}" for name, flops in dataclasses.asdict(self).items() if flops)
         return (
-            f"GPU-hours: {_hours(self.gpu_hours)}, {_hours(self.gpu_hours / processes)} h on {processes} "
+            f"GPU-hours: {hours(self.gpu_hours)}, {hours(self.gpu_hours / processes)} h on {processes} "
             f"GPU{'s' * (processes > 1)}: "
             f"{self.total:.2e} FLOPs ({parts}) at {PEAK / 1e12:.0f} TFLOPS ({GPU}, bf16) "
             f"and an assumed MFU of {MFU:.0%}"
         )
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f}" if hours >= 0.1 else "less than 0.1"
+def hours(number: float) -> str:
+    return f"{number:,.1f}" if number >= 0.1 else "less than 0.1"
 
 
 def compute(

@@ -23,6 +23,7 @@ from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import compute
 from nemo_minitron.job.lineage import check_lineage
 from nemo_minitron.job.practices import facts_of, practices
+from nemo_minitron.job.scoring import describe_scoring, gigabytes
 from nemo_minitron.job.stages.compensate import solved_bytes, solves
 from nemo_minitron.job.stages.rounds import check_rounds, round_name, words_of_rounds
 from nemo_minitron.job.stages.trajectory import check_marks, describe_marks
@@ -219,7 +220,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     lines += [f"{name:24}{count(source):>16,}{count(target):>16,}" for name, count in rows.items()]
     lines += [f"remark: {sentence}" for sentence in (*remarks(config), remark_on(target, config)) if sentence]
     lines += ["", "memory of a distillation step, each rank:"]
-    lines += [f"  {name:22}{size / 1e9:>12.3f} GB" for name, size in {**memory, "sum": sum(memory.values())}.items()]
+    lines += gigabytes({**memory, "sum": sum(memory.values())})
     settings = job.distillation
     tokens = settings.steps * settings.sequence_length * settings.global_batch_size
     taught = f", the teacher in {settings.teacher_precision}" if settings.teacher_precision else ""
@@ -227,6 +228,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     lines += ["", f"distillation: {trained}"]
     lines += [f"learned from: {job.learns_from}, {ancestor.parameters():,} parameters"] if job.learns_from else []
     lines += [compute(target, ancestor, settings, job.search).describe(layout.processes)]
+    lines += describe_scoring(job, source, target)
     lines += [job.generation.describe()] if job.generation.wanted else []
     lines += [describe_marks(settings, job.evaluation)] if job.evaluation.every else []
     lines += [f"calibration: {calibration_of(job, source).describe()}", f"criterion of dropped layers: {job.depth}"]

@@ -18,8 +18,8 @@ from megatron.core import parallel_state
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.axes import AXES
 from nemo_minitron.backend.collectives import gather_objects
+from nemo_minitron.costs import gram_bytes
 from nemo_minitron.importance.gram import gram, whole
 from nemo_minitron.megatron.live import LiveSource
 from nemo_minitron.megatron.load import Builder, load
@@ -181,13 +181,6 @@ def passes(source: Architecture, origins: Iterable[str], memory: int, layout: La
     """Groups of the teacher's layers: a rank has room for the Gram matrices of one group. A group has at least one
     layer. `memory`: bytes."""
     layers = sorted({int(origin.split(".")[1]) for origin in origins})
-    count = max(1, memory // bytes_of_layer(source, layout))
+    count = max(1, memory // gram_bytes(source, layout))
     for first in range(0, len(layers), count):
         yield layers[first : first + count]
-
-
-def bytes_of_layer(a: Architecture, layout: Layout) -> int:
-    """Bytes of the Gram matrices (fp64) of the largest layer on a rank of the layout, with all experts of that rank."""
-    dense = AXES["ffn"].length(a) ** 2 // layout.tp
-    experts = AXES["experts"].length(a) // layout.ep * (a.moe_ffn_hidden_size or 0) ** 2 // layout.expert_tp
-    return 8 * (max(dense, experts) + (a.num_attention_heads * a.value_dim) ** 2 // layout.tp)

@@ -1,9 +1,9 @@
 """NeMo checkpoints at the command line: cut into one of the same kind, measured, and as the main job's teacher."""
 
 import json
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from command_line import RECIPE, minitron
@@ -65,7 +65,7 @@ def test_the_student_is_nemos_and_has_the_cuts_bits(world, student):
     prune(world / "run" / "student", plan, world / "cut", overwrite=True)
     (world / "export.py").write_text(EXPORT)
     command = [sys.executable, "export.py", str(folder), "exported-student"]
-    done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=300)
+    done = forked.run(command, cwd=world)
     assert done.returncode == 0, done.stderr[-4000:]
     assert same(world / "exported-student", world / "cut") == []
     assert "nemo_minitron" not in (folder / "context" / "io.json").read_text()

@@ -25,7 +25,7 @@ from nemo_minitron.search.depth import layers_to_drop
 from nemo_minitron.sources.tensors import source_digest
 
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(900)]
-ROWS = 241  # odd: two data-parallel ranks fill up the last batch
+ROWS = 121  # odd: two data-parallel ranks fill up the last batch
 ROWS_OPTIONS = ["--samples", ROWS, "--sequence-length", 36, "--criterion", "l2,mean", "--criterion", "var,mean"]
 DEPTH_OPTIONS = ["--depth", "loss,perplexity,accuracy,removal", "--depth-sizes", "1,2", "--depth-samples", 3]
 COMMAND = ["estimate", "teacher", "--data", "corpus.jsonl", *ROWS_OPTIONS, "--save-every", 4, *DEPTH_OPTIONS]

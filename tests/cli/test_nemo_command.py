@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command_line import minitron
 from pico import raw_tensors
 
 from nemo_minitron.cli.find import find, names
@@ -23,14 +24,23 @@ COMMANDS = ("compress", "estimate", "plan", "prune", "distill")
 
 @pytest.fixture(scope="module")
 def said(world):
-    """What `nemo minitron` prints; its run goes on from a copy of `minitron compress`'s whose student is gone."""
+    """What `nemo minitron` prints; its run goes on from a copy of `minitron compress`'s that has only its plan.
+
+    Its processes are started, not forked, and find a Transformer Engine that does not import, as its package does on a
+    machine without a GPU.
+    """
     shutil.copytree(world / "run", world / "by-nemo")
-    for folder in ("checkpoints/distilled", "student"):
+    for folder in ("checkpoints", "student"):
         shutil.rmtree(world / "by-nemo" / folder)
-    (world / "by-nemo" / "log.txt").unlink()  # which other tests' reruns may have written to
+    for file in ("compensation.safetensors", "log.txt"):  # other tests' reruns may have written to the log
+        (world / "by-nemo" / file).unlink()
+    engine = world / "site" / "transformer_engine"
+    engine.mkdir(parents=True)
+    (engine / "__init__.py").write_text("raise RuntimeError('libcuda.so.1: cannot open shared object file')")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # its executors start `python`
     # 200 columns: NeMo-Run cuts the longer names of recipes to fit a narrow terminal.
     environment = os.environ | {"NEMORUN_HOME": str(world / "nemo-run"), "PATH": path, "COLUMNS": "200"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(engine.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(Path(__file__).with_name("nemo_command.py"))]
     done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -94,10 +104,23 @@ def test_a_run_through_the_local_executor_is_the_same_run(said, world):
     assert said["run"][0] == 0, said["run"][1]
     log = (world / "by-nemo" / "log.txt").read_text()
     skipped = re.findall(r"\] (\S+): done before, skipped", log)
-    assert skipped == ["data", "estimate", "plan", "gates", "compensate", "prune"]  # what the student rests on
+    assert skipped == ["data", "estimate", "plan", "gates"]  # what the matrices and the student rest on
     ours, theirs = raw_tensors(world / "run" / "student"), raw_tensors(world / "by-nemo" / "student")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
+
+
+def test_minitron_hands_its_own_run_to_an_executor(said, world, monkeypatch):
+    """What `nemo minitron` made is done before; the rest of the job follows."""
+    monkeypatch.setenv("NEMORUN_HOME", str(world / "nemo-run"))
+    folder = world / "by-nemo"
+    for file in ("report.html", "log.txt"):
+        (folder / file).unlink()
+    minitron(world, "compress", "recipe.py", "--out", "by-nemo", "--executor", "local")
+    skipped = re.findall(r"\] (\S+): done before, skipped", (folder / "log.txt").read_text())
+    assert skipped == ["data", "estimate", "plan", "gates", "compensate", "prune", "distill", "export"]
+    assert (world / "nemo-run" / "experiments" / "pico").is_dir()  # NeMo-Run's record of it
+    assert (folder / "report.html").exists()
 
 
 def test_under_torchrun_the_first_process_alone_does_the_job(said, world):

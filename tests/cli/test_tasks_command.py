@@ -53,13 +53,18 @@ def task(tmp_path):
 @pytest.mark.skipif(not DEMO.is_dir(), reason="the demo's model is not here: make venv")
 def test_evaluate_runs_a_task_on_the_demos_model(task):
     """Answers that any model of English knows; the margin is lm-eval's own."""
-    command = ("evaluate", DEMO, "--tasks", task, "--precision", "fp32")
-    output = minitron(task.parent, *command, "--json")
+    output = minitron(task.parent, "evaluate", DEMO, "--tasks", task, "--precision", "fp32", "--json")
     row = json.loads(output.splitlines()[-1])["tasks"]["choice"]
     assert row["acc,none"] == 1.0
     assert row["acc_stderr,none"] == 0.0
-    limited = minitron(task.parent, *command, "--limit", 2)
-    assert re.search(r"choice +acc,none +1\n", limited)
+
+
+def test_a_limit_is_the_number_of_documents(world, task):
+    """The pico teacher guesses, so that the margin tells three documents from eight."""
+    output = minitron(world, "evaluate", "teacher", "--tasks", task, "--precision", "fp32", "--limit", 3)
+    p, error = (float(re.search(rf"choice +{name},none +(\S+)\n", output)[1]) for name in ("acc", "acc_stderr"))
+    assert 0 < p < 1
+    assert error == pytest.approx(math.sqrt(p * (1 - p) / 2), rel=1e-5)
 
 
 def test_a_recipe_measures_teacher_and_student_side_by_side(world, task):

@@ -8,6 +8,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import forked
 import pytest
 from forked import Forked
 from pico import pico_llama, pico_qwen3, raw_tensors
@@ -33,7 +34,7 @@ def installed(distribution):
 
 def run(*command, host):
     environment = os.environ | {"MINITRON_HOST": host}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    return forked.run([sys.executable, *command], env=environment)
 
 
 class HostContract:

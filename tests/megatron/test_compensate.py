@@ -18,9 +18,9 @@ from words import save_tokenizer
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.artifacts.typed import plain
+from nemo_minitron.costs import gram_bytes
 from nemo_minitron.data import Tokens, build, load_tokenizer
 from nemo_minitron.families import from_hf
-from nemo_minitron.megatron.compensate import bytes_of_layer
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.search import random_plan
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def test_experts_over_ranks(folder, layout):
     """A pass takes two layers. The matrices equal those that float64 gives."""
     out, plan, source = folder / "solved", PrunePlan.load(folder / "plan.json"), HFSource(folder / "teacher")
-    memory, plans = 2 * bytes_of_layer(plan.source, layout), {folder / "plan.json": out}
+    memory, plans = 2 * gram_bytes(plan.source, layout), {folder / "plan.json": out}
     order = CompensateOrder(folder / "teacher", plans, folder / "corpus", 0.01, memory, Calibration(**ROWS), layout)
     write_json(folder / "order.json", plain(order))
     run_ranks(2, WORKER, folder / "order.json")
