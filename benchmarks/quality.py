@@ -2,9 +2,10 @@
 after equal training: `python benchmarks/quality.py --novels r-cran-janeaustenr_1.0.0-1_all.deb --out RESULT.json`.
 
 Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py`), `slices` (our selection alone),
-`job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), and
-`unscaled` (a job without the last, where a cut has layers and more). Every arm reads the same calibration rows. Losses,
-in nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training
+`job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
+(a job without the last, where a cut has layers and more), and `reconstructed` (a job whose MLPs are fitted as a whole in
+PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
+nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training
 read Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
 
 `--tokens N` trains the students, with each of `--seeds` (a seed draws the rows, the same for every arm), with the
@@ -32,8 +33,9 @@ from short_training import Schedule, Training, batch_of
 
 from nemo_minitron.settings.precision import best_precision
 
-SLICES, UNSCALED, JOB = "slices", "unscaled", "job"
-ARMS = (PEER, SLICES, UNSCALED, JOB)
+SLICES, UNSCALED, JOB, RECONSTRUCTED = "slices", "unscaled", "job", "reconstructed"
+ARMS = (PEER, SLICES, UNSCALED, JOB, RECONSTRUCTED)
+PASSES = 4  # of the reconstruction
 CUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # ours, and Megatron's names of the same sizes
     "ffn 1024": ({"ffn": 1024}, {"ffn_hidden_size": 1024}),
     "hidden 512": ({"hidden": 512}, {"hidden_size": 512}),
@@ -152,11 +154,12 @@ class Bench:
         plan = PrunePlan.load(file)
         if arm == SLICES:
             return plan, None, costs
-        solved = folder / "compensation.safetensors" if list(solvable(plan)) else None
+        more = ["--reconstruct", PASSES] if arm == RECONSTRUCTED else []
+        solved = folder / f"{'reconstructed' if more else 'compensation'}.safetensors" if list(solvable(plan)) else None
         if solved is not None:
             costs["compensate"] = self.once(solved, lambda out: self.minitron(
-                "compensate", self.model, file, *self.calibrated(), "--out", out))  # fmt: skip
-        gaps = arm == JOB and "layers" in keep
+                "compensate", self.model, file, *self.calibrated(), *more, "--out", out))  # fmt: skip
+        gaps = arm in (JOB, RECONSTRUCTED) and "layers" in keep
         extras = Extras(solved, can_fold(plan.source, plan.target), scores=scores if gaps else None, scale_gaps=gaps)
         return plan, compensation_of(self.source, plan, extras), costs
 
@@ -213,7 +216,7 @@ class Bench:
 
     def left(self) -> list[tuple[str, str, int, int]]:
         o = self.options
-        pairs = [(cut, arm) for cut in o.cuts for arm in o.arms if arm != UNSCALED or {*CUTS[cut][0]} > {"layers"}]
+        pairs = [(cut, arm) for cut in o.cuts for arm in o.arms if _differs(cut, arm)]
         before = [(cut, arm, 0, 0) for cut, arm in pairs]
         after = [(cut, arm, seed, o.tokens) for seed in o.seeds for cut, arm in pairs] if o.tokens else []
         return [key for key in before + after if not self.results.find(*key)]
@@ -246,6 +249,12 @@ class Bench:
             losses = [step(chunk, batch_of(row)).double().mean().item() for row in rows]
         chunk.train(training)
         return losses
+
+
+def _differs(cut: str, arm: str) -> bool:
+    """Whether an arm is another student than the job's."""
+    axes = {*CUTS[cut][0]}
+    return {UNSCALED: axes > {"layers"}, RECONSTRUCTED: "ffn" in axes}.get(arm, True)
 
 
 def main() -> None:
