@@ -3,8 +3,8 @@ after equal training: `python benchmarks/quality.py --novels r-cran-janeaustenr_
 
 Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py`), `slices` (our selection alone),
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
-(a job without the last, where a cut has layers and more), and `reconstructed` (a job whose MLPs are fitted as a whole in
-PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
+(a job without the last, where a cut has layers and more), and `reconstructed` (a job whose MLPs are fitted as a whole
+in PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
 nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training
 read Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
 
