@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts.scores import expected_shapes
 from nemo_minitron.artifacts.statistics import aggregation_of, criterion
-from nemo_minitron.costs import forward_memory, gram_bytes
+from nemo_minitron.costs import forward_memory, gram_bytes, parameters_by_stage
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import BACKWARD, MFU, PEAK, hours
 from nemo_minitron.job.stages.compensate import solves
@@ -21,11 +21,15 @@ from nemo_minitron.settings.recipe import Job
 @dataclasses.dataclass(frozen=True)
 class Refit:
     """The least squares after a cut. `passes`: how often the rows go through the model. `products`: FLOPs a token of
-    the Gram matrices, in all passes together. `memory`: bytes of the Gram matrices of a pass, on a rank."""
+    the Gram matrices, in all passes together. `memory`: bytes of the Gram matrices of a pass, on a rank. `fits`,
+    `fitting`, `student`: passes, FLOPs a token and bytes of the MLPs' fit as a whole (`reconstruction_of`)."""
 
     passes: int = 0
     products: int = 0
     memory: int = 0
+    fits: int = 0
+    fitting: int = 0
+    student: int = 0
 
 
 def refit_of(source: Architecture, target: Architecture, layout: Layout, memory: float) -> Refit:
@@ -45,6 +49,22 @@ def refit_of(source: Architecture, target: Architecture, layout: Layout, memory:
     at_once = min(layers, max(1, int(memory * 1e9) // one))
     products = sum(2 * count * width**2 for count, width in cut)
     return Refit(math.ceil(layers / at_once), products, min(at_once, math.ceil(layers / layout.pp)) * one)
+
+
+def reconstruction_of(source: Architecture, target: Architecture, layout: Layout, passes: int) -> tuple[int, int]:
+    """(Bytes on a rank, FLOPs a token in all `passes`) of the fit of MLPs as a whole.
+
+    A rank holds an fp32 copy of the model with the kept neurons, and of the MLPs' matrices gradients, Adam's two
+    moments and what they started from. Each pass is one of the teacher, and a forward and backward pass of the MLPs.
+    """
+    if not passes or source.ffn_hidden_size == target.ffn_hidden_size:
+        return 0, 0
+    student = source.replace(ffn_hidden_size=target.ffn_hidden_size)
+    layers, matrices = len(student.dense_layers), 3 if student.gated_mlp else 2
+    each = matrices * student.hidden_size * student.ffn_hidden_size
+    held = max(sum(stage) for stage in parameters_by_stage(student, layout))
+    fitted = math.ceil(layers / layout.pp) * each // layout.tp
+    return 4 * (held + 4 * fitted), passes * 2 * (1 + BACKWARD) * layers * each
 
 
 def statistics_bytes(source: Architecture, calibration: Calibration) -> int:
@@ -72,7 +92,11 @@ def scoring_flops(source: Architecture, calibration: Calibration, refit: Refit) 
     tokens = calibration.samples * calibration.sequence_length
     forward = source.flops_per_token(calibration.sequence_length // 2)
     scored = calibration.runs * (1 + BACKWARD * (calibration.method == TAYLOR))
-    return {"scores": tokens * forward * scored, "re-fit": tokens * (refit.passes * forward + refit.products)}
+    return {
+        "scores": tokens * forward * scored,
+        "re-fit": tokens * (refit.passes * forward + refit.products),
+        "reconstruction": tokens * (refit.fits * forward + refit.fitting),
+    }
 
 
 def seconds_of(flops: dict[str, int]) -> float:
@@ -84,11 +108,15 @@ def describe_scoring(job: Job, source: Architecture, target: Architecture) -> li
     """The dry run's lines. A Taylor score's backward pass keeps more than is counted, so it has no lines of memory."""
     calibration = calibration_of(job, source)
     refit = refit_of(source, target, job.layout, job.cutting.memory) if solves(job) else Refit()
+    if refit.passes and job.cutting.reconstruct:
+        student, fitting = reconstruction_of(source, target, job.layout, job.cutting.reconstruct)
+        refit = dataclasses.replace(refit, fits=job.cutting.reconstruct, fitting=fitting, student=student)
     flops, lines = scoring_flops(source, calibration, refit), []
     if calibration.runs and calibration.method != TAYLOR:
         memory = scoring_memory(source, calibration, job.layout)
         lines = ["", "memory of scoring, each rank:", *gigabytes({**memory, "sum": sum(memory.values())})]
         lines += gigabytes({"Gram matrices (re-fit)": refit.memory} if refit.passes else {})
+        lines += gigabytes({"student (reconstruct)": refit.student} if refit.student else {})
     gpu_hours = hours(seconds_of(flops) / 3600)
     parts = ", ".join(f"{name} {count:.2e}" for name, count in flops.items() if count)
     text = f"scoring: GPU-hours: {gpu_hours}: {sum(flops.values()):.2e} FLOPs ({parts}) at the speed of training"

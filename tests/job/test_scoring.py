@@ -9,7 +9,15 @@ from test_architecture import mixed, smollm2
 from nemo_minitron.costs import forward_memory, gram_bytes
 from nemo_minitron.job import Calibration, Cutting, Data, Job, Layout
 from nemo_minitron.job.dry_run import describe
-from nemo_minitron.job.scoring import Refit, refit_of, scoring_flops, scoring_memory, seconds_of, statistics_bytes
+from nemo_minitron.job.scoring import (
+    Refit,
+    reconstruction_of,
+    refit_of,
+    scoring_flops,
+    scoring_memory,
+    seconds_of,
+    statistics_bytes,
+)
 
 ONE = Layout()
 ROWS = Calibration(samples=6, sequence_length=20, batch_size=2, precision="bf16")
@@ -75,13 +83,26 @@ def test_the_re_fit_of_experts():
     assert found.products == 2 * 2 * 2 * 320**2  # two layers
 
 
+def test_the_fit_of_mlps_as_a_whole():
+    """An fp32 copy of the model with fewer neurons; gradients, two moments and the start of its MLPs."""
+    a, student = smollm2(), smollm2(ffn_hidden_size=1024, num_layers=20)
+    mlps = 30 * 3 * 576 * 1024
+    held = 4 * (a.parameters() - 30 * 3 * 576 * 512 + 4 * mlps)
+    assert reconstruction_of(a, student, ONE, 4) == (held, 4 * 6 * mlps)
+    assert reconstruction_of(a, student, ONE, 0) == (0, 0)
+    assert reconstruction_of(a, smollm2(hidden_size=512), ONE, 4) == (0, 0)
+    assert reconstruction_of(a, student, Layout(tp=3), 4)[0] < held / 2.5
+
+
 def test_flops():
     a, refit = smollm2(), Refit(passes=3, products=7)
     forward = a.flops_per_token(10)
-    assert scoring_flops(a, ROWS, refit) == {"scores": 120 * forward, "re-fit": 120 * (3 * forward + 7)}
+    none = {"scores": 120 * forward, "re-fit": 0, "reconstruction": 0}
+    assert scoring_flops(a, ROWS, refit) == none | {"re-fit": 120 * (3 * forward + 7)}
     taylor, magnitude = (dataclasses.replace(ROWS, method=method) for method in ("taylor", "magnitude"))
-    assert scoring_flops(a, taylor, Refit()) == {"scores": 3 * 120 * forward, "re-fit": 0}
-    assert scoring_flops(a, magnitude, Refit()) == {"scores": 0, "re-fit": 0}
+    assert scoring_flops(a, taylor, Refit()) == none | {"scores": 3 * 120 * forward}
+    assert scoring_flops(a, magnitude, Refit()) == none | {"scores": 0}
+    assert scoring_flops(a, ROWS, Refit(fits=2, fitting=9)) == none | {"reconstruction": 120 * (2 * forward + 9)}
     assert seconds_of({"scores": 989e12, "re-fit": 989e12}) == pytest.approx(2 / 0.4)
 
 
@@ -109,6 +130,10 @@ def test_the_dry_run_says_it(job):
     assert "the re-fit reads the rows" not in text
     small = describe(dataclasses.replace(job, cutting=Cutting(memory=1e-6)))
     assert "the re-fit reads the rows 6 times; cutting.memory limits the layers of a pass" in small
+    assert "reconstruct" not in text
+    fitted = describe(dataclasses.replace(job, cutting=Cutting(reconstruct=2)))
+    assert "  student (reconstruct) " in fitted
+    assert "reconstruction " in fitted
     plain = describe(dataclasses.replace(job, cutting=Cutting(compensate=False)))
     assert "Gram matrices" not in plain
     taylor = describe(dataclasses.replace(job, calibration=Calibration(method="taylor")))

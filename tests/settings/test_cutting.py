@@ -34,6 +34,12 @@ def job(teacher, keep, *settings):
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0, for example 4.0"),
+        ({"heads": 3}, ["cutting.reconstruct=2"], "the job cuts no ffn; set 0 passes"),
+        (
+            {"ffn": 48},
+            ["cutting.reconstruct=2", "cutting.reconstruct_batch=3", "layout.dp=2"],
+            "reconstruct_batch=3 rows do not divide among 2 data-parallel ranks; the nearest legal is 4",
+        ),
         (
             {"ffn": 48},
             ["cutting.compensate=false", "cutting.head_residual=paper"],
