@@ -33,7 +33,6 @@ from nemo_minitron.settings.derive import fit_job, fit_job_to_models
 from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Distillation, Job
-from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.settings.search import LOSSES
 from nemo_minitron.settings.written import as_yaml
 from nemo_minitron.sources.open import config_of, is_checkpoint, tokenizer_folder_of
@@ -97,8 +96,7 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     for model in (config, to_hf(target, config)):
         check_represented(model, "compress")
     job.cutting.check(source, target, job.search.wanted)
-    if job.cutting.reconstruct:
-        rows_of_step(job.calibration.samples, job.cutting.reconstruct_batch, job.layout.dp)
+    job.cutting.rows_of_step(job.calibration.samples, job.layout.dp)
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
     calibration_of(job, source)

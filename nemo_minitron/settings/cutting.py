@@ -4,12 +4,13 @@ layers, the residual of heads."""
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.defaults import RIDGE, SIGNS
 from nemo_minitron.schema import setting
+from nemo_minitron.settings.reconstruction import rows_of_step
+from nemo_minitron.settings.validated import ValidatedSettings
 
 MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
 FOLD = "Scale RMSNorms by sqrt(all / kept) where hidden channels are cut."
@@ -25,7 +26,7 @@ RESIDUAL = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Cutting:
+class Cutting(ValidatedSettings):
     """What the student gets beyond plain slices of its teacher.
 
     `compensate`: the matrices that lose inputs to a cut of neurons or heads are re-fitted, by least squares on the
@@ -60,11 +61,7 @@ class Cutting:
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
 
     def __post_init__(self) -> None:
-        for name, value, usual in (("ridge", self.ridge, RIDGE), ("memory", self.memory, MEMORY)):
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} is {value}; it must be above 0, for example {usual}, and finite")
-        if self.head_residual and self.head_residual not in SIGNS:
-            raise InputError(f"head_residual '{self.head_residual}' is unknown; legal are {' and '.join(SIGNS)}")
+        super().__post_init__()
         if self.reconstruct and not self.compensate:
             raise InputError(
                 "reconstruct starts from the least squares; leave cutting.compensate=true, or set 0 passes"
@@ -84,6 +81,13 @@ class Cutting:
     def fitting(self) -> object:
         """Plain values that decide what the least squares, and the fit after them, give."""
         return [self.ridge, self.reconstruct, int(self.reconstruct_batch)] if self.reconstruct else self.ridge
+
+    def rows_of_step(self, rows: int, ranks: int) -> int:
+        """The rows of a step of the reconstruction, of `rows` and on so many data-parallel ranks. Raises InputError if
+        they do not serve; without a reconstruction nothing is asked of them."""
+        if not self.reconstruct:
+            return int(self.reconstruct_batch)
+        return rows_of_step(rows, self.reconstruct_batch, ranks)
 
     def folds(self, source: Architecture, target: Architecture) -> bool:
         """Whether this cut's norms are scaled."""

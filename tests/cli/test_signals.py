@@ -89,16 +89,16 @@ def rank_of(pid):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "words", "patience"),
     [
-        (signal.SIGKILL, "estimate ended with exit code 1: rank 1 was killed by SIGKILL"),
-        (signal.SIGSTOP, "estimate ended with exit code 1: rank 1 has made no progress for 1"),
+        (signal.SIGKILL, "estimate ended with exit code 1: rank 1 was killed by SIGKILL", 600),
+        (signal.SIGSTOP, "estimate ended with exit code 1: rank 1 has made no progress for 1", 15),
     ],
 )
-def test_a_rank_that_dies_or_stalls_is_named(teacher, tmp_path, number, words):
+def test_a_rank_that_dies_or_stalls_is_named(teacher, tmp_path, number, words, patience):
     """The other rank waits for it in a collective, for half an hour if nobody ends it."""
     command = ["estimate", "teacher", "--data", "corpus.jsonl", "--tp", RANKS, "--samples", 64]
-    command += ["--sequence-length", 32, "--stall-timeout", 15, "--out", tmp_path / "scores.safetensors"]
+    command += ["--sequence-length", 32, "--stall-timeout", patience, "--out", tmp_path / "scores.safetensors"]
     process = started(teacher, tmp_path, command)
     until(lambda: "1" in map(rank_of, workers(tmp_path)) or process.poll() is not None, 300)
     assert process.poll() is None, process.communicate()

@@ -7,6 +7,7 @@ published one; that of Moonlight is this file's own arithmetic.
 import pytest
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import serving_commands
 from nemo_minitron.families import check_host, family_of, from_hf, multiples_of, remarks, to_hf, written_config
@@ -227,8 +228,8 @@ def test_heads_of_latents_have_no_residual():
         check_residual(source, source.replace(num_attention_heads=12), "paper")
 
 
-def test_serving():
-    vllm, _ = serving_commands(LITE, tp=8).values()
-    assert vllm[0].endswith("--dtype bfloat16 --tensor-parallel-size 8")
+def test_serving(tmp_path):
+    write_json(tmp_path / "config.json", LITE)
+    assert serving_commands(tmp_path, tp=8)["vllm"][0].endswith("--dtype bfloat16 --tensor-parallel-size 8")
     with pytest.raises(InputError, match="tp=3 does not divide 16 heads"):
-        serving_commands(LITE, tp=3)
+        serving_commands(tmp_path, tp=3)

@@ -8,6 +8,7 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.files import write_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import serving_commands
 from nemo_minitron.families import check_host, family_of, family_of_fields, from_hf, remarks, to_hf, written_config
@@ -141,11 +142,11 @@ def test_refused_by_name(fields, message):
         check_host(PUBLISHED | fields, "bridge")
 
 
-def test_serving():
-    vllm, _ = serving_commands(PUBLISHED, tp=8).values()
-    assert vllm[0].endswith("--dtype bfloat16 --tensor-parallel-size 8")
+def test_serving(tmp_path):
+    write_json(tmp_path / "config.json", PUBLISHED)
+    assert serving_commands(tmp_path, tp=8)["vllm"][0].endswith("--dtype bfloat16 --tensor-parallel-size 8")
     with pytest.raises(InputError, match="no engine is known to serve experts with biases in fp8; legal is bf16"):
-        serving_commands(PUBLISHED, precision="fp8")
+        serving_commands(tmp_path, precision="fp8")
 
 
 def test_layouts():

@@ -32,8 +32,8 @@ def job(teacher, keep, *settings):
     ("keep", "settings", "message"),
     [
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
-        ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0, for example 0.01"),
-        ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0, for example 4.0"),
+        ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0"),
+        ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0"),
         ({"heads": 3}, ["cutting.reconstruct=2"], "the job cuts no ffn; set 0 passes"),
         (
             {"ffn": 48},

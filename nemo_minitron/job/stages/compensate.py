@@ -20,7 +20,6 @@ from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
-from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.sources.tensors import ModelSource
 
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # a cut of these axes leaves matrices to re-fit
@@ -63,8 +62,7 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
         solve_for(
             teacher, outputs, tokens.prefix, calibration, job.layout,
             ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), reconstruct=job.cutting.reconstruct,
-            reconstruct_batch=rows_of_step(calibration.samples, job.cutting.reconstruct_batch, job.layout.dp),
-            log=run.folder.log,
+            reconstruct_batch=job.cutting.rows_of_step(calibration.samples, job.layout.dp), log=run.folder.log,
         )  # fmt: skip
     count = sum(len(Compensation.load(out).tensors) for out in outputs.values())
     run.say(f"    {count} matrices re-fitted")
