@@ -14,7 +14,7 @@ BRIDGE_PACKAGES := torch numpy scipy ml_dtypes pyarrow typer rich tqdm jinja2 ma
 BRIDGE_TESTS := tests/backend tests/distillation/test_cache_layouts.py tests/hosts/test_contract.py tests/hosts/bridge tests/test_docker.py \
   tests/hosts/test_fp8_models.py tests/hosts/test_cache_training.py tests/hosts/test_finetune_layouts.py \
   tests/hosts/test_distilled_families.py tests/hosts/test_training_gates.py tests/evaluation/test_mamba.py \
-  tests/importance/test_reap.py tests/importance/test_claims.py tests/megatron/test_moe_layouts.py tests/commands \
+  tests/importance/test_reap.py tests/importance/test_claims.py tests/megatron/test_moe_layouts.py tests/megatron/test_reconstruct.py tests/commands \
   tests/cli/test_chain_command.py tests/cli/test_search_job.py tests/cli/test_nodes_compress.py \
   tests/cli/test_nemo_command.py tests/cli/test_trajectory_command.py
 export HF_HUB_OFFLINE := 1
@@ -59,14 +59,14 @@ docs: venv
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
 
 test: venv lint
-	@echo "make test: every test on this machine, real processes over gloo (20 to 55 minutes on two cores)"
+	@echo "make test: every test on this machine, real processes over gloo (15 to 40 minutes on two cores)"
 	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; \
 	if test -n "$(PYTHON312)"; then $(MAKE) --no-print-directory test-bridge || code=1; \
 	else echo "make test: Megatron-Bridge is left out, because there is no Python 3.12 here"; fi; exit $$code
 
 test-bridge: venv-bridge
-	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (8 to 20 minutes on two cores)"
+	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (6 to 15 minutes on two cores)"
 	@start=$$SECONDS; $(BRIDGE)/bin/python -m pytest $(wildcard $(BRIDGE_TESTS)) -q -n 2 --dist loadfile --durations=5; code=$$?; \
 	echo "make test-bridge: $$((SECONDS - start)) s"; exit $$code
 
