@@ -97,6 +97,11 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
     for model in (config, to_hf(target, config)):
         check_represented(model, "compress")
     job.cutting.check(source, target, job.search.wanted)
+    if job.cutting.merge_experts and not job.calibration.counts_experts:
+        raise InputError(
+            "merge_experts needs to know how often experts are chosen; leave calibration.method=activation, and "
+            "'experts' among calibration.axes"
+        )
     if job.cutting.reconstruct:
         rows_of_step(job.calibration.samples, job.cutting.reconstruct_batch, job.layout.dp)
     job.layout.check(source)
