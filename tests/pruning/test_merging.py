@@ -70,7 +70,7 @@ COUNTS = np.arange(2, 20).reshape(3, 6) ** 2
 
 def test_nearest_by_hand():
     """By the angle, not by length or distance; of equal ones the first; a row of zeros is like all."""
-    rows = np.array([[1, 0], [0, 1], [9, 1], [0.1, 0.2], [-1, -0.1], [1, 1], [0, 0]])
+    rows = np.array([[1, 0], [0, 8], [9, 8], [0.1, 0.2], [-1, -0.1], [1, 1], [0, 0]])
     assert nearest_kept(rows, [0, 1]) == {2: 0, 3: 1, 4: 1, 5: 0, 6: 0}
 
 
