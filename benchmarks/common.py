@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def heading(packages: Sequence[str]) -> dict[str, Any]:
     """The first entries of a result: the command, the date, the machine."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return {"command": command, "date": datetime.date.today().isoformat(), "machine": machine(packages)}
 
 

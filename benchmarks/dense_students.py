@@ -1,12 +1,13 @@
 """Dense students of a mixture of experts, an experiment: `python benchmarks/dense_students.py`.
 
 It trains a small byte-level mixture (8 experts, 2 a token) on the demo's text, and makes students of it, each layer's
-mixture replaced: by half of its experts (REAP), or by one dense MLP as wide as the experts that are concatenated in
-it. `concatenated`: the experts of the highest scores, their outputs times the mean gate. `grouped`: all experts, put
-into groups by the likeness of their routers' rows, averaged in each by their scores, then concatenated. `fitted`: the
-concatenated experts with their last matrices solved again by least squares, as `minitron compensate` solves them.
-`random`: a dense MLP of the same width. Losses are in nats a byte on held-out text, before and after a short
-distillation (forward KL) with the same batches. Everything is plain PyTorch and transformers.
+mixture replaced: by half of its experts (REAP); by the same half with the others merged into it, as
+`cutting.merge_experts` does; or by one dense MLP as wide as the experts that are concatenated in it. `concatenated`:
+the experts of the highest scores, their outputs times the mean gate. `grouped`: all experts, put into groups by the
+likeness of their routers' rows, averaged in each by their scores, then concatenated. `fitted`: the concatenated experts
+with their last matrices solved again by least squares, as `minitron compensate` solves them. `random`: a dense MLP of
+the same width. Losses are in nats a byte on held-out text, before and after a short distillation (forward KL) with the
+same batches. Everything is plain PyTorch and transformers, but for the rule of merging, which is the package's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nemo_minitron.pruning.merging import match, nearest_kept, shares
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"vocab_size": 256, "moe_intermediate_size": 192, "intermediate_size": 384, "head_dim": 32}
@@ -154,6 +157,28 @@ def half(mixture: Mixture, x: Tensor, width: int) -> Mixture:
     return Mixture(mixture.router[best], [copy.deepcopy(mixture.experts[e]) for e in best.tolist()], TOPK)
 
 
+@torch.no_grad()
+def merged(mixture: Mixture, x: Tensor, width: int) -> Mixture:
+    """The same half; each other expert is merged into it by the package's rule, weighted by how often it is chosen."""
+    made, kept = half(mixture, x, width), reap(mixture, x)[0].topk(EXPERTS // 2).indices.sort().values.tolist()
+    joins = nearest_kept(mixture.router.detach().numpy(), kept)
+    chosen = (mixture.gates(x) > 0).double().mean(0).numpy()
+    for leader, expert in zip(kept, made.experts, strict=True):
+        members = [leader, *(e for e in joins if joins[e] == leader)]
+        orders = [_matched(mixture.experts[leader], mixture.experts[e]) for e in members]
+        weights = shares(chosen[members]).tolist()
+        for name in NAMES:
+            dim = NAMES.index(name) // 2  # of the neurons
+            parts = zip((getattr(mixture.experts[e], name) for e in members), orders, weights, strict=True)
+            getattr(expert, name).copy_(sum(part.index_select(dim, order) * w for part, order, w in parts))
+    return made
+
+
+def _matched(expert: Dense, other: Dense) -> Tensor:
+    weights = [[w.detach().double().numpy() for w in (e.gate, e.up, e.down.T)] for e in (expert, other)]
+    return torch.from_numpy(match(zip(*weights, strict=True)))
+
+
 def concatenated(mixture: Mixture, x: Tensor, width: int) -> Dense:
     scores, gates = reap(mixture, x)
     best = scores.topk(width).indices
@@ -189,8 +214,8 @@ def fitted(mixture: Mixture, x: Tensor, width: int) -> Dense:
 
 
 NAMES = ("gate", "up", "down")
-ARMS = {"half of the experts": half, "concatenated": concatenated, "grouped": grouped, "fitted": fitted}
-ARMS |= {"random": lambda mixture, x, width: fresh(width * SIZES["moe_intermediate_size"])}
+ARMS = {"half of the experts": half, "half, merged": merged, "concatenated": concatenated, "grouped": grouped}
+ARMS |= {"fitted": fitted, "random": lambda mixture, x, width: fresh(width * SIZES["moe_intermediate_size"])}
 
 
 def student(teacher: Any, arm: str, width: int, inputs: list[Tensor]) -> Any:
@@ -207,16 +232,17 @@ def text(name: str) -> Tensor:
     return torch.tensor(list("\n\n".join(json.loads(line)["text"] for line in lines).encode()), dtype=torch.long)
 
 
-def run(seed: int, steps: int, brief: int) -> list[dict[str, Any]]:
+def run(seed: int, steps: int, brief: int, arms: list[str]) -> list[dict[str, Any]]:
     torch.manual_seed(seed)
     learn, held = text("train"), batches(text("test"), 16, 0)
     teacher = mixture_model()
     train(teacher, batches(learn, steps, seed), 3e-3)
     inputs = inputs_of(teacher, batches(learn, 8, seed + 1))  # 32,768 bytes
     rows = [{"arm": "teacher", "experts wide": EXPERTS, "cut": loss_of(teacher, held), "distilled": None}]
+    print(rows[-1], flush=True)
     later = batches(learn, brief, seed + 2)
     for width in (2, 4):
-        for arm in ARMS:
+        for arm in arms:
             if arm.startswith("half") and width == 2:
                 continue
             made = student(teacher, arm, width, inputs)
@@ -232,11 +258,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=1200, help="of the teacher, 4,096 bytes each")
     parser.add_argument("--brief", type=int, default=150, help="steps of each distillation")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path, default=common.dated("dense_students"))
     given = parser.parse_args()
     result = common.heading(["torch", "transformers"]) | {"seeds": {}}
     for seed in given.seeds:
-        result["seeds"][str(seed)] = run(seed, given.steps, given.brief)
+        result["seeds"][str(seed)] = run(seed, given.steps, given.brief, given.arms)
         common.write(result, given.out)
     for seed, rows in result["seeds"].items():
         print(f"seed {seed}, nats a byte; width in experts of {SIZES['moe_intermediate_size']} neurons")

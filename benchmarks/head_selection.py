@@ -41,8 +41,16 @@ class Selection(Bench):
         channels = scores["head_channels"].astype(np.float64).reshape(a.num_layers, a.num_attention_heads, a.head_dim)
         grams = gram(self.teacher, batches, kinds=("o",))
         self.gram = {int(name.split(".")[1]): sums.numpy() for name, sums in grams.items()}
+        self.weights = {int(name.split(".")[1]): self.whole(name) for name in grams}
         self.by = {BASE: scores["heads"], CHANNELS: np.linalg.norm(channels, axis=-1)}
         self.first = {size: plan(scores, {"heads": size}) for size in options.heads}
+
+    def whole(self, name: str) -> np.ndarray:
+        """A tensor of the teacher, float64."""
+        from nemo_minitron.artifacts.dtypes import as_numbers
+
+        index = tuple(map(np.arange, self.source.architecture.shapes()[name]))
+        return as_numbers(self.source.read(name, index), self.source.dtype(name))
 
     def kept(self, arm: str, size: int) -> dict[int, list[int]]:
         """Layer -> the heads that stay, rising."""
@@ -65,7 +73,7 @@ class Selection(Bench):
         gone = np.setdiff1d(np.arange(len(gram)), kept)
         solid = gram[np.ix_(kept, kept)] + RIDGE * np.trace(gram[np.ix_(kept, kept)]) / len(kept) * np.eye(len(kept))
         left = gram[np.ix_(gone, gone)] - gram[np.ix_(gone, kept)] @ np.linalg.solve(solid, gram[np.ix_(kept, gone)])
-        weight = self.source.read(f"layers.{layer}.o.weight").astype(np.float64)[:, gone]
+        weight = self.weights[layer][:, gone]
         return float(np.einsum("og,gh,oh->", weight, left, weight))
 
     def students(self) -> Iterator[tuple[int, str, int, dict[str, Any]]]:

@@ -61,21 +61,16 @@ class Compensation:
     def joined(self, tensors: Mapping[str, np.ndarray], notes: JsonObject) -> Compensation:
         """This compensation with more `tensors`; their names must be new."""
         assert not tensors.keys() & self.tensors.keys()
-        both = ChainMap(dict(tensors), self.tensors)  # type: ignore[arg-type]  # ChainMap is only read
+        both: ChainMap[str, np.ndarray] = ChainMap(tensors, self.tensors)  # type: ignore[arg-type]  # it is only read
         return dataclasses.replace(self, tensors=both, notes=self.notes | notes)
 
     def save(self, path: str | Path) -> None:
         """Raises InputError for a number that is not finite."""
-        from safetensors.numpy import save_file
-
-        arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in self.tensors.items()}
-        for name, array in arrays.items():
-            _check_finite(name, array)
         header: JsonObject = {"version": VERSION, "plan": self.plan, "notes": self.notes}
         if self.scales:
             header |= {"version": SCALED, "scales": dict(self.scales)}
         with atomic_file(path) as temporary:
-            save_file(arrays, str(temporary), metadata={"compensation": json.dumps(header)})
+            _write(Path(temporary), self, {"compensation": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Compensation:
@@ -97,19 +92,20 @@ class Compensation:
             raise InputError(f"'{path}' is not a compensation of version {VERSION} or {SCALED} ({error})") from None
 
 
-class _Stored(Mapping[str, np.ndarray]):
-    """The tensors of a file; each is read on access."""
+class Lazy(Mapping[str, np.ndarray]):
+    """Tensors that are made or read on access, so that one of them is in memory. A subclass knows their `shapes` and
+    makes each."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.path, self.shapes = path, shapes
+    shapes: dict[str, tuple[int, ...]]
+
+    def make(self, name: str) -> np.ndarray:
+        """The tensor of a name in `shapes`, fp32."""
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> np.ndarray:
-        from safetensors import safe_open
-
         if name not in self.shapes:
             raise KeyError(name)
-        with safe_open(str(self.path), framework="numpy") as file:
-            return _check_finite(name, file.get_tensor(name))
+        return self.make(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -121,10 +117,38 @@ class _Stored(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
+class _Stored(Lazy):
+    """The tensors of a file."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.path, self.shapes = path, shapes
+
+    def make(self, name: str) -> np.ndarray:
+        from safetensors import safe_open
+
+        with safe_open(str(self.path), framework="numpy") as file:
+            return _check_finite(name, file.get_tensor(name))
+
+
 def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     if isinstance(tensors, ChainMap):
         return {name: shape for part in tensors.maps for name, shape in _shapes(part).items()}
-    return tensors.shapes if isinstance(tensors, _Stored) else {name: t.shape for name, t in tensors.items()}
+    return tensors.shapes if isinstance(tensors, Lazy) else {name: t.shape for name, t in tensors.items()}
+
+
+def _write(path: Path, compensation: Compensation, metadata: dict[str, str]) -> None:
+    """Writes safetensors, a tensor at a time: `safetensors` itself needs all of them in memory."""
+    header: JsonObject = {"__metadata__": metadata}
+    end = 0
+    for name, shape in sorted(compensation.shapes().items()):
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(compensation.shapes()):
+            stream.write(_check_finite(name, np.ascontiguousarray(compensation.tensors[name], "<f4")).tobytes())
 
 
 def _check_finite(name: str, array: np.ndarray) -> np.ndarray:

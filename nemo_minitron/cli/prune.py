@@ -15,9 +15,9 @@ from nemo_minitron.schema import ANY_MODEL, METHOD, OUTPUT
 from nemo_minitron.settings.cutting import FOLD, GAPS, Cutting
 
 COMPENSATION = "File of re-fitted matrices, of `minitron compensate` for this plan."
-SCORES = "File of scores of `minitron estimate`, which --head-residual and --scale-gaps need."
+SCORES = "File of scores of `minitron estimate`, which --head-residual, --scale-gaps and --merge-experts need."
 # --compensation decides whether matrices are re-fitted; the setting of that name plays no part here.
-CUT = Taking("head_residual", compensate=False, fold_norms=False, scale_gaps=False)
+CUT = Taking("head_residual", "merge_experts", compensate=False, fold_norms=False, scale_gaps=False)
 
 
 def prune(
@@ -42,7 +42,8 @@ def prune(
     from nemo_minitron.families import remark_on, remarks
     from nemo_minitron.sources.open import config_of
 
-    extras = Extras(compensation, fold_norms, cutting.head_residual or None, scores, scale_gaps)
+    residual = cutting.head_residual or None
+    extras = Extras(compensation, fold_norms, residual, scores, scale_gaps, cutting.merge_experts)
     student = run_prune(model, plan, out, overwrite, extras)
     print(f"{out}: {student.parameters():,} parameters")
     config = config_of(model)

@@ -18,6 +18,7 @@ from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.gaps import gap_scales
+from nemo_minitron.pruning.merging import check_refitted, merge_experts
 from nemo_minitron.settings.orders import PruneOrder
 from nemo_minitron.sources.open import is_checkpoint
 from nemo_minitron.sources.tensors import ModelSource
@@ -26,14 +27,21 @@ from nemo_minitron.sources.tensors import ModelSource
 @dataclasses.dataclass(frozen=True)
 class Extras:
     """What a student gets besides slices of its teacher: the re-fitted matrices in a file `compensation`, norms that
-    are folded for a cut of hidden, writers that are scaled behind dropped layers, and the residual of pruned heads
-    ("paper" or "laco"). For the last two a file of `scores` has the stream's length and the order of heads."""
+    are folded for a cut of hidden, writers that are scaled behind dropped layers, the residual of pruned heads
+    ("paper" or "laco"), and dropped experts that are merged into kept ones. For the last three a file of `scores` has
+    the stream's length, the order of heads, and how often experts were chosen."""
 
     compensation: Path | None = None
     fold_norms: bool = False
     head_residual: str | None = None
     scores: Path | None = None
     scale_gaps: bool = False
+    merge_experts: bool = False
+
+    @property
+    def need_scores(self) -> bool:
+        """Whether some of them read the scores."""
+        return self.head_residual is not None or self.scale_gaps or self.merge_experts
 
 
 def run_prune(
@@ -78,9 +86,10 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
     """Everything that `extras` ask for, in one Compensation; None if they ask for nothing. Raises InputError."""
     if extras == Extras():
         return None
-    if (extras.head_residual is not None or extras.scale_gaps) != (extras.scores is not None):
+    if extras.need_scores != (extras.scores is not None):
         raise InputError(
-            "--head-residual and --scale-gaps need --scores; give it with at least one of them, or none of the three"
+            "--head-residual, --scale-gaps and --merge-experts need --scores; give it with at least one of them, or "
+            "none of the four"
         )
     check_stage(source.config, "prune with extras")
     check_plan(plan, source)
@@ -95,6 +104,10 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
         compensation = compensation.joined(
             head_residual(source, plan, heads, extras.head_residual), {"head residual": extras.head_residual}
         )
+    if extras.merge_experts and extras.scores:
+        check_refitted(compensation.tensors)
+        merged = merge_experts(source, plan, Scores.load(extras.scores))
+        compensation = compensation.joined(merged, {"merged experts": merged.described()})
     if extras.scale_gaps and extras.scores:
         scales = gap_scales(plan, Scores.load(extras.scores))
         by_layer: JsonObject = {name.split(".")[1]: scale for name, scale in scales.items()}

@@ -99,14 +99,14 @@ def _note(corpus: str, rows: Sequence[JsonObject]) -> str:
 
 
 def _gain(corpus: str, rows: Sequence[JsonObject]) -> str:
-    """A sentence about what re-fitted matrices and scaled norms gained; nothing if there are none."""
+    """A sentence about what re-fitted matrices, scaled norms and merged experts gained; nothing if there are none."""
     of = {row["stage"]: row["perplexity"] for row in rows}
     if not {"sliced", "pruned"} <= of.keys():
         return ""
     before, after = (formatting.number(of[stage], 1) for stage in ("sliced", "pruned"))
     return (
-        f" On {corpus} the cut alone has {before}; matrices fitted again and norms scaled, without any training, make "
-        f"it {after}."
+        f" On {corpus} the cut alone has {before}; matrices fitted again, norms scaled or experts merged, without any "
+        f"training, make it {after}."
     )
 
 

@@ -97,6 +97,11 @@ def check(job: Job, *, offline: bool = False, known: Known | None = None) -> tup
         check_represented(model, "compress")
     job.cutting.check(source, target, job.search.wanted)
     job.cutting.rows_of_step(job.calibration.samples, job.layout.dp)
+    if job.cutting.merge_experts and not job.calibration.counts_experts:
+        raise InputError(
+            "merge_experts needs to know how often experts are chosen; leave calibration.method=activation, and "
+            "'experts' among calibration.axes"
+        )
     job.layout.check(source)
     job.layout.check_sequence(job.calibration.sequence_length)
     calibration_of(job, source)

@@ -43,8 +43,7 @@ def gap_scales(plan: PrunePlan, scores: Scores) -> dict[str, float]:
     """
     if plan.source.num_layers == plan.target.num_layers:
         raise InputError("the plan drops no layers, so there is no gap to scale behind")
-    if scores.architecture != plan.source or scores.model_digest != (plan.model_digest or scores.model_digest):
-        raise InputError("the scores are those of another model than the plan's")
+    check_scores(plan, scores)
     if STREAM not in scores:
         raise InputError(
             f"these scores have no '{STREAM}', which scaling behind dropped layers needs; run minitron estimate again, "
@@ -57,6 +56,12 @@ def gap_scales(plan: PrunePlan, scores: Scores) -> dict[str, float]:
         if layer is not None and by_layer[layer] != 1.0 and writes(name, plan.target):
             scales[name] = by_layer[layer]
     return scales
+
+
+def check_scores(plan: PrunePlan, scores: Scores) -> None:
+    """Raises InputError unless the scores are those of the plan's source."""
+    if scores.architecture != plan.source or scores.model_digest != (plan.model_digest or scores.model_digest):
+        raise InputError("the scores are those of another model than the plan's")
 
 
 def _factors(plan: PrunePlan, logs: np.ndarray) -> list[float]:

@@ -119,6 +119,11 @@ class Calibration(ValidatedSettings):
         """Whether the length of the residual stream is among what is scored."""
         return self.method == RUNNING[0] and (not self.axes or not {"stream", "stream_logs"}.isdisjoint(self.axes))
 
+    @property
+    def counts_experts(self) -> bool:
+        """Whether it is among what is scored how often each expert of a mixture is chosen."""
+        return self.method == RUNNING[0] and (not self.axes or "experts" in self.axes)
+
     def check(self, architecture: Architecture, layout: Layout) -> None:
         """Raises InputError for an axis that the model lacks, blocks that leave no layer, questions that cannot be
         read, and a setting that would have no effect."""
@@ -135,7 +140,7 @@ class Calibration(ValidatedSettings):
             if (name in self.depth) != given:
                 have, lack = (option, f"depth criterion '{name}'") if given else (f"depth '{name}'", f"'{option}'")
                 raise InputError(f"{have} needs {lack}; set both or neither")
-        if self.experts != BY_CRITERION and (self.method != RUNNING[0] or "experts" not in (self.axes or legal)):
+        if self.experts != BY_CRITERION and not (self.counts_experts and "experts" in legal):
             raise InputError(
                 f"experts by {self.experts} need a mixture's activations: method 'activation', and the axis 'experts' "
                 f"among those that are scored; the nearest legal value is '{BY_CRITERION}'"

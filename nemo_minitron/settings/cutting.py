@@ -1,5 +1,5 @@
 """What a student gets beyond plain slices of its teacher: re-fitted matrices, folded norms, scales behind dropped
-layers, the residual of heads."""
+layers, the residual of heads, merged experts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ BATCH = "Rows of one step of that fit, of all data-parallel ranks together."
 RESIDUAL = (
     "Add the residual of pruned heads to the heads that stay: paper, or laco (the other sign). It needs --scores."
 )
+MERGE = (
+    "Average each dropped expert into the kept expert of its layer that is most like it, by how often each was chosen. "
+    "It needs --scores."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Cutting(ValidatedSettings):
     that the stream has there (`pruning/gaps.py`). A calibration that does not score the stream (another `method` than
     activation, or `axes` without it) leaves the slices as they are.
     `head_residual` ("paper", "laco" or none): see `pruning/compensation.py`.
+    `merge_experts`: dropped experts are averaged into kept ones (`pruning/merging.py`) instead of being thrown away.
+    Where neurons of experts are cut, too, it does not go with `compensate`, whose least squares hold for a kept expert
+    alone.
 
     Raises InputError for a ridge or a memory that is not finite and above 0, an unknown residual, a head residual
     together with `compensate`, and `reconstruct` without it.
@@ -59,6 +66,7 @@ class Cutting(ValidatedSettings):
     fold_norms: bool = setting(True, FOLD)
     scale_gaps: bool = setting(True, GAPS)
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
+    merge_experts: bool = setting(False, MERGE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +82,7 @@ class Cutting(ValidatedSettings):
         values = dataclasses.asdict(self)
         leave = {"memory"} if self.compensate else {"memory", "ridge"}
         leave |= set() if self.reconstruct else {"reconstruct", "reconstruct_batch"}
+        leave |= set() if self.merge_experts else {"merge_experts"}
         for name in leave:
             del values[name]
         return values
@@ -95,6 +104,12 @@ class Cutting(ValidatedSettings):
 
         return self.fold_norms and can_fold(source, target)
 
+    def merges(self, source: Architecture, target: Architecture) -> bool:
+        """Whether this cut's dropped experts are merged into kept ones."""
+        from nemo_minitron.pruning.merging import can_merge
+
+        return self.merge_experts and can_merge(source, target)
+
     def scales(self, source: Architecture, target: Architecture, stream: bool) -> bool:
         """Whether what this cut leaves behind dropped layers is scaled. `stream`: the calibration scores the stream."""
         return self.scale_gaps and stream and source.num_layers != target.num_layers
@@ -109,3 +124,16 @@ class Cutting(ValidatedSettings):
             raise InputError("head_residual needs sizes in keep; the shapes of a search keep all heads")
         if self.head_residual:
             check_residual(source, target, self.head_residual)
+        if self.merge_experts:
+            self._check_merge(source, target, searched)
+
+    def _check_merge(self, source: Architecture, target: Architecture, searched: bool) -> None:
+        from nemo_minitron.pruning.merging import check_merge
+
+        if not searched or not source.num_moe_experts:
+            check_merge(source, target)
+        if self.compensate and (searched or source.moe_ffn_hidden_size != target.moe_ffn_hidden_size):
+            raise InputError(
+                "merge_experts averages experts whose last matrices compensate re-fits after a cut of expert_ffn; set "
+                "cutting.compensate=false, or keep expert_ffn whole without a search"
+            )

@@ -57,6 +57,53 @@ def test_refusals(teacher, keep, settings, message):
         check(job(teacher, keep, *settings))
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return str(pico_mixtral(tmp_path_factory.mktemp("experts") / "t"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "settings", "message"),
+    [
+        ({"experts": 3, "expert_ffn": 24}, [], "re-fits after a cut of expert_ffn; set cutting.compensate=false"),
+        ({}, ["search.params=180K"], "keep expert_ffn whole without a search"),
+        ({"expert_ffn": 24}, ["cutting.compensate=false"], "drops no experts, so there is nothing to merge"),
+        ({"experts": 3}, ["calibration.method=magnitude"], "leave calibration.method=activation"),
+        ({"experts": 3}, ['calibration.axes=["expert_ffn"]'], "'experts' among calibration.axes"),
+    ],
+)
+def test_refusals_of_merging(experts, keep, settings, message):
+    with pytest.raises(InputError, match=message):
+        check(job(experts, keep, "cutting.merge_experts=true", *settings))
+
+
+def test_a_dense_model_has_nothing_to_merge(teacher):
+    with pytest.raises(InputError, match="the model has no experts to merge"):
+        check(job(teacher, {"ffn": 48}, "cutting.merge_experts=true"))
+
+
+@pytest.mark.parametrize("keep", [{"experts": 3}, {"experts": 3, "heads": 3}])
+def test_merging_beside_the_re_fit_of_heads(experts, keep):
+    check(job(experts, keep, "cutting.merge_experts=true"))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_job_merges_the_experts_that_it_drops(experts, tmp_path, on):
+    """By the scores of the run; another student than that of the slices, which a run without the setting resumes."""
+    source = HFSource(experts)
+    a = source.architecture
+    plan = random_plan(a, keep={"experts": 3})
+    asked = job(experts, {"experts": 3}, *(["cutting.merge_experts=true"] if on else []))
+    run = open_run(asked, tmp_path / "run")
+    states = {f"experts/routed,mean/{field}": np.ones((6, 2, 4)) for field in ("count", "sum")}
+    plan.save(run.folder.plan)
+    Scores(a, {"experts": np.ones((6, 4), np.float32)}, states=states).save(run.folder.scores)
+    made = compensation_of_run(run, source, run.folder)
+    assert (made is not None and len(made.tensors) == 6 * 3) if on else made is None
+    assert (cut_identity(asked, run.folder)[4:] == ["merged experts"]) is on
+    assert ("merge_experts" in asked.cutting.deciding()) is on
+
+
 @pytest.mark.parametrize("keep", [{"ffn": 48}, {"heads": 3}, {"query_groups": 1}, {"ffn": 48, "layers": 4}])
 def test_on_by_default_where_something_is_left_to_solve(teacher, keep):
     names = stage_names(job(teacher, keep), checkpoint=False)

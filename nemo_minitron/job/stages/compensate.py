@@ -72,7 +72,8 @@ def cut_identity(job: Job, cut: CutFolder) -> list[object]:
     """Plain values that decide the weights of the cut model."""
     file, plan = solved_of(job, cut), PrunePlan.load(cut.plan)
     folded = job.cutting.folds(plan.source, plan.target)
-    return [plan.as_dict(), folded, file_digest(file) if file else None, _scales(job, plan)]
+    merged = ["merged experts"] if job.cutting.merges(plan.source, plan.target) else []
+    return [plan.as_dict(), folded, file_digest(file) if file else None, _scales(job, plan), *merged]
 
 
 def _scales(job: Job, plan: PrunePlan) -> bool:
@@ -119,9 +120,10 @@ def compensation_of_run(run: Run, source: ModelSource, cut: CutFolder) -> Compen
 
 
 def _extras(run: Run, plan: PrunePlan, cut: CutFolder) -> Extras:
-    """What this student gets beyond slices. Norms are folded only if the plan cuts hidden channels, and writers scaled
-    only if it drops layers, which not every candidate of a search does."""
+    """What this student gets beyond slices. Norms are folded only if the plan cuts hidden channels, writers scaled only
+    if it drops layers, and experts merged only if it drops some, which not every candidate of a search does."""
     cutting = run.job.cutting
     folded, scaled = cutting.folds(plan.source, plan.target), _scales(run.job, plan)
-    scores = run.folder.scores if cutting.head_residual or scaled else None
-    return Extras(solved_of(run.job, cut), folded, cutting.head_residual or None, scores, scaled)
+    merged = cutting.merges(plan.source, plan.target)
+    scores = run.folder.scores if cutting.head_residual or scaled or merged else None
+    return Extras(solved_of(run.job, cut), folded, cutting.head_residual or None, scores, scaled, merged)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.artifacts.parse import grouped, listed, text, whole
+from nemo_minitron.artifacts.parse import grouped, listed, mapped, text, whole
 from nemo_minitron.artifacts.records import NAME, read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import CardFacts, write_card_figures
@@ -15,10 +15,14 @@ from nemo_minitron.export.run import read_run
 from nemo_minitron.families import family_of, read_config, remark_on, resolve
 from nemo_minitron.job.lineage import learned_from
 from nemo_minitron.job.run import Run
+from nemo_minitron.mixture import expert_of
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
 
-CUT = grouped({"tensors": listed(text())}, {"samples": whole(), "sequence_length": whole()})
+CUT = grouped(
+    {"tensors": listed(text())},
+    {"samples": whole(), "sequence_length": whole(), "merged experts": mapped(mapped(listed(whole())))},
+)
 CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
 
 
@@ -81,7 +85,8 @@ def _in_place(run: Run) -> str:
     if not record.is_file():
         return ""
     notes = read_json(record, "the record of the cut", CUT)
-    refitted = [name for name in notes["tensors"] if follows_a_cut(name)]
+    merged = notes.get("merged experts", {})  # no expert's matrix is re-fitted beside them
+    refitted = [n for n in notes["tensors"] if follows_a_cut(n) and not (merged and expert_of(n) >= 0)]
     parts = []
     if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
@@ -91,6 +96,9 @@ def _in_place(run: Run) -> str:
         parts.append("norms scaled, because hidden channels were cut")
     if notes.get("head residual"):
         parts.append(f"kept heads with a part of the heads that were cut ({notes['head residual']})")
+    if merged:
+        count = sum(len(joined) for groups in merged.values() for joined in groups.values())
+        parts.append(f"{count} dropped experts averaged into the kept ones with the most similar rows of the router")
     return "; ".join(parts)
 
 
