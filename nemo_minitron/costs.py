@@ -276,3 +276,5 @@ def _mlp(a: Architecture, layer: int, layout: Layout, selective: bool) -> Iterat
     yield a.moe_router_topk * branches * (a.moe_ffn_hidden_size or 0) / layout.expert_tp
     yield a.moe_router_topk * 2 * a.hidden_size
     yield branches * (a.moe_shared_expert_intermediate_size or 0) / layout.tp
+    if a.moe_shared_expert_gate:  # the shared expert's output, which its gate is multiplied with
+        yield _residual(a, layout)

@@ -80,6 +80,16 @@ def pico_qwen3_moe(folder: str | Path, *, dtype: str = "float32", seed: int = 0,
     return _write(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**sizes, **overrides}), Path(folder), dtype, seed)
 
 
+def pico_qwen2_moe(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random Qwen2-MoE of four experts, two for a token, beside a shared one with a gate that differs clearly
+    from token to token; `overrides` as in `pico_llama`."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {**SIZES, "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen2MoeConfig(**{**sizes, "shared_expert_intermediate_size": 72, **overrides})
+    return _write(Qwen2MoeForCausalLM, config, Path(folder), dtype, seed)
+
+
 def pico_nemotron(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random Nemotron that rotates three quarters of a head; `overrides` as in `pico_llama`."""
     from transformers import NemotronConfig, NemotronForCausalLM
@@ -217,6 +227,7 @@ def _write(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -
                 # A Mamba head's own numbers: decays that differ, steps of about one, and x added to what it reads.
                 spread, mean = {"A_log": (0.5, 0.5), "D": (0.3, 1.0)}.get(name.rpartition(".")[2], (spread, mean))
                 routers = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")
+                routers += ("mlp.shared_expert_gate.weight",)
                 spread = 0.5 if name.endswith((*routers, ".sinks")) else spread
                 parameter.normal_(mean, spread)
         for name, buffer in model.named_buffers():

@@ -67,7 +67,8 @@ def test_experts_are_spread_over_their_own_ranks():
 
 
 def test_activations_of_a_mixture_by_hand():
-    mixture = 2 * (3 * 320 + 2 * 576) + 3 * 448  # two experts, each with a token in and out; the shared one
+    # two experts, each with a token in and out; the shared one, and its output in front of its gate
+    mixture = 2 * (3 * 320 + 2 * 576) + 3 * 448 + 576
     (dense,) = activations(smollm2(num_layers=6), ONE, **TOKENS)
     assert activations(mixed(), ONE, **TOKENS) == [dense + 2 * 10 * 2 * 2 * (mixture - 3 * 1536)]
 

@@ -106,7 +106,9 @@ def size_rows(source: Architecture, target: Architecture) -> list[tuple[str, str
 
 def _sizes(source: Architecture, target: Architecture) -> list[tuple[str, int, int]]:
     mixture = source.num_moe_experts and target.num_moe_experts
-    named = {**SIZES, **(EXPERTS if mixture else {}), **(OF_MAMBA if source.hybrid_pattern else {})}
+    shared = {"moe_shared_expert_intermediate_size": "width of the shared expert"}
+    experts = EXPERTS | (shared if source.moe_shared_expert_intermediate_size else {})
+    named = {**SIZES, **(experts if mixture else {}), **(OF_MAMBA if source.hybrid_pattern else {})}
     if source.kv_lora_rank:  # one latent for all heads
         latents = {field: what for field, what in OF_LATENTS.items() if getattr(source, field)}
         named = {field: what for field, what in named.items() if field != "num_query_groups"} | latents

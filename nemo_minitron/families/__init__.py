@@ -33,6 +33,7 @@ from nemo_minitron.families.nemotron import Nemotron
 from nemo_minitron.families.nemotron_h import NemotronH
 from nemo_minitron.families.phi3 import Phi3
 from nemo_minitron.families.qwen2 import Qwen2
+from nemo_minitron.families.qwen2_moe import Qwen2Moe
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.qwen3_moe import Qwen3Moe
 from nemo_minitron.families.seed_oss import SeedOss
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen2(),
     Qwen3(),
     Qwen3Moe(),
+    Qwen2Moe(),
     Nemotron(),
     Phi3(),
     SmolLM3(),
@@ -173,7 +175,7 @@ def written_config(config: HfConfig) -> JsonObject:
 def multiples_of(config: HfConfig) -> Mapping[str, int | str]:
     """Field of an Architecture -> a number, or another field, that it must be a multiple of, so that every version of
     transformers loads the student."""
-    return family_of(config).multiples
+    return family_of(config).loads(config)
 
 
 def remark_on(architecture: Architecture, config: HfConfig) -> str | None:

@@ -144,6 +144,10 @@ class Family(Stored):
         part = self.value(config, "partial_rotary_factor") if "partial_rotary_factor" in self.defaults else None
         return forms.both_forms(config, self.value(config, "rope_theta"), part)
 
+    def loads(self, config: HfConfig) -> Mapping[str, int | str]:
+        """`multiples` for the cuts of one model."""
+        return self.multiples
+
     def remark(self, architecture: Architecture) -> str | None:
         """One sentence if some version of transformers cannot load a student of these sizes; else None."""
         for field, divisor in self.multiples.items():

@@ -42,7 +42,9 @@ class Mixtral(Mistral):
         "max_position_embeddings": "max_position_embeddings",
         "moe_aux_loss_coeff": "router_aux_loss_coef",
     }
-    nemo_fixed = fixed("num_moe_experts", "window_size", "seq_len_interpolation_factor")
+    nemo_fixed = fixed(
+        "num_moe_experts", "window_size", "seq_len_interpolation_factor", moe_shared_expert_intermediate_size=None
+    )
     reads = frozenset()
     # transformers runs the experts as one grouped matrix product, which needs rows of 16 bytes: 8 elements of 16 bits
     multiples: ClassVar[Mapping[str, int | str]] = {"hidden_size": 8, "moe_ffn_hidden_size": 8}

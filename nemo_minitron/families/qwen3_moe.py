@@ -15,7 +15,14 @@ from nemo_minitron.families.base import LLAMA_DEFAULTS, LLAMA_SIZES, Family
 from nemo_minitron.families.qwen3 import Qwen3
 from nemo_minitron.families.translate import check_choice, fixed, hf_window, nemo_window
 
-_MLP = "model.layers.{i}.mlp."
+MLP = "model.layers.{i}.mlp."
+MIXTURE: dict[str, tuple[str, ...]] = {  # a mixture's tensors: those of its router and of each expert
+    f"{MLP}gate.weight": ("layers.{i}.router.weight",),
+    **{
+        f"{MLP}experts.{{e}}.{name}_proj.weight": (f"layers.{{i}}.experts.{{e}}.{name}.weight",)
+        for name in ("gate", "up", "down")
+    },
+}
 
 
 class Qwen3Moe(Qwen3):
@@ -23,13 +30,7 @@ class Qwen3Moe(Qwen3):
     hf_class = "Qwen3MoeForCausalLM"
     nemo_model = "Qwen3Model"
     nemo_class = "Qwen3MoEConfig"
-    tensors = Qwen3.tensors | {
-        f"{_MLP}gate.weight": ("layers.{i}.router.weight",),
-        **{
-            f"{_MLP}experts.{{e}}.{name}_proj.weight": (f"layers.{{i}}.experts.{{e}}.{name}.weight",)
-            for name in ("gate", "up", "down")
-        },
-    }
+    tensors = Qwen3.tensors | MIXTURE
     sizes = LLAMA_SIZES | {
         "num_moe_experts": "num_experts",
         "moe_router_topk": "num_experts_per_tok",

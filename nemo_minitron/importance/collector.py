@@ -80,6 +80,8 @@ class Collector:
                     accumulators[estimator.axis] = kind(estimator, self.pairs, chunk.config)
                 hook = hook_of(accumulators[estimator.axis], watch)
                 self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
+                if watch.before and self.method == ACTIVATION:
+                    self._handles.append(_seen_before(*watch.before))
             self.accumulators.append(accumulators)
             if self.method == ACTIVATION:
                 self._handles.append(chunk.register_forward_hook(self._flush(accumulators)))
@@ -155,6 +157,16 @@ class Collector:
         """Takes in the micro-batch whose backward pass has ended (Taylor). Collective over the ranks that share it."""
         for accumulators in self.accumulators:
             self._flush(accumulators)()
+
+
+def _seen_before(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Shows `see` each input of `module`, before the module runs."""
+
+    @torch.no_grad()
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        see((args[0] if args else kwargs["hidden_states"]).detach())
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def check_axes(requested: Sequence[str] | None, watched: set[str], known: set[str], refusal: str | None) -> None:

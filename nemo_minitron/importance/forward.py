@@ -112,13 +112,15 @@ def _heads(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _mixture(config: TransformerConfig) -> dict[str, Any]:
-    """The Architecture's fields of a mixture of experts (Megatron's specs give no shared expert a gate)."""
+    """The Architecture's fields of a mixture of experts. Megatron-core 0.15 has no field for a shared expert's gate, as
+    its specs give none."""
     if not config.num_moe_experts:
         return {}
     freq = config.moe_layer_freq
     names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
     sizes = {name: getattr(config, name) for name in names}
     sizes["moe_router_bias"] = config.add_bias_linear
+    sizes["moe_shared_expert_gate"] = bool(getattr(config, "moe_shared_expert_gate", False))
     sizes["moe_router_enable_expert_bias"] = bool(config.moe_router_enable_expert_bias)
     sizes["moe_router_num_groups"] = config.moe_router_num_groups
     return sizes | {"moe_layer_freq": tuple(freq) if isinstance(freq, list) else freq}

@@ -30,7 +30,8 @@ class Watch:
     experts `expert` is the local expert that the module belongs to (None: the module has all of them, one after
     another), and `routes` is the layer's token dispatcher. `taylor(module, input, output)` gives the activation whose
     gradient is needed, as it stands in the graph, and a function that makes [S, B, C] of that gradient (None: no Taylor
-    score).
+    score). `before`: a module around the hooked one, and a function that is given its input first, if `values` needs
+    what that input says.
     """
 
     row: int
@@ -39,6 +40,7 @@ class Watch:
     taylor: Callable[[nn.Module, Tensor, Output], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
     expert: int | None = None
     routes: MoETokenDispatcher | None = None
+    before: tuple[nn.Module, Callable[[Tensor], None]] | None = None
 
 
 class Estimator:

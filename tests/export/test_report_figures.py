@@ -129,6 +129,7 @@ def test_the_sizes_of_a_mixture():
     source = mixed()
     rows = {what: (before, after) for what, before, after, _ in size_rows(source, source.replace(moe_router_topk=1))}
     assert (rows["experts"], rows["experts of a token"]) == (("4", "4"), ("2", "1"))
+    assert rows["width of the shared expert"] == ("448", "448")
     at_work = rows["parameters at work on a token"]
     assert at_work == (
         f"{source.parameters(active=True):,}",

@@ -52,10 +52,11 @@ def shared(shift, width=50):
 
 
 def silence_shared(tensors, prefix, kept):
-    """In a dense layer there is nothing to silence."""
-    name = f"{prefix}mlp.shared_experts.down_proj.weight"
-    if name in tensors:
-        tensors[name][:, sorted(set(range(2 * FFN)) - set(kept))] = 0
+    """In a dense layer there is nothing to silence. The two shared experts of a DeepSeek are one of a Qwen2-MoE."""
+    for shared in ("shared_experts", "shared_expert"):
+        name = f"{prefix}mlp.{shared}.down_proj.weight"
+        if name in tensors:
+            tensors[name][:, sorted(set(range(2 * FFN)) - set(kept))] = 0
 
 
 def of_latents(tensor, module, layer, keep):

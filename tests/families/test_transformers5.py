@@ -9,7 +9,7 @@ from pathlib import Path
 import contract
 import numpy as np
 import pytest
-from contract import CUT_EXPERTS, NAMES, everything, make, megatron_fields, neurons, plan_of
+from contract import CUT_EXPERTS, everything, make, megatron_fields, neurons, plan_of
 from test_config_forms import in_form_5
 from tolerances import LOGITS_PICO_FP32
 
@@ -18,6 +18,8 @@ from nemo_minitron.families import family_of, from_hf, read_config
 from nemo_minitron.pruning import prune
 
 pytestmark = pytest.mark.slow
+SQUARE = {"qwen2_moe-own": {"head_dim": 4}, "qwen2_moe-other": {"head_dim": 4}}  # heads x head_dim are 48, as hidden
+NAMES = [*contract.NAMES, *SQUARE]
 HOME = Path(sys.prefix) / "transformers5"
 WORKER = Path(__file__).with_name("transformers5_worker.py")
 
@@ -30,7 +32,7 @@ def models(tmp_path_factory):
         pytest.skip("transformers 5 is not there; make venv puts it into .venv/transformers5")
     work = tmp_path_factory.mktemp("models")
     for name in NAMES:
-        teacher = make(work / name, name)
+        teacher = make(work / name, name, **SQUARE.get(name, {}))
         newer = Path(shutil.copytree(teacher, work / f"{name}-5"))
         (newer / "config.json").write_text(json.dumps(in_form_5(read_config(teacher))))
         plan = plan_of(from_hf(newer), everything() | sizes_that_load(name))
@@ -46,10 +48,11 @@ def sizes_that_load(name):
     """What of the cut is another one, since transformers 5 refuses the sizes of `everything`."""
     if name.startswith(("llama", "arcee", "gemma")):
         return {"hidden": list(range(40))}  # a multiple of 8 heads
-    if name.startswith(("mixtral", "qwen3_moe", "gpt_oss", "deepseek")):
+    if name.startswith(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek")):
         experts = {layer: {e: neurons(layer + e)[:48] for e in kept} for layer, kept in CUT_EXPERTS.items()}
         shared = {layer: contract.latents.shared(layer, 48) for layer in contract.CUT_LAYERS}
-        return {"hidden": list(range(40)), "expert_ffn": experts, "shared_expert_ffn": shared}
+        hidden = list(range(16 if name in SQUARE else 40))  # of four heads of 4 channels
+        return {"hidden": hidden, "expert_ffn": experts, "shared_expert_ffn": shared}
     return {}
 
 

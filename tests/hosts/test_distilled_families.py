@@ -32,7 +32,7 @@ NEMO = chosen()[0] == "nemo"
 WORKER = Path(__file__).parent / ("nemo/distill_worker.py" if NEMO else "bridge/bridge_worker.py")
 FAMILIES = ["arcee-other", "seed_oss-own", "ministral-own", "smollm3-own", "qwen3_moe-other"]
 FAMILIES += [] if NEMO else ["granite-other", "phi3-long", "arcee-yarn", "gemma2-own", "gemma3_text-own", "gpt_oss-own"]
-FAMILIES += [] if NEMO else ["deepseek_v2-own", "deepseek_v3-own"]
+FAMILIES += [] if NEMO else ["deepseek_v2-own", "deepseek_v3-own", "qwen2_moe-other"]
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(100)]
 RECIPE = {
     "tokens": 24 * 4 * 2, "sequence_length": 24, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3,

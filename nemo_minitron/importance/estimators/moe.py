@@ -2,7 +2,9 @@
 
 An expert gets single tokens, not samples, so its statistics are per routed token (docs/reductions.md): the criterion's
 aggregation over the sequence runs over all tokens that came to the expert. The activations carry the router's
-probability, because Megatron multiplies with it before the expert's second matrix.
+probability, because Megatron multiplies with it before the expert's second matrix. In the same way those of a shared
+expert carry its gate (Qwen2-MoE), which Megatron multiplies the expert's output with: as REAP (2510.13999) weighs an
+expert's output by its gate, a unit counts by what it adds to the residual stream.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
@@ -54,13 +57,34 @@ class ExpertNeurons(Estimator):
 
 @estimator(MoELayer)
 class SharedExpertNeurons(Estimator):
-    """As `dense.Neurons`, for the expert that gets every token: [num_layers, ffn]."""
+    """As `dense.Neurons`, for the expert that gets every token, times its gate where it has one: [num_layers, ffn].
+
+    Taylor needs no gate: the gradient of what lies in front of the gate carries it."""
 
     axis = "shared_expert_ffn"
 
     def watch(self, module: nn.Module, layer: int, architecture: Architecture) -> Watch | None:
         shared = getattr(module, "shared_experts", None)
-        return None if shared is None else Watch(layer, shared.linear_fc2, first_input, times_input)
+        if shared is None:
+            return None
+        gate = getattr(shared, "gate_weight", None)
+        return Watch(layer, shared.linear_fc2, first_input, times_input) if gate is None else _gated(shared, layer)
+
+
+def _gated(shared: nn.Module, layer: int) -> Watch:
+    """A shared expert's neurons times its gate, fp32; Megatron, too, computes the gate of the expert's input."""
+    gates: list[Tensor] = []
+
+    def see(hidden_SBH: Tensor) -> None:
+        gate_SB1 = torch.nn.functional.linear(hidden_SBH, shared.gate_weight).sigmoid()
+        # the second matrix has the whole sequence, of which this rank's input may be a part
+        split = shared.config.sequence_parallel
+        gates[:] = [gather_from_sequence_parallel_region(gate_SB1) if split else gate_SB1]
+
+    def values(_: nn.Module, module_input: Tensor, output: Output) -> Tensor:
+        return module_input.float() * gates.pop().float()
+
+    return Watch(layer, shared.linear_fc2, values, times_input, before=(shared, see))
 
 
 def second_matrices(mixture: nn.Module) -> Iterator[tuple[int | None, nn.Module, MoETokenDispatcher | None]]:

@@ -1,4 +1,4 @@
-"""Run by ranks.py in two processes: DeepSeek's scores, gradients and checkpoint in each layout.
+"""Run by ranks.py in two processes: scores, gradients and checkpoint of a DeepSeek or a Qwen2-MoE in each layout.
 
 Arguments: folder of models, JSON list of cases, output folder. Rank 0 writes one result a case.
 """
@@ -16,7 +16,7 @@ KEYS = (
 )  # fmt: skip
 
 
-def checkpointed(chunks, folder, out, config):
+def checkpointed(chunks, folder, out, config, keys):
     """What the checkpoint that this layout writes has otherwise than the folder: tensors, their dtypes, and keys."""
     from contract_worker import differing
 
@@ -29,21 +29,26 @@ def checkpointed(chunks, folder, out, config):
     source, expected = CheckpointSource(out), HFSource(folder)
     biases = [name for name in expected.architecture.shapes() if name.endswith("expert_bias")]
     wrong = [name for name in biases if source.dtype(name) != "F32"]
-    return wrong + differing(source, expected) + [name for name in KEYS if source.config[name] != config[name]]
+    return wrong + differing(source, expected) + [name for name in keys if source.config[name] != config[name]]
 
 
 def run_case(case, folder, out):
     import torch
 
+    from nemo_minitron.backend.wrappers import unwrap
+    from nemo_minitron.importance.forward import architecture_of
     from nemo_minitron.settings.layout import Layout
     from nemo_minitron.sources.folder import HFSource
 
     layout, found = Layout(**case["layout"]), {}
     expected = HFSource(folder / case["model"])
     chunks = load_model(folder / case["model"], layout=layout)
+    if layout.dp > 1 and layout.ep == 1:  # the vocabulary of a live model is padded under TP
+        assert architecture_of(unwrap(chunks[0])) == expected.architecture
     for method in ("activation", "taylor"):
         found |= scores_of(chunks, expected.architecture, folder, layout, method)
-    wrong = checkpointed(chunks, folder / case["model"], out / f"{case['name']}-checkpoint", expected.config)
+    made, keys = out / f"{case['name']}-checkpoint", case.get("keys", KEYS)
+    wrong = checkpointed(chunks, folder / case["model"], made, expected.config, keys)
     leave_layout()
     if torch.distributed.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(wrong))

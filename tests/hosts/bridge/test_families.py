@@ -35,7 +35,7 @@ LEGAL = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}  # Llama 3.1's 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 0.3}
 LAYOUTS = [{"tp": 2, "sp": True}, {"pp": 2}]
 # whose layers differ: stages must know which they hold
-BY_LAYER = ("deepseek_v2-own", "deepseek_v3-other", "gpt_oss-own", "qwen3_moe-other", "smollm3-own")
+BY_LAYER = ("deepseek_v2-own", "deepseek_v3-other", "gpt_oss-own", "qwen2_moe-other", "qwen3_moe-other", "smollm3-own")
 LONGROPE = {"phi3-short": 32, "phi3-long": 16}  # the original length of two Phi-3; the tests have 24 tokens
 
 
@@ -58,7 +58,7 @@ def keep_of(name):
     keep = everything() | {"hidden": list(range(40))}
     if name in LONGROPE:  # hidden_size / heads stays
         keep |= {"hidden": list(range(0, 96, 3))}
-    if name.startswith(("mixtral", "qwen3_moe", "gpt_oss", "deepseek")):
+    if name.startswith(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek")):
         widths = {layer: {e: neurons(layer + e)[:48] for e in kept} for layer, kept in CUT_EXPERTS.items()}
         keep |= {"expert_ffn": widths, "shared_expert_ffn": {i: contract.latents.shared(i, 48) for i in CUT_EXPERTS}}
     return keep | {"layers": [0, 2]} if name != "qwen3_moe-other" else keep | {"layers": [2, 3]}
