@@ -108,6 +108,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     result, rows, first = common.heading(("torch", "numpy", "megatron-core")), [], {}
+    settings = {"calibration tokens": options.rows[0] * LENGTH, "held-out tokens": options.tokens}
     for size, arm, others, made in Selection(options).students():
         for name, losses in made.items():
             base = first.setdefault((size, name), losses)
@@ -115,8 +116,7 @@ def main() -> None:
             row |= {text: round(statistics.fmean(each), 4) for text, each in losses.items()}
             rows.append(row | {"difference": {text: compared(losses, base, text) for text in texts.TEXTS}})
             print(rows[-1], flush=True)
-    settings = {"calibration tokens": options.rows[0] * LENGTH, "held-out tokens": options.tokens}
-    common.write({**result, "settings": settings, "rows": rows}, options.out)
+            common.write({**result, "settings": settings, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":
