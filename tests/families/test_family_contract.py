@@ -13,7 +13,7 @@ import contract
 import ml_dtypes
 import numpy as np
 import pytest
-from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, MODELS, NAMES, NEMO_NAMES
+from contract import DEPTH, FFN, GROUPS, HEAD_DIM, HEADS, HERE, HIDDEN, NAMES, NEMO_NAMES
 from pico import raw_tensors, save_tensors
 from ranks import run_ranks
 from tolerances import LOGITS_PICO_FP32
@@ -53,7 +53,7 @@ def models(tmp_path_factory):
         plan = contract.plan_of(from_hf(teacher), contract.everything())
         plan.save(folder / f"{name}-plan.json")
         prune(teacher, plan, folder / f"{name}-student")
-    for family in MODELS:
+    for family in HERE:
         contract.make(folder / f"{family}-import", f"{family}-own", **IMPORTED.get(family, {}))
     np.save(folder / "tokens.npy", np.random.default_rng(3).integers(0, 509, (2, 24)))
     return folder

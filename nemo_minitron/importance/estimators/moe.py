@@ -5,6 +5,8 @@ aggregation over the sequence runs over all tokens that came to the expert. The 
 probability, because Megatron multiplies with it before the expert's second matrix. In the same way those of a shared
 expert carry its gate (Qwen2-MoE), which Megatron multiplies the expert's output with: as REAP (2510.13999) weighs an
 expert's output by its gate, a unit counts by what it adds to the residual stream.
+
+Shapes (docs/shapes.md): S positions of the sequence, B sequences, H hidden channels.
 """
 
 from __future__ import annotations
