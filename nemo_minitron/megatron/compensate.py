@@ -55,7 +55,8 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     for cut in wanted:
         check_plan(cut.plan, source)
     fits = [Fit(cut) for cut in wanted if order.reconstruct and can_reconstruct(cut.plan)]
-    cuts = [*wanted, *(fit.start for fit in fits)]
+    fitted = [fit.cut for fit in fits]
+    cuts = [*(cut for cut in wanted if cut not in fitted), *(part for fit in fits for part in (fit.solved, fit.start))]
     chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
     if torch.distributed.get_rank() == 0:
         for cut in cuts:
@@ -120,10 +121,13 @@ class Cut:
 
 
 class Fit:
-    """The MLPs of a plan, fitted as a whole from the least squares of the cut of neurons alone, `start`."""
+    """The MLPs of a plan, fitted as a whole from the least squares of the cut of neurons alone, `start`.
+
+    `solved`: the plan's own least squares, of which attention's matrices stay."""
 
     def __init__(self, cut: Cut) -> None:
-        self.cut = cut
+        self.cut = cut  # whose file appears when all is done
+        self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}.solved"))
         self.start = Cut(neurons_alone(cut.plan), cut.out.with_name(f"{cut.out.name}.neurons"))
 
     def run(self, order: CompensateOrder, host: Builder, source: ModelSource, teacher: list[MegatronModule]) -> None:
@@ -132,7 +136,7 @@ class Fit:
         solved = Compensation.load(self.start.out)
         student = load(source, alone, build=host.build, compensation=solved, precision="fp32", layout=order.layout)
         report = Report("reconstruction: pass") if first else lambda done, total: None
-        found = reconstruct(order, teacher, student, rows_of(order), report)
+        found = reconstruct(order, teacher, student, rows_of(order), plan.kept_layers, report)
         errors = {k: v for each in gather_objects(found, torch.distributed.group.WORLD) for k, v in each.items()}
         live = LiveSource(student, alone.target)
         if first:
@@ -143,11 +147,11 @@ class Fit:
                 np.save(self.cut.parts / name, of_student(plan, name, raw.view(np.float32)))
         torch.distributed.barrier()
         if first:
-            self._join(order, {layer: errors[layer] for layer in plan.kept_layers if layer in errors})
+            self._join(order, dict(sorted(errors.items())))
 
     def _join(self, order: CompensateOrder, errors: Mapping[int, tuple[float, float]]) -> None:
         """`errors`: the teacher's layer -> its MLP's on held-out rows, before and after."""
-        solved, parts = Compensation.load(self.cut.out), self.cut.parts
+        solved, parts = Compensation.load(self.solved.out), self.cut.parts
         fitted = {name: np.load(parts / f"{name}.npy", mmap_mode="r") for name, _ in fitted_names(self.cut.plan)}
         kept = [min(after / before, 1.0) if before else 1.0 for before, after in errors.values()]
         notes: JsonObject = {
@@ -157,7 +161,8 @@ class Fit:
         both = {name: solved.tensors[name] for name in solved.tensors if name not in fitted} | fitted
         Compensation(solved.plan, both, solved.notes | notes).save(self.cut.out)
         shutil.rmtree(parts)
-        self.start.out.unlink()
+        for part in (self.solved, self.start):
+            part.out.unlink()
 
 
 def rows_of(order: CompensateOrder) -> torch.Tensor:

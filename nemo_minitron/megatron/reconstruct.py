@@ -14,7 +14,7 @@ Shapes (docs/shapes.md): S positions of the sequence on this rank, B sequences, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from nemo_minitron.settings.orders import CompensateOrder
 
-Rows = Callable[[int], list[Tensor]]
 RATE = 0.01  # Adam's highest rate, as a share of a matrix's root mean square: 2e-3 for SmolLM2's (docs/benchmarks.md)
 WARMUP = 0.05  # of the steps; then the rate falls to 0 as a cosine
 MEASURE, LEARN = "measure", "learn"
@@ -91,8 +90,11 @@ class MLPFit:
 class Reconstruction:
     """Hooks on the teacher's layers: while it is open, each micro-batch that passes the teacher fits or measures."""
 
-    def __init__(self, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], steps: int) -> None:
-        pairs = [pair for t, s in zip(teacher, student, strict=True) for pair in _mlps(unwrap(t), unwrap(s))]
+    def __init__(
+        self, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], layers: Collection[int], steps: int
+    ) -> None:
+        both = zip(teacher, student, strict=True)
+        pairs = [pair for t, s in both for pair in _mlps(unwrap(t), unwrap(s)) if pair[0].layer_number - 1 in layers]
         self.fits = {layer.layer_number - 1: MLPFit(mlp, steps) for layer, mlp in pairs}
         self.split = bool(unwrap(teacher[0]).config.sequence_parallel)
         self.mode, self._layers = MEASURE, [layer for layer, _ in pairs]
@@ -140,11 +142,13 @@ class Reconstruction:
 
 def reconstruct(
     order: CompensateOrder, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], rows: Tensor,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    layers: Collection[int], report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, tuple[float, float]]:  # fmt: skip
-    """Fits the MLPs of `student`, fp32, in place. `rows`: the calibration's, int64 [rows, sequence_length], the same on
-    every rank. Collective. Gives the teacher's layer -> the error on the held-out rows before and after, for the layers
-    of this rank's stage."""
+    """Fits the MLPs of `student`, fp32, in place. Collective.
+
+    `rows`: the calibration's, int64 [rows, sequence_length], the same on every rank. `layers`: the teacher's layers that
+    stay, from 0. Gives such a layer -> the error on the held-out rows before and after, for this rank's stage.
+    """
     batch, passes = order.reconstruct_batch, order.reconstruct
     aside = held_out(len(rows), batch)
     steps = (len(rows) - aside) // batch
@@ -153,7 +157,7 @@ def reconstruct(
         micro_batches(_of_rank(part, batch), config, virtual=virtual)
         for part in (rows[:aside], rows[aside : aside + steps * batch])
     )
-    with evaluating(teacher), torch.no_grad(), Reconstruction(teacher, student, steps * passes) as fitting:
+    with evaluating(teacher), torch.no_grad(), Reconstruction(teacher, student, layers, steps * passes) as fitting:
         _measure(fitting, teacher, held)
         fitting.mode = LEARN
         for done in range(passes):

@@ -146,4 +146,4 @@ def test_every_layout_equals_the_fit_by_hand(folder, plainly, expected, layout):
     noted = next(value for name, value in found.notes.items() if name.startswith("held-out error"))
     np.testing.assert_allclose(noted, shares, atol=1e-3)
     assert min(shares) < 0.98
-    assert not list(folder.glob("*.neurons")) + list(folder.glob("*.parts"))
+    assert not [file for end in ("neurons", "solved", "parts") for file in folder.glob(f"*.{end}")]
