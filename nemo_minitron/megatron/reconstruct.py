@@ -146,8 +146,8 @@ def reconstruct(
 ) -> dict[int, tuple[float, float]]:  # fmt: skip
     """Fits the MLPs of `student`, fp32, in place. Collective.
 
-    `rows`: the calibration's, int64 [rows, sequence_length], the same on every rank. `layers`: the teacher's layers that
-    stay, from 0. Gives such a layer -> the error on the held-out rows before and after, for this rank's stage.
+    `rows`: the calibration's, int64 [rows, sequence_length], the same on every rank. `layers`: the teacher's layers
+    that stay, from 0. Gives such a layer -> the error on the held-out rows before and after, for this rank's stage.
     """
     batch, passes = order.reconstruct_batch, order.reconstruct
     aside = held_out(len(rows), batch)
