@@ -239,3 +239,9 @@ def test_a_worker_takes_signals_before_it_imports_anything(host):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     rooms = {name.split(".")[1] for name in ast.literal_eval(done.stdout) if name.startswith("nemo_minitron.")}
     assert rooms == {"hosts", "settings"}
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file by its name alone, so the second of a name is not collected in a whole run."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
