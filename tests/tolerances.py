@@ -139,3 +139,7 @@ FIRST_GRADIENT_FP32 = 2e-4
 ITSELF_KL = 2e-6
 
 CONTRAST = 4.5  # of words on their background: WCAG 2.2, level AA, text of any size
+
+# A rotated weight: a sum of hidden_size products in float64, of weights and an orthonormal basis, rounded once to fp32.
+# Relative, and absolute for a diagonal of numbers about 1.
+ROTATED_FP32 = 2e-7

@@ -104,6 +104,8 @@ class RunFolder(CutFolder):
     measured = Name("search/measured.json")
     ranks = Name("search/ranks.json")
     teacher = Name("checkpoints/teacher")  # the folder that a checkpoint was converted to
+    rotated = Name("checkpoints/rotated")  # the teacher in rotated coordinates, which is scored and cut in its place
+    covariance = Name("checkpoints/covariance.npy")  # of the stream, until the rotated teacher is there
     pruned = Name("checkpoints/pruned")
     random = Name("checkpoints/random")
     sliced = Name("checkpoints/sliced")  # the plain cut, until it is measured

@@ -28,6 +28,7 @@ from nemo_minitron.cli.push import push
 from nemo_minitron.cli.rank_tokens import rank_tokens
 from nemo_minitron.cli.recipes import recipes
 from nemo_minitron.cli.report import doctor, report
+from nemo_minitron.cli.rotate import rotate
 from nemo_minitron.cli.serving import serving
 from nemo_minitron.errors import DISK, InputError, visible
 from nemo_minitron.hosts import host_name
@@ -37,8 +38,8 @@ from nemo_minitron.settings.host import HOST
 VERSION = "Print the version."
 COMPLETING = "_MINITRON_COMPLETE"  # set by the shell's function that `--install-completion` writes
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate, convert,
-    chat, push, serving, report, recipes, doctor,
+    compress, rotate, estimate, rank_tokens, plan, compensate, prune, distill, cache_logits, finetune, evaluate,
+    convert, chat, push, serving, report, recipes, doctor,
 )  # fmt: skip
 
 

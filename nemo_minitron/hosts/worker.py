@@ -82,13 +82,14 @@ def _leave(code: int) -> None:
 def loaded(host: Any) -> dict[str, Callable[[Any], None]]:
     """Stage -> the function that runs its order. Megatron must be importable: `backend.setup()` has run."""
     from nemo_minitron.hosts import beat
-    from nemo_minitron.megatron import cache, compensate, estimate, prune
+    from nemo_minitron.megatron import cache, compensate, estimate, prune, rotate
 
     beat.count_layers()
     return {
         "estimate": lambda order: estimate.estimate(order, host),
         "prune": lambda order: prune.prune(order, host),
         "compensate": lambda order: compensate.compensate(order, host),
+        "rotate": lambda order: rotate.rotate(order, host),
         "cache": lambda order: cache.cache_logits(order, host),
         "distill": host.train,
         "finetune": host.finetune,

@@ -104,14 +104,14 @@ class Collector:
 
     def _known(self) -> set[str]:
         """The axes that estimators of this rank's modules could score, requested or not."""
-        modules = (module for chunk in self.chunks for module, _ in _with_layers(chunk.decoder))
+        modules = (module for chunk in self.chunks for module, _ in with_layers(chunk.decoder))
         return {cls.axis for module in modules for _, cls in estimators_of(module)}
 
     def _watches(self, chunk: MegatronModule) -> Watches:
         """(axis, row, expert) -> what to watch. The estimator that was registered last wins."""
         check_claimed(chunk.decoder)
         latest: dict[tuple[str, int, int | None], tuple[int, Estimator, Watch]] = {}
-        for module, layer in _with_layers(chunk.decoder):
+        for module, layer in with_layers(chunk.decoder):
             for order, cls in estimators_of(module):
                 if cls.axis not in (DEFAULT_AXES if self.axes is None else self.axes):
                     continue
@@ -186,7 +186,7 @@ def check_axes(requested: Sequence[str] | None, watched: set[str], known: set[st
             raise InputError(f"nothing in this model is watched for '{axis}'; {nearest(axis, legal - {axis})}")
 
 
-def _with_layers(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+def with_layers(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """Modules of a TransformerBlock, each with the 0-based global number of its layer (-1 for the block itself)."""
     yield block, -1
     for layer in block.layers:

@@ -164,6 +164,7 @@ def parts_of(job: Job, config: HfConfig) -> dict[tuple[str, str], int]:
     refitted = (cuts + 1) * solved_bytes(target) if solves(job) else 0  # one more: the parts of a file while it is made
     student = 2 * target.parameters()
     return {
+        ("rotate", RunFolder.rotated): 2 * from_hf(config).parameters() * job.cutting.rotate,
         ("prune", RunFolder.pruned): student,
         ("prune", RunFolder.random): student,
         ("rank" if distilled else "compensate", RunFolder.search): trained * distilled * target.parameters() + refitted,
@@ -263,7 +264,8 @@ def stage_names(job: Job, checkpoint: bool) -> list[str]:
     searching = [*guessed, "candidates", *gates, *solving, "measure", "rank", "plan"]
     cutting = searching if job.search.wanted else ["plan", *gates, *solving]
     return [
-        *["convert"] * checkpoint, "data", "estimate", *map(round_name, range(2, job.rounds + 1)), *cutting, "prune",
-        "evaluate", *["generate"] * job.generation.wanted, "distill", "export", "evaluate student",
+        *["convert"] * checkpoint, "data", *["rotate"] * job.cutting.rotate, "estimate",
+        *map(round_name, range(2, job.rounds + 1)), *cutting, "prune", "evaluate",
+        *["generate"] * job.generation.wanted, "distill", "export", "evaluate student",
         *["benchmarks"] * bool(job.evaluation.benchmarks), "report",
     ]  # fmt: skip

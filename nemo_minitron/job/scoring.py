@@ -99,6 +99,17 @@ def scoring_flops(source: Architecture, calibration: Calibration, refit: Refit) 
     }
 
 
+def rotation_flops(job: Job, source: Architecture) -> dict[str, int]:
+    """The pass that sums up the stream, with a product for each norm; not counted: the rotation of the weights, on the
+    CPU. Two norms a layer, of a hybrid one, and the final one."""
+    if not job.cutting.rotate:
+        return {}
+    calibration, length = calibration_of(job, source), job.calibration.sequence_length
+    norms = source.num_layers * (1 if source.hybrid_pattern else 2) + 1
+    each = source.flops_per_token(length // 2) + 2 * norms * source.hidden_size**2
+    return {"rotation": calibration.samples * length * each}
+
+
 def seconds_of(flops: dict[str, int]) -> float:
     """On one GPU, at the speed at which the dry run counts training."""
     return sum(flops.values()) / (PEAK * MFU)
@@ -111,7 +122,7 @@ def describe_scoring(job: Job, source: Architecture, target: Architecture) -> li
     if refit.passes and job.cutting.reconstruct:
         student, fitting = reconstruction_of(source, target, job.layout, job.cutting.reconstruct)
         refit = dataclasses.replace(refit, fits=job.cutting.reconstruct, fitting=fitting, student=student)
-    flops, lines = scoring_flops(source, calibration, refit), []
+    flops, lines = scoring_flops(source, calibration, refit) | rotation_flops(job, source), []
     if calibration.runs and calibration.method != TAYLOR:
         memory = scoring_memory(source, calibration, job.layout)
         lines = ["", "memory of scoring, each rank:", *gigabytes({**memory, "sum": sum(memory.values())})]

@@ -1,4 +1,4 @@
-"""A job's teacher: its config, and the folder from which the stages read it."""
+"""A job's teacher: its config, the folder from which the stages read it, and the model that is cut."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nemo_minitron.sources.open import config_of, is_checkpoint
 if TYPE_CHECKING:
     from nemo_minitron.job.run import Run
     from nemo_minitron.settings.recipe import Job
+    from nemo_minitron.sources.tensors import ModelSource
 
 
 def teacher_config(job: Job, *, offline: bool = False) -> JsonObject:
@@ -40,6 +41,16 @@ def teacher_folder(run: Run) -> Path:
     """A run's teacher as a Hugging Face folder. A checkpoint was converted to one by the first stage."""
     path = resolve(run.job.teacher)
     return run.folder.teacher if is_checkpoint(path) else path
+
+
+def uncut_folder(run: Run) -> Path:
+    """The model that is scored and cut: the teacher, or the teacher in rotated coordinates."""
+    return run.folder.rotated if run.job.cutting.rotate else teacher_folder(run)
+
+
+def scored_model(run: Run) -> ModelSource:
+    """The model that processes score: as `uncut_folder`, but a checkpoint is read as it is."""
+    return run.open(run.folder.rotated if run.job.cutting.rotate else run.job.teacher)
 
 
 def clear_torn(folder: Path) -> None:

@@ -29,7 +29,7 @@ from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.reconstruction import can_reconstruct, fitted_names, neurons_alone, of_student
 from nemo_minitron.settings.layout import Layout
-from nemo_minitron.settings.orders import CompensateOrder
+from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
 from nemo_minitron.sources.tensors import whole as everything
@@ -165,7 +165,7 @@ class Fit:
             part.out.unlink()
 
 
-def rows_of(order: CompensateOrder) -> torch.Tensor:
+def rows_of(order: CompensateOrder | RotateOrder) -> torch.Tensor:
     """All rows that the calibration's seed draws from the corpus, int64 [samples, sequence_length]."""
     from nemo_minitron.data import Tokens
 
@@ -173,7 +173,7 @@ def rows_of(order: CompensateOrder) -> torch.Tensor:
     return Tokens(order.data).windows(calibration.sequence_length, calibration.samples, calibration.seed)
 
 
-def rank_batches(order: CompensateOrder) -> list[torch.Tensor]:
+def rank_batches(order: CompensateOrder | RotateOrder) -> list[torch.Tensor]:
     """This data-parallel rank's share of the rows that the calibration's seed draws from the corpus.
 
     Each batch is int64 [batch_size, sequence_length]; the last one may be smaller.

@@ -13,6 +13,7 @@ from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.settings.validated import ValidatedSettings
 
 MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
+ROTATE = "Rotate the residual stream to its principal axes before hidden channels are scored and cut; it needs RMSNorm."
 FOLD = "Scale RMSNorms by sqrt(all / kept) where hidden channels are cut."
 GAPS = "Scale what is written to the residual stream behind dropped layers to the stream's length there."
 PASSES = (
@@ -40,6 +41,9 @@ class Cutting(ValidatedSettings):
     `reconstruct`: passes over the calibration in which each MLP that lost neurons learns, as a whole, to write what the
     teacher's MLP writes (`megatron/reconstruct.py`; 2510.14444), in steps of `reconstruct_batch` rows. It starts from
     the least squares, and each rank holds a second copy of the model in fp32 for it.
+    `rotate`: the teacher is scored and cut in rotated coordinates of its residual stream (`pruning/rotation.py`), so
+    that a cut of hidden channels loses less. The student learns from the teacher as it is. A run holds one more copy
+    of the teacher's weights for it.
     `fold_norms`: where hidden channels are cut, RMSNorms are scaled for the smaller number of channels. LayerNorms, for
     which no factor is exact, stay as they are.
     `scale_gaps`: where layers are dropped, what is written to the residual stream behind them is scaled to the length
@@ -63,6 +67,7 @@ class Cutting(ValidatedSettings):
     )
     reconstruct: int = setting(0, PASSES, least=0)
     reconstruct_batch: int = setting(1, BATCH, derived=True, least=1)
+    rotate: bool = setting(False, ROTATE)
     fold_norms: bool = setting(True, FOLD)
     scale_gaps: bool = setting(True, GAPS)
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
@@ -82,7 +87,7 @@ class Cutting(ValidatedSettings):
         values = dataclasses.asdict(self)
         leave = {"memory"} if self.compensate else {"memory", "ridge"}
         leave |= set() if self.reconstruct else {"reconstruct", "reconstruct_batch"}
-        leave |= set() if self.merge_experts else {"merge_experts"}
+        leave |= {name for name in ("merge_experts", "rotate") if not getattr(self, name)}
         for name in leave:
             del values[name]
         return values
@@ -117,7 +122,12 @@ class Cutting(ValidatedSettings):
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
         """Raises InputError for a setting that this cut cannot have. `searched`: a search will find the sizes."""
         from nemo_minitron.pruning.compensation import check_residual
+        from nemo_minitron.pruning.rotation import check_rotation
 
+        if self.rotate:
+            check_rotation(source)
+            if not searched and source.hidden_size == target.hidden_size:
+                raise InputError("rotate serves a cut of hidden channels, and the job cuts none; leave it off")
         if self.reconstruct and not searched and source.ffn_hidden_size == target.ffn_hidden_size:
             raise InputError("reconstruct fits MLPs that lost neurons, and the job cuts no ffn; set 0 passes")
         if self.head_residual and searched:

@@ -94,6 +94,19 @@ class CompensateOrder(Order):
 
 
 @dataclasses.dataclass(frozen=True)
+class RotateOrder(Order):
+    """Sum up the residual stream's second moments in `out`, a .npy file. `data`: a .bin/.idx prefix. `calibration` says
+    which rows are read."""
+
+    stage: ClassVar[str] = "rotate"
+    model: Path
+    data: Path
+    out: Path
+    calibration: Calibration
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheOrder(Order):
     """Make the shards that the logit cache `out` lacks. Its `cache.json` must exist."""
 
@@ -140,7 +153,7 @@ class FinetuneOrder(Order):
 
 ORDERS: dict[str, type[Order]] = {
     order.stage: order
-    for order in (EstimateOrder, PruneOrder, CompensateOrder, CacheOrder, DistillOrder, FinetuneOrder)
+    for order in (EstimateOrder, PruneOrder, CompensateOrder, RotateOrder, CacheOrder, DistillOrder, FinetuneOrder)
 }
 
 

@@ -85,7 +85,7 @@ def layers_placed_by_local_number():
         for number, layer in enumerate(block.layers):
             yield from ((module, number) for module in layer.modules())
 
-    with patch.object(collector, "_with_layers", wrong):
+    with patch.object(collector, "with_layers", wrong):
         yield
 
 

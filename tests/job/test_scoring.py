@@ -13,6 +13,7 @@ from nemo_minitron.job.scoring import (
     Refit,
     reconstruction_of,
     refit_of,
+    rotation_flops,
     scoring_flops,
     scoring_memory,
     seconds_of,
@@ -114,6 +115,12 @@ def test_statistics():
     assert statistics_bytes(a, dataclasses.replace(ROWS, criterion="l2,mean;var,mean")) == 16 * units * (1 + 3)
     assert statistics_bytes(a, dataclasses.replace(ROWS, axes=("hidden",))) == 16 * 61 * 576
     assert scoring_memory(a, ROWS, ONE)["statistics"] == 16 * units
+
+
+def test_a_rotation_is_one_more_pass_and_a_product_a_norm(job):
+    assert rotation_flops(job, smollm2()) == {}
+    rows = dataclasses.replace(job, calibration=ROWS, cutting=Cutting(rotate=True))
+    assert rotation_flops(rows, smollm2()) == {"rotation": 120 * (smollm2().flops_per_token(10) + 2 * 61 * 576**2)}
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """What a run still needs of its disk: what lies there already counts, and what is done needs nothing more."""
 
+import dataclasses
+
 import pytest
 from pico import pico_llama
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.files import bytes_in
 from nemo_minitron.errors import InputError
-from nemo_minitron.families import read_config
-from nemo_minitron.job import Data, Job
+from nemo_minitron.families import from_hf, read_config
+from nemo_minitron.job import Cutting, Data, Job
 from nemo_minitron.job import dry_run as module
 from nemo_minitron.job.dry_run import check_space, parts_of, space, space_left
 
@@ -30,6 +32,13 @@ def test_what_lies_there_counts_for_its_own_part_alone(job, tmp_path):
     assert space_left(job, config, run) == space(job, config) - there
     (run / "checkpoints" / "distilled" / "more").write_bytes(bytes(2 * half))
     assert space_left(job, config, run) == space(job, config) - parts["checkpoints/distilled"]
+
+
+def test_a_rotated_teacher_is_one_more_copy(job):
+    config, teacher = read_config(job.teacher), from_hf(job.teacher).parameters()
+    rotated = dataclasses.replace(job, keep={"hidden": 40}, cutting=Cutting(rotate=True))
+    assert parts_of(rotated, config)["rotate", "checkpoints/rotated"] == 2 * teacher
+    assert not parts_of(job, config)["rotate", "checkpoints/rotated"]
 
 
 def test_finished_stages_need_nothing(job, tmp_path):

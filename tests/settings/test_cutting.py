@@ -35,6 +35,7 @@ def job(teacher, keep, *settings):
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0"),
         ({"heads": 3}, ["cutting.reconstruct=2"], "the job cuts no ffn; set 0 passes"),
+        ({"heads": 3}, ["cutting.rotate=true"], "rotate serves a cut of hidden channels, and the job cuts none"),
         (
             {"ffn": 48},
             ["cutting.reconstruct=2", "cutting.reconstruct_batch=3", "layout.dp=2"],

@@ -19,6 +19,7 @@ from nemo_minitron.settings.orders import (
     EstimateOrder,
     FinetuneOrder,
     PruneOrder,
+    RotateOrder,
     read_order,
 )
 from nemo_minitron.settings.recipe import Distillation
@@ -30,6 +31,7 @@ EVERY = (
     PruneOrder(HERE, Path("plan.json"), Path("out"), Path("solved")),
     PruneOrder(HERE, Path("plan.json"), Path("out")),
     CompensateOrder(HERE, {Path("p"): Path("a"), Path("\udce9"): Path("b")}, Path("text"), 1, 9, CALIBRATION, LAYOUT),
+    RotateOrder(HERE, Path("text"), Path("sums.npy"), CALIBRATION, LAYOUT),
     CacheOrder(HERE, Path("text"), Path("out"), LAYOUT, 2),
     CacheOrder(Path("caf\udce9"), Path("text"), Path("out"), LAYOUT, 2),  # a name that is no UTF-8
     DistillOrder(HERE, None, Path("t"), Path("h"), Path("out"), Path("i"), Distillation(lm_weight=0.25), LAYOUT),
@@ -50,8 +52,19 @@ def test_every_stage_is_tried_here():
 
 
 def test_processes_and_places():
-    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6, 6]
-    assert [str(order.place) for order in EVERY] == ["work", "out", "out", "a", "out", "out", "out", "o", "out"]
+    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6, 6, 6]
+    assert [str(order.place) for order in EVERY] == [
+        "work",
+        "out",
+        "out",
+        "a",
+        "sums.npy",
+        "out",
+        "out",
+        "out",
+        "o",
+        "out",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.job.run import Run
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.compensate import compensation_of_run, cut_identity
-from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.job.teacher import clear_torn, uncut_folder
 from nemo_minitron.settings.recipe import Evaluation
 
 
@@ -63,7 +63,7 @@ def student_of(run: Run, name: str) -> Path:
     from nemo_minitron.pruning import prune
 
     files, identity = run.folder.candidate(name), digest_of(identity_of(run, name))
-    teacher = run.open(teacher_folder(run))
+    teacher = run.open(uncut_folder(run))
     known = known_of(files.cut, identity, files=mapped(anything()))
     if known is None or not files.student.is_dir() or damaged(files.student, known["files"]):
         clear_torn(files.student)

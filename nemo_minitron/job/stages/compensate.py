@@ -17,7 +17,7 @@ from nemo_minitron.commands.prune import Extras, compensation_of
 from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.teacher import clear_torn
+from nemo_minitron.job.teacher import clear_torn, scored_model
 from nemo_minitron.pruning.compensation import follows_a_cut, solvable
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.tensors import ModelSource
@@ -56,7 +56,7 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
         else:
             Compensation(plan.digest, {}).save(cut.compensation)
     if outputs:
-        teacher = run.open(job.teacher)
+        teacher = scored_model(run)
         tokens = Tokens(corpora.prefix(run, "calibration"))
         calibration = fitted_calibration(job, teacher.architecture, tokens).settings
         solve_for(

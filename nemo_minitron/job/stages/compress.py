@@ -26,9 +26,10 @@ from nemo_minitron.job.stages.compensate import SOLVE, compensation_of_run, slic
 from nemo_minitron.job.stages.distill import distill_stage
 from nemo_minitron.job.stages.gates import gate_stage
 from nemo_minitron.job.stages.generate import WRITE
+from nemo_minitron.job.stages.rotate import ROTATE
 from nemo_minitron.job.stages.rounds import cut_of, round_stages
 from nemo_minitron.job.stages.search import as_large_as, search_stages, winner
-from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.job.teacher import clear_torn, scored_model, teacher_folder, uncut_folder
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.open import is_checkpoint, open_source
@@ -45,6 +46,7 @@ def stages(job: Job) -> list[Stage]:
     checkpoint = is_checkpoint(resolve(job.teacher))
     converting = Stage("convert", convert_teacher, _convert_inputs, (), (_config(names.teacher),), _made(names.teacher))
     first = [converting] if checkpoint else []
+    rotating = [ROTATE] if job.cutting.rotate else []
     data = Stage("data", tokenise, _data_inputs, ("convert",) * checkpoint, corpora.outputs(job.data), corpora.sidecars)
     choosing, trying = search_stages(job) if job.search.wanted else ([], [])
     solving = [SOLVE] if solves(job) and not choosing else []
@@ -57,7 +59,8 @@ def stages(job: Job) -> list[Stage]:
     return [
         *first,
         data,
-        Stage("estimate", estimate, _estimate_inputs, ("data",), (names.scores,)),
+        *rotating,
+        Stage("estimate", estimate, _estimate_inputs, ("rotate" if rotating else "data",), (names.scores,)),
         *choosing,
         *(checking if choosing else []),
         *trying,
@@ -137,11 +140,11 @@ def tokenise(run: Run) -> None:
 
 
 def estimate(run: Run) -> None:
-    job, teacher, tokens = run.job, run.open(run.job.teacher), Tokens(corpora.prefix(run, "calibration"))
-    fit = fitted_calibration(job, teacher.architecture, tokens)
+    job, model, tokens = run.job, scored_model(run), Tokens(corpora.prefix(run, "calibration"))
+    fit = fitted_calibration(job, model.architecture, tokens)
     if fit.remark:  # it also holds for later stages that read this text, which do not repeat it
         run.say(f"    remark: {fit.remark}")
-    scores = calibrate(teacher, tokens, run.folder.calibration, fit.settings, job.layout, run.folder.log)
+    scores = calibrate(model, tokens, run.folder.calibration, fit.settings, job.layout, run.folder.log)
     scores.save(run.folder.scores)
     run.say(f"    {scores.samples} samples, {scores.tokens:,} tokens, criterion {scores.criterion}")
     for line in describe_scores(scores):
@@ -168,16 +171,16 @@ def prune(run: Run) -> None:
     from nemo_minitron.pruning import prune as cut
     from nemo_minitron.search import random_plan
 
-    teacher, plan = run.open(teacher_folder(run)), PrunePlan.load(run.folder.plan)
+    uncut, plan = run.open(uncut_folder(run)), PrunePlan.load(run.folder.plan)
     if why := unscaled(run.job, plan):
         run.say(f"    remark: {why}")
-    compensation = compensation_of_run(run, teacher, _cut_folder(run))
+    compensation = compensation_of_run(run, uncut, _cut_folder(run))
     for torn in (run.folder.pruned, run.folder.random):
         clear_torn(torn)
-    cut(teacher, plan, run.folder.pruned, compensation=compensation, overwrite=True)
+    cut(uncut, plan, run.folder.pruned, compensation=compensation, overwrite=True)
     if run.job.evaluation.random_baseline:
         at_random = random_plan(plan.source, keep=as_large_as(plan, run.job.keep), seed=run.job.seed)
-        cut(teacher, at_random, run.folder.random, overwrite=True)
+        cut(uncut, at_random, run.folder.random, overwrite=True)
 
 
 def _cut_folder(run: Run) -> CutFolder:
@@ -189,7 +192,7 @@ def evaluate(run: Run) -> None:
     models = {"teacher": teacher_folder(run), "random": run.folder.random, "pruned": run.folder.pruned}
     if not run.job.evaluation.random_baseline:
         del models["random"]
-    with sliced(run, run.open(models["teacher"]), _cut_folder(run)) as plain:
+    with sliced(run, run.open(uncut_folder(run)), _cut_folder(run)) as plain:
         if plain:
             models["sliced"] = plain
         numbers = [_measure(run, stage, models[stage]) for stage in MEASURED if stage in models]

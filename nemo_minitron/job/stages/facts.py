@@ -23,6 +23,7 @@ CUT = grouped(
     {"tensors": listed(text())},
     {"samples": whole(), "sequence_length": whole(), "merged experts": mapped(mapped(listed(whole())))},
 )
+ROTATED = "hidden channels are principal axes of the base's residual stream"
 CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
 
 
@@ -81,13 +82,13 @@ def larger_files(base: Path) -> list[str]:
 
 def _in_place(run: Run) -> str:
     """What the pruned student has besides slices of its teacher, in words; "" if it has nothing."""
-    record = run.folder.pruned / COMPENSATION
+    record, rotated = run.folder.pruned / COMPENSATION, [ROTATED] if run.job.cutting.rotate else []
     if not record.is_file():
-        return ""
+        return "; ".join(rotated)
     notes = read_json(record, "the record of the cut", CUT)
     merged = notes.get("merged experts", {})  # no expert's matrix is re-fitted beside them
     refitted = [n for n in notes["tensors"] if follows_a_cut(n) and not (merged and expert_of(n) >= 0)]
-    parts = []
+    parts = rotated
     if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
         how = f"by least squares, ridge {notes['ridge']}, on {rows}"

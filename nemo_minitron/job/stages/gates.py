@@ -28,7 +28,7 @@ from nemo_minitron.job.gates import Gate, better, check_open, guesses, left_out,
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.stages.search import as_large_as
-from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.job.teacher import clear_torn, uncut_folder
 from nemo_minitron.pruning.convert import identity
 from nemo_minitron.settings.derive import Fit
 from nemo_minitron.settings.layout import Layout
@@ -62,7 +62,7 @@ def check_cut(run: Run) -> None:
     """Raises GateError if a gate is shut; the run folder has the figures of all gates then, too."""
     from nemo_minitron.evaluation import answers
 
-    settings, teacher, plan = run.job.gates, run.open(teacher_folder(run)), _plan(run)
+    settings, teacher, plan = run.job.gates, run.open(uncut_folder(run)), _plan(run)
     windows = _rows(run)
     read = functools.partial(answers, windows=windows, precision=settings.precision, batch_size=settings.batch_size)
 
@@ -152,7 +152,10 @@ def _baselines(run: Run, plan: PrunePlan) -> tuple[PrunePlan, PrunePlan]:
     scanned = run.job.rounds > 1 and depth != BLOCK_INFLUENCE  # blocks of a round's size alone
     if "layers" in plan.keep and (scanned or depth == REMOVAL):  # removal knows no layers that matter most
         keep["layers"] = plan.kept_layers
-    return first_plan(plan.source, keep), chosen(scores, keep, least=True, depth=depth)
+    first, least = first_plan(plan.source, keep), chosen(scores, keep, least=True, depth=depth)
+    if run.job.cutting.rotate and "hidden" in plan.keep:  # rotated channels come in the order of their energy
+        first, least = (dataclasses.replace(p, keep=p.keep | {"hidden": plan.keep["hidden"]}) for p in (first, least))
+    return first, least
 
 
 def _slices(run: Run, teacher: ModelSource, plan: PrunePlan, student: Answers, ask: Ask) -> Gate:

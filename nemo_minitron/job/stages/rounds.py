@@ -21,7 +21,7 @@ from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
-from nemo_minitron.job.teacher import clear_torn, teacher_folder
+from nemo_minitron.job.teacher import clear_torn, uncut_folder
 from nemo_minitron.search.rounds import round_sizes
 from nemo_minitron.search.sizes import student_architecture
 from nemo_minitron.settings.recipe import Job
@@ -95,7 +95,7 @@ def score_again(run: Run, number: int) -> None:
     from nemo_minitron.data import Tokens
     from nemo_minitron.pruning import prune
 
-    files, teacher = run.folder.round(number), run.open(teacher_folder(run))
+    files, teacher = run.folder.round(number), run.open(uncut_folder(run))
     plan = cut_of(run, number - 1)[0]
     plan.save(files.plan)
     run.say(f"    {plan.source.parameters():,} -> {plan.target.parameters():,} parameters, to be scored again")

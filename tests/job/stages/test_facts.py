@@ -7,7 +7,8 @@ import pytest
 from pico import SIZES
 
 from nemo_minitron.artifacts.run_folder import RunFolder
-from nemo_minitron.job.stages.facts import _in_place, larger_files
+from nemo_minitron.job import Cutting, Data, Job
+from nemo_minitron.job.stages.facts import ROTATED, _in_place, larger_files
 
 FITTED = {"ridge": 0.01, "samples": 4, "sequence_length": 36, "method": "least squares"}
 MERGED = {"merged experts": {"0": {"1": [0, 2], "3": [4]}, "2": {"0": [5]}}}
@@ -42,4 +43,14 @@ def test_in_place_of_slices(tmp_path, names, notes, words):
     folder = RunFolder(tmp_path)
     folder.pruned.mkdir(parents=True)
     (folder.pruned / "minitron_compensation.json").write_text(json.dumps({"tensors": names} | notes))
-    assert _in_place(SimpleNamespace(folder=folder)) == words
+    assert _in_place(SimpleNamespace(folder=folder, job=job_of(rotate=False))) == words
+    assert _in_place(SimpleNamespace(folder=folder, job=job_of(rotate=True))) == f"{ROTATED}; {words}"
+
+
+def test_rotated_slices(tmp_path):
+    found = [_in_place(SimpleNamespace(folder=RunFolder(tmp_path), job=job_of(rotate=r))) for r in (False, True)]
+    assert found == ["", ROTATED]
+
+
+def job_of(**cutting):
+    return Job("pico", "teacher", Data("a", "b"), keep={"hidden": 40}, cutting=Cutting(**cutting))
