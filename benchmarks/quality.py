@@ -3,8 +3,9 @@ after equal training: `python benchmarks/quality.py --novels r-cran-janeaustenr_
 
 Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py`), `slices` (our selection alone),
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
-(a job without the last, where a cut has layers and more), and `reconstructed` (a job whose MLPs are fitted as a whole
-in PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
+(a job without the last, where a cut has layers and more), `rotated` (a job that turns the residual stream to its
+principal axes first, where a cut has hidden channels), and `reconstructed` (a job whose MLPs are fitted as a whole in
+PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
 nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training
 read Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
 
@@ -33,8 +34,8 @@ from short_training import Schedule, Training, batch_of
 
 from nemo_minitron.settings.precision import best_precision
 
-SLICES, UNSCALED, JOB, RECONSTRUCTED = "slices", "unscaled", "job", "reconstructed"
-ARMS = (PEER, SLICES, UNSCALED, JOB, RECONSTRUCTED)
+SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED = "slices", "unscaled", "job", "rotated", "reconstructed"
+ARMS = (PEER, SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED)
 PASSES = 4  # of the reconstruction
 CUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # ours, and Megatron's names of the same sizes
     "ffn 1024": ({"ffn": 1024}, {"ffn_hidden_size": 1024}),
@@ -141,27 +142,39 @@ class Bench:
         from nemo_minitron.artifacts import PrunePlan
         from nemo_minitron.commands.prune import Extras, compensation_of
         from nemo_minitron.pruning.compensation import can_fold, solvable
+        from nemo_minitron.sources.open import open_source
 
-        folder = self.work / cut
+        folder, (model, costs) = self.work / cut, self.uncut(arm)
         folder.mkdir(exist_ok=True)
         if arm == PEER:
             return self.peer(cut, folder)
-        keep, scores, file = CUTS[cut][0], self.work / "scores.safetensors", folder / "plan.json"
-        costs = {"score": self.once(scores, lambda out: self.minitron(
-            "estimate", self.model, *self.calibrated(), "--out", out))}  # fmt: skip
+        before = "rotated " if arm == ROTATED else ""
+        keep, scores, file = CUTS[cut][0], self.work / f"{before}scores.safetensors", folder / f"{before}plan.json"
+        costs["score"] = self.once(scores, lambda out: self.minitron(
+            "estimate", model, *self.calibrated(), "--out", out))  # fmt: skip
         sizes = ",".join(f"{axis}={size}" for axis, size in keep.items())
         costs["plan"] = self.once(file, lambda out: self.minitron("plan", scores, "--keep", sizes, "--out", out))
         plan = PrunePlan.load(file)
         if arm == SLICES:
             return plan, None, costs
         more = ["--reconstruct", PASSES] if arm == RECONSTRUCTED else []
-        solved = folder / f"{'reconstructed' if more else 'compensation'}.safetensors" if list(solvable(plan)) else None
+        name = "reconstructed" if more else f"{before}compensation"
+        solved = folder / f"{name}.safetensors" if list(solvable(plan)) else None
         if solved is not None:
             costs["compensate"] = self.once(solved, lambda out: self.minitron(
-                "compensate", self.model, file, *self.calibrated(), *more, "--out", out))  # fmt: skip
-        gaps = arm in (JOB, RECONSTRUCTED) and "layers" in keep
+                "compensate", model, file, *self.calibrated(), *more, "--out", out))  # fmt: skip
+        gaps = arm in (JOB, ROTATED, RECONSTRUCTED) and "layers" in keep
         extras = Extras(solved, can_fold(plan.source, plan.target), scores=scores if gaps else None, scale_gaps=gaps)
-        return plan, compensation_of(self.source, plan, extras), costs
+        return plan, compensation_of(open_source(model), plan, extras), costs
+
+    def uncut(self, arm: str) -> tuple[str, dict[str, Cost]]:
+        """(the model that an arm scores and cuts, the cost of making it)"""
+        if arm != ROTATED:
+            return self.model, {}
+        out = self.work / "rotated"
+        costs = self.once(out / "config.json", lambda _: self.minitron(
+            "rotate", self.model, *self.calibrated(), "--out", out))  # fmt: skip
+        return str(out), {"rotate": costs}
 
     def peer(self, cut: str, folder: Path) -> tuple[Any, None, dict[str, Cost]]:
         from nemo_minitron.artifacts import PrunePlan
@@ -206,7 +219,8 @@ class Bench:
         teacher = Teacher([chunk], model_inputs) if self.options.tokens else None
         for cut, arm, seed, tokens in self.left():
             plan, compensation, costs = self.make(cut, arm)
-            student = load_model(self.model, plan, compensation=compensation, precision=self.options.precision)[0]
+            model = self.uncut(arm)[0]
+            student = load_model(model, plan, compensation=compensation, precision=self.options.precision)[0]
             training = self.train(student, teacher, seed) if seed else {}
             row = {"cut": cut, "arm": arm, "seed": seed, "tokens": tokens, **self.losses(student), **training}
             self.results.add(row if seed else row | {"costs": costs})
@@ -254,7 +268,8 @@ class Bench:
 def _differs(cut: str, arm: str) -> bool:
     """Whether an arm is another student than the job's."""
     axes = {*CUTS[cut][0]}
-    return {UNSCALED: axes > {"layers"}, RECONSTRUCTED: "ffn" in axes}.get(arm, True)
+    axis = {ROTATED: "hidden", RECONSTRUCTED: "ffn"}.get(arm)
+    return axes > {"layers"} if arm == UNSCALED else axis is None or axis in axes
 
 
 def main() -> None:

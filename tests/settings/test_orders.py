@@ -91,7 +91,7 @@ def test_what_is_no_order_is_refused(stage, change, words, tmp_path):
 
 
 def test_a_key_that_is_missing_is_named(tmp_path):
-    values = plain(EVERY[4])
+    values = plain(EVERY[5])
     del values["out"]
     write_json(tmp_path / "order.json", values)
     with pytest.raises(InputError, match=r"the order '.*order.json' .* not an object with 'out'"):
