@@ -16,8 +16,8 @@ COUNTS = {f"{kind}_layers": symbol for symbol, kind in KINDS.items()}  # what `k
 SIZES = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 FIELDS = ("hybrid_pattern", *SIZES)
 STAGES = (  # those that are proven for a hybrid
-    "estimate", "plan", "compensate", "prune", "prune with extras", "distill", "finetune", "cache-logits", "evaluate",
-    "chat", "serving", "compress", "writing a checkpoint", "reading a checkpoint",
+    "rotate", "estimate", "plan", "compensate", "prune", "prune with extras", "distill", "finetune", "cache-logits",
+    "evaluate", "chat", "serving", "compress", "writing a checkpoint", "reading a checkpoint",
 )  # fmt: skip
 KERNEL = 4  # positions that the convolution sees; Megatron's configs have no place for another number
 STATE_BYTES = 4  # transformers and vLLM keep Mamba's states in fp32

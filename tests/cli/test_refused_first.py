@@ -109,7 +109,7 @@ def test_what_is_not_proven_for_a_hybrid(world, monkeypatch):
     monkeypatch.setenv("MINITRON_HOST", "bridge")
     monkeypatch.setattr("nemo_minitron.hosts.host_name", lambda: "bridge")  # it may not be installed
     said = refused(world, monkeypatch, "rank-tokens hybrid --data text.jsonl --out out.safetensors")
-    legal = "legal are estimate, plan, compensate, "
+    legal = "legal are rotate, estimate, plan, compensate, "
     assert said.startswith(f"rank-tokens is not supported for a hybrid with Mamba; {legal}")
 
 

@@ -67,6 +67,17 @@ def grams_of(chunks, folder, layout):
     return {name: value for name, value in joined.items() if value is not None}
 
 
+def stream_of(chunks, architecture, folder, layout):
+    """The second moments of the stream, of all rows."""
+    import torch
+
+    from nemo_minitron.importance.stream import stream_covariance
+
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
+    rank = torch.distributed.get_rank() if layout.dp > 1 else 0
+    return stream_covariance(chunks, [tokens[rank :: layout.dp]], architecture).numpy()
+
+
 def distilled(teacher, student, architecture, tokens):
     """The forward KL of each token, and the gradients of their sum by canonical names, of one process."""
     import torch
@@ -125,6 +136,7 @@ def run_case(case, folder, out):
             result[f"{model}-read"] = architecture_of(chunks[0]) == expected.architecture
         if model == "teacher":
             teacher = chunks
+            found["stream"] = stream_of(chunks, expected.architecture, folder, layout)
             found |= grams_of(chunks, folder, layout)
             for method in ("activation", "taylor"):
                 found |= scores_of(chunks, expected.architecture, folder, layout, method)
