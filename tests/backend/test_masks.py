@@ -115,6 +115,7 @@ def test_scores_of_a_padded_batch(llama):
     import torch
 
     from nemo_minitron.importance import estimate
+    from nemo_minitron.importance.samples import samples_of
 
     right, left = masks()
     tokens = torch.from_numpy(np.random.default_rng(3).integers(3, 509, (2, LENGTH)))
@@ -125,6 +126,9 @@ def test_scores_of_a_padded_batch(llama):
     assert not np.array_equal(wanted["ffn"], unmasked["ffn"])
     with pytest.raises(InputError, match=LEFT):
         estimate(llama[1], [{"tokens": tokens, "attention_mask": left}])
+    with pytest.raises(InputError, match=LEFT):  # what a callback sees of a running evaluation
+        samples_of({"tokens": tokens, "attention_mask": forbidden(left)})
+    assert samples_of({"tokens": tokens, "attention_mask": forbidden(right)}).present == 2
 
 
 def test_a_distillation_is_given_no_mask_for_padding_on_the_right_and_refuses_the_other():
