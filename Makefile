@@ -13,7 +13,7 @@ BRIDGE_PACKAGES := torch numpy scipy ml_dtypes pyarrow typer rich tqdm jinja2 ma
 # so the losses, which need no Megatron, are tested in NeMo's alone.
 BRIDGE_TESTS := tests/backend tests/distillation/test_cache_layouts.py tests/hosts/test_contract.py tests/hosts/bridge tests/test_docker.py \
   tests/hosts/test_fp8_models.py tests/hosts/test_cache_training.py tests/hosts/test_finetune_layouts.py \
-  tests/hosts/test_distilled_families.py tests/hosts/test_training_gates.py tests/evaluation/test_mamba.py \
+  tests/hosts/test_distilled_families.py tests/hosts/test_training_gates.py tests/evaluation/test_mamba.py tests/evaluation/test_left_padding.py \
   tests/importance/test_reap.py tests/importance/test_claims.py tests/megatron/test_moe_layouts.py tests/megatron/test_reconstruct.py tests/commands \
   tests/cli/test_chain_command.py tests/cli/test_search_job.py tests/cli/test_nodes_compress.py \
   tests/cli/test_nemo_command.py tests/cli/test_trajectory_command.py

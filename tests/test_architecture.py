@@ -28,6 +28,7 @@ TABLE = {
     "qwen3-16b-experts": (48, 2048, 32, 4, 6144, 151_936, QWEN3_MOE | {"num_moe_experts": 64}, 16.030, 15.408),
 }
 EXACT = {"llama-3.1-8b": 8_030_261_248, "mistral-nemo-12b": 12_247_782_400, "qwen3-8b": 8_190_735_360}
+EXACT |= {"nemotron-4-15b": 15_628_775_424, "minitron-8b": 8_271_699_968, "minitron-4b": 4_190_509_056}
 EXACT |= {"qwen3-30b-a3b": 30_532_122_624, "qwen3-16b-experts": 16_030_316_544}
 
 
@@ -196,6 +197,12 @@ def test_mixtral_8x7b():
     bf16_alone = 2 * 32_000 * 4096 + 65 * 4096 + 32 * 8 * 4096  # embedding and head, norms, routers
     fp8 = mixtral.memory(batch=1, context=0, weights="fp8")
     assert fp8 == 46_702_792_704 + bf16_alone
+
+
+def test_mixtral_8x22b():
+    sizes = {"num_layers": 56, "hidden_size": 6144, "num_attention_heads": 48, "ffn_hidden_size": 16384}
+    mixtral = smollm2(**MIXTRAL | sizes)
+    assert mixtral.parameters() == 140_620_634_112  # as published, with 32,000 tokens
 
 
 @pytest.mark.parametrize("dense", [[], [0], [1, 4]])

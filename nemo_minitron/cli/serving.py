@@ -28,7 +28,7 @@ def serving(
     minitron serving runs/demo/student
     """
     from nemo_minitron.export import serving_commands
-    from nemo_minitron.families import from_hf, read_config, remark_on, resolve
+    from nemo_minitron.families import from_hf, read_config, remark_on, resolve, unserved
     from nemo_minitron.sources.folder import HFSource
 
     folder = resolve(model)
@@ -36,5 +36,7 @@ def serving(
     HFSource(folder)  # a folder whose weights are missing or cut short would fail in the engine, after minutes
     for engine, commands in engines.items():
         print("\n".join([f"# {engine}{NOTES.get(engine, '')}", *commands]))
+    for engine, why in unserved(read_config(folder)).items():
+        print(f"# remark: {engine} is left out: it {why}")
     if sentence := remark_on(from_hf(folder), read_config(folder)):
         print(f"# remark: {sentence}")

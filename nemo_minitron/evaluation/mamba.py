@@ -1,7 +1,8 @@
 """transformers' Mamba-2 mixers without the kernels of `mamba_ssm`, computed as the kernels compute.
 
 transformers' own PyTorch code is another model (4.57 to 5.13, transformers#47246): it carries the states between chunks
-wrongly, from the second chunk on, and keeps every step above `time_step_min`. Megatron and the kernels do neither.
+wrongly, from the second chunk on, and keeps every step above `time_step_min`. Megatron and the kernels do neither. And
+behind a prompt that is padded on the left, its attention layers look at no more than the first position (5.12).
 
 Shapes (docs/shapes.md): B sequences, S positions, H hidden size, X channels of the convolution, A Mamba heads, G their
 groups, Y channels of one head, I channels of the state.
@@ -13,17 +14,31 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 MIXERS = ("NemotronHMamba2Mixer",)
 
 
-def mend(model: nn.Module) -> None:
-    """Gives the mixers of a transformers model a PyTorch forward pass that is exact. Where the kernels run, on a GPU,
-    the mixers call those as before."""
+def mend(model: PreTrainedModel) -> None:
+    """Gives the mixers of a transformers model a PyTorch forward pass that is exact, and its attention a mask of all
+    tokens that a cache has. Where the kernels run, on a GPU, the mixers call those as before."""
+    model.base_model.register_forward_pre_hook(_count_tokens, with_kwargs=True)
     for module in model.modules():
         if type(module).__name__ in MIXERS:
             module.torch_forward = functools.partial(_forward, module)
+
+
+def _count_tokens(model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Makes a cache count its tokens by an attention layer. transformers counts them by the first layer that is not
+    Mamba, which is mostly an MLP: that has 0 tokens for ever, and so the mask of a new token has one key."""
+    kinds, cache = list(model.config.layer_types), named.get("past_key_values")
+    if cache is None or "attention" not in kinds:
+        return
+    attention = kinds.index("attention")
+    for layer, kind in enumerate(kinds[:attention]):
+        if kind != "mamba":
+            cache.layers[layer] = cache.layers[attention]
 
 
 def _forward(mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:

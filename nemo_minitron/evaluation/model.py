@@ -65,12 +65,12 @@ def check_loads(model: str | Path | HfConfig, stage: str) -> None:
         _class_of(read_config(model)["model_type"])
 
 
-def config_object(folder: str | Path) -> PretrainedConfig:
-    """transformers' config of a folder, whichever version of transformers wrote its config.json.
+def config_object(model: str | Path | HfConfig) -> PretrainedConfig:
+    """transformers' config of a folder or of a config, whichever version of transformers wrote it.
 
     transformers 4 ignores the keys of transformers 5, so `from_pretrained` alone would use the wrong rotary base.
     """
-    config = read_config(folder)
+    config = read_config(model)
     kind = config["model_type"]
     if kind == "mistral" and "layer_types" in config:  # as transformers' AutoConfig does
         kind = "ministral"

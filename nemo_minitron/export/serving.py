@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from nemo_minitron.errors import InputError, nearest
-from nemo_minitron.families import check_stage, family_of, read_config
+from nemo_minitron.families import check_stage, family_of, read_config, unserved
 
 PRECISIONS = ("bf16", "fp8")
 QUANTISED = "-fp8"  # ending of the folder that Model Optimizer quantises for TensorRT-LLM, beside the model's own
@@ -22,21 +22,33 @@ def serving_commands(model: str | Path, *, precision: str = "bf16", tp: int = 1)
 
     vLLM quantises to FP8 while it loads, with scales of each batch; TensorRT-LLM reads a folder with calibrated scales.
     llama.cpp and Ollama have no FP8, and share a file that the first of llama.cpp's commands writes to the working
-    folder. Raises InputError if `model` is no model, the precision is unknown, or `tp` does not divide the heads.
+    folder. An engine that runs another model than the config's is left out (`families.unserved`). Raises InputError if
+    `model` is no model, the precision is unknown, `tp` does not divide the heads, or every engine is left out.
     """
     _check(model, precision, tp)
     start = "./" if str(model).startswith("-") else ""  # an engine would read the name as an option
     folder, quantised = (shlex.quote(f"{start}{model}{end}") for end in ("", QUANTISED))
     vllm = f"vllm serve {folder} --dtype bfloat16 --tensor-parallel-size {tp}"
+    without = unserved(read_config(model))
     if precision == "fp8":
         calibrate = f"python {HF_PTQ} --pyt_ckpt_path {folder} --qformat fp8 --export_path {quantised}"
-        return {
+        commands = {
             "vllm": [f"{vllm} --quantization fp8"],
             "tensorrt_llm": [calibrate, f"trtllm-serve {quantised} --tp_size {tp}"],
         }
+        return _without(commands, without)
     commands = {"vllm": [vllm], "tensorrt_llm": [f"trtllm-serve {folder} --tp_size {tp}"]}
     known = family_of(read_config(model)).hf_class not in NO_GGUF
-    return commands | _with_gguf(model, folder) if known else commands
+    return _without(commands | _with_gguf(model, folder) if known else commands, without)
+
+
+def _without(commands: dict[str, list[str]], why: dict[str, str]) -> dict[str, list[str]]:
+    """The commands of the engines that run the model. Ollama's come after llama.cpp's."""
+    gone = {*why, *(["ollama"] if "llama_cpp" in why else [])}
+    if not commands.keys() - gone:
+        told = ". ".join(f"{engine} {reason}" for engine, reason in why.items() if engine in commands)
+        raise InputError(f"no engine is known to serve this model, though transformers runs it: {told}")
+    return {engine: lines for engine, lines in commands.items() if engine not in gone}
 
 
 def _check(model: str | Path, precision: str, tp: int) -> None:

@@ -183,6 +183,11 @@ def remark_on(architecture: Architecture, config: HfConfig) -> str | None:
     return family_of(config).remark(architecture)
 
 
+def unserved(config: HfConfig) -> dict[str, str]:
+    """Engine of `minitron serving` -> why it does not run a model of this config, for those that do not."""
+    return family_of(config).unserved(config)
+
+
 def check_stage(model: str | Path | HfConfig, stage: str) -> Architecture:
     """The model's Architecture. Raises InputError, as `from_hf` does, and if models of its kind do not have the
     stage."""

@@ -161,6 +161,10 @@ class Family(Stored):
                 )
         return None
 
+    def unserved(self, config: HfConfig) -> dict[str, str]:
+        """Engine of `minitron serving` -> why its own class of the family is another model than this config's."""
+        return {}
+
     def rope(self, config: HfConfig) -> tuple[str, JsonFields]:
         """Kind and fields of the scaling of positions."""
         return translate.rope_of(config)

@@ -85,6 +85,25 @@ class Qwen2Moe(Qwen3Moe):
             )
         return super().remark(a)
 
+    def unserved(self, config: HfConfig) -> dict[str, str]:
+        """As in Family, read in the engines' sources. A bias that no file has would be what vLLM's memory held."""
+        a, activation = self.architecture(config), self.value(config, self.activation)
+        reasons = (
+            (not a.qkv_bias, ("vllm", "tensorrt_llm"), "always adds biases to q, k and v, and qkv_bias is false"),
+            (
+                self.value(config, "norm_topk_prob"),
+                ("llama_cpp",),
+                "never normalizes the probabilities of a token's experts, and norm_topk_prob is true",
+            ),
+            (a.dense_layers, ("tensorrt_llm", "llama_cpp"), "makes a mixture of every layer, and some are dense"),
+            (activation != "silu", ("vllm", "llama_cpp"), f"has silu alone, and {self.activation} is {activation}"),
+        )
+        found: dict[str, list[str]] = {}
+        for differs, engines, why in reasons:
+            for engine in engines if differs else ():
+                found.setdefault(engine, []).append(why)
+        return {engine: "; ".join(whys) for engine, whys in found.items()}
+
     # -- Megatron --------------------------------------------------------------------------------------
     def nemo_config(self, config: HfConfig) -> tuple[str, JsonObject]:
         self.architecture(config)

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from nemo_minitron.backend.differences import batch_on_this_cp_rank, ends_of_states
+from nemo_minitron.backend.masks import given_mask
 from nemo_minitron.backend.precision import recipe_of
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
@@ -39,7 +40,8 @@ def micro_batches(batches: Iterable[Batch | Tensor], config: TransformerConfig, 
 
     `config`: Megatron's, of the model that they go through. `virtual`: the model has virtual stages, and the
     interleaved schedule needs a number of batches that is divisible by the pipeline's stages. Collective over the whole
-    job. Raises InputError if no rank has a batch.
+    job. Raises InputError if no rank has a batch, and for padding on the left. Without a `loss_mask` the positions that
+    transformers' `attention_mask` [B, S] has as padding do not count.
     """
     checked = [_read(batch) for batch in batches]
     device = torch.cuda.current_device()
@@ -75,7 +77,10 @@ def _read(batch: Batch | Tensor) -> Batch:
     tokens = batch.get("tokens")
     if tokens is None or tokens.dim() != 2 or not tokens.numel():
         raise InputError("a calibration batch must be tokens of [batch, sequence], or a dict with such 'tokens'")
-    mask = batch.get("loss_mask")
+    mask, attended = batch.get("loss_mask"), batch.get("attention_mask")
+    given_mask(attended)
+    if mask is None and attended is not None and attended.dim() == 2:
+        mask = attended > 0
     if mask is not None and mask.shape != tokens.shape:
         raise InputError(f"loss_mask is {tuple(mask.shape)}; it must be as the tokens, {tuple(tokens.shape)}")
     read = {"tokens": tokens, "loss_mask": torch.ones(tokens.shape) if mask is None else mask.float()}

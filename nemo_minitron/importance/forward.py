@@ -39,11 +39,13 @@ def estimate(
 
     `model`: a Megatron model or a list of its chunks, as `load_model` gives it. `batches`: those of this data-parallel
     rank, each an int64 [batch, sequence] tensor or NeMo's batch dict: `tokens`, perhaps `loss_mask` (0 if the position
-    does not count) and `cu_seqlens` (the boundaries of the samples that one row joins). If there are several criteria,
+    does not count) and `cu_seqlens` (the boundaries of the samples that one row joins). Padding stands behind a sample
+    (`backend/masks.py`). If there are several criteria,
     Scores show the first, and `Scores.under` gives the others. `axes`: the default is all that the model has. `method`:
     "activation" needs forward passes only; "taylor", activations times gradients, needs a backward pass for each batch
     (`taylor.py`). Collective over the whole job. Raises InputError for an unknown criterion, axis or method, if there
-    are no batches, for Taylor under virtual pipeline stages, and if an activation is not finite.
+    are no batches, for padding on the left, for Taylor under virtual pipeline stages, and if an activation is not
+    finite.
     """
     check_norms(norms)
     if method not in METHODS:

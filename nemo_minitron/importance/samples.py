@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_minitron.backend.differences import batch_on_this_cp_rank
+from nemo_minitron.backend.masks import given_mask
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def samples_of(batch: Mapping[str, Tensor]) -> Samples:
     tokens = batch.get("tokens")
     if tokens is None or tokens.dim() != 2:
         raise InputError("a calibration batch must hold 'tokens' of [batch, sequence]")
+    given_mask(batch.get("attention_mask"))
     tokens = tokens.to(torch.cuda.current_device())
     mask, boundaries = batch.get("loss_mask"), boundaries_of(batch)
     counted = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(tokens.device)

@@ -242,6 +242,7 @@ def lines_of(job: Job, known: Known) -> list[str]:
     if job.search.wanted:
         lines += ["", f"search: {job.search.describe(source, job.keep, multiples_of(config))}"]
         lines += ["the student above is the shape closest to the first target"]
+        lines += remark_lines(job.search.remark(source))
     if measured := benchmarks(job.evaluation.benchmarks):
         lines += ["", "benchmarks of teacher and student:", *(f"  {line}" for line in describe_benchmarks(measured))]
     lines += ["", "the papers' practices:", *(f"  {line}" for line in practices(facts_of(job, source, target))), ""]

@@ -170,6 +170,15 @@ class Search(ValidatedSettings):
             f"{min(self.distil, count)} distilled for {self.steps} steps in {self.rounds} rounds"
         )
 
+    def remark(self, source: Architecture) -> str:
+        """What to know of a latency of this model; empty if there is nothing."""
+        if not (self.latency and source.hybrid_pattern):
+            return ""
+        return (
+            "search.latency times a hybrid's Mamba layers in PyTorch code if transformers does not find their kernels "
+            "(mamba-ssm, causal-conv1d) or there is no GPU; such a time compares shapes, and is longer than an engine's"
+        )
+
 
 _COLUMNS = {
     "params": "parameters", "params_no_embeddings": "without_embeddings", "active_params": "active_parameters",

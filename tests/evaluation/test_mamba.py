@@ -4,6 +4,8 @@ Tried by hand, each makes tests here fail: the states of the cache left out; the
 steps kept above `time_step_min`; the mixers not mended.
 """
 
+import json
+
 import numpy as np
 import pytest
 from pico import pico_nemotron_h, save_tensors
@@ -115,3 +117,18 @@ def test_text_and_loss(folder):
     assert tokenizer.decode(ids[0]).endswith(text)
     assert text
     assert evaluate(folder, windows, precision="fp32").loss == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_a_shape_is_timed_with_the_mended_mixers(folder, monkeypatch):
+    """Of a config as transformers 5 writes it, with an infinity: six passes through each of the Mamba layers."""
+    from nemo_minitron.evaluation import forward_seconds, mamba
+    from nemo_minitron.families import from_hf
+
+    config, forward, lengths = json.loads((folder / "config.json").read_text()), mamba._forward, []
+    assert config["time_step_limit"][1] == {"__float__": "Infinity"}
+    monkeypatch.setattr(
+        mamba, "_forward", lambda mixer, states, *more, **named: lengths.append(states.shape[:2])
+        or forward(mixer, states, *more, **named)
+    )  # fmt: skip
+    assert forward_seconds(config, batch=2, context=20, precision="fp32") > 0
+    assert lengths == [(2, 20)] * 6 * from_hf(folder).hybrid_pattern.count("M")

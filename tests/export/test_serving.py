@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pico import pico_llama
+from pico import pico_llama, pico_qwen2_moe
 from typer.testing import CliRunner
 
 from nemo_minitron.cli import app
@@ -56,6 +56,41 @@ def test_a_folder_without_its_weights_is_refused(models, tmp_path):
         assert words in str(found.exception)
         assert not found.output
         weights.unlink(missing_ok=True)
+
+
+PLAIN = {"qkv_bias": False}
+DENSE = PLAIN | {"mlp_only_layers": [1]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "engines", "words"),
+    [
+        ({}, ["vllm", "tensorrt_llm", "llama_cpp", "ollama"], []),
+        (
+            PLAIN,
+            ["llama_cpp", "ollama"],
+            ["vllm is left out: it always adds biases", "tensorrt_llm is left out: it al"],
+        ),
+        ({"norm_topk_prob": True}, ["vllm", "tensorrt_llm"], ["llama_cpp is left out: it never normalizes"]),
+        ({"hidden_act": "gelu"}, ["tensorrt_llm"], ["vllm is left out: it has silu alone, and hidden_act is gelu"]),
+        ({"mlp_only_layers": [1]}, ["vllm"], ["llama_cpp is left out: it makes a mixture of every layer"]),
+    ],
+)
+def test_an_engine_that_runs_another_model_is_left_out_by_name(fields, engines, words, tmp_path):
+    """A Qwen2-MoE whose config says what the engine's class does not read."""
+    folder = pico_qwen2_moe(tmp_path / "t", num_hidden_layers=2, **fields)
+    assert list(serving_commands(folder)) == engines
+    heads = [line for line in CliRunner().invoke(app, ["serving", str(folder)]).output.splitlines() if line[:2] == "# "]
+    remarks = [line for line in heads if line.startswith("# remark: ")]
+    assert [line[2:].split(";")[0] for line in heads if line not in remarks] == engines
+    assert all(any(word in remark for remark in remarks) for word in words)
+    assert bool(remarks) == bool(words)
+
+
+def test_a_model_that_no_engine_runs_is_refused(tmp_path):
+    folder = pico_qwen2_moe(tmp_path / "t", num_hidden_layers=2, **DENSE)
+    with pytest.raises(InputError, match=r"no engine is known to .*: vllm always adds .*llama_cpp makes a mixture of"):
+        serving_commands(folder)
 
 
 @pytest.mark.parametrize(

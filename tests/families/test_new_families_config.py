@@ -17,10 +17,12 @@ PUBLISHED = [
     ("qwen3", 24, 4096, 32, 8, 12288, 151_936, 5.875, 4.631),
     ("qwen3", 36, 3584, 32, 8, 9216, 151_936, 5.978, 4.889),
 ]
-# Of model cards and counts by transformers: Qwen2.5-0.5B and 7B, Phi-3-mini, Phi-4.
+# Of model cards and counts by transformers: Mistral-7B, Qwen2.5-0.5B and 7B, Qwen3-32B, Phi-3-mini, Phi-4.
 COUNTED = [
+    ("mistral", 32, 4096, 32, 8, 14336, 32_000, False, 7_241_732_096),
     ("qwen2", 24, 896, 14, 2, 4864, 151_936, True, 494_032_768),
     ("qwen2", 28, 3584, 28, 4, 18944, 152_064, False, 7_615_616_512),
+    ("qwen3", 64, 5120, 64, 8, 25600, 151_936, False, 32_762_123_264),
     ("phi3", 32, 3072, 32, 32, 8192, 32_064, False, 3_821_079_552),
     ("phi3", 40, 5120, 40, 10, 17920, 100_352, False, 14_659_507_200),
 ]

@@ -30,7 +30,8 @@ from nemo_minitron.sources.tensors import whole
 pytestmark = pytest.mark.slow
 NEMO = chosen()[0] == "nemo"
 WORKER = Path(__file__).parent / ("nemo/distill_worker.py" if NEMO else "bridge/bridge_worker.py")
-FAMILIES = ["arcee-other", "seed_oss-own", "ministral-own", "smollm3-own", "qwen3_moe-other"]
+FAMILIES = ["mistral-own", "qwen2-own", "qwen3-own", "nemotron-other", "phi3-own"]
+FAMILIES += ["arcee-other", "seed_oss-own", "ministral-own", "smollm3-own", "qwen3_moe-other"]
 FAMILIES += [] if NEMO else ["granite-other", "phi3-long", "arcee-yarn", "gemma2-own", "gemma3_text-own", "gpt_oss-own"]
 FAMILIES += [] if NEMO else ["deepseek_v2-own", "deepseek_v3-own", "qwen2_moe-other"]
 TEXTS = [f"the model number {i} reads {i * 7} words and the next {'word ' * (i % 9)}ends." for i in range(100)]
@@ -42,6 +43,7 @@ LAYOUTS = {"one": {}, "tp": {"tp": 2, "sp": True}, "pp": {"pp": 2}}
 CASES = [
     {
         "name": f"{family}-{name}", "teacher": family, "student": f"{family}-student", "plan": f"{family}-plan.json",
+        "corpus": f"{family}-corpus",
         "layout": of_family(family, layout), "layouts": [of_family(family, layout)], "recipe": RECIPE,
         "world": 2 if layout else 1,
     }
@@ -52,15 +54,16 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    """Each with a corpus of its own: transformers 5 gives every Qwen2 the same way to part words."""
     folder = tmp_path_factory.mktemp("models")
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     for name in FAMILIES:
         teacher = make(folder / name, name)
         save_tokenizer(teacher, TEXTS, 509)
+        build(folder / "corpus.jsonl", load_tokenizer(teacher), folder / f"{name}-corpus")
         plan = contract.plan_of(from_hf(teacher), keep_of(name))
         plan.save(folder / f"{name}-plan.json")
         prune(teacher, plan, folder / f"{name}-student")
-    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    build(folder / "corpus.jsonl", load_tokenizer(folder / FAMILIES[0]), folder / "corpus")
     return folder
 
 

@@ -18,6 +18,7 @@ from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_param
 
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.backend.differences import batch_on_this_cp_rank
+from nemo_minitron.backend.masks import given_mask
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.distillation.teacher import DataStep
 from nemo_minitron.errors import InputError
@@ -180,7 +181,7 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a model's forward pass for a micro-batch, without the labels. Without `total_tokens` the
     states of a Mamba layer would run from a packed row's sample into the next one."""
     arguments = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
-    arguments["attention_mask"] = batch.get("attention_mask")
+    arguments["attention_mask"] = given_mask(batch.get("attention_mask"))
     if "packed" in batch:
         whole_row = {"total_tokens": batch["tokens"].shape[1]}
         arguments["packed_seq_params"] = get_packed_seq_params(whole_row | batch["packed"])

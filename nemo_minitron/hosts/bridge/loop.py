@@ -16,6 +16,7 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.hosts.bridge.distill import Distillation
 from nemo_minitron.hosts.bridge.guard import LOSS, StopWhenNotFinite
 from nemo_minitron.hosts.bridge.load import load_training
+from nemo_minitron.hosts.bridge.models import say_vocabulary
 from nemo_minitron.hosts.bridge.stop import Stop
 from nemo_minitron.hosts.losses import Losses
 from nemo_minitron.megatron.shutdown import SAVED
@@ -106,9 +107,7 @@ def run(
     guard = StopWhenNotFinite()
     manager = normalize_callbacks([*callbacks, guard, watch])
     made = setup(state, datasets, callback_manager=manager)
-    # The padding belongs to this layout. Whoever loads a checkpoint pads for his own.
-    config.model.vocab_size, config.model.should_pad_vocab = vocab_size, True
-    config.model.make_vocab_size_divisible_by = 1
+    say_vocabulary(config.model, vocab_size)
     watch.held_out = held_out(made.pg_collection.dp) if held_out else None
     state.train_state.do_valid = watch.held_out is not None
     watch.stop = state._signal_handler = Stop(state, stop)

@@ -59,6 +59,15 @@ def provider_of(config: Mapping[str, Any], *, precision: str, layout: Layout, tr
     return provider
 
 
+def say_vocabulary(config: Any, vocab_size: int) -> None:
+    """Gives a config the vocabulary without padding, which Bridge then pads for a layout while it builds. What was
+    built stays; whoever loads its checkpoint pads for his own layout.
+
+    The loop's `setup` cannot be given it: of a vocabulary that is named, it takes the padding away.
+    """
+    config.vocab_size, config.should_pad_vocab, config.make_vocab_size_divisible_by = vocab_size, True, 1
+
+
 def _bridge_of(config: Mapping[str, Any]) -> Any:
     """Bridge's AutoBridge for a Hugging Face config; None if Bridge has none for the family. Raises InputError if it
     cannot read the config."""
@@ -87,6 +96,7 @@ def build_model(
     """
     layout = layout or Layout()
     provider = provider_of(config, precision=precision, layout=layout, training=training)
+    say_vocabulary(provider, family_of(config).architecture(config).vocab_size)
     start(layout)
     chunks = []
     for stage in range(layout.vp):

@@ -12,7 +12,7 @@ from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.files import atomic_folder
 from nemo_minitron.families import family_of
 from nemo_minitron.hosts.bridge.load import load_training
-from nemo_minitron.hosts.bridge.models import DTYPES, build_model
+from nemo_minitron.hosts.bridge.models import DTYPES, build_model, say_vocabulary
 from nemo_minitron.hosts.scoring import student_layout
 from nemo_minitron.megatron.live import LiveSource, fill
 from nemo_minitron.sources.bridge_config import config_of_model
@@ -27,8 +27,7 @@ def save_chunks(chunks: list[Any], folder: Path, vocab_size: int, tokenizer: str
     load_training()
     from megatron.bridge.training.model_load_save import save_megatron_model
 
-    config = chunks[0].config
-    config.vocab_size, config.should_pad_vocab, config.make_vocab_size_divisible_by = vocab_size, True, 1
+    say_vocabulary(chunks[0].config, vocab_size)
     save_megatron_model(chunks, folder, hf_tokenizer_path=tokenizer)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from nemo_minitron.backend.masks import given_mask
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts.distillation import make_distiller
 from nemo_minitron.hosts.nemo.models import build_model
@@ -158,7 +159,7 @@ def replay(step: Any) -> tuple[Any, int]:
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments with which NeMo's forward step calls a model for such a batch, without the labels."""
     arguments = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"]}
-    arguments["attention_mask"] = batch.get("attention_mask")
+    arguments["attention_mask"] = given_mask(batch.get("attention_mask"))
     if "cu_seqlens" in batch:
         from nemo.collections.llm.gpt.model.base import get_packed_seq_params
 

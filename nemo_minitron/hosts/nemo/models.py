@@ -54,10 +54,22 @@ def nemo_config(
     if "activation_func" in fields:
         fields["activation_func"] = pkgutil.resolve_name(fields["activation_func"])
     fields |= _layer_spec(architecture)
-    result = getattr(home, name)(**fields, bf16=weights == "bf16", fp16=False, params_dtype=DTYPES[weights])
+    made = _recording(getattr(home, name))
+    result = made(**fields, bf16=weights == "bf16", fp16=False, params_dtype=DTYPES[weights])
     apply(result, precision, training=training)
     result.vocab_size = padded_vocab(fields["vocab_size"], layout.tp)
     return result
+
+
+def _recording(kind: type) -> type:
+    """NeMo's class of configs, which records what each of its configs is constructed with.
+
+    NeMo wraps a class when its first object is made, and takes a class that is derived from a wrapped one for wrapped:
+    a Qwen3Config behind a Qwen2Config had no record.
+    """
+    if "__wrapped_init__" not in vars(kind):
+        kind.__wrapped_init__ = False  # type: ignore[attr-defined]
+    return kind
 
 
 def _layer_spec(architecture: Architecture) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def candidates(run: Run) -> None:
 
     job, scores = run.job, Scores.load(run.folder.scores)
     config = config_of(job.teacher)
+    if remark := job.search.remark(scores.architecture):
+        run.say(f"    remark: {remark}")
     result = job.search.run(
         scores.architecture, job.keep, scores, measure=lambda shape: _latency(run, to_hf(shape.architecture, config)),
         loads=multiples_of(config), depth=job.depth, proxy=marginals_of(run) if job.search.proxy == LOSSES else None,

@@ -21,7 +21,7 @@ def run_case(case, folder, out):
     from nemo_minitron.settings.recipe import Distillation
     from nemo_minitron.sources.folder import HFSource
 
-    student, corpus = folder / case["student"], folder / "corpus"
+    student, corpus = folder / case["student"], folder / case.get("corpus", "corpus")
     recipe = Distillation(**case["recipe"])
     made = out / case["name"]
     made.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 
 def run_case(case, folder, out):
     import torch
-    from contract_worker import differing, logits, other_windows
+    from contract_worker import differing, logits, misread
 
     from nemo_minitron.artifacts import PrunePlan
     from nemo_minitron.megatron.live import LiveSource
@@ -30,7 +30,7 @@ def run_case(case, folder, out):
         expected = HFSource(folder / f"{name}-{model}")
         chunks = load_model(folder / f"{name}-teacher", cut, layout=layout)
         result[model] = differing(LiveSource(chunks, expected.architecture), expected)
-        result[model] += other_windows(chunks, expected)
+        result[model] += misread(chunks, expected)
         if layout.pp == 1:
             found[model] = logits(chunks, folder)
     leave_layout()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ teacher: teacher
 data: {train: corpus.jsonl, test: corpus.jsonl}
 keep: {attention_layers: 1, mlp_layers: 1, hidden: 40, mamba_heads: 6}
 search: {params: "70K", space: "mamba_layers=2,3;ffn=64,96", proxy: losses, marginals: 1, candidates: 2, distil: 1,
-  steps: 2, rounds: 1, tokens: 64}
+  steps: 2, rounds: 1, tokens: 64,
+  latency: 100s, batch: 2, context: 40}
 calibration: {samples: 4, sequence_length: 36, batch_size: 2}
 distillation: {tokens: 432, sequence_length: 36, global_batch_size: 2, micro_batch_size: 1, learning_rate: 0.001,
   warmup_steps: 1, precision: fp32, save_every: 2, intermediate: auto}
@@ -36,7 +38,7 @@ def job(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:120]))
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "shown.txt").write_text(minitron(folder, "compress", "recipe.yaml", "--dry-run"))
-    minitron(folder, "compress", "recipe.yaml", "--out", "run")
+    (folder / "said.txt").write_text(minitron(folder, "compress", "recipe.yaml", "--out", "run"))
     return folder
 
 
@@ -58,6 +60,18 @@ def test_the_search_measures_both_shapes_and_each_kind_of_layer_alone(job):
     assert {row["name"]: (row["mamba_layers"], row["ffn"], row["parameters"]) for row in measured} == SHAPES
     assert measured[0]["loss"] < measured[1]["loss"]
     assert {row["candidate"] for row in read(job, "search", "ranks.json")} == {measured[0]["name"]}
+
+
+def test_both_shapes_are_timed_and_a_remark_says_how(job):
+    """A pico shape takes milliseconds, also of the code that is exact."""
+    said, remark = (
+        (job / "said.txt").read_text(),
+        "remark: search.latency times a hybrid's Mamba layers in PyTorch code",
+    )
+    assert remark in said
+    assert remark in (job / "shown.txt").read_text()
+    assert len(re.findall(r"^ +\d+\.\d ms$", said, re.MULTILINE)) == 2
+    assert "a latency of at most 100s, yet to be measured" in (job / "shown.txt").read_text()
 
 
 def test_the_student_is_the_one_that_the_search_chose(job):
