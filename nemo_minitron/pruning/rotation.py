@@ -8,7 +8,7 @@ so the student is a plain checkpoint, without SliceGPT's matrices between layers
 
 An output head that is a tensor of its own takes the final norm's weights, too. A tied one cannot, because the embedding
 is the same tensor. Then a channel whose final weight is far from the median keeps its own axis. Among the others, whose
-weights differ by at most BAND, the rotated norm has the diagonal of Q^T w Q; what is beside the diagonal is left out.
+weights are within BAND of it, the rotated norm has the diagonal of Q^T w Q; what is beside the diagonal is left out.
 
 Shapes (docs/shapes.md): H hidden channels, O output channels of a matrix, D its input channels.
 """
@@ -61,9 +61,10 @@ class Rotation:
         return float(self.energy[:channels].sum())
 
 
-def rotation_of(source: TensorSource, covariance: np.ndarray) -> Rotation:
+def rotation_of(source: TensorSource, covariance: np.ndarray, band: float = BAND) -> Rotation:
     """The principal axes of the stream. `covariance` fp64 [H, H]: the mean of x x^T in front of the norms, each x
-    divided by its root mean square. Raises InputError as `check_rotation`, and for a matrix of another model or with a
+    divided by its root mean square. `band`: of a tied model, how far a final norm's weight may be from the median, as a
+    share of it, for its channel to share axes with others. Raises InputError as `check_rotation`, and for a matrix of another model or with a
     number that is not finite."""
     a = source.architecture
     check_rotation(a)
@@ -71,7 +72,7 @@ def rotation_of(source: TensorSource, covariance: np.ndarray) -> Rotation:
         raise InputError(f"the stream's covariance is {covariance.shape}; the model has {a.hidden_size} channels")
     if not np.isfinite(covariance).all():
         raise InputError("the stream's covariance holds a number that is not finite; calibrate in fp32")
-    mixed = _alike(norm_weight(source, FINAL_NORM)) if a.tied_embeddings else np.arange(a.hidden_size)
+    mixed = _alike(norm_weight(source, FINAL_NORM), band) if a.tied_embeddings else np.arange(a.hidden_size)
     energies, vectors = np.linalg.eigh(covariance[np.ix_(mixed, mixed)])
     largest = np.abs(vectors).argmax(0)
     vectors *= np.sign(vectors[largest, np.arange(len(mixed))])  # eigh may give either sign
@@ -81,10 +82,10 @@ def rotation_of(source: TensorSource, covariance: np.ndarray) -> Rotation:
     return Rotation(basis[:, order], energy[order] / energy.sum(), len(mixed))
 
 
-def _alike(weight_H: np.ndarray) -> np.ndarray:
-    """The channels whose weight differs from the median by at most BAND of it."""
+def _alike(weight_H: np.ndarray, band: float) -> np.ndarray:
+    """The channels whose weight differs from the median by at most so much of it."""
     middle = np.median(weight_H)
-    return np.flatnonzero(np.abs(weight_H - middle) <= BAND * np.abs(middle))
+    return np.flatnonzero(np.abs(weight_H - middle) <= band * np.abs(middle))
 
 
 def norm_weight(source: TensorSource, name: str) -> np.ndarray:
@@ -93,7 +94,7 @@ def norm_weight(source: TensorSource, name: str) -> np.ndarray:
 
 
 class Rotated(Another):
-    """The same model with rotated hidden channels; the norms of layers have the weight 1. Each number is computed in
+    """The same model with rotated hidden channels; a norm of a layer has one weight for all of them. Each number is computed in
     float64 and rounded once to the stored dtype.
 
     Raises InputError as `check_rotation`.
@@ -117,7 +118,8 @@ class Rotated(Another):
         if dim == 0:
             return as_stored(axes.T @ values, self.dtype(name))
         if norm := norm_before(name, self.architecture):
-            values *= norm_weight(self.source, norm)
+            weight_H = norm_weight(self.source, norm)
+            values *= weight_H / _length(weight_H)
         return as_stored(values @ axes, self.dtype(name))
 
     def stream(self, name: str, index: Index, sink: Sink) -> None:
@@ -128,9 +130,16 @@ class Rotated(Another):
 
     def _norm(self, name: str) -> np.ndarray:
         """The weight of a norm, fp64 [H]."""
+        weight_H = norm_weight(self.source, name)
         if name != FINAL_NORM or not self.architecture.tied_embeddings:
-            return np.ones(self.architecture.hidden_size)
-        return np.square(self.basis_HH).T @ norm_weight(self.source, name)
+            return np.full(self.architecture.hidden_size, _length(weight_H))
+        return np.square(self.basis_HH).T @ weight_H
+
+
+def _length(weight_H: np.ndarray) -> float:
+    """The root mean square of a norm's weights: one number in their place leaves the matrices behind it as large as
+    they were, and so an optimizer's step."""
+    return float(np.sqrt(np.square(weight_H).mean()))
 
 
 def hidden_dim(name: str) -> int | None:

@@ -69,7 +69,8 @@ def test_it_is_the_same_model(name, tmp_path):
     assert before.std() > 0.1
     assert np.abs(found - before).max() < LOGITS_PICO_FP32
     written = HFSource(out)
-    assert (written.read("layers.0.input_norm.weight", (np.arange(size),)).view(np.float32) == 1).all()
+    norm = written.read("layers.0.input_norm.weight", (np.arange(size),)).view(np.float32)
+    np.testing.assert_array_equal(norm, np.full(size, length(source, "layers.0.input_norm.weight"), np.float32))
     for matrix in ("embedding.weight", "layers.0.o.weight"):  # no tensor is as it was
         index = whole(architecture.shapes()[matrix])
         assert not np.isclose(written.read(matrix, index).view("f4"), source.read(matrix, index).view("f4")).all()
@@ -115,19 +116,29 @@ def test_the_first_channels_by_hand(tmp_path, dtype):
         layer = ".".join(words[:3])
         reads = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
         if tensor.ndim == 1 and "norm" in name:
-            expected = np.ones(40)
+            expected = np.full(40, np.sqrt(np.square(tensor).mean()))
         elif name == "model.embed_tokens.weight":
             expected = tensor @ basis
         elif name == "lm_head.weight":
-            expected = tensor * before[FINAL] @ basis
+            expected = tensor * unit_length(before[FINAL]) @ basis
         elif words[-2] in ("o_proj", "down_proj"):
             expected = basis.T @ tensor
         elif tensor.ndim == 1:
             expected = tensor
         else:
-            expected = tensor * before[f"{layer}.{reads[words[3]]}.weight"] @ basis
+            expected = tensor * unit_length(before[f"{layer}.{reads[words[3]]}.weight"]) @ basis
         unit = 2.0**-8 if dtype == "bfloat16" else ROTATED_FP32
         np.testing.assert_allclose(found[name], expected, rtol=unit, atol=1e-6, err_msg=name)
+
+
+def length(source, name):
+    """The root mean square of a norm's weights."""
+    weight = source.read(name, (np.arange(source.architecture.hidden_size),)).view(np.float32).astype(np.float64)
+    return np.sqrt(np.square(weight).mean())
+
+
+def unit_length(weight):
+    return weight / np.sqrt(np.square(weight).mean())
 
 
 def numbers(folder, dtype):
