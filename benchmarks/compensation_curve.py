@@ -52,9 +52,9 @@ class Bench:
         self.calibration = train.windows(LENGTH, max(options.rows), SEED)
         self.teacher = load_model(self.model)[0].eval()
         first, a = self.calibration[: min(options.rows)], self.source.architecture
-        scores = estimate(self.teacher, first.split(4), axes=tuple(CUTS), architecture=a)
-        self.plans = {axis: plan(scores, {axis: size}) for axis, size in CUTS.items()}
-        self.plan = self.plans["ffn"]
+        scores = estimate(self.teacher, first.split(4), axes=options.cuts, architecture=a)
+        self.plans = {axis: plan(scores, {axis: CUTS[axis]}) for axis in options.cuts}
+        self.plan = next(iter(self.plans.values()))
 
     def losses(self, chunk: Any) -> dict[str, list[float]]:
         """Text -> the mean loss of each row."""
@@ -179,7 +179,8 @@ def run(bench: Curve, results: Results, numbers: list[int], arms: list[str]) -> 
                 tensors, ridges = bench.solved(arm, halves)
                 cost: dict[str, Any] = {"CPU s of sums": round(seconds)}
                 cost["CPU s to solve"] = round(time.process_time() - clock, 1)
-                cost["ridges"] = sorted({float(f"{ridge:.3g}"): ridges.count(ridge) for ridge in ridges}.items())
+                rounded = [float(f"{ridge:.3g}") for ridge in ridges]
+                cost["ridges"] = rounded if arm in (CHOSEN, HALF) else rounded[:1]
                 results.add(cut, number * LENGTH, arm, bench.student(tensors), **cost)
 
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--novels", type=Path, help="the .deb of r-cran-janeaustenr; needed once")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="of 512 tokens, ascending")
     parser.add_argument("--arms", nargs="+", default=["0.01", CHOSEN, HALF], help="ridges; the default one first")
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out text")
     parser.add_argument("--texts", nargs="+", default=["wikipedia", "manual"], choices=texts.TEXTS)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of what is measured")

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of what is measured")
     parser.add_argument("--out", type=Path, default=common.dated("head_selection"))
     options = parser.parse_args()
+    options.cuts = ["heads"]
     import torch
 
     torch.set_num_threads(1)
