@@ -102,19 +102,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs=1, default=[16], help=f"of {LENGTH} calibration tokens")
     parser.add_argument("--heads", type=int, nargs="+", default=[6, 3], help="that stay")
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out text")
+    parser.add_argument("--texts", nargs="+", default=list(texts.TEXTS), choices=texts.TEXTS)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of what is measured")
     parser.add_argument("--out", type=Path, default=common.dated("head_selection"))
     options = parser.parse_args()
+    options.cuts = ["heads"]
     import torch
 
     torch.set_num_threads(1)
     result, rows, first = common.heading(("torch", "numpy", "megatron-core")), [], {}
     settings = {"calibration tokens": options.rows[0] * LENGTH, "held-out tokens": options.tokens}
+    settings["precision"] = options.precision
     for size, arm, others, made in Selection(options).students():
         for name, losses in made.items():
             base = first.setdefault((size, name), losses)
             row = {"heads": size, "selection": arm, "other heads": others, "cut": name}
             row |= {text: round(statistics.fmean(each), 4) for text, each in losses.items()}
-            rows.append(row | {"difference": {text: compared(losses, base, text) for text in texts.TEXTS}})
+            rows.append(row | {"difference": {text: compared(losses, base, text) for text in losses}})
             print(rows[-1], flush=True)
             common.write({**result, "settings": settings, "rows": rows}, options.out)
 

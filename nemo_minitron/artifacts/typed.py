@@ -80,6 +80,8 @@ def _kind(hint: object) -> Kind:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is UnionType and len(inner) == 2 and inner[1] is NoneType:
         return maybe(_kind(inner[0]))
+    if hint == float | str:
+        return lambda value: _PLAIN[str if isinstance(value, str) else float](value)
     if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
         items = listed(_kind(inner[0]))
         return lambda value: tuple(items(value))

@@ -154,6 +154,7 @@ def _parameter(name: str, kind: object, known: Setting, default: object, overrid
         flag += f"/--no-{flag[2:]}"
     help = f"{known.help} It sets {override}.{name} of the recipe." if override else known.help
     option_type: object = next((plain for plain in (int, float, bool) if plain in (kind, *get_args(kind)[:1])), str)
+    option_type = str if kind == float | str else option_type
     option_type = list[str] if known.repeated else str if get_origin(kind) is tuple else option_type
     option_type = Optional[option_type] if default is None else option_type
     show_default: Any = default not in ("", (), None)
@@ -161,7 +162,8 @@ def _parameter(name: str, kind: object, known: Setting, default: object, overrid
         show_default = f"{default}, or what fits"
     if known.repeated and default is not None:
         default = [default]
-    parser = integer if int in (option_type, *get_args(option_type)) else None
+    parser: Any = integer if int in (option_type, *get_args(option_type)) else None
+    parser = number_or_name if kind == float | str else parser
     option = typer.Option(flag, help=help, rich_help_panel=known.panel, show_default=show_default, parser=parser)
     return inspect.Parameter(name, KEYWORD, default=default, annotation=Annotated[option_type, option])
 
@@ -172,6 +174,14 @@ def integer(text: str | int) -> int:
     if number is None:
         raise typer.BadParameter(f"{text!r} is not a valid integer; write for example {EXAMPLES}")
     return number
+
+
+def number_or_name(text: str | float) -> float | str:
+    """A number, or the text that names another value."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _read(kind: object, value: Any, name: str, known: Setting) -> Any:

@@ -79,6 +79,8 @@ def _type(hint: Any) -> str:
         return f"list of {_type(get_args(hint)[0])}"
     if type(None) in get_args(hint):
         return f"{_type(get_args(hint)[0])} or null"
+    if hint == float | str:
+        return "number or text"
     plain = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     return plain.get(hint, "step" if hint is Step else "group")
 
@@ -95,13 +97,14 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _legal(field: dataclasses.Field, known: Setting) -> str:
-    if known.legal:
+    if known.legal and field.type != "float | str":
         return ", ".join(f"`{name}`" for name in known.legal if name)
     if field.type == "int":
         ends = {SEEDS: "2^32 - 1", TOKENS: "10^15", 2**63 - 1: "2^63 - 1", 1 << 20: "2^20"}
         end = ends.get(known.most, known.most)
         return f"{known.least} or more" if known.most == MOST else f"{known.least} to {end}"
-    return ("above 0" if known.above_zero else "0 or more") if field.type == "float" else ""
+    number = "above 0" if known.above_zero else "0 or more"
+    return {"float": number, "float | str": f"{number}, or `{'`, `'.join(known.legal)}`"}.get(str(field.type), "")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
-from nemo_minitron.pruning.defaults import RIDGE
+from nemo_minitron.pruning.defaults import AUTO, RIDGE
 from nemo_minitron.pruning.reconstruction import can_reconstruct
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
@@ -30,7 +30,7 @@ BYTES = int(MEMORY * 1e9)
 
 def run_compensate(
     model: str, plan: Path, data: str, out: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
+    ridge: float | str = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
     skip_bad_lines: bool = False, overwrite: bool = False,
 ) -> Compensation:  # fmt: skip
     """`minitron compensate`: leaves the file `out`, for `minitron prune --compensation`. `calibration` says which rows
@@ -68,7 +68,7 @@ def run_compensate(
 
 def solve_for(
     model: ModelSource, plans: Mapping[Path, Path], data: Path, calibration: Calibration, layout: Layout, *,
-    ridge: float = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
+    ridge: float | str = RIDGE, memory: int = BYTES, reconstruct: int = 0, reconstruct_batch: int = 1,
     log: Path | None = None,
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
@@ -90,12 +90,12 @@ def check_reconstruct(plan: PrunePlan, passes: int, samples: int, batch: int, la
     return rows_of_step(samples, batch, layout.dp)
 
 
-def check_solvable(plan: PrunePlan, ridge: float = RIDGE, memory: int = BYTES) -> None:
+def check_solvable(plan: PrunePlan, ridge: float | str = RIDGE, memory: int = BYTES) -> None:
     """Raises InputError if a plan leaves no matrix to re-fit, and for settings out of range."""
     if not list(solvable(plan)):
         raise InputError(
             "the plan cuts no neurons and no heads, so there is nothing to re-fit; cut without a compensation"
         )
     for name, value in (("ridge", ridge), ("memory", memory)):
-        if not (value > 0 and math.isfinite(value)):
+        if value != AUTO and not (float(value) > 0 and math.isfinite(float(value))):
             raise InputError(f"{name} is {value}; it must be above 0 and finite")

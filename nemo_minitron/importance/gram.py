@@ -8,8 +8,11 @@ D^2 numbers a matrix: ask for a few layers at a time.
 A routed expert has a G of the tokens that came to it. It is split by the experts' tensor parallelism and summed over
 the expert's copies. Its x carries the router's probability (`estimators/moe.py`), so W x is what the layer adds.
 
+Each half of the samples can have a G of its own. A sample's half depends on its tokens alone (`samples.py`), so every
+layout deals alike.
+
 Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, C input channels of the linear layer on
-this rank, D input channels on all ranks.
+this rank, D input channels on all ranks, Z the two halves of the samples.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.estimators.moe import second_matrices
-from nemo_minitron.importance.experts import align_of, by_expert, local_halves
+from nemo_minitron.importance.experts import HALVES, align_of, by_expert, local_halves
 from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
 
@@ -49,8 +52,10 @@ def gram(
     batches: Iterable[Batch | Tensor],
     layers: Iterable[int] | None = None,
     kinds: Iterable[str] = KINDS,
+    halves: bool = False,
 ) -> dict[str, Tensor]:
-    """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C, D], D in global order.
+    """This tensor-parallel rank's rows of each G of this pipeline stage: fp64 [C, D], D in global order. With `halves`
+    it is [Z, C, D], the G of each half of the samples.
 
     Keys are canonical names of the layer's weight. For `layers.3.down.weight` D is the ffn size, for
     `layers.3.o.weight` it is heads x head_dim, and for `layers.3.experts.1.down.weight` it is the experts' ffn size. A
@@ -63,7 +68,7 @@ def gram(
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
     rows = micro_batches(batches, unwrap(chunks[0]).config, virtual=len(chunks) > 1)
     wanted = None if layers is None else set(layers)
-    with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(kinds)) as products:
+    with evaluating(chunks), torch.no_grad(), _Products(chunks, wanted, tuple(kinds), halves) as products:
         run_forward(chunks, rows, products)
     for name, sums in products.sums.items():
         torch.distributed.all_reduce(sums, group=_groups(name)[0])
@@ -73,18 +78,19 @@ def gram(
 
 
 def whole(grams: Mapping[str, Tensor], name: str) -> np.ndarray | None:
-    """The G of `name`, fp64 [D, D] in the CPU's memory, on one of the ranks that have rows of it; None elsewhere.
+    """The G of `name`, fp64 [D, D] (or [Z, D, D]) in the CPU's memory, on one of the ranks that have rows of it; None
+    elsewhere.
 
     That rank fits the matrix. Collective over the ranks that share a copy of G.
     """
     copies, shards = _groups(name)
     if name not in grams or torch.distributed.get_rank(copies):
         return None
-    rows_CD, parts = grams[name], None
+    rows, parts = grams[name], None
     if torch.distributed.get_rank(shards) == 0:
-        parts = [torch.empty_like(rows_CD) for _ in range(torch.distributed.get_world_size(shards))]
-    torch.distributed.gather(rows_CD, parts, torch.distributed.get_global_rank(shards, 0), group=shards)
-    return None if parts is None else torch.cat(parts).cpu().numpy()
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size(shards))]
+    torch.distributed.gather(rows, parts, torch.distributed.get_global_rank(shards, 0), group=shards)
+    return None if parts is None else torch.cat(parts, dim=-2).cpu().numpy()
 
 
 def _groups(name: str) -> tuple[ProcessGroup, ProcessGroup]:
@@ -110,8 +116,11 @@ class _Input:
 class _Products:
     """Hooks that add x x^T while they are open. Call `expect` before each micro-batch, as with a Collector."""
 
-    def __init__(self, chunks: Iterable[MegatronModule], layers: set[int] | None, kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self, chunks: Iterable[MegatronModule], layers: set[int] | None, kinds: tuple[str, ...], halves: bool
+    ) -> None:
         self.sums: dict[str, Tensor] = {}
+        self._halves = halves
         self._watched = [
             linear_input
             for chunk in map(unwrap, chunks)
@@ -136,29 +145,34 @@ class _Products:
 
     def _hook(self, watched: _Input) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            for name, x_NC in self._counted(watched, args[0].detach().flatten(0, -2)):
-                for part_NC in x_NC.float().split(POSITIONS):
-                    self._add(name, part_NC)
+            for name, x_NC, half_N in self._counted(watched, args[0].detach()):
+                for part_NC, of_part_N in zip(x_NC.float().split(POSITIONS), half_N.split(POSITIONS), strict=True):
+                    self._add(name, part_NC, of_part_N)
 
         return hook
 
-    def _counted(self, watched: _Input, x_NC: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each name with the inputs of its tokens that count."""
+    def _counted(self, watched: _Input, x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each name with the inputs of its tokens that count [N, C], and their halves int64 [N]."""
         assert self._samples is not None
+        x_NC = x.flatten(0, -2)
         if watched.routes is None:  # the input has all positions, also under sequence parallelism
-            ids_SB = self._samples.places(split=False)
-            yield watched.names[None], x_NC if ids_SB is None else x_NC[(ids_SB >= 0).flatten()]
+            half_N = self._samples.halves(split=False, length=len(x)).flatten()
+            at = slice(None) if self._samples.ids is None else half_N >= 0
+            yield watched.names[None], x_NC[at], half_N[at]
             return
         halves = local_halves(watched.routes, self._samples)
         half_of_expert = [halves[expert] for expert in watched.names if expert is not None]
         parts = by_expert(x_NC, list(map(len, half_of_expert)), align_of(watched.routes.config))
         for name, part_NC, half_N in zip(watched.names.values(), parts, half_of_expert, strict=True):
-            yield name, part_NC[half_N >= 0]
+            yield name, part_NC[half_N >= 0], half_N[half_N >= 0]
 
-    def _add(self, name: str, x_NC: Tensor) -> None:
+    def _add(self, name: str, x_NC: Tensor, half_N: Tensor) -> None:
         x_ND = torch.cat(gather(x_NC, _groups(name)[1]), dim=1)
-        gram_CD = (x_NC.T @ x_ND).double()
-        self.sums[name] = self.sums[name] + gram_CD if name in self.sums else gram_CD
+        if self._halves:
+            new = torch.stack([x_NC[half_N == z].T @ x_ND[half_N == z] for z in range(HALVES)]).double()
+        else:
+            new = (x_NC.T @ x_ND).double()
+        self.sums[name] = self.sums[name] + new if name in self.sums else new
 
 
 def _inputs(layer: TransformerLayer, kinds: tuple[str, ...]) -> Iterator[_Input]:

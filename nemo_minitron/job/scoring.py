@@ -32,8 +32,9 @@ class Refit:
     student: int = 0
 
 
-def refit_of(source: Architecture, target: Architecture, layout: Layout, memory: float) -> Refit:
-    """The re-fit of the student `target`. `memory`: GB of Gram matrices on a rank (`Cutting.memory`).
+def refit_of(source: Architecture, target: Architecture, layout: Layout, memory: float, copies: int = 1) -> Refit:
+    """The re-fit of the student `target`. `memory`: GB of Gram matrices on a rank (`Cutting.memory`). `copies`: of each
+    Gram matrix (`Cutting.gram_copies`).
 
     The input of each layer's `down`, `o` or experts that loses units has a Gram matrix, if the layer stays.
     """
@@ -45,7 +46,7 @@ def refit_of(source: Architecture, target: Architecture, layout: Layout, memory:
     cut = [(count, before) for count, before, after in widths.values() if count and after < before]
     if not cut:
         return Refit()
-    one, layers = gram_bytes(source, layout), target.num_layers
+    one, layers = copies * gram_bytes(source, layout), target.num_layers
     at_once = min(layers, max(1, int(memory * 1e9) // one))
     products = sum(2 * count * width**2 for count, width in cut)
     return Refit(math.ceil(layers / at_once), products, min(at_once, math.ceil(layers / layout.pp)) * one)
@@ -118,7 +119,8 @@ def seconds_of(flops: dict[str, int]) -> float:
 def describe_scoring(job: Job, source: Architecture, target: Architecture) -> list[str]:
     """The dry run's lines. A Taylor score's backward pass keeps more than is counted, so it has no lines of memory."""
     calibration = calibration_of(job, source)
-    refit = refit_of(source, target, job.layout, job.cutting.memory) if solves(job) else Refit()
+    cutting = job.cutting
+    refit = refit_of(source, target, job.layout, cutting.memory, cutting.gram_copies) if solves(job) else Refit()
     if refit.passes and job.cutting.reconstruct:
         student, fitting = reconstruction_of(source, target, job.layout, job.cutting.reconstruct)
         refit = dataclasses.replace(refit, fits=job.cutting.reconstruct, fitting=fitting, student=student)

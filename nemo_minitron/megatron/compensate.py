@@ -27,7 +27,9 @@ from nemo_minitron.megatron.progress import Report, counted
 from nemo_minitron.megatron.reconstruct import reconstruct
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
+from nemo_minitron.pruning.defaults import AUTO
 from nemo_minitron.pruning.reconstruction import can_reconstruct, fitted_names, neurons_alone, of_student
+from nemo_minitron.pruning.ridge import chosen_ridge
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
 from nemo_minitron.sources.open import open_source
@@ -63,16 +65,18 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
             cut.begin()
     torch.distributed.barrier()
     batches, origins = rank_batches(order), sorted({origin for cut in cuts for origin in cut.wanted})
-    groups = list(passes(source.architecture, origins, order.memory, order.layout))
+    copies = 2 if order.ridge == AUTO else 1
+    groups = list(passes(source.architecture, origins, order.memory // copies, order.layout))
     report = Report("compensation: row", scale=calibration.sequence_length)
     for group, layers in enumerate(groups):
         with counted(chunks[0], _reporting(order, report, group, len(groups))):
-            grams = gram(chunks, batches, layers, {origin.split(".")[2] for origin in origins})
+            kinds = {origin.split(".")[2] for origin in origins}
+            grams = gram(chunks, batches, layers, kinds, halves=order.ridge == AUTO)
         for origin in origins:
-            gram_DD = whole(grams, origin)
-            if gram_DD is not None:  # one rank of those that hold the tensor has its Gram matrix and re-fits it
+            found = whole(grams, origin)
+            if found is not None:  # one rank of those that hold the tensor has its Gram matrix and re-fits it
                 for cut in cuts:
-                    cut.solve(source, origin, gram_DD, order.ridge)
+                    cut.solve(source, origin, found, order.ridge)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
@@ -107,15 +111,22 @@ class Cut:
         shutil.rmtree(self.parts, ignore_errors=True)  # a run that was killed may have left files
         self.parts.mkdir(parents=True)
 
-    def solve(self, source: ModelSource, origin: str, gram_DD: np.ndarray, ridge: float) -> None:
-        """Re-fits the matrix that reads `origin`'s inputs, if this plan cuts them. `gram_DD`: float64."""
+    def solve(self, source: ModelSource, origin: str, gram: np.ndarray, ridge: float | str) -> None:
+        """Re-fits the matrix that reads `origin`'s inputs, if this plan cuts them. `gram`: float64 [D, D], or [2, D, D]
+        of the halves of the samples, on which the ridge is chosen."""
         if origin in self.wanted:
             name = self.wanted[origin]
-            np.save(self.parts / name, solve(source, self.plan, name, gram_DD, ridge))
+            if isinstance(ridge, str):
+                ridge, gram = chosen_ridge(source, self.plan, name, gram), gram.sum(0)
+                (self.parts / f"{name}.ridge").write_text(str(ridge))
+            np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
 
     def finish(self, notes: JsonObject) -> None:
         """Joins the parts to the Compensation. Rank 0 calls it."""
         tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted.values()}
+        if notes["ridge"] == AUTO:
+            ridges = {name: float((self.parts / f"{name}.ridge").read_text()) for name in self.wanted.values()}
+            notes = {**notes, "ridge of each matrix": {name: float(f"{r:.3g}") for name, r in ridges.items()}}
         Compensation(self.plan.digest, tensors, notes).save(self.out)
         shutil.rmtree(self.parts)
 

@@ -59,10 +59,7 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
     size = shapes_of(plan.source)[origin][1]
     if not (ridge > 0 and math.isfinite(ridge)):
         raise InputError(f"ridge is {ridge}; it must be above 0, for example {RIDGE}, and finite")
-    if gram.shape != (size, size):
-        raise InputError(f"the Gram matrix of '{origin}' is {gram.shape}; its input has {size} channels")
-    if not np.isfinite(gram).all():
-        raise InputError(f"the Gram matrix of '{origin}' holds a number that is not finite; calibrate in fp32")
+    check_gram(gram, origin, size)
     weight_OD = as_numbers(source.read(origin, (rows, np.arange(size))), source.dtype(origin))
     gone_I = np.setdiff1d(np.arange(size), kept)
     gram_KK = gram[np.ix_(kept, kept)].astype(np.float64)
@@ -72,6 +69,15 @@ def solve(source: TensorSource, plan: PrunePlan, name: str, gram: np.ndarray, ri
         missing_OK = weight_OD[:, gone_I] @ gram[np.ix_(gone_I, kept)]
         weight_OD[:, kept] += np.linalg.solve(gram_KK, missing_OK.T).T
     return weight_OD[:, kept].astype(np.float32)
+
+
+def check_gram(gram: np.ndarray, origin: str, size: int) -> None:
+    """Raises InputError for a Gram matrix of another size than the `size` inputs of the teacher's `origin`, and for a
+    number in it that is not finite."""
+    if gram.shape != (size, size):
+        raise InputError(f"the Gram matrix of '{origin}' is {gram.shape}; its input has {size} channels")
+    if not np.isfinite(gram).all():
+        raise InputError(f"the Gram matrix of '{origin}' holds a number that is not finite; calibrate in fp32")
 
 
 # -- after a cut of hidden channels: the norms' denominator ----------------------------------------------

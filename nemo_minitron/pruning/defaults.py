@@ -4,4 +4,5 @@ numpy."""
 from __future__ import annotations
 
 RIDGE = 0.01  # damping of least squares, as a part of the mean diagonal of G
+AUTO = "auto"  # a ridge for each matrix, chosen on rows that its fit did not read
 SIGNS = {"paper": 1.0, "laco": -1.0}  # of the residual of pruned heads

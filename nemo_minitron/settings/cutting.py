@@ -7,7 +7,7 @@ import dataclasses
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.defaults import RIDGE, SIGNS
+from nemo_minitron.pruning.defaults import AUTO, RIDGE, SIGNS
 from nemo_minitron.schema import setting
 from nemo_minitron.settings.reconstruction import rows_of_step
 from nemo_minitron.settings.validated import ValidatedSettings
@@ -16,6 +16,10 @@ MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
 ROTATE = "Rotate the residual stream to its principal axes before hidden channels are scored and cut; it needs RMSNorm."
 FOLD = "Scale RMSNorms by sqrt(all / kept) where hidden channels are cut."
 GAPS = "Scale what is written to the residual stream behind dropped layers to the stream's length there."
+DAMPING = (
+    "Damping of the least squares, as a share of the mean squared input; auto: for each matrix what serves rows best "
+    "that its fit did not read."
+)
 PASSES = (
     "Passes over the calibration in which each MLP that lost neurons is fitted as a whole, after the least squares; 0: "
     "none."
@@ -36,8 +40,12 @@ class Cutting(ValidatedSettings):
 
     `compensate`: the matrices that lose inputs to a cut of neurons or heads are re-fitted, by least squares on the
     calibration's activations, damped by `ridge`; false leaves the papers' pure selection.
-    `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes, divided among the
-    ranks that share it. One pass of the calibration serves as many layers as fit, at least one.
+    `ridge`: a share of the mean squared input, or auto (`pruning/ridge.py`): each half of the samples then has Gram
+    matrices of its own, which doubles their memory, and each matrix gets the ridge with which fits to one half leave
+    the least error on the other.
+    `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes (twice that with
+    ridge=auto), divided among the ranks that share it. One pass of the calibration serves as many layers as fit, at
+    least one.
     `reconstruct`: passes over the calibration in which each MLP that lost neurons learns, as a whole, to write what the
     teacher's MLP writes (`megatron/reconstruct.py`; 2510.14444), in steps of `reconstruct_batch` rows. It starts from
     the least squares, and each rank holds a second copy of the model in fp32 for it.
@@ -59,9 +67,7 @@ class Cutting(ValidatedSettings):
     """
 
     compensate: bool = setting(True, "Re-fit the matrices that lose inputs to the cut; false: pure selection.")
-    ridge: float = setting(
-        RIDGE, "Damping of the least squares, as a share of the mean squared input.", above_zero=True
-    )
+    ridge: float | str = setting(RIDGE, DAMPING, above_zero=True, legal=(AUTO,))
     memory: float = setting(
         MEMORY, "GB of Gram matrices on each rank; it limits how many layers one pass serves.", above_zero=True
     )
@@ -91,6 +97,11 @@ class Cutting(ValidatedSettings):
         for name in leave:
             del values[name]
         return values
+
+    @property
+    def gram_copies(self) -> int:
+        """Gram matrices of each input: one, or one of each half of the samples."""
+        return 2 if self.ridge == AUTO else 1
 
     def fitting(self) -> object:
         """Plain values that decide what the least squares, and the fit after them, give."""

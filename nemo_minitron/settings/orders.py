@@ -81,7 +81,7 @@ class CompensateOrder(Order):
     model: Path
     plans: Mapping[Path, Path]
     data: Path
-    ridge: float
+    ridge: float | str
     memory: int
     calibration: Calibration
     layout: Layout

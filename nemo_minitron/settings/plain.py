@@ -60,6 +60,7 @@ def _value(kind: object, value: Any, key: str) -> Any:
     """A plain value as its declared type: int becomes float, a list a tuple, and one value a tuple of one."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, key)
+    kind = (str if isinstance(value, str) else float) if kind == float | str else kind
     name = getattr(kind, "__name__", "")
     if name in PLAIN:
         types, words = PLAIN[name]

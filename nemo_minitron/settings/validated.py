@@ -22,9 +22,12 @@ class ValidatedSettings:
             value, known = getattr(self, field.name), described(field) or Setting("")
             if field.type == "int":
                 check_whole(field.name, value, known.least, known.most)
-            if field.type == "float":
+            if field.type == "float | str" and isinstance(value, str) and value not in known.legal:
+                names = ", ".join(known.legal)
+                raise InputError(f"{field.name} is '{value}'; it must be a number, or {names}")
+            if field.type == "float" or (field.type == "float | str" and not isinstance(value, str)):
                 check_number(field.name, value, known.above_zero)
-            if known.legal and value not in known.legal:
+            elif known.legal and value not in known.legal:
                 raise InputError(f"{field.name} '{value}' is unknown; {nearest(value, filter(None, known.legal))}")
 
 

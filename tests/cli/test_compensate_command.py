@@ -23,7 +23,9 @@ from nemo_minitron.job.stages import compress as stages
 from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
 from nemo_minitron.pruning.convert import convert
+from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.pruning.gaps import gap_scales
+from nemo_minitron.pruning.ridge import RIDGES
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow
@@ -67,6 +69,24 @@ def test_matrices_by_hand(world, plan, solved):
         expected = solve(source, plan, name, by_the_book[origin])
         np.testing.assert_allclose(solved.tensors[name], expected, rtol=0, atol=100 * GRAM_FP32, err_msg=name)
     assert solved.notes["method"] == "least squares"
+
+
+def test_a_ridge_for_each_matrix(world, plan):
+    """`--ridge auto`, in one process and in two pipeline stages, which have room for a layer's matrices."""
+    minitron(world, "compensate", "teacher", "compensated.json", *ROWS, "--ridge", "auto", "--out", "auto.safetensors")
+    rows, calibration, outs = corpus(world), Calibration(6, 36, 2, seed=1234), {}
+    outs[world / "compensated.json"] = world / "auto2.safetensors"
+    solve_for(HFSource(world / "teacher"), outs, rows, calibration, Layout(pp=2), ridge="auto", memory=1000)
+    found, again = (Compensation.load(world / f"auto{n}.safetensors") for n in ("", 2))
+    ridges = found.notes["ridge of each matrix"]
+    assert ridges == again.notes["ridge of each matrix"]
+    assert found.notes["ridge"] == "auto"
+    by_the_book, source = grams(world), HFSource(world / "teacher")
+    for name, origin in solvable(plan):
+        exact = RIDGES[np.argmin(np.abs(RIDGES - ridges[name]))]
+        expected, bound = solve(source, plan, name, by_the_book[origin], exact), 100 * GRAM_FP32 * max(1, RIDGE / exact)
+        for tensors in (found.tensors, again.tensors):
+            np.testing.assert_allclose(tensors[name], expected, rtol=0, atol=bound, err_msg=name)
 
 
 def test_plans_stages_and_layers_one_by_one(world, plan, solved):
@@ -183,6 +203,7 @@ def test_vocabulary(world):
     [
         (["compensate", "teacher", "layers.json", *ROWS], "cuts no neurons and no heads"),
         (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", 0], "ridge is 0.0; it must be above 0"),
+        (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", "best"], "a number, or auto"),
         (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
         (["compensate", "teacher", "heads.json", *ROWS, "--reconstruct", 1], "the plan cuts no ffn"),
         (

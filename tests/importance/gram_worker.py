@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from depth_worker import own_batches
 from ranks import leave_layout
+from tolerances import GRAM_FP32
 from workers import load_model, process_group, run_cases
 
 
@@ -29,7 +30,8 @@ class Grouped(torch.nn.Module):
 
 
 def run_case(case, folder):
-    """Every G of the model, gathered from the pipeline's stages; one layer at a time, and all at once."""
+    """Every G of the model, gathered from the pipeline's stages; one layer at a time, all at once, and of the second
+    half of the samples."""
     from nemo_minitron.importance.gram import gram, whole
     from nemo_minitron.settings.layout import Layout
 
@@ -47,7 +49,14 @@ def run_case(case, folder):
         assert (g.shape[0] * shards, g.dtype) == (g.shape[1], torch.float64)
     assert set(one) == {name for name in grams if name.startswith(f"layers.4.{kind}.")}
     assert all(torch.equal(g, grams[name]) for name, g in one.items())
+    halves = gram(chunks, own_batches(folder), halves=True)
     found = {name: g for name in grams if (g := whole(grams, name)) is not None}
+    for name in grams:
+        both = whole(halves, name)
+        assert (both is None) == (name not in found)
+        if both is not None:
+            np.testing.assert_allclose(both.sum(0), found[name], rtol=0, atol=GRAM_FP32 * np.abs(found[name]).max())
+            found[f"{name} of the second half"] = both[1]
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, found)
     leave_layout()

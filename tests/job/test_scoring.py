@@ -74,6 +74,9 @@ def test_the_memory_of_gram_matrices_decides_the_passes():
         assert refit_of(a, student, ONE, memory).passes == count
         assert len(list(passes(a, origins, int(memory * 1e9), ONE))) == count
     assert refit_of(a, student, ONE, 0.1).memory == 4 * GRAM
+    assert refit_of(a, student, ONE, 0.1, copies=2) == Refit(15, 2 * 30 * 1536**2, 2 * 2 * GRAM)  # 2 layers at a time
+    assert len(list(passes(a, origins, int(0.1e9) // 2, ONE))) == 15
+    assert (Cutting().gram_copies, Cutting(ridge="auto").gram_copies) == (1, 2)
     assert refit_of(a, student, Layout(pp=5), 4.0).memory == 6 * GRAM  # a stage has six layers
 
 

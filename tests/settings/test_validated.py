@@ -50,6 +50,8 @@ def test_counts_can_be(group, name, value):
         ("calibration.samples=99999999999", f"samples is 99999999999; the nearest legal value is {MOST}"),
         ("distillation.tokens=9999999999999999", f"the nearest legal value is {TOKENS}"),
         ("cutting.ridge=NaN", "ridge is nan; it must be a finite number"),
+        ("cutting.ridge=best", "ridge is 'best'; it must be a number, or auto"),
+        ("cutting.ridge=true", "'cutting.ridge' is True; it must be a number"),
         (f"distillation.learning_rate={10**400}", "'distillation.learning_rate' is a whole number of 1329 bits"),
         ("rounds=99999999999", "rounds is 99999999999"),
     ],
@@ -57,6 +59,11 @@ def test_counts_can_be(group, name, value):
 def test_in_a_recipe(setting, words):
     with pytest.raises(InputError, match=words):
         JOB.override([setting])
+
+
+@pytest.mark.parametrize(("written", "value"), [("auto", "auto"), ("0.03", 0.03), ("1", 1.0)])
+def test_a_number_or_a_name(written, value):
+    assert JOB.override([f"cutting.ridge={written}"]).cutting.ridge == value
 
 
 def test_the_largest_are_legal():

@@ -18,6 +18,7 @@ from nemo_minitron.job.run import Run
 from nemo_minitron.mixture import expert_of
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
+from nemo_minitron.pruning.defaults import AUTO
 
 CUT = grouped(
     {"tensors": listed(text())},
@@ -91,7 +92,8 @@ def _in_place(run: Run) -> str:
     parts = rotated
     if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
         rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
-        how = f"by least squares, ridge {notes['ridge']}, on {rows}"
+        ridge = "chosen for each on held-out samples" if notes["ridge"] == AUTO else notes["ridge"]
+        how = f"by least squares, ridge {ridge}, on {rows}"
         parts.append(f"{len(refitted)} matrices that lost inputs to the cut, re-fitted {how}")
     if notes.get("folded norms"):
         parts.append("norms scaled, because hidden channels were cut")

@@ -35,6 +35,11 @@ def test_a_base_that_is_no_folder_of_hugging_face(tmp_path):
         (["layers.0.experts.1.down.weight"], MERGED, EXPERTS),
         (["layers.0.experts.1.down.weight", "layers.0.o.weight"], FITTED | MERGED, f"{HEADS}; {EXPERTS}"),
         (["layers.0.experts.1.down.weight"], FITTED, HEADS),
+        (
+            ["layers.0.o.weight"],
+            FITTED | {"ridge": "auto"},
+            HEADS.replace("0.01", "chosen for each on held-out samples"),
+        ),
         (["final_norm.weight"], {"folded norms": True}, "norms scaled, because hidden channels were cut"),
     ],
 )
