@@ -13,7 +13,7 @@ calibration tokens. `errors`: of the stream behind each layer against the teache
 square, on the calibration's last `ASIDE` rows, which no fit reads. Losses: nats a token on held-out texts; a standard
 error is that of the difference from `parallel`, over the rows. A cut unit is a column of zeros here, so the model keeps
 its size. Each finished layer is written to `--work`; a second start goes on from there. fp32, one thread; solved in
-float64.
+float64. It was not run at full size yet: there is no result file.
 """
 
 from __future__ import annotations
