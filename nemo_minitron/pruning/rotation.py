@@ -64,8 +64,10 @@ class Rotation:
 def rotation_of(source: TensorSource, covariance: np.ndarray, band: float = BAND) -> Rotation:
     """The principal axes of the stream. `covariance` fp64 [H, H]: the mean of x x^T in front of the norms, each x
     divided by its root mean square. `band`: of a tied model, how far a final norm's weight may be from the median, as a
-    share of it, for its channel to share axes with others. Raises InputError as `check_rotation`, and for a matrix of another model or with a
-    number that is not finite."""
+    share of it, for its channel to share axes with others.
+
+    Raises InputError as `check_rotation`, and for a matrix of another model or with a number that is not finite.
+    """
     a = source.architecture
     check_rotation(a)
     if covariance.shape != (a.hidden_size, a.hidden_size):
@@ -94,8 +96,8 @@ def norm_weight(source: TensorSource, name: str) -> np.ndarray:
 
 
 class Rotated(Another):
-    """The same model with rotated hidden channels; a norm of a layer has one weight for all of them. Each number is computed in
-    float64 and rounded once to the stored dtype.
+    """The same model with rotated hidden channels; a norm of a layer has one weight for all of them. Each number is
+    computed in float64 and rounded once to the stored dtype.
 
     Raises InputError as `check_rotation`.
     """
