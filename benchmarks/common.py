@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -146,3 +147,16 @@ def by_operation(functions: Functions, base: str, top: int = 8) -> dict[str, dic
         more = {key: ms for key, ms in more.items() if key not in ("aten::mm", "aten::bmm")}  # their time is noise
         extra[name] = dict(sorted(more.items(), key=lambda item: -item[1])[:top])
     return extra
+
+
+def run_measured(*command: object) -> dict[str, float]:
+    """Runs a command; its seconds, and the peak resident set of its largest process in MB (10^6 bytes)."""
+    start = time.perf_counter()
+    child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    errors = child.stderr.read().decode(errors="replace")
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{errors[-3000:]}")
+    return {"seconds": round(time.perf_counter() - start, 1), "peak MB": round(usage.ru_maxrss * 1024 / 1e6)}

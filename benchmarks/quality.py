@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +80,6 @@ class Results:
         common.write(self.result, self.out)
 
 
-def measured(*command: object) -> Cost:
-    """Runs a command; its seconds, and the peak resident set of its largest process in MB (10^6 bytes)."""
-    start = time.perf_counter()
-    child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert child.stderr is not None
-    errors = child.stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{errors[-3000:]}")
-    return {"seconds": round(time.perf_counter() - start, 1), "peak MB": round(usage.ru_maxrss * 1024 / 1e6)}
-
-
 class Bench:
     """The files and texts that all arms share."""
 
@@ -122,7 +106,7 @@ class Bench:
 
     # -- what an arm is made of ---------------------------------------------------------------------------
     def minitron(self, *arguments: object) -> Cost:
-        return measured(sys.executable, "-m", "nemo_minitron.cli", *arguments)
+        return common.run_measured(sys.executable, "-m", "nemo_minitron.cli", *arguments)
 
     def calibrated(self) -> list[object]:
         o = self.options
@@ -182,7 +166,7 @@ class Bench:
         sizes, out, a = folder / "sizes.json", folder / "peer.json", self.source.architecture
         sizes.write_text(json.dumps(CUTS[cut][1]))
         script, rows = Path(__file__).with_name("quality_peer.py"), self.work / "rows.npy"
-        cost = self.once(out, lambda file: measured(sys.executable, script, self.model, rows, sizes, file))
+        cost = self.once(out, lambda file: common.run_measured(sys.executable, script, self.model, rows, sizes, file))
         found = json.loads(out.read_text())
         self.check_same(found["loss of the first row"])
         cost |= {"of them to load": found["seconds"]["load"]}

@@ -27,12 +27,10 @@ from tolerances import (
 from words import save_tokenizer
 
 from nemo_minitron.artifacts import PrunePlan, Scores
-from nemo_minitron.commands.rotate import write_rotated
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import prune
 from nemo_minitron.pruning.compensation import fold_norms, head_residual
-from nemo_minitron.pruning.rotation import rotation_of
 from nemo_minitron.search import plan
 from nemo_minitron.sources.folder import HFSource
 from nemo_minitron.sources.tensors import whole
@@ -110,21 +108,6 @@ def test_moments_of_the_stream(case, models, results):
     expected = (unit.T @ unit / len(unit)).numpy()
     found = np.load(results / f"{case['name']}.npz")["stream"]
     np.testing.assert_allclose(found, expected, rtol=0, atol=GRAM_FP32 * np.abs(expected).max())
-
-
-def test_a_rotated_hybrid_is_the_same_model(models, tmp_path):
-    import torch
-
-    source, tokens = HFSource(models / "teacher"), torch.from_numpy(np.load(models / "tokens.npy"))
-    size = source.architecture.hidden_size
-    x = np.random.default_rng(0).normal(size=(3 * size, size)) * np.geomspace(3, 0.1, size)
-    write_rotated(source, rotation_of(source, x.T @ x), tmp_path / "rotated", {})
-    with torch.no_grad():
-        found, expected = (reference(f, "float32")(tokens).logits for f in (tmp_path / "rotated", models / "teacher"))
-    assert (found - expected).abs().max() < LOGITS_PICO_FP32
-    name = "layers.0.x.weight"
-    index = whole(source.architecture.shapes()[name])
-    assert (HFSource(tmp_path / "rotated").read(name, index) != source.read(name, index)).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ["dp", "tp-sp", "cp"])
