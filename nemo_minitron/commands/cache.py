@@ -9,14 +9,13 @@ from nemo_minitron.artifacts.cache_settings import CacheSettings
 from nemo_minitron.artifacts.files import digest_of
 from nemo_minitron.artifacts.logit_cache import HEADER, CacheHeader, LogitCache, data_digest, missing, torn
 from nemo_minitron.artifacts.temporary import sweep
-from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, say, tokenise
+from nemo_minitron.commands.passes import fit_pass
 from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import megatron_fields
 from nemo_minitron.hosts import check_model, host_of
 from nemo_minitron.launch.torchrun import launch
-from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CacheOrder
 from nemo_minitron.settings.validated import check_whole
@@ -41,13 +40,8 @@ def run_cache(
         check_whole(name, value)
     source = open_source(model)
     check_model(source.config, "cache-logits")
-    fit = Fit(settings, layout)
-    fit.model(positions_of(source.config))
+    fit = fit_pass(source, settings, layout, micro_batch_size)
     settings = fit.settings
-    layout.check(source.architecture)
-    layout.check_sequence(settings.sequence_length)
-    check_fp8(source.architecture, layout, settings.precision)
-    check_tokens(settings.sequence_length, micro_batch_size, layout, settings.precision)
     _check_out(out)
     begin(f"caching logits of {model} on {data}")
     with working(out) as work:

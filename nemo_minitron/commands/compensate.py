@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
-from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, say, tokenise
+from nemo_minitron.commands.passes import fit_pass
 from nemo_minitron.commands.place import check_file, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import check_model, host_of
@@ -18,8 +19,6 @@ from nemo_minitron.pruning.defaults import AUTO, RIDGE
 from nemo_minitron.pruning.reconstruction import can_reconstruct
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
-from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
 from nemo_minitron.settings.reconstruction import rows_of_step
@@ -46,12 +45,7 @@ def run_compensate(
     check_model(source.config, "compensate")
     check_plan(loaded, source)
     check_solvable(loaded, ridge, memory)
-    fit = Fit(calibration, layout)
-    fit.model(positions_of(source.config))
-    layout.check(source.architecture)
-    layout.check_sequence(fit.settings.sequence_length)
-    check_fp8(source.architecture, layout, calibration.precision)
-    check_tokens(fit.settings.sequence_length, calibration.batch_size, layout, calibration.precision)
+    fit = fit_pass(source, calibration, layout, calibration.batch_size)
     check_reconstruct(loaded, reconstruct, fit.settings.samples, reconstruct_batch, layout)
     begin(f"re-fitting matrices of {model} on {data}")
     with working(out) as work:

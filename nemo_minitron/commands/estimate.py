@@ -13,15 +13,14 @@ from nemo_minitron.artifacts.blocks import NOTHING, size_of
 from nemo_minitron.artifacts.files import digest_of, read_json, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.artifacts.records import MARKS
-from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, say, tokenise
+from nemo_minitron.commands.passes import fit_pass
 from nemo_minitron.commands.place import check_file, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.hosts import check_model, chosen, host_of
 from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.search.depth import HIGHER_IS_BETTER
 from nemo_minitron.settings.calibration import BY_CRITERION, REMOVAL, SCANNED, STATISTICS, Calibration
-from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import EstimateOrder
 from nemo_minitron.sources.tensors import ModelSource
@@ -46,13 +45,8 @@ def run_estimate(
     source = open_source(model)
     if calibration.runs:
         check_model(source.config, "estimate")
-    fit = Fit(calibration, layout)
-    fit.model(positions_of(source.config))
+    fit = fit_pass(source, calibration, layout, calibration.batch_size)
     calibration = fit.settings
-    layout.check(source.architecture)
-    layout.check_sequence(calibration.sequence_length)
-    check_fp8(source.architecture, layout, calibration.precision)
-    check_tokens(calibration.sequence_length, calibration.batch_size, layout, calibration.precision)
     calibration.check(source.architecture, layout)
     other = Scores.load(merge) if merge else None
     begin(f"scoring {model} on {data}")

@@ -10,7 +10,8 @@ import numpy as np
 
 from nemo_minitron.artifacts.files import atomic_folder, write_json
 from nemo_minitron.artifacts.json_types import JsonObject
-from nemo_minitron.commands.corpus import begin, positions_of, say, tokenise
+from nemo_minitron.commands.corpus import begin, say, tokenise
+from nemo_minitron.commands.passes import fit_pass
 from nemo_minitron.commands.place import check_writable, working
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import check_stage, resolve, to_hf, written_config
@@ -22,8 +23,6 @@ from nemo_minitron.pruning.convert import identity
 from nemo_minitron.pruning.rotation import Rotated, Rotation, check_rotation, rotation_of
 from nemo_minitron.pruning.write import write_weights
 from nemo_minitron.settings.calibration import Calibration
-from nemo_minitron.settings.derive import Fit
-from nemo_minitron.settings.fp8 import check_fp8, check_tokens
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import RotateOrder
 from nemo_minitron.sources.open import is_checkpoint, open_source
@@ -50,12 +49,7 @@ def run_rotate(
     source = open_source(path)
     check_model(source.config, "rotate")
     check_rotation(check_stage(source.config, "rotate"))
-    fit = Fit(calibration, layout)
-    fit.model(positions_of(source.config))
-    layout.check(source.architecture)
-    layout.check_sequence(fit.settings.sequence_length)
-    check_fp8(source.architecture, layout, calibration.precision)
-    check_tokens(fit.settings.sequence_length, calibration.batch_size, layout, calibration.precision)
+    fit = fit_pass(source, calibration, layout, calibration.batch_size)
     begin(f"rotating {model} by {data}")
     with working(out) as work:
         tokens = tokenise(data, source.folder, work / "calibration", source.architecture.vocab_size, skip_bad_lines)

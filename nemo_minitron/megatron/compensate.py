@@ -69,7 +69,7 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     groups = list(passes(source.architecture, origins, order.memory // copies, order.layout))
     report = Report("compensation: row", scale=calibration.sequence_length)
     for group, layers in enumerate(groups):
-        with counted(chunks[0], _reporting(order, report, group, len(groups))):
+        with counted(chunks[0], reporting(order, report, group, len(groups))):
             kinds = {origin.split(".")[2] for origin in origins}
             grams = gram(chunks, batches, layers, kinds, halves=order.ridge == AUTO)
         for origin in origins:
@@ -87,7 +87,9 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
         fit.run(order, host, source, chunks)
 
 
-def _reporting(order: CompensateOrder, report: Report, group: int, groups: int) -> Callable[[int], None]:
+def reporting(
+    order: CompensateOrder | RotateOrder, report: Report, group: int = 0, groups: int = 1
+) -> Callable[[int], None]:
     """A function of the forward passes in which one of the groups of layers is gathered. Rank 0 reports their rows."""
     if torch.distributed.get_rank():
         return lambda passes: None

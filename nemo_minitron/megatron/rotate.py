@@ -5,14 +5,12 @@ Shapes (docs/shapes.md): H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from nemo_minitron.artifacts.files import atomic_file
 from nemo_minitron.importance.stream import stream_covariance
-from nemo_minitron.megatron.compensate import rank_batches
+from nemo_minitron.megatron.compensate import rank_batches, reporting
 from nemo_minitron.megatron.load import Builder, load
 from nemo_minitron.megatron.progress import Report, counted
 from nemo_minitron.settings.orders import RotateOrder
@@ -26,18 +24,10 @@ def rotate(order: RotateOrder, host: Builder) -> None:
     """
     source, calibration = open_source(order.model), order.calibration
     chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
-    with counted(chunks[0], _reporting(order)):
+    report = Report("rotation: row", scale=calibration.sequence_length)
+    with counted(chunks[0], reporting(order, report)):
         covariance_HH = stream_covariance(chunks, rank_batches(order), source.architecture)
     if torch.distributed.get_rank() == 0:
         with atomic_file(order.out) as temporary, open(temporary, "wb") as file:
             np.save(file, covariance_HH.cpu().numpy())
     torch.distributed.barrier()
-
-
-def _reporting(order: RotateOrder) -> Callable[[int], None]:
-    """A function of the forward passes. Rank 0 reports their rows."""
-    if torch.distributed.get_rank():
-        return lambda passes: None
-    samples, per_pass = order.calibration.samples, order.calibration.batch_size * order.layout.dp
-    report = Report("rotation: row", scale=order.calibration.sequence_length)
-    return lambda passes: report(min(samples, passes * per_pass), samples)
