@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,11 +69,20 @@ def solve_for(
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
     its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. `reconstruct`: passes in which MLPs
-    are fitted as a whole, by steps of `reconstruct_batch` rows. Raises RuntimeError if a process fails."""
+    are fitted as a whole, by steps of `reconstruct_batch` rows.
+
+    Raises InputError if the stage refuses, and RuntimeError if a process fails.
+    """
     order = CompensateOrder(
         model.path, plans, data, ridge, memory, calibration, layout, reconstruct, reconstruct_batch
     )  # fmt: skip
-    launch(order, host_of().worker, log)
+    try:
+        launch(order, host_of().worker, log)
+    except InputError:  # a refusal leaves nothing half-written
+        for out in plans.values():
+            for parts in out.parent.glob(f"{glob.escape(out.name)}*.parts"):
+                shutil.rmtree(parts, ignore_errors=True)
+        raise
 
 
 def check_reconstruct(plan: PrunePlan, passes: int, samples: int, batch: int, layout: Layout) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 
 from nemo_minitron.artifacts import PrunePlan
 from nemo_minitron.artifacts.dtypes import as_numbers
+from nemo_minitron.axes import split_expert, split_name
+from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.compensation import check_gram
 from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.pruning.selection import shapes_of, student_index
@@ -25,16 +27,22 @@ def chosen_ridge(source: TensorSource, plan: PrunePlan, name: str, halves: np.nd
     """The candidate with which `solve`, on one half, leaves the least squared error on the other half, both ways added.
 
     `halves` [Z, D, D], float64: the Gram matrix of each half. A candidate is a share of the mean squared input of both
-    halves together. So each fit gets as much damping as the final one, which reads all samples. If a half has no
-    samples, or its inputs were always 0, nothing can be chosen, and it is the default.
+    halves together. So each fit gets as much damping as the final one, which reads all samples. If the inputs were
+    always 0, or if no token of a half came to an expert, nothing can be chosen, and it is the default.
 
-    Raises InputError for Gram matrices that `solve` would refuse.
+    Raises InputError for Gram matrices that `solve` would refuse, and if all samples fell into one half.
     """
     origin, (rows, kept) = student_index(plan, name)
     size = shapes_of(plan.source)[origin][1]
     for gram_DD in halves:
         check_gram(gram_DD, origin, size)
-    if not all(np.trace(gram_DD[np.ix_(kept, kept)]) for gram_DD in halves):
+    empty = [not np.trace(gram_DD[np.ix_(kept, kept)]) for gram_DD in halves]
+    if any(empty) and not all(empty) and split_expert(split_name(name)[1])[0] is None:
+        raise InputError(
+            f"ridge=auto fits '{name}' to one half of the samples and tries it on the other, and all samples fell into "
+            f"one half; give more samples, or a number, for example {RIDGE}"
+        )
+    if any(empty):
         return RIDGE
     weight_OD = as_numbers(source.read(origin, (rows, np.arange(size))), source.dtype(origin)).astype(np.float64)
     damping_I = RIDGES * np.trace(halves.sum(0)[np.ix_(kept, kept)]) / len(kept)

@@ -85,8 +85,8 @@ def rotation_of(source: TensorSource, covariance: np.ndarray, band: float = BAND
 
 
 def _alike(weight_H: np.ndarray, band: float) -> np.ndarray:
-    """The channels whose weight differs from the median by at most so much of it."""
-    middle = np.median(weight_H)
+    """The channels whose weight differs from the median by at most so much of it; the median is one of the weights."""
+    middle = np.quantile(weight_H, 0.5, method="lower")
     return np.flatnonzero(np.abs(weight_H - middle) <= band * np.abs(middle))
 
 

@@ -8,7 +8,7 @@ import sys
 import forked
 import numpy as np
 import pytest
-from command_line import minitron
+from command_line import minitron, start
 from grams64 import grams64
 from pico import raw_tensors
 from tolerances import GRAM_FP32
@@ -170,6 +170,16 @@ def check_scaled(scaled, slices, plan, scales):
         expected = (plain[name].view(np.float32).astype(np.float64) * by).astype(np.float32)
         np.testing.assert_array_equal(found[name].view(np.float32), expected, err_msg=name)
         assert np.array_equal(found[name], plain[name]) == (part not in scales), name
+
+
+def test_one_sample_is_no_two_halves(world, plan):
+    """Refused after the pass over the text, because only the ranks deal samples; no part of the file stays."""
+    rows = ["--data", "corpus.jsonl", "--samples", 1, "--sequence-length", 36]
+    process = start(world, "compensate", "teacher", "compensated.json", *rows, "--ridge", "auto", "--out", "one.file")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2, output
+    assert "all samples fell into one half; give more samples" in output.splitlines()[-1]
+    assert not list(world.glob("one.file*"))
 
 
 def test_scaled_behind_dropped_layers(world, plan):

@@ -6,7 +6,7 @@ damping as a share of the fitted half's mean; the cross term's sign.
 
 import numpy as np
 import pytest
-from pico import pico_llama
+from pico import pico_llama, pico_mixtral
 from plans_by_hand import width_and_depth
 
 from nemo_minitron.artifacts.dtypes import as_numbers
@@ -16,6 +16,7 @@ from nemo_minitron.pruning import HFSource, student_index
 from nemo_minitron.pruning.compensation import solve
 from nemo_minitron.pruning.defaults import RIDGE
 from nemo_minitron.pruning.ridge import RIDGES, chosen_ridge
+from nemo_minitron.search import random_plan
 from nemo_minitron.sources.tensors import whole
 
 DOWN, WIDTH = "layers.1.down.weight", 96
@@ -64,9 +65,11 @@ def test_more_rows_need_less(cut):
 
 
 def test_nothing_to_choose_on(cut):
-    """A half without samples, or of inputs that were always 0: the default."""
-    gram = halves((50, 50), 1.0)[0]
-    assert chosen_ridge(*cut, DOWN, np.stack([gram.T @ gram, np.zeros((WIDTH, WIDTH))])) == RIDGE
+    """Inputs that were always 0: the default. Samples in one half alone are refused."""
+    nothing, x = np.zeros((WIDTH, WIDTH)), halves((50, 50), 1.0)[0]
+    assert chosen_ridge(*cut, DOWN, np.stack([nothing, nothing])) == RIDGE
+    with pytest.raises(InputError, match="all samples fell into one half; give more samples"):
+        chosen_ridge(*cut, DOWN, np.stack([x.T @ x, nothing]))
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,10 @@ def test_nothing_to_choose_on(cut):
 def test_what_solve_would_refuse(cut, grams, message):
     with pytest.raises(InputError, match=message):
         chosen_ridge(*cut, DOWN, grams)
+
+
+def test_an_expert_to_which_one_half_sent_no_token(tmp_path):
+    source = HFSource(pico_mixtral(tmp_path / "t"))
+    plan = random_plan(source.architecture, keep={"expert_ffn": 24})
+    gram = np.eye(source.architecture.moe_ffn_hidden_size)
+    assert chosen_ridge(source, plan, "layers.0.experts.1.down.weight", np.stack([gram, 0 * gram])) == RIDGE

@@ -102,6 +102,13 @@ def test_channels_with_another_final_weight_keep_their_own_axes(tmp_path):
     np.testing.assert_allclose(found, np.diag(basis.T @ np.diag(weight) @ basis), rtol=0, atol=ROTATED_FP32)
 
 
+def test_final_weights_on_both_sides_of_0(tmp_path):
+    """Their mean is 0, and no channel is near it."""
+    weight = [1.0 if i % 2 else -1.0 for i in range(48)]
+    source = HFSource(with_final_norm(pico_llama(tmp_path / "t", tie_word_embeddings=True), weight))
+    assert rotation_of(source, covariance(48)).mixed == 24
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_channels_by_hand(tmp_path, dtype):
     """The student of a rotated Llama with biases, in float64 by Hugging Face's names, rounded once."""
