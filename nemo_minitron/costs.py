@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Protocol
 
 from nemo_minitron import hybrid, latents
@@ -140,8 +140,11 @@ def _replicas(layout: Layout) -> tuple[int, int]:
     return layout.cp * layout.dp, ranks // (layout.ep * layout.expert_tp)
 
 
-def parameters_by_stage(architecture: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """(Weights that every token uses, weights of experts) on one rank, for each pipeline stage.
+def parameters_by_stage(
+    architecture: Architecture, layout: Layout, names: Container[str] | None = None
+) -> list[tuple[int, int]]:
+    """(Weights that every token uses, weights of experts) on one rank, for each pipeline stage. `names`: the tensors
+    that count; None: all.
 
     The vocabulary is padded to a multiple of TP. If embeddings are tied and there are several stages, the last one
     holds a second copy of them.
@@ -149,10 +152,12 @@ def parameters_by_stage(architecture: Architecture, layout: Layout) -> list[tupl
     counts = [[0, 0] for _ in range(layout.pp)]
     stage_of = {layer: s for s, layers in enumerate(stage_layers(architecture.num_layers, layout)) for layer in layers}
     for name, shape in architecture.shapes().items():
+        if names is not None and name not in names:
+            continue
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         stage = stage_of[layer] if layer is not None else 0 if name == "embedding.weight" else layout.pp - 1
         counts[stage][".experts." in name] += _on_rank(name, shape, architecture, layout)
-    if architecture.tied_embeddings and layout.pp > 1:
+    if names is None and architecture.tied_embeddings and layout.pp > 1:
         shape = (architecture.vocab_size, architecture.hidden_size)
         counts[-1][0] += _on_rank("head.weight", shape, architecture, layout)
     return [(dense, expert) for dense, expert in counts]

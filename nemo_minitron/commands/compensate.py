@@ -18,7 +18,7 @@ from nemo_minitron.launch.torchrun import launch
 from nemo_minitron.pruning.compensation import solvable
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import AUTO, RIDGE
-from nemo_minitron.pruning.reconstruction import can_reconstruct
+from nemo_minitron.pruning.reconstruction import check_reconstruction, cut_blocks
 from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.layout import Layout
@@ -46,7 +46,7 @@ def run_compensate(
     loaded = PrunePlan.load(plan)
     check_model(source.config, "compensate")
     check_plan(loaded, source)
-    check_solvable(loaded, ridge, memory)
+    check_solvable(loaded, ridge, memory, reconstruct)
     fit = fit_pass(source, calibration, layout, calibration.batch_size)
     check_reconstruct(loaded, reconstruct, fit.settings.samples, reconstruct_batch, layout)
     begin(f"re-fitting matrices of {model} on {data}")
@@ -68,8 +68,8 @@ def solve_for(
     log: Path | None = None,
 ) -> None:  # fmt: skip
     """Re-fits matrices for several plans, in the processes of the layout. `plans`: the file of each plan -> the file of
-    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. `reconstruct`: passes in which MLPs
-    are fitted as a whole, by steps of `reconstruct_batch` rows.
+    its Compensation. `data`: a .bin/.idx prefix; the sizes of `calibration` fit it. `reconstruct`: passes in which
+    cut sub-blocks are fitted as a whole, by steps of `reconstruct_batch` rows.
 
     Raises InputError if the stage refuses, and RuntimeError if a process fails.
     """
@@ -86,18 +86,22 @@ def solve_for(
 
 
 def check_reconstruct(plan: PrunePlan, passes: int, samples: int, batch: int, layout: Layout) -> int:
-    """The rows of a step. Raises InputError if `passes` are asked for and the plan has no MLP to fit, or if the rows do
-    not serve."""
+    """The rows of a step. Raises InputError if `passes` are asked for and the plan has no sub-block to fit, or if the
+    rows do not serve."""
     if not passes:
         return batch
-    if not can_reconstruct(plan):
-        raise InputError("reconstruct fits MLPs that lost neurons, and the plan cuts no ffn; leave it out")
+    check_reconstruction(plan.source, plan.target)
     return rows_of_step(samples, batch, layout.dp)
 
 
-def check_solvable(plan: PrunePlan, ridge: float | str = RIDGE, memory: int = BYTES) -> None:
-    """Raises InputError if a plan leaves no matrix to re-fit, and for settings out of range."""
-    if not list(solvable(plan)):
+def leaves_fits(plan: PrunePlan, passes: int) -> bool:
+    """Whether a plan leaves a matrix to re-fit, or a sub-block to fit as a whole in `passes`."""
+    return bool(list(solvable(plan)) or (passes and cut_blocks(plan.source, plan.target)))
+
+
+def check_solvable(plan: PrunePlan, ridge: float | str = RIDGE, memory: int = BYTES, passes: int = 0) -> None:
+    """Raises InputError if a plan leaves nothing to fit, and for settings out of range."""
+    if not leaves_fits(plan, passes):
         raise InputError(
             "the plan cuts no neurons and no heads, so there is nothing to re-fit; cut without a compensation"
         )

@@ -13,6 +13,7 @@ from nemo_minitron.costs import forward_memory, gram_bytes, parameters_by_stage
 from nemo_minitron.job.calibrations import calibration_of
 from nemo_minitron.job.compute import BACKWARD, MFU, PEAK, hours
 from nemo_minitron.job.stages.compensate import solves
+from nemo_minitron.pruning.reconstruction import cut_blocks, fitted_by, within
 from nemo_minitron.settings.calibration import DERIVED, TAYLOR, Calibration
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.recipe import Job
@@ -22,7 +23,7 @@ from nemo_minitron.settings.recipe import Job
 class Refit:
     """The least squares after a cut. `passes`: how often the rows go through the model. `products`: FLOPs a token of
     the Gram matrices, in all passes together. `memory`: bytes of the Gram matrices of a pass, on a rank. `fits`,
-    `fitting`, `student`: passes, FLOPs a token and bytes of the MLPs' fit as a whole (`reconstruction_of`)."""
+    `fitting`, `student`: passes, FLOPs a token and bytes of the sub-blocks' fit as a whole (`reconstruction_of`)."""
 
     passes: int = 0
     products: int = 0
@@ -53,19 +54,23 @@ def refit_of(source: Architecture, target: Architecture, layout: Layout, memory:
 
 
 def reconstruction_of(source: Architecture, target: Architecture, layout: Layout, passes: int) -> tuple[int, int]:
-    """(Bytes on a rank, FLOPs a token in all `passes`) of the fit of MLPs as a whole.
+    """(Bytes on a rank, FLOPs a token in all `passes`) of the fit of sub-blocks as a whole.
 
-    A rank holds an fp32 copy of the model with the kept neurons, and of the MLPs' matrices gradients, Adam's two
-    moments and what they started from. Each pass is one of the teacher, and a forward and backward pass of the MLPs.
+    A rank holds an fp32 copy of the model that is cut within its sub-blocks, and of the fitted matrices gradients,
+    Adam's two moments and what they started from. Each pass is one of the teacher, and a forward and backward pass of
+    the sub-blocks; the products of queries and keys are not counted.
     """
-    if not passes or source.ffn_hidden_size == target.ffn_hidden_size:
+    blocks = cut_blocks(source, target) if passes else []
+    if not blocks:
         return 0, 0
-    student = source.replace(ffn_hidden_size=target.ffn_hidden_size)
-    layers, matrices = len(student.dense_layers), 3 if student.gated_mlp else 2
-    each = matrices * student.hidden_size * student.ffn_hidden_size
-    held = max(sum(stage) for stage in parameters_by_stage(student, layout))
-    fitted = math.ceil(layers / layout.pp) * each // layout.tp
-    return 4 * (held + 4 * fitted), passes * 2 * (1 + BACKWARD) * layers * each
+    student = within(source, target)
+    fitted = {name: math.prod(shape) for name, shape in student.shapes().items() if fitted_by(blocks, name)}
+    routed = sum(size for name, size in fitted.items() if ".experts." in name)
+    active = sum(fitted.values()) - routed
+    active += routed * (student.moe_router_topk or 0) // (student.num_moe_experts or 1)
+    held = max(map(sum, parameters_by_stage(student, layout)))
+    on_rank = max(map(sum, parameters_by_stage(student, layout, fitted)))
+    return 4 * (held + 4 * on_rank), passes * 2 * (1 + BACKWARD) * active
 
 
 def statistics_bytes(source: Architecture, calibration: Calibration) -> int:
@@ -121,7 +126,7 @@ def describe_scoring(job: Job, source: Architecture, target: Architecture) -> li
     calibration = calibration_of(job, source)
     cutting = job.cutting
     refit = refit_of(source, target, job.layout, cutting.memory, cutting.gram_copies) if solves(job) else Refit()
-    if refit.passes and job.cutting.reconstruct:
+    if solves(job) and job.cutting.reconstruct:
         student, fitting = reconstruction_of(source, target, job.layout, job.cutting.reconstruct)
         refit = dataclasses.replace(refit, fits=job.cutting.reconstruct, fitting=fitting, student=student)
     flops, lines = scoring_flops(source, calibration, refit) | rotation_flops(job, source), []

@@ -1,5 +1,5 @@
 """The compensate stage: it sums the Gram matrices of the uncut model's activations and re-fits matrices with them. Then
-it may fit cut MLPs as a whole.
+it may fit cut sub-blocks as a whole.
 
 Shapes (docs/shapes.md): D input channels of a matrix.
 """
@@ -28,7 +28,7 @@ from nemo_minitron.megatron.reconstruct import reconstruct
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import AUTO
-from nemo_minitron.pruning.reconstruction import can_reconstruct, fitted_names, neurons_alone, of_student
+from nemo_minitron.pruning.reconstruction import cut_blocks, cut_within, fitted_blocks, fitted_matrices, of_student
 from nemo_minitron.pruning.ridge import chosen_ridge
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
@@ -48,7 +48,7 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     that it re-fits to files beside the Compensation. Rank 0 joins the files, one plan at a time, so that no rank holds
     the matrices of several plans.
 
-    Under `order.reconstruct` the MLPs of each plan are then fitted as a whole, one plan after another.
+    Under `order.reconstruct` the cut sub-blocks of each plan are then fitted as a whole, one plan after another.
 
     Raises InputError if the model, the text or a plan cannot be read, or if they do not belong together.
     """
@@ -56,7 +56,7 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     wanted = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
     for cut in wanted:
         check_plan(cut.plan, source)
-    fits = [Fit(cut) for cut in wanted if order.reconstruct and can_reconstruct(cut.plan)]
+    fits = [Fit(cut) for cut in wanted if order.reconstruct and cut_blocks(cut.plan.source, cut.plan.target)]
     fitted = [fit.cut for fit in fits]
     cuts = [*(cut for cut in wanted if cut not in fitted), *(part for fit in fits for part in (fit.solved, fit.start))]
     chunks = load(source, build=host.build, precision=calibration.precision, layout=order.layout)
@@ -134,14 +134,14 @@ class Cut:
 
 
 class Fit:
-    """The MLPs of a plan, fitted as a whole from the least squares of the cut of neurons alone, `start`.
+    """The cut sub-blocks of a plan, fitted as a whole from `start`, the least squares of the cut within them alone.
 
-    `solved`: the plan's own least squares, of which attention's matrices stay."""
+    `solved`: the plan's own least squares, of which stays what is not fitted: attention with latents."""
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut  # whose file appears when all is done
         self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}.solved"))
-        self.start = Cut(neurons_alone(cut.plan), cut.out.with_name(f"{cut.out.name}.neurons"))
+        self.start = Cut(cut_within(cut.plan), cut.out.with_name(f"{cut.out.name}.start"))
 
     def run(self, order: CompensateOrder, host: Builder, source: ModelSource, teacher: list[MegatronModule]) -> None:
         """Puts the fitted matrices into the plan's Compensation. Collective."""
@@ -149,27 +149,28 @@ class Fit:
         solved = Compensation.load(self.start.out)
         student = load(source, alone, build=host.build, compensation=solved, precision="fp32", layout=order.layout)
         report = Report("reconstruction: pass") if first else lambda done, total: None
-        found = reconstruct(order, teacher, student, rows_of(order), plan.kept_layers, report)
+        found = reconstruct(order, teacher, student, rows_of(order), fitted_blocks(plan), report)
         errors = {k: v for each in gather_objects(found, torch.distributed.group.WORLD) for k, v in each.items()}
         live = LiveSource(student, alone.target)
         if first:
             self.cut.begin()
-        for name, origin in fitted_names(plan):
+        for name, origin, _ in fitted_matrices(plan):
             raw = live.read(origin, everything(alone.target.shapes()[origin]))
             if first:
                 np.save(self.cut.parts / name, of_student(plan, name, raw.view(np.float32)))
         torch.distributed.barrier()
         if first:
-            self._join(order, dict(sorted(errors.items())))
+            self._join(order, errors)
 
-    def _join(self, order: CompensateOrder, errors: Mapping[int, tuple[float, float]]) -> None:
-        """`errors`: the teacher's layer -> its MLP's on held-out rows, before and after."""
+    def _join(self, order: CompensateOrder, errors: Mapping[str, tuple[float, float]]) -> None:
+        """`errors`: `LAYER NAME` of a sub-block -> its error on held-out rows, before and after."""
         solved, parts = Compensation.load(self.solved.out), self.cut.parts
-        fitted = {name: np.load(parts / f"{name}.npy", mmap_mode="r") for name, _ in fitted_names(self.cut.plan)}
-        kept = [min(after / before, 1.0) if before else 1.0 for before, after in errors.values()]
+        fitted = {name: np.load(parts / f"{name}.npy", mmap_mode="r") for name, *_ in fitted_matrices(self.cut.plan)}
+        in_order = sorted(errors, key=lambda name: (int(name.split()[0]), name))
+        kept = {name: min(errors[name][1] / errors[name][0], 1.0) if errors[name][0] else 1.0 for name in in_order}
         notes: JsonObject = {
             "reconstruct": order.reconstruct, "reconstruct_batch": order.reconstruct_batch,
-            "held-out error of each layer's MLP, as a share of the least squares'": [round(x, 4) for x in kept],
+            "held-out error of each sub-block, as a share of its start's": {n: round(x, 4) for n, x in kept.items()},
         }  # fmt: skip
         both = {name: solved.tensors[name] for name in solved.tensors if name not in fitted} | fitted
         Compensation(solved.plan, both, solved.notes | notes).save(self.cut.out)

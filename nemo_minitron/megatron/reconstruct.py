@@ -1,36 +1,38 @@
-"""Cut MLPs fitted as a whole, from the least squares on, by passes over the calibration (2510.14444 calls it local
-reconstruction).
+"""Sub-blocks that were cut, fitted as a whole, from the least squares on, by passes over the calibration (2510.14444
+calls it local reconstruction).
 
-Each MLP of the student reads what the teacher's MLP reads, and learns by Adam to write what the teacher's writes. A
-token's squared error counts by one over the mean square of the teacher's residual stream behind the layer, as the next
-norm sees it. The MLPs do not depend on each other. Each lies on the ranks that hold the teacher's, in the same layout:
-tensor parallelism splits it as Megatron does, gradients are summed over data- and context-parallel ranks, and each
-pipeline stage fits its own. One step takes `reconstruct_batch` rows of all ranks together. Rows at the beginning are
-held out: an MLP that is no better on them afterwards keeps what it started from.
+Each sub-block of the student (attention, an MLP, a mixture of experts, a Mamba mixer) reads what the teacher's reads,
+and learns by Adam to write what the teacher's writes. A token's squared error counts by one over the mean square of the
+teacher's residual stream behind the layer, as the next norm sees it. The sub-blocks do not depend on each other. Each
+lies on the ranks that hold the teacher's, in the same layout: tensor and expert parallelism split it as Megatron does,
+gradients are summed over the ranks that hold a copy of a matrix and see other tokens, and each pipeline stage fits its
+own. One step takes `reconstruct_batch` rows of all ranks together. Rows at the beginning are held out: a sub-block that
+is no better on them afterwards keeps what it started from.
 
 Shapes (docs/shapes.md): S positions of the sequence on this rank, B sequences, H hidden channels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.pruning.reconstruction import SubBlock
 from nemo_minitron.settings.reconstruction import held_out
+from nemo_minitron.sources.mapping import is_expert
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch.distributed import ProcessGroup
     from torch.utils.hooks import RemovableHandle
 
@@ -39,42 +41,52 @@ if TYPE_CHECKING:
 RATE = 0.01  # Adam's highest rate, as a share of a matrix's root mean square: 2e-3 for SmolLM2's (docs/benchmarks.md)
 WARMUP = 0.05  # of the steps; then the rate falls to 0 as a cosine
 MEASURE, LEARN = "measure", "learn"
+Blocks = Mapping[int, Sequence[SubBlock]]  # the teacher's layer, from 0 -> its sub-blocks that are fitted
 
 
-class MLPFit:
-    """One MLP of the student, its optimizer, and its error on the held-out rows before and after."""
+class Seen(NamedTuple):
+    """What a sub-block of the teacher has just read, as it was called, and what it wrote, fp32."""
 
-    def __init__(self, mlp: nn.Module, steps: int) -> None:
-        self.mlp, self.steps, self.step = mlp, steps, 0
+    read_SBH: Tensor
+    more: tuple[Any, ...]
+    named: Mapping[str, Any]
+    wrote_SBH: Tensor
+
+
+class Fit:
+    """One sub-block of the student, its optimizer, and its error on the held-out rows before and after.
+
+    `copies`: the ranks that hold the same sub-block and see other tokens."""
+
+    def __init__(self, block: nn.Module, name: str, steps: int) -> None:
+        self.block, self.steps, self.step = block, steps, 0
         self.errors: list[Tensor] = []
-        mlp.requires_grad_(False)
-        self.weights = [weight.requires_grad_() for weight in mlp.parameters() if weight.dim() == 2]
-        self.start = [weight.detach().clone() for weight in self.weights]
-        self.rates = [RATE * _root_mean_square(weight) for weight in self.weights]
-        groups = [{"params": [weight], "lr": 0.0} for weight in self.weights]
+        block.requires_grad_(False)
+        self.matrices = [Matrix(w.requires_grad_(), is_expert(f"{name}.{n}")) for n, w in _matrices(block)]
+        groups = [{"params": [matrix.weight], "lr": 0.0} for matrix in self.matrices]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
 
-    def error(self, x_SBH: Tensor, aim_SBH: Tensor, share_SB: Tensor) -> Tensor:
+    def error(self, seen: Seen, share_SB: Tensor) -> Tensor:
         """The sum of this rank's squared errors, each times its share."""
-        written_SBH, _ = self.mlp(x_SBH)
-        return ((written_SBH.float() - aim_SBH).square().mean(-1) * share_SB).sum()
+        written_SBH = self.block(seen.read_SBH, *seen.more, **seen.named)[0]
+        return ((written_SBH.float() - seen.wrote_SBH).square().mean(-1) * share_SB).sum()
 
-    def learn(self, x_SBH: Tensor, aim_SBH: Tensor, share_SB: Tensor) -> None:
+    def learn(self, seen: Seen, share_SB: Tensor) -> None:
         with torch.enable_grad():
-            self.error(x_SBH, aim_SBH, share_SB).backward()
+            self.error(seen, share_SB).backward()
         done, self.step = (self.step + 0.5) / self.steps, self.step + 1
         rate = min(done / WARMUP, 0.5 + 0.5 * math.cos(math.pi * done))
-        for weight, group, own in zip(self.weights, self.optimizer.param_groups, self.rates, strict=True):
-            torch.distributed.all_reduce(weight.grad, group=_copies())
-            group["lr"] = rate * own
+        for matrix, group in zip(self.matrices, self.optimizer.param_groups, strict=True):
+            matrix.sum_gradients()
+            group["lr"] = rate * matrix.rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def measure(self, x_SBH: Tensor, aim_SBH: Tensor, share_SB: Tensor) -> None:
-        self.errors[-1] += self.error(x_SBH, aim_SBH, share_SB).double()
+    def measure(self, seen: Seen, share_SB: Tensor) -> None:
+        self.errors[-1] += self.error(seen, share_SB).double()
 
     def settle(self, split: bool) -> tuple[float, float]:
-        """Puts the start back if the fit is no better. The errors before and after, the same on all ranks of the MLP.
+        """Puts the start back if the fit is no better. The errors before and after, the same on all ranks of the block.
         `split`: sequence parallelism shares the positions out."""
         errors = torch.stack(self.errors)
         torch.distributed.all_reduce(errors, group=_copies())
@@ -82,30 +94,59 @@ class MLPFit:
             torch.distributed.all_reduce(errors, group=parallel_state.get_tensor_model_parallel_group())
         before, after = errors.tolist()
         if not after < before:
-            for weight, start in zip(self.weights, self.start, strict=True):
-                weight.detach().copy_(start)
+            for matrix in self.matrices:
+                matrix.weight.detach().copy_(matrix.start)
         return before, after
+
+
+class Matrix:
+    """A weight that is fitted, what it started from, and Adam's highest rate for it. `expert`: of a routed expert."""
+
+    def __init__(self, weight: Tensor, expert: bool) -> None:
+        self.weight, self.expert, self.start = weight, expert, weight.detach().clone()
+        self.rate = RATE * self._root_mean_square()
+
+    def sum_gradients(self) -> None:
+        """Over the ranks that hold a copy. An expert to which no token of this rank went has a gradient of 0."""
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        group = parallel_state.get_expert_data_parallel_group() if self.expert else _copies()
+        torch.distributed.all_reduce(self.weight.grad, group=group)
+
+    def _root_mean_square(self) -> float:
+        """Of the whole matrix, over the tensor-parallel ranks that share it."""
+        square, count = self.start.double().square().sum(), torch.tensor(float(self.start.numel())).double()
+        sums = torch.stack([square, count.to(square.device)])
+        torch.distributed.all_reduce(sums, group=_shares(self.expert))
+        return float((sums[0] / sums[1]).sqrt())
 
 
 class Reconstruction:
     """Hooks on the teacher's layers: while it is open, each micro-batch that passes the teacher fits or measures."""
 
     def __init__(
-        self, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], layers: Collection[int], steps: int
+        self, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], wanted: Blocks, steps: int
     ) -> None:
-        both = zip(teacher, student, strict=True)
-        pairs = [pair for t, s in both for pair in _mlps(unwrap(t), unwrap(s)) if pair[0].layer_number - 1 in layers]
-        self.fits = {layer.layer_number - 1: MLPFit(mlp, steps) for layer, mlp in pairs}
+        self.fits: dict[int, dict[str, Fit]] = {}
+        self._blocks: list[tuple[int, str, nn.Module]] = []  # layer, name, the teacher's sub-block
+        self._layers: list[tuple[int, nn.Module]] = []
+        for layer, own in _layers(teacher, student):
+            number = layer.layer_number - 1
+            for block in wanted.get(number, ()):
+                name = f"decoder.layers.{number}.{block.module}"
+                self.fits.setdefault(number, {})[block.name] = Fit(getattr(own, block.module), name, steps)
+                self._blocks.append((number, block.name, getattr(layer, block.module)))
+            self._layers += [(number, layer)] if number in self.fits else []
         self.split = bool(unwrap(teacher[0]).config.sequence_parallel)
-        self.mode, self._layers = MEASURE, [layer for layer, _ in pairs]
+        self.mode = MEASURE
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> what its MLP has just read and written
+        self._seen: dict[tuple[int, str], Seen] = {}
         self._samples: Samples | None = None
 
     def __enter__(self) -> Reconstruction:
-        for layer in self._layers:
-            number = layer.layer_number - 1
-            self._handles.append(layer.mlp.register_forward_hook(self._keep(number)))
+        for number, name, block in self._blocks:
+            self._handles.append(block.register_forward_hook(self._keep(number, name), with_kwargs=True))
+        for number, layer in self._layers:
             self._handles.append(layer.register_forward_hook(self._use(number)))
         return self
 
@@ -116,19 +157,21 @@ class Reconstruction:
     def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
         self._samples = samples_of(batch) if batch["loss_mask"].any() else None  # None: it fills the schedule up
 
-    def _keep(self, number: int) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def _keep(self, number: int, name: str) -> Callable[[nn.Module, tuple, dict, Any], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             # a copy: without gradients Megatron adds the residual stream to it in place
-            self._seen[number] = args[0].detach().float(), output[0].detach().to(torch.float32, copy=True)
+            wrote_SBH = output[0].detach().to(torch.float32, copy=True)
+            self._seen[number, name] = Seen(args[0].detach().float(), args[1:], kwargs, wrote_SBH)
 
         return hook
 
     def _use(self, number: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            x_SBH, aim_SBH = self._seen.pop(number)
-            if self._samples is not None:
-                stream_SBH = (output[0] if isinstance(output, tuple) else output).detach().float()
-                getattr(self.fits[number], self.mode)(x_SBH, aim_SBH, self._shares(stream_SBH))
+            stream_SBH = (output[0] if isinstance(output, tuple) else output).detach().float()
+            for name, fit in self.fits[number].items():
+                seen = self._seen.pop((number, name))
+                if self._samples is not None:
+                    getattr(fit, self.mode)(seen, self._shares(stream_SBH))
 
         return hook
 
@@ -142,12 +185,13 @@ class Reconstruction:
 
 def reconstruct(
     order: CompensateOrder, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], rows: Tensor,
-    layers: Collection[int], report: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[int, tuple[float, float]]:  # fmt: skip
-    """Fits the MLPs of `student`, fp32, in place. Collective.
+    blocks: Blocks, report: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """Fits sub-blocks of `student`, fp32, in place. Collective.
 
-    `rows`: the calibration's, int64 [rows, sequence_length], the same on every rank. `layers`: the teacher's layers
-    that stay, from 0. Gives such a layer -> the error on the held-out rows before and after, for this rank's stage.
+    `rows`: the calibration's, int64 [rows, sequence_length], the same on every rank. `blocks`: the teacher's layer,
+    from 0 -> its sub-blocks that are fitted. Gives `LAYER NAME` of each sub-block -> its error on the held-out rows
+    before and after, for this rank's stage.
     """
     batch, passes = order.reconstruct_batch, order.reconstruct
     aside = held_out(len(rows), batch)
@@ -157,7 +201,11 @@ def reconstruct(
         micro_batches(_of_rank(part, batch), config, virtual=virtual)
         for part in (rows[:aside], rows[aside : aside + steps * batch])
     )
-    with evaluating(teacher), torch.no_grad(), Reconstruction(teacher, student, layers, steps * passes) as fitting:
+    with contextlib.ExitStack() as stack:
+        for chunks in (teacher, student):
+            stack.enter_context(evaluating(chunks))
+        stack.enter_context(torch.no_grad())
+        fitting = stack.enter_context(Reconstruction(teacher, student, blocks, steps * passes))
         _measure(fitting, teacher, held)
         fitting.mode = LEARN
         for done in range(passes):
@@ -165,12 +213,13 @@ def reconstruct(
             report(done + 1, passes)
         fitting.mode = MEASURE
         _measure(fitting, teacher, held)
-    return {layer: fit.settle(fitting.split) for layer, fit in fitting.fits.items()}
+    each = ((f"{layer} {name}", fit) for layer, fits in fitting.fits.items() for name, fit in fits.items())
+    return {name: fit.settle(fitting.split) for name, fit in each}
 
 
 def _measure(fitting: Reconstruction, teacher: Sequence[MegatronModule], held: list[Batch]) -> None:
-    for fit in fitting.fits.values():
-        fit.errors.append(torch.zeros((), dtype=torch.float64, device=fit.weights[0].device))
+    for fit in (fit for fits in fitting.fits.values() for fit in fits.values()):
+        fit.errors.append(torch.zeros((), dtype=torch.float64, device=fit.matrices[0].weight.device))
     run_forward(list(teacher), held, fitting)
 
 
@@ -180,22 +229,26 @@ def _of_rank(rows: Tensor, batch: int) -> list[Tensor]:
     return [step.chunk(ranks)[rank] for step in rows.split(batch)]
 
 
-def _mlps(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[TransformerLayer, nn.Module]]:
-    """Each of the teacher's layers that has a dense MLP, with the student's MLP of the same layer."""
-    for layer, own in zip(teacher.decoder.layers, student.decoder.layers, strict=True):
-        if isinstance(getattr(layer, "mlp", None), MLP):
-            yield layer, own.mlp
+def _layers(teacher: Sequence[MegatronModule], student: Sequence[MegatronModule]) -> Iterator[tuple[Any, Any]]:
+    """Each of the teacher's layers on this rank, with the student's of the same number."""
+    for theirs, own in zip(teacher, student, strict=True):
+        yield from zip(unwrap(theirs).decoder.layers, unwrap(own).decoder.layers, strict=True)
+
+
+def _matrices(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are fitted. A router, also that of a shared expert, stays as it was cut."""
+    for name, weight in block.named_parameters():
+        if weight.dim() == 2 and "router" not in name and not name.endswith("gate_weight"):
+            yield name, weight
 
 
 def _copies() -> ProcessGroup:
-    """The ranks that hold a copy of a matrix and see other tokens."""
+    """The ranks that hold a copy of a matrix outside the routed experts and see other tokens."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _root_mean_square(weight: Tensor) -> float:
-    """Of the whole matrix, over the tensor-parallel ranks that share it."""
-    sums = torch.stack(
-        [weight.detach().double().square().sum(), torch.full_like(weight[0, 0], weight.numel()).double()]
-    )
-    torch.distributed.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
-    return float((sums[0] / sums[1]).sqrt())
+def _shares(expert: bool) -> ProcessGroup:
+    """The tensor-parallel ranks that share a matrix."""
+    if expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()

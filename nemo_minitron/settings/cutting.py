@@ -21,8 +21,8 @@ DAMPING = (
     "that its fit did not read."
 )
 PASSES = (
-    "Passes over the calibration in which each MLP that lost neurons is fitted as a whole, after the least squares; 0: "
-    "none."
+    "Passes over the calibration in which attention, MLPs, experts and Mamba mixers that lost units are fitted as a "
+    "whole, after the least squares; 0: none."
 )
 BATCH = "Rows of one step of that fit, of all data-parallel ranks together."
 RESIDUAL = (
@@ -46,8 +46,8 @@ class Cutting(ValidatedSettings):
     `memory`: GB (10^9 bytes) of Gram matrices on a rank. A layer (and expert) takes ffn^2 x 8 bytes (twice that with
     ridge=auto), divided among the ranks that share it. One pass of the calibration serves as many layers as fit, at
     least one.
-    `reconstruct`: passes over the calibration in which each MLP that lost neurons learns, as a whole, to write what the
-    teacher's MLP writes (`megatron/reconstruct.py`; 2510.14444), in steps of `reconstruct_batch` rows. It starts from
+    `reconstruct`: passes over the calibration in which each sub-block that lost units learns, as a whole, to write what
+    the teacher's writes (`megatron/reconstruct.py`; 2510.14444), in steps of `reconstruct_batch` rows. It starts from
     the least squares, and each rank holds a second copy of the model in fp32 for it.
     `rotate`: the teacher is scored and cut in rotated coordinates of its residual stream (`pruning/rotation.py`), so
     that a cut of hidden channels loses less. The student learns from the teacher as it is. A run holds one more copy
@@ -133,14 +133,15 @@ class Cutting(ValidatedSettings):
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
         """Raises InputError for a setting that this cut cannot have. `searched`: a search will find the sizes."""
         from nemo_minitron.pruning.compensation import check_residual
+        from nemo_minitron.pruning.reconstruction import check_reconstruction
         from nemo_minitron.pruning.rotation import check_rotation
 
         if self.rotate:
             check_rotation(source)
             if not searched and source.hidden_size == target.hidden_size:
                 raise InputError("rotate serves a cut of hidden channels, and the job cuts none; leave it off")
-        if self.reconstruct and not searched and source.ffn_hidden_size == target.ffn_hidden_size:
-            raise InputError("reconstruct fits MLPs that lost neurons, and the job cuts no ffn; set 0 passes")
+        if self.reconstruct and not searched:
+            check_reconstruction(source, target)
         if self.head_residual and searched:
             raise InputError("head_residual needs sizes in keep; the shapes of a search keep all heads")
         if self.head_residual:
@@ -153,6 +154,8 @@ class Cutting(ValidatedSettings):
 
         if not searched or not source.num_moe_experts:
             check_merge(source, target)
+        if self.reconstruct:
+            raise InputError("merge_experts averages experts, and reconstruct fits them; set one of them off")
         if self.compensate and (searched or source.moe_ffn_hidden_size != target.moe_ffn_hidden_size):
             raise InputError(
                 "merge_experts averages experts whose last matrices compensate re-fits after a cut of expert_ffn; set "

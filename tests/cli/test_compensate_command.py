@@ -215,7 +215,7 @@ def test_vocabulary(world):
         (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", 0], "ridge is 0.0; it must be above 0"),
         (["compensate", "teacher", "compensated.json", *ROWS, "--ridge", "best"], "a number, or auto"),
         (["compensate", "run/student", "compensated.json", *ROWS], "made for another model"),
-        (["compensate", "teacher", "heads.json", *ROWS, "--reconstruct", 1], "the plan cuts no ffn"),
+        (["compensate", "teacher", "layers.json", *ROWS, "--reconstruct", 1], "cuts no neurons and no heads"),
         (
             ["compensate", "teacher", "compensated.json", *ROWS, "--reconstruct", 1, "--reconstruct-batch", 4],
             "6 calibration rows are fewer than two steps of reconstruct_batch=4",
@@ -233,7 +233,6 @@ def test_refusals(world, solved, arguments, message):
     source = from_hf(world / "teacher")
     plan = PrunePlan(source=source, target=source.replace(num_layers=2), keep={"layers": [0, 5]})
     plan.save(world / "layers.json")
-    random_plan(source, keep={"heads": 3}).save(world / "heads.json")
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
     done = forked.run(command, cwd=world)
     assert done.returncode == 2, done.stderr

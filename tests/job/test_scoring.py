@@ -87,6 +87,17 @@ def test_the_re_fit_of_experts():
     assert found.products == 2 * 2 * 2 * 320**2  # two layers
 
 
+def test_the_fit_of_mixtures_and_attention():
+    """Two of six layers are mixtures; a token goes to two of three experts that stay. Attention is fitted in all."""
+    a = mixed()
+    student = a.replace(num_moe_experts=3, num_attention_heads=6, num_query_groups=3)
+    attention, shared, expert = 6 * 2 * 576 * (6 + 3) * 64, 2 * 3 * 576 * 448, 3 * 576 * 320
+    held = 4 * (student.parameters() + 4 * (attention + shared + 2 * 3 * expert))
+    assert reconstruction_of(a, student, ONE, 1) == (held, 6 * (attention + shared + 2 * 2 * expert))
+    assert reconstruction_of(a, student, Layout(ep=3, dp=3), 1)[0] < held
+    assert reconstruction_of(a, a.replace(num_moe_experts=3), ONE, 1)[1] == 6 * (shared + 2 * 2 * expert)
+
+
 def test_the_fit_of_mlps_as_a_whole():
     """An fp32 copy of the model with fewer neurons; gradients, two moments and the start of its MLPs."""
     a, student = smollm2(), smollm2(ffn_hidden_size=1024, num_layers=20)

@@ -34,7 +34,7 @@ def job(teacher, keep, *settings):
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0"),
-        ({"heads": 3}, ["cutting.reconstruct=2"], "the job cuts no ffn; set 0 passes"),
+        ({"layers": 4}, ["cutting.reconstruct=2"], "sub-blocks that lost units, and here none does; leave it out"),
         ({"heads": 3}, ["cutting.rotate=true"], "rotate serves a cut of hidden channels, and the job cuts none"),
         (
             {"ffn": 48},
@@ -76,6 +76,11 @@ def experts(tmp_path_factory):
 def test_refusals_of_merging(experts, keep, settings, message):
     with pytest.raises(InputError, match=message):
         check(job(experts, keep, "cutting.merge_experts=true", *settings))
+
+
+def test_experts_are_merged_or_fitted(experts):
+    with pytest.raises(InputError, match="merge_experts averages experts, and reconstruct fits them"):
+        check(job(experts, {"experts": 3, "heads": 3}, "cutting.merge_experts=true", "cutting.reconstruct=1"))
 
 
 def test_a_dense_model_has_nothing_to_merge(teacher):

@@ -12,22 +12,25 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import file_digest
 from nemo_minitron.artifacts.run_folder import CutFolder, RunFolder
-from nemo_minitron.commands.compensate import solve_for
+from nemo_minitron.commands.compensate import leaves_fits, solve_for
 from nemo_minitron.commands.prune import Extras, compensation_of
 from nemo_minitron.job.fitted import fitted_calibration
 from nemo_minitron.job.run import Run, Stage
 from nemo_minitron.job.stages import corpora
 from nemo_minitron.job.teacher import clear_torn, scored_model
-from nemo_minitron.pruning.compensation import follows_a_cut, solvable
+from nemo_minitron.pruning.compensation import follows_a_cut
+from nemo_minitron.pruning.reconstruction import SUB_BLOCKS
 from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.tensors import ModelSource
 
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # a cut of these axes leaves matrices to re-fit
+LEAVE_BLOCKS = {name for block in SUB_BLOCKS for name in block.axes}  # of these, sub-blocks to reconstruct
 
 
 def solves(job: Job) -> bool:
     """Whether the job has this stage. The candidates of a search may still cut none of these axes."""
-    return job.cutting.compensate and (job.search.wanted or not LEAVE_MATRICES.isdisjoint(job.keep))
+    axes = LEAVE_MATRICES | (LEAVE_BLOCKS if job.cutting.reconstruct else set())
+    return job.cutting.compensate and (job.search.wanted or not axes.isdisjoint(job.keep))
 
 
 def solved_bytes(student: Architecture) -> int:
@@ -45,13 +48,13 @@ SOLVE = Stage("compensate", compensate, lambda run: run.job.cutting.fitting(), (
 
 
 def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
-    """Leaves a Compensation beside each plan, all from one pass. It is empty if a plan cuts no neurons or heads."""
+    """Leaves a Compensation beside each plan, all from one pass. It is empty if a plan leaves nothing to fit."""
     from nemo_minitron.data import Tokens
 
     job, outputs = run.job, {}  # the file of each plan -> the file of its Compensation
     for cut in cuts:
         plan = PrunePlan.load(cut.plan)
-        if list(solvable(plan)):
+        if leaves_fits(plan, job.cutting.reconstruct):
             outputs[cut.plan] = cut.compensation
         else:
             Compensation(plan.digest, {}).save(cut.compensation)
@@ -90,7 +93,7 @@ def unscaled(job: Job, plan: PrunePlan) -> str:
 
 def solved_of(job: Job, cut: CutFolder) -> Path | None:
     """The file of a plan's Compensation; None if the plan needs none. Raises InputError if it is missing or damaged."""
-    if not (job.cutting.compensate and list(solvable(PrunePlan.load(cut.plan)))):
+    if not (job.cutting.compensate and leaves_fits(PrunePlan.load(cut.plan), job.cutting.reconstruct)):
         return None
     Compensation.load(cut.compensation)
     return cut.compensation
