@@ -4,8 +4,8 @@ after equal training: `python benchmarks/quality.py --novels r-cran-janeaustenr_
 Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py`), `slices` (our selection alone),
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
 (a job without the last, where a cut has layers and more), `rotated` (a job that turns the residual stream to its
-principal axes first, where a cut has hidden channels), and `reconstructed` (a job whose MLPs are fitted as a whole in
-PASSES passes, where a cut has neurons). Every arm reads the same calibration rows. Losses, in
+principal axes first, where a cut has hidden channels), and `reconstructed` (a job whose sub-blocks are fitted as a whole
+in PASSES passes, where a cut has neurons or heads). Every arm reads the same calibration rows. Losses, in
 nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training
 read Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
 
@@ -252,8 +252,8 @@ class Bench:
 def _differs(cut: str, arm: str) -> bool:
     """Whether an arm is another student than the job's."""
     axes = {*CUTS[cut][0]}
-    axis = {ROTATED: "hidden", RECONSTRUCTED: "ffn"}.get(arm)
-    return axes > {"layers"} if arm == UNSCALED else axis is None or axis in axes
+    needed = {ROTATED: {"hidden"}, RECONSTRUCTED: {"ffn", "heads"}}.get(arm)
+    return axes > {"layers"} if arm == UNSCALED else needed is None or not needed.isdisjoint(axes)
 
 
 def main() -> None:

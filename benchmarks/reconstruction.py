@@ -1,4 +1,4 @@
-"""MLPs fitted as a whole (`cutting.reconstruct`) over calibration rows and passes: SmolLM2-135M, ffn 1536 -> 1024:
+"""Sub-blocks fitted as a whole (`cutting.reconstruct`) over calibration rows and passes, in cuts of SmolLM2-135M:
 `python benchmarks/reconstruction.py --novels r-cran-janeaustenr_1.0.0-1_all.deb --out RESULT.json`.
 
 One selection, of 8,192 tokens, serves all points. Each point is `minitron compensate` with so many rows of 512 tokens
@@ -10,6 +10,7 @@ are shared, and each point is written as it comes.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,35 @@ from typing import Any
 import common
 import texts
 from compensation_curve import compared
-from quality import BATCH, SEED, Bench, Results
+from quality import BATCH, CUTS, SEED, Bench, Results
 
 from nemo_minitron.settings.precision import best_precision
-
-CUT = "ffn 1024"
 
 
 class Points(Bench):
     """The students of all points."""
 
     def run(self) -> None:
-        for rows in self.options.rows:
-            for passes in self.options.passes:
-                if not self.results.find(CUT, f"{passes} passes", 0, rows * 512):
-                    self.point(rows, passes)
+        o = self.options
+        for cut, rows, passes in itertools.product(o.cuts, o.rows, o.passes):
+            if not self.results.find(cut, f"{passes} passes", 0, rows * 512):
+                self.point(cut, rows, passes)
 
-    def point(self, rows: int, passes: int) -> None:
+    def point(self, cut: str, rows: int, passes: int) -> None:
         from nemo_minitron.artifacts import Compensation, PrunePlan
         from nemo_minitron.hosts.nemo.models import load_model
 
-        plan, (file, costs) = self.work / CUT / "plan.json", self.fitted(rows, passes)
+        plan, (file, costs) = self.work / cut / "plan.json", self.fitted(cut, rows, passes)
         fitted = Compensation.load(file)
         student = load_model(self.model, PrunePlan.load(plan), compensation=fitted, precision=self.options.precision)[0]
-        shares = next((value for name, value in fitted.notes.items() if name.startswith("held-out error")), [])
-        row = {"cut": CUT, "arm": f"{passes} passes", "seed": 0, "tokens": rows * 512, **self.losses(student)}
-        self.results.add(row | {"costs": costs, "held-out error of each MLP": shares})
+        shares = next((value for name, value in fitted.notes.items() if name.startswith("held-out error")), {})
+        row = {"cut": cut, "arm": f"{passes} passes", "seed": 0, "tokens": rows * 512, **self.losses(student)}
+        self.results.add(row | {"costs": costs, "held-out error of each sub-block": shares})
 
-    def fitted(self, rows: int, passes: int) -> tuple[Path, dict[str, float]]:
+    def fitted(self, cut: str, rows: int, passes: int) -> tuple[Path, dict[str, float]]:
         """(The file of a point's Compensation, what it cost.)"""
-        self.make(CUT, "slices")  # the scores and the plan
-        file, plan = self.work / CUT / f"{rows} rows {passes} passes.safetensors", self.work / CUT / "plan.json"
+        self.make(cut, "slices")  # the scores and the plan
+        file, plan = (self.work / cut / name for name in (f"{rows} rows {passes} passes.safetensors", "plan.json"))
         options = ["--data", texts.TRAIN, "--samples", rows, "--sequence-length", 512, "--batch-size", BATCH]
         options += ["--seed", SEED, "--reconstruct", passes]
         return file, self.once(file, lambda out: self.minitron("compensate", self.model, plan, *options, "--out", out))
@@ -57,14 +56,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Losses, and the difference from the least squares of as many rows."""
     each = "loss of each row"
     for row in rows:
-        base = next((r for r in rows if (r["tokens"], r["arm"]) == (row["tokens"], "0 passes")), row)
-        line = f"{row['tokens']:>8,}  {row['arm']:12}"
+        base = next(
+            (r for r in rows if (r["cut"], r["tokens"], r["arm"]) == (row["cut"], row["tokens"], "0 passes")), row
+        )
+        line = f"{row['cut']:12}{row['tokens']:>8,}  {row['arm']:12}"
         for name in texts.TEXTS:
             line += "{:>9.3f} {:>+8.3f} ({:.3f})".format(row[name], *compared(row[each], base[each], name))
-        shares = row["held-out error of each MLP"]
-        print(
-            line, f"  {statistics.fmean(shares):.3f} of the error, {sum(x < 1 for x in shares)} MLPs" if shares else ""
-        )
+        shares = [*row["held-out error of each sub-block"].values()]
+        better = sum(share < 1 for share in shares)
+        print(line, f"  {statistics.fmean(shares):.3f} of the error, {better} better" if shares else "")
 
 
 def main() -> None:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(common.MODEL))
     parser.add_argument("--work", type=Path, default=common.ROOT / "runs/quality", help="shared with quality.py")
     parser.add_argument("--novels", type=Path, help="the .deb of r-cran-janeaustenr; needed once")
+    parser.add_argument("--cuts", nargs="+", default=["ffn 1024"], choices=list(CUTS))
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 16], help="of 512 calibration tokens")
     parser.add_argument("--passes", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--samples", type=int, default=16, help="rows of the selection")
