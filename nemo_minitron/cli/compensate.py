@@ -11,9 +11,9 @@ from nemo_minitron.cli.closing import comes_next
 from nemo_minitron.cli.nodes import Stall
 from nemo_minitron.cli.options import Data, Overwrite, SkipBadLines, Taking
 from nemo_minitron.launch.stall import SECONDS
-from nemo_minitron.schema import ANY_MODEL, OUTPUT
+from nemo_minitron.schema import ANY_MODEL, METHOD, OUTPUT
 from nemo_minitron.settings.calibration import Calibration
-from nemo_minitron.settings.cutting import Cutting
+from nemo_minitron.settings.cutting import FILL, Cutting
 from nemo_minitron.settings.layout import Layout
 
 OUT = "File of the re-fitted matrices, for `minitron prune --compensation`."
@@ -24,11 +24,12 @@ ROWS = Taking(
 
 def compensate(
     model: Annotated[str, typer.Argument(help=f"{ANY_MODEL}.")],
-    plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan` that cuts neurons or heads.")],
+    plan: Annotated[Path, typer.Argument(help="Plan of `minitron plan` that cuts neurons, heads or layers.")],
     data: Data,
     calibration: Annotated[Calibration, ROWS],
     cutting: Annotated[Cutting, Taking("ridge", "memory", "reconstruct", "reconstruct_batch")],
     layout: Layout,
+    fill_gaps: Annotated[bool, typer.Option("--fill-gaps", help=FILL, rich_help_panel=METHOD)] = False,
     skip_bad_lines: SkipBadLines = False,
     out: Annotated[Path, typer.Option("--out", help=OUT, rich_help_panel=OUTPUT)] = Path("compensation.safetensors"),
     overwrite: Overwrite = False,
@@ -43,7 +44,7 @@ def compensate(
     compensation = run_compensate(
         model, plan, data, out, calibration, layout, ridge=cutting.ridge, memory=int(cutting.memory * 1e9),
         reconstruct=cutting.reconstruct, reconstruct_batch=cutting.reconstruct_batch,
-        skip_bad_lines=skip_bad_lines, overwrite=overwrite,
+        fill_gaps=fill_gaps, skip_bad_lines=skip_bad_lines, overwrite=overwrite,
     )  # fmt: skip
     print(f"{out}: {len(compensation.tensors)} matrices")
     comes_next("prune", model, plan, "STUDENT", "--compensation", out)

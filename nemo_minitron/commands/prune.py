@@ -109,6 +109,8 @@ def compensation_of(source: ModelSource, plan: PrunePlan, extras: Extras) -> Com
         merged = merge_experts(source, plan, Scores.load(extras.scores))
         compensation = compensation.joined(merged, {"merged experts": merged.described()})
     if extras.scale_gaps and extras.scores:
+        if compensation.scales:
+            raise InputError("the compensation fills the gaps and scales what is behind them; leave --scale-gaps out")
         scales = gap_scales(plan, Scores.load(extras.scores))
         by_layer: JsonObject = {name.split(".")[1]: scale for name, scale in scales.items()}
         compensation = compensation.joined({}, {"scaled behind dropped layers": by_layer})

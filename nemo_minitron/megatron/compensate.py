@@ -6,9 +6,9 @@ Shapes (docs/shapes.md): D input channels of a matrix.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,16 +20,17 @@ from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.costs import gram_bytes
+from nemo_minitron.importance.gap_sums import gap_sums
 from nemo_minitron.importance.gram import gram, whole
+from nemo_minitron.megatron.cuts import Cut
 from nemo_minitron.megatron.live import LiveSource
 from nemo_minitron.megatron.load import Builder, load
 from nemo_minitron.megatron.progress import Report, counted
 from nemo_minitron.megatron.reconstruct import reconstruct
-from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import AUTO
+from nemo_minitron.pruning.gaps import Gap, last_matrix
 from nemo_minitron.pruning.reconstruction import cut_blocks, cut_within, fitted_blocks, fitted_matrices, of_student
-from nemo_minitron.pruning.ridge import chosen_ridge
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
 from nemo_minitron.sources.open import open_source
@@ -48,12 +49,13 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
     that it re-fits to files beside the Compensation. Rank 0 joins the files, one plan at a time, so that no rank holds
     the matrices of several plans.
 
-    Under `order.reconstruct` the cut sub-blocks of each plan are then fitted as a whole, one plan after another.
+    Under `order.fill_gaps` another pass follows for the matrices in front of dropped layers (`pruning/gaps.py`). Under
+    `order.reconstruct` the cut sub-blocks of each plan are then fitted as a whole, one plan after another.
 
     Raises InputError if the model, the text or a plan cannot be read, or if they do not belong together.
     """
     source, calibration = open_source(order.model), order.calibration
-    wanted = [Cut(PrunePlan.load(plan), out) for plan, out in order.plans.items()]
+    wanted = [Cut(PrunePlan.load(plan), out, order.fill_gaps) for plan, out in order.plans.items()]
     for cut in wanted:
         check_plan(cut.plan, source)
     fits = [Fit(cut) for cut in wanted if order.reconstruct and cut_blocks(cut.plan.source, cut.plan.target)]
@@ -77,14 +79,42 @@ def compensate(order: CompensateOrder, host: Builder) -> None:
             if found is not None:  # one rank of those that hold the tensor has its Gram matrix and re-fits it
                 for cut in cuts:
                     cut.solve(source, origin, found, order.ridge)
+    growth = fill(order, source, chunks, batches, cuts)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         rows = {name: getattr(calibration, name) for name in ("samples", "sequence_length", "seed", "precision")}
         for cut in cuts:
-            cut.finish({"method": "least squares", "ridge": order.ridge, **rows})
+            cut.finish(source, {"method": "least squares", "ridge": order.ridge, **rows}, growth)
     torch.distributed.barrier()
     for fit in fits:
         fit.run(order, host, source, chunks)
+
+
+def fill(
+    order: CompensateOrder, source: ModelSource, chunks: list[MegatronModule], batches: list[torch.Tensor],
+    cuts: list[Cut],
+) -> dict[Gap, float]:  # fmt: skip
+    """Leaves the changes of the matrices in front of dropped layers among each cut's parts. The logarithm of how much
+    the stream grows over each gap. Collective."""
+    a = source.architecture
+    growth: dict[Gap, float] = {}
+    wanted = {gap: last_matrix(a, gap) for cut in cuts for gap in cut.gaps}
+    some = sorted(wanted)
+    widths = [a.shapes()[f"layers.{gap.first - 1}.{local}"][1] for gap, local in wanted.items() if local]
+    one = 8 * max(widths, default=1) * (max(widths, default=1) + 2 * a.hidden_size) // order.layout.tp
+    count = max(1, order.memory // one)
+    groups = [some[first : first + count] for first in range(0, len(some), count)]
+    report = Report("gaps: row", scale=order.calibration.sequence_length)
+    for number, group in enumerate(groups):
+        with counted(chunks[0], reporting(order, report, number, len(groups))):
+            sums, grown = gap_sums(chunks, batches, {gap: wanted[gap] for gap in group})
+        growth |= grown
+        for gap, rows in sums.items():
+            found = whole({(name := f"layers.{gap.first - 1}.{wanted[gap]}"): rows}, name)
+            if found is not None:
+                for cut in cuts:
+                    cut.fill(gap, found, grown[gap])
+    return growth
 
 
 def reporting(
@@ -97,42 +127,6 @@ def reporting(
     return lambda passes: report(samples * group + min(samples, passes * per_pass), samples * groups)
 
 
-class Cut:
-    """A plan and the matrices that are re-fitted for it: one file a matrix in `parts`, then one Compensation in `out`.
-
-    `wanted`: the teacher's tensor whose inputs are cut -> the student's tensor that is re-fitted.
-    """
-
-    def __init__(self, plan: PrunePlan, out: Path) -> None:
-        self.plan, self.out = plan, out
-        self.wanted = {origin: name for name, origin in solvable(plan)}
-        self.parts = out.with_name(f"{out.name}.parts")
-
-    def begin(self) -> None:
-        """Makes the folder of parts, empty. Rank 0 calls it."""
-        shutil.rmtree(self.parts, ignore_errors=True)  # a run that was killed may have left files
-        self.parts.mkdir(parents=True)
-
-    def solve(self, source: ModelSource, origin: str, gram: np.ndarray, ridge: float | str) -> None:
-        """Re-fits the matrix that reads `origin`'s inputs, if this plan cuts them. `gram`: float64 [D, D], or [2, D, D]
-        of the halves of the samples, on which the ridge is chosen."""
-        if origin in self.wanted:
-            name = self.wanted[origin]
-            if isinstance(ridge, str):
-                ridge, gram = chosen_ridge(source, self.plan, name, gram), gram.sum(0)
-                (self.parts / f"{name}.ridge").write_text(str(ridge))
-            np.save(self.parts / name, solve(source, self.plan, name, gram, ridge))
-
-    def finish(self, notes: JsonObject) -> None:
-        """Joins the parts to the Compensation. Rank 0 calls it."""
-        tensors = {name: np.load(self.parts / f"{name}.npy", mmap_mode="r") for name in self.wanted.values()}
-        if notes["ridge"] == AUTO:
-            ridges = {name: float((self.parts / f"{name}.ridge").read_text()) for name in self.wanted.values()}
-            notes = {**notes, "ridge of each matrix": {name: float(f"{r:.3g}") for name, r in ridges.items()}}
-        Compensation(self.plan.digest, tensors, notes).save(self.out)
-        shutil.rmtree(self.parts)
-
-
 class Fit:
     """The cut sub-blocks of a plan, fitted as a whole from `start`, the least squares of the cut within them alone.
 
@@ -140,7 +134,7 @@ class Fit:
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut  # whose file appears when all is done
-        self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}.solved"))
+        self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}.solved"), fill_gaps=bool(cut.gaps))
         self.start = Cut(cut_within(cut.plan), cut.out.with_name(f"{cut.out.name}.start"))
 
     def run(self, order: CompensateOrder, host: Builder, source: ModelSource, teacher: list[MegatronModule]) -> None:
@@ -149,12 +143,12 @@ class Fit:
         solved = Compensation.load(self.start.out)
         student = load(source, alone, build=host.build, compensation=solved, precision="fp32", layout=order.layout)
         report = Report("reconstruction: pass") if first else lambda done, total: None
-        found = reconstruct(order, teacher, student, rows_of(order), fitted_blocks(plan), report)
+        found = reconstruct(order, teacher, student, rows_of(order), fitted_blocks(plan, self.cut.filled), report)
         errors = {k: v for each in gather_objects(found, torch.distributed.group.WORLD) for k, v in each.items()}
         live = LiveSource(student, alone.target)
         if first:
             self.cut.begin()
-        for name, origin, _ in fitted_matrices(plan):
+        for name, origin, _ in fitted_matrices(plan, self.cut.filled):
             raw = live.read(origin, everything(alone.target.shapes()[origin]))
             if first:
                 np.save(self.cut.parts / name, of_student(plan, name, raw.view(np.float32)))
@@ -165,7 +159,10 @@ class Fit:
     def _join(self, order: CompensateOrder, errors: Mapping[str, tuple[float, float]]) -> None:
         """`errors`: `LAYER NAME` of a sub-block -> its error on held-out rows, before and after."""
         solved, parts = Compensation.load(self.solved.out), self.cut.parts
-        fitted = {name: np.load(parts / f"{name}.npy", mmap_mode="r") for name, *_ in fitted_matrices(self.cut.plan)}
+        fitted = {
+            name: np.load(parts / f"{name}.npy", mmap_mode="r")
+            for name, *_ in fitted_matrices(self.cut.plan, self.cut.filled)
+        }
         in_order = sorted(errors, key=lambda name: (int(name.split()[0]), name))
         kept = {name: min(errors[name][1] / errors[name][0], 1.0) if errors[name][0] else 1.0 for name in in_order}
         notes: JsonObject = {
@@ -173,7 +170,7 @@ class Fit:
             "held-out error of each sub-block, as a share of its start's": {n: round(x, 4) for n, x in kept.items()},
         }  # fmt: skip
         both = {name: solved.tensors[name] for name in solved.tensors if name not in fitted} | fitted
-        Compensation(solved.plan, both, solved.notes | notes).save(self.cut.out)
+        dataclasses.replace(solved, tensors=both, notes=solved.notes | notes).save(self.cut.out)
         shutil.rmtree(parts)
         for part in (self.solved, self.start):
             part.out.unlink()

@@ -10,7 +10,7 @@ cut, because a router's choice has no gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -98,20 +98,23 @@ def _in_all_layers(plan: PrunePlan, name: str) -> list[int] | dict[int, list[int
     return {layer: kept.get(layer, first) for layer in axis(name).layers_of(plan.source)}
 
 
-def fitted_blocks(plan: PrunePlan) -> dict[int, list[SubBlock]]:
-    """The teacher's layer -> its sub-blocks that are fitted."""
+def fitted_blocks(plan: PrunePlan, filled: Collection[str] = ()) -> dict[int, list[SubBlock]]:
+    """The teacher's layer -> its sub-blocks that are fitted. `filled`: as in `fitted_matrices`."""
     found: dict[int, list[SubBlock]] = {}
-    for _, origin, block in fitted_matrices(plan):
+    for _, origin, block in fitted_matrices(plan, filled):
         of_layer = found.setdefault(int(origin.split(".")[1]), [])
         of_layer += [block] if block not in of_layer else []
     return found
 
 
-def fitted_matrices(plan: PrunePlan) -> Iterator[tuple[str, str, SubBlock]]:
-    """(student's tensor, the tensor of `cut_within` that it is cut from, its sub-block) of each that is fitted."""
+def fitted_matrices(plan: PrunePlan, filled: Collection[str] = ()) -> Iterator[tuple[str, str, SubBlock]]:
+    """(student's tensor, the tensor of `cut_within` that it is cut from, its sub-block) of each that is fitted.
+    `filled`: the student's matrices that fill gaps. Their sub-blocks write more than the teacher's, so none of their
+    matrices is fitted."""
     blocks = cut_blocks(plan.source, plan.target)
+    left = {(name.split(".")[1], fitted_by(blocks, name)) for name in filled}
     for name in shapes_of(plan.target):
-        if (block := fitted_by(blocks, name)) is not None:
+        if (block := fitted_by(blocks, name)) is not None and (name.split(".")[1], block) not in left:
             layer, local = split_name(name)
             yield name, f"layers.{plan.kept_layers[layer or 0]}.{local}", block
 

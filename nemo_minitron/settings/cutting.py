@@ -16,6 +16,7 @@ MEMORY = 4.0  # GB (10^9 bytes) of Gram matrices on a rank
 ROTATE = "Rotate the residual stream to its principal axes before hidden channels are scored and cut; it needs RMSNorm."
 FOLD = "Scale RMSNorms by sqrt(all / kept) where hidden channels are cut."
 GAPS = "Scale what is written to the residual stream behind dropped layers to the stream's length there."
+FILL = "Re-fit the last matrix in front of dropped layers to write what these wrote; scale what is written behind them."
 DAMPING = (
     "Damping of the least squares, as a share of the mean squared input; auto: for each matrix what serves rows best "
     "that its fit did not read."
@@ -57,6 +58,9 @@ class Cutting(ValidatedSettings):
     `scale_gaps`: where layers are dropped, what is written to the residual stream behind them is scaled to the length
     that the stream has there (`pruning/gaps.py`). A calibration that does not score the stream (another `method` than
     activation, or `axes` without it) leaves the slices as they are.
+    `fill_gaps`: where layers are dropped, the last matrix in front of them also learns to write what they wrote, by
+    least squares on the calibration's activations (`pruning/gaps.py`). It scales as `scale_gaps` does, by the stream
+    of this calibration. It needs `compensate`.
     `head_residual` ("paper", "laco" or none): see `pruning/compensation.py`.
     `merge_experts`: dropped experts are averaged into kept ones (`pruning/merging.py`) instead of being thrown away.
     Where neurons of experts are cut, too, it does not go with `compensate`, whose least squares hold for a kept expert
@@ -76,6 +80,7 @@ class Cutting(ValidatedSettings):
     rotate: bool = setting(False, ROTATE)
     fold_norms: bool = setting(True, FOLD)
     scale_gaps: bool = setting(True, GAPS)
+    fill_gaps: bool = setting(False, FILL)
     head_residual: str = setting("", RESIDUAL, legal=("", *SIGNS))
     merge_experts: bool = setting(False, MERGE)
 
@@ -85,6 +90,8 @@ class Cutting(ValidatedSettings):
             raise InputError(
                 "reconstruct starts from the least squares; leave cutting.compensate=true, or set 0 passes"
             )
+        if self.fill_gaps and not self.compensate:
+            raise InputError("fill_gaps is a re-fit; leave cutting.compensate=true, or set cutting.fill_gaps=false")
         if self.head_residual and self.compensate:
             raise InputError("head_residual changes the heads that compensate re-fits; set cutting.compensate=false")
 
@@ -93,7 +100,7 @@ class Cutting(ValidatedSettings):
         values = dataclasses.asdict(self)
         leave = {"memory"} if self.compensate else {"memory", "ridge"}
         leave |= set() if self.reconstruct else {"reconstruct", "reconstruct_batch"}
-        leave |= {name for name in ("merge_experts", "rotate") if not getattr(self, name)}
+        leave |= {name for name in ("merge_experts", "rotate", "fill_gaps") if not getattr(self, name)}
         for name in leave:
             del values[name]
         return values
@@ -105,7 +112,8 @@ class Cutting(ValidatedSettings):
 
     def fitting(self) -> object:
         """Plain values that decide what the least squares, and the fit after them, give."""
-        return [self.ridge, self.reconstruct, int(self.reconstruct_batch)] if self.reconstruct else self.ridge
+        fits = [self.reconstruct, int(self.reconstruct_batch)] * bool(self.reconstruct)
+        return [self.ridge, *fits, *["fill_gaps"] * self.fill_gaps] if fits or self.fill_gaps else self.ridge
 
     def rows_of_step(self, rows: int, ranks: int) -> int:
         """The rows of a step of the reconstruction, of `rows` and on so many data-parallel ranks. Raises InputError if
@@ -127,8 +135,9 @@ class Cutting(ValidatedSettings):
         return self.merge_experts and can_merge(source, target)
 
     def scales(self, source: Architecture, target: Architecture, stream: bool) -> bool:
-        """Whether what this cut leaves behind dropped layers is scaled. `stream`: the calibration scores the stream."""
-        return self.scale_gaps and stream and source.num_layers != target.num_layers
+        """Whether what this cut leaves behind dropped layers is scaled by the scores. `stream`: the calibration scores
+        the stream."""
+        return self.scale_gaps and not self.fill_gaps and stream and source.num_layers != target.num_layers
 
     def check(self, source: Architecture, target: Architecture, searched: bool) -> None:
         """Raises InputError for a setting that this cut cannot have. `searched`: a search will find the sizes."""
@@ -140,6 +149,8 @@ class Cutting(ValidatedSettings):
             check_rotation(source)
             if not searched and source.hidden_size == target.hidden_size:
                 raise InputError("rotate serves a cut of hidden channels, and the job cuts none; leave it off")
+        if self.fill_gaps and not searched and source.num_layers == target.num_layers:
+            raise InputError("fill_gaps serves a cut of layers, and the job drops none; leave it off")
         if self.reconstruct and not searched:
             check_reconstruction(source, target)
         if self.head_residual and searched:

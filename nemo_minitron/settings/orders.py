@@ -75,7 +75,8 @@ class PruneOrder(Order):
 class CompensateOrder(Order):
     """Re-fit the matrices that lose inputs to a cut. `plans`: the file of each plan -> the file of its Compensation.
     `memory`: bytes of Gram matrices on a rank. `calibration` says which rows are read. `reconstruct`: passes in which
-    cut MLPs are then fitted as a whole, by steps of `reconstruct_batch` rows."""
+    cut sub-blocks are then fitted as a whole, by steps of `reconstruct_batch` rows. `fill_gaps`: the matrices in front
+    of dropped layers learn to write what these wrote."""
 
     stage: ClassVar[str] = "compensate"
     model: Path
@@ -87,6 +88,7 @@ class CompensateOrder(Order):
     layout: Layout
     reconstruct: int = 0
     reconstruct_batch: int = 1
+    fill_gaps: bool = False
 
     @property
     def place(self) -> Path:

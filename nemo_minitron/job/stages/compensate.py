@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
 from nemo_minitron.artifacts.files import file_digest
@@ -24,12 +25,14 @@ from nemo_minitron.settings.recipe import Job
 from nemo_minitron.sources.tensors import ModelSource
 
 LEAVE_MATRICES = {"ffn", "expert_ffn", "heads", "query_groups"}  # a cut of these axes leaves matrices to re-fit
+LAYERS = {"layers", *hybrid.COUNTS}
 LEAVE_BLOCKS = {name for block in SUB_BLOCKS for name in block.axes}  # of these, sub-blocks to reconstruct
 
 
 def solves(job: Job) -> bool:
     """Whether the job has this stage. The candidates of a search may still cut none of these axes."""
     axes = LEAVE_MATRICES | (LEAVE_BLOCKS if job.cutting.reconstruct else set())
+    axes |= LAYERS if job.cutting.fill_gaps else set()
     return job.cutting.compensate and (job.search.wanted or not axes.isdisjoint(job.keep))
 
 
@@ -54,7 +57,7 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
     job, outputs = run.job, {}  # the file of each plan -> the file of its Compensation
     for cut in cuts:
         plan = PrunePlan.load(cut.plan)
-        if leaves_fits(plan, job.cutting.reconstruct):
+        if leaves_fits(plan, job.cutting.reconstruct, job.cutting.fill_gaps):
             outputs[cut.plan] = cut.compensation
         else:
             Compensation(plan.digest, {}).save(cut.compensation)
@@ -65,7 +68,8 @@ def solve_cuts(run: Run, cuts: Sequence[CutFolder]) -> None:
         solve_for(
             teacher, outputs, tokens.prefix, calibration, job.layout,
             ridge=job.cutting.ridge, memory=int(job.cutting.memory * 1e9), reconstruct=job.cutting.reconstruct,
-            reconstruct_batch=job.cutting.rows_of_step(calibration.samples, job.layout.dp), log=run.folder.log,
+            reconstruct_batch=job.cutting.rows_of_step(calibration.samples, job.layout.dp),
+            fill_gaps=job.cutting.fill_gaps, log=run.folder.log,
         )  # fmt: skip
     count = sum(len(Compensation.load(out).tensors) for out in outputs.values())
     run.say(f"    {count} matrices re-fitted")
@@ -93,7 +97,8 @@ def unscaled(job: Job, plan: PrunePlan) -> str:
 
 def solved_of(job: Job, cut: CutFolder) -> Path | None:
     """The file of a plan's Compensation; None if the plan needs none. Raises InputError if it is missing or damaged."""
-    if not (job.cutting.compensate and leaves_fits(PrunePlan.load(cut.plan), job.cutting.reconstruct)):
+    cutting = job.cutting
+    if not (cutting.compensate and leaves_fits(PrunePlan.load(cut.plan), cutting.reconstruct, cutting.fill_gaps)):
         return None
     Compensation.load(cut.compensation)
     return cut.compensation
