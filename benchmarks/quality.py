@@ -4,8 +4,8 @@ after equal training: `python benchmarks/quality.py --novels r-cran-janeaustenr_
 Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py`), `slices` (our selection alone),
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
 (a job without the last, where a cut has layers and more), `rotated` (a job that turns the residual stream to its
-principal axes first, where a cut has hidden channels), and `reconstructed` (a job whose sub-blocks are fitted as a
-whole in PASSES passes, where a cut has neurons or heads). Every arm reads the same calibration rows. Losses, in nats a
+principal axes first, where a cut has hidden channels), `reconstructed` (a job whose sub-blocks are fitted as a whole in
+PASSES passes, where a cut has neurons or heads), and `filled` (a job that fills the gaps of dropped layers). Every arm reads the same calibration rows. Losses, in nats a
 token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training read
 Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
 
@@ -32,7 +32,8 @@ from short_training import Schedule, Training, batch_of
 from nemo_minitron.settings.precision import best_precision
 
 SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED = "slices", "unscaled", "job", "rotated", "reconstructed"
-ARMS = (PEER, SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED)
+FILLED = "filled"
+ARMS = (PEER, SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED, FILLED)
 PASSES = 4  # of the reconstruction
 CUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # ours, and Megatron's names of the same sizes
     "ffn 1024": ({"ffn": 1024}, {"ffn_hidden_size": 1024}),
@@ -141,9 +142,9 @@ class Bench:
         plan = PrunePlan.load(file)
         if arm == SLICES:
             return plan, None, costs
-        more = ["--reconstruct", PASSES] if arm == RECONSTRUCTED else []
-        name = "reconstructed" if more else f"{before}compensation"
-        solved = folder / f"{name}.safetensors" if list(solvable(plan)) else None
+        more = {RECONSTRUCTED: ["--reconstruct", PASSES], FILLED: ["--fill-gaps"]}.get(arm, [])
+        name = arm if more else f"{before}compensation"
+        solved = folder / f"{name}.safetensors" if arm == FILLED or list(solvable(plan)) else None
         if solved is not None:
             costs["compensate"] = self.once(solved, lambda out: self.minitron(
                 "compensate", model, file, *self.calibrated(), *more, "--out", out))  # fmt: skip
@@ -252,7 +253,7 @@ class Bench:
 def _differs(cut: str, arm: str) -> bool:
     """Whether an arm is another student than the job's."""
     axes = {*CUTS[cut][0]}
-    needed = {ROTATED: {"hidden"}, RECONSTRUCTED: {"ffn", "heads"}}.get(arm)
+    needed = {ROTATED: {"hidden"}, RECONSTRUCTED: {"ffn", "heads"}, FILLED: {"layers"}}.get(arm)
     return axes > {"layers"} if arm == UNSCALED else needed is None or not needed.isdisjoint(axes)
 
 

@@ -24,9 +24,10 @@ from nemo_minitron.pruning import HFSource
 from nemo_minitron.pruning.compensation import fold_norms, solvable, solve
 from nemo_minitron.pruning.convert import convert
 from nemo_minitron.pruning.defaults import RIDGE
-from nemo_minitron.pruning.gaps import gap_scales
+from nemo_minitron.pruning.gaps import gap_scales, gaps
 from nemo_minitron.pruning.ridge import RIDGES
 from nemo_minitron.search import random_plan
+from nemo_minitron.sources.tensors import whole
 
 pytestmark = pytest.mark.slow
 KEEP = {"ffn": 60, "hidden": 40, "layers": 4, "heads": 3}
@@ -195,6 +196,30 @@ def test_scaled_behind_dropped_layers(world, plan):
     assert set(note["scaled behind dropped layers"].values()) == set(scales.values())
 
 
+def test_filled_gaps(world, plan, solved):
+    """Matrices in front of dropped layers are others, and all that writes behind these is scaled, by one file alone."""
+    minitron(world, "compensate", "teacher", "compensated.json", *ROWS, "--fill-gaps", "--out", "filled.safetensors")
+    minitron(world, "prune", "teacher", "compensated.json", "filled", "--compensation", "filled.safetensors")
+    made, ends = Compensation.load(world / "filled.safetensors"), gaps(plan)
+    assert ends
+    in_front = {f"layers.{plan.kept_layers.index(gap.first - 1)}.down.weight" for gap in ends if gap.first}
+    changed = {
+        n for n, t in made.tensors.items() if n not in solved.tensors or np.abs(t - solved.tensors[n]).max() > 1e-3
+    }
+    assert changed == in_front
+    assert made.scales.keys() == {
+        f"layers.{place}.{local}.weight"
+        for place, layer in enumerate(plan.kept_layers) if any(gap.behind <= layer for gap in ends)
+        for local in ("o", "down")
+    }  # fmt: skip
+    student = HFSource(world / "filled")
+    for name, tensor in made.tensors.items():
+        found = student.read(name, whole(tensor.shape)).view(np.float32)
+        np.testing.assert_array_equal(found, (tensor * np.float64(made.scales.get(name, 1.0))).astype(np.float32))
+    note = json.loads((world / "filled" / "minitron_compensation.json").read_text())
+    assert set(note["filled gaps"]) == in_front
+
+
 def test_vocabulary(world):
     """Tokens ranked, fewest that stay, and the student's text is the teacher's."""
     from transformers import AutoTokenizer
@@ -227,12 +252,33 @@ def test_vocabulary(world):
             "need --scores; give it with at least one of them",
         ),
         (["rank-tokens", "teacher", "--data", "corpus.jsonl", "--out", "c.safetensors"], "is no file of scores"),
+        (
+            ["compensate", "teacher", "neurons.json", *ROWS, "--fill-gaps"],
+            "drops no layers, so there is no gap to fill",
+        ),
+        (
+            [
+                "prune",
+                "teacher",
+                "compensated.json",
+                "s",
+                "--compensation",
+                "gaps.safetensors",
+                "--scale-gaps",
+                "--scores",
+                "run/scores.safetensors",
+            ],
+            "scales what is behind them; leave --scale-gaps out",
+        ),
     ],
 )
 def test_refusals(world, solved, arguments, message):
     source = from_hf(world / "teacher")
     plan = PrunePlan(source=source, target=source.replace(num_layers=2), keep={"layers": [0, 5]})
     plan.save(world / "layers.json")
+    random_plan(source, keep={"ffn": 60}).save(world / "neurons.json")
+    whole_plan = PrunePlan.load(world / "compensated.json")
+    Compensation(whole_plan.digest, {}, scales={"layers.3.o.weight": 0.5}).save(world / "gaps.safetensors")
     command = [sys.executable, "-m", "nemo_minitron.cli", *map(str, arguments)]
     done = forked.run(command, cwd=world)
     assert done.returncode == 2, done.stderr

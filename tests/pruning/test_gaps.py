@@ -17,15 +17,18 @@ from pico import (
     save_tensors,
 )
 from plans_by_hand import width_and_depth
+from test_architecture import mixed, smollm2
+from test_axes import HYBRID
 from tolerances import LOGITS_PICO_FP32
 
+from nemo_minitron import hybrid
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
 from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
-from nemo_minitron.pruning.gaps import gap_scales, gaps, writes
+from nemo_minitron.pruning.gaps import Gap, gap_scales, gaps, last_matrix, writes
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.tensors import whole
 
@@ -41,18 +44,34 @@ def depth_plan(architecture, kept):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        (smollm2(num_layers=3), [None, "down.weight", "down.weight", "down.weight"]),
+        (mixed(), [None, None, "down.weight", "down.weight", None, "down.weight", "down.weight"]),
+        (HYBRID, [None, "out.weight", "o.weight", "down.weight", "out.weight"]),
+        (HYBRID.replace(hybrid_pattern=None, **dict.fromkeys(hybrid.SIZES)).replace(post_norms=True), [None] * 5),
+    ],
+    ids=["dense", "mixtures", "hybrid", "post norms"],
+)
+def test_the_last_matrix_in_front_of_a_gap(architecture, expected):
+    """Of a gap that starts with each layer, and of none for the first: the embedding is not changed."""
+    gaps_at = [Gap(first, first + 1) for first in range(architecture.num_layers + 1)]
+    assert [last_matrix(architecture, gap) for gap in gaps_at] == expected
+
+
+@pytest.mark.parametrize(
     ("kept", "blocks", "exponents"),
     [
         ([0, 2, 5], [(1, 2), (3, 5)], [0, -0.2, -(0.2 + 1.6)]),
         ([0, 1, 4, 5], [(2, 4)], [0, 0, -0.4, -0.4]),
-        ([2, 4], [(0, 2), (3, 4)], [-1.7, -1.7 - 0.7]),  # the stream in front is that of the embeddings
-        ([0, 1, 2], [], [0, 0, 0]),  # nothing is kept behind the gap
+        ([2, 4], [(0, 2), (3, 4), (5, 6)], [-1.7, -1.7 - 0.7]),  # the stream in front is that of the embeddings
+        ([0, 1, 2], [(3, 6)], [0, 0, 0]),  # nothing is kept behind the gap
     ],
 )
 def test_factors_by_hand(tmp_path, kept, blocks, exponents):
     architecture = from_hf(pico_llama(tmp_path / "t"))
     plan = depth_plan(architecture, kept)
-    assert list(gaps(plan)) == blocks
+    assert gaps(plan) == blocks
     scales = gap_scales(plan, scores_of(architecture))
     expected = {
         f"layers.{layer}.{name}.weight": np.exp(exponent)

@@ -34,6 +34,7 @@ def job(teacher, keep, *settings):
         ({"heads": 3}, ["cutting.head_residual=paper"], "set cutting.compensate=false"),
         ({"ffn": 48}, ["cutting.ridge=0"], "ridge is 0.0; it must be above 0"),
         ({"ffn": 48}, ["cutting.memory=0"], "memory is 0.0; it must be above 0"),
+        ({"ffn": 48}, ["cutting.fill_gaps=true"], "fill_gaps serves a cut of layers, and the job drops none"),
         ({"layers": 4}, ["cutting.reconstruct=2"], "sub-blocks that lost units, and here none does; leave it out"),
         ({"heads": 3}, ["cutting.rotate=true"], "rotate serves a cut of hidden channels, and the job cuts none"),
         (
@@ -192,6 +193,21 @@ def test_what_is_written_behind_dropped_layers_is_scaled_where_the_stream_is_sco
     said = unscaled(asked, plan)
     assert said.startswith("nothing is scaled behind dropped layers") if "calibration" in str(settings) else not said
     assert not (said and scaled)
+
+
+def test_a_filled_gap_is_scaled_by_its_own_pass(teacher):
+    """Not by the scores, so a calibration without the stream does as well. The stage is there without neurons, too."""
+    keep, fills = {"layers": 4}, "cutting.fill_gaps=true"
+    plan, asked = random_plan(from_hf(teacher), keep=keep), job(teacher, keep, fills, "calibration.method=taylor")
+    assert not asked.cutting.scales(plan.source, plan.target, True)
+    assert unscaled(asked, plan) == ""
+    assert "compensate" in stage_names(asked, checkpoint=False)
+    assert "compensate" not in stage_names(job(teacher, keep), checkpoint=False)
+    assert asked.cutting.fitting() != job(teacher, keep).cutting.fitting()
+    assert asked.cutting.deciding() != job(teacher, keep).cutting.deciding()
+    assert "fill_gaps" not in job(teacher, keep).cutting.deciding()
+    with pytest.raises(InputError, match="fill_gaps is a re-fit; leave cutting"):
+        job(teacher, keep, fills, "cutting.compensate=false")
 
 
 def test_the_stream_may_be_among_the_axes(teacher):

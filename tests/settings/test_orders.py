@@ -31,6 +31,7 @@ EVERY = (
     PruneOrder(HERE, Path("plan.json"), Path("out"), Path("solved")),
     PruneOrder(HERE, Path("plan.json"), Path("out")),
     CompensateOrder(HERE, {Path("p"): Path("a"), Path("\udce9"): Path("b")}, Path("text"), 1, 9, CALIBRATION, LAYOUT),
+    CompensateOrder(HERE, {Path("p"): Path("a")}, Path("text"), "auto", 9, CALIBRATION, LAYOUT, 2, 4, fill_gaps=True),
     RotateOrder(HERE, Path("text"), Path("sums.npy"), CALIBRATION, LAYOUT),
     CacheOrder(HERE, Path("text"), Path("out"), LAYOUT, 2),
     CacheOrder(Path("caf\udce9"), Path("text"), Path("out"), LAYOUT, 2),  # a name that is no UTF-8
@@ -52,7 +53,7 @@ def test_every_stage_is_tried_here():
 
 
 def test_processes_and_places():
-    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6, 6, 6]
+    assert [order.processes for order in EVERY] == [6, 1, 1, 6, 6, 6, 6, 6, 6, 6, 6]
     assert [str(order.place) for order in EVERY] == [
         "work",
         "out",
