@@ -5,9 +5,10 @@ Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
 (a job without the last, where a cut has layers and more), `rotated` (a job that turns the residual stream to its
 principal axes first, where a cut has hidden channels), `reconstructed` (a job whose sub-blocks are fitted as a whole in
-PASSES passes, where a cut has neurons or heads), and `filled` (a job that fills the gaps of dropped layers). Every arm reads the same calibration rows. Losses, in nats a
-token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and training read
-Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's excess.
+PASSES passes, where a cut has neurons or heads), and `filled` (a job that fills the gaps of dropped layers). Every arm
+reads the same calibration rows. Losses, in nats a token, are measured on held-out Wikipedia, a novel and Python's
+manual (`texts.py`); calibration and training read Wikipedia's other articles. Excess is the loss above the teacher's,
+and the ratio is to Model Optimizer's excess.
 
 `--tokens N` trains the students, with each of `--seeds` (a seed draws the rows, the same for every arm), with the
 package's step and Megatron's optimizer, without a trainer. `--cuts` and `--arms` choose. Each measurement is written to
