@@ -116,6 +116,14 @@ def rotation_flops(job: Job, source: Architecture) -> dict[str, int]:
     return {"rotation": calibration.samples * length * each}
 
 
+def gap_flops(job: Job, source: Architecture, target: Architecture) -> dict[str, int]:
+    """The pass that sums up both ends of dropped layers; not counted: the products, for a few matrices."""
+    if not job.cutting.fill_gaps or source.num_layers == target.num_layers:
+        return {}
+    calibration, length = calibration_of(job, source), job.calibration.sequence_length
+    return {"gaps": calibration.samples * length * source.flops_per_token(length // 2)}
+
+
 def seconds_of(flops: dict[str, int]) -> float:
     """On one GPU, at the speed at which the dry run counts training."""
     return sum(flops.values()) / (PEAK * MFU)
@@ -130,6 +138,7 @@ def describe_scoring(job: Job, source: Architecture, target: Architecture) -> li
         student, fitting = reconstruction_of(source, target, job.layout, job.cutting.reconstruct)
         refit = dataclasses.replace(refit, fits=job.cutting.reconstruct, fitting=fitting, student=student)
     flops, lines = scoring_flops(source, calibration, refit) | rotation_flops(job, source), []
+    flops |= gap_flops(job, source, target)
     if calibration.runs and calibration.method != TAYLOR:
         memory = scoring_memory(source, calibration, job.layout)
         lines = ["", "memory of scoring, each rank:", *gigabytes({**memory, "sum": sum(memory.values())})]

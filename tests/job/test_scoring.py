@@ -155,6 +155,9 @@ def test_the_dry_run_says_it(job):
     fitted = describe(dataclasses.replace(job, cutting=Cutting(reconstruct=2)))
     assert "  student (reconstruct) " in fitted
     assert "reconstruction " in fitted
+    assert "gaps " not in fitted
+    filled = describe(dataclasses.replace(job, keep={"layers": 4, "ffn": 64}, cutting=Cutting(fill_gaps=True)))
+    assert ", gaps " in filled
     plain = describe(dataclasses.replace(job, cutting=Cutting(compensate=False)))
     assert "Gram matrices" not in plain
     taylor = describe(dataclasses.replace(job, calibration=Calibration(method="taylor")))
