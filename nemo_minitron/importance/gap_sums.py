@@ -22,13 +22,13 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from nemo_minitron.artifacts.blocks import Gap
 from nemo_minitron.backend.collectives import gather, gather_first_dim, gather_objects
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.forward import evaluating, run_forward
 from nemo_minitron.importance.samples import Samples, samples_of
-from nemo_minitron.pruning.gaps import Gap
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.blocks import Gap
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.backend.collectives import gather_objects
 from nemo_minitron.costs import gram_bytes
@@ -29,7 +30,7 @@ from nemo_minitron.megatron.progress import Report, counted
 from nemo_minitron.megatron.reconstruct import reconstruct
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import AUTO
-from nemo_minitron.pruning.gaps import Gap, last_matrix
+from nemo_minitron.pruning.gaps import last_matrix
 from nemo_minitron.pruning.reconstruction import cut_blocks, cut_within, fitted_blocks, fitted_matrices, of_student
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from nemo_minitron.artifacts import Compensation, PrunePlan
+from nemo_minitron.artifacts.blocks import Gap
 from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.artifacts.json_types import JsonObject
 from nemo_minitron.pruning.compensation import solvable, solve
 from nemo_minitron.pruning.defaults import AUTO
-from nemo_minitron.pruning.gaps import Gap, filling, gaps, last_matrix, scales_behind
+from nemo_minitron.pruning.gaps import filling, gaps, last_matrix, scales_behind
 from nemo_minitron.pruning.ridge import chosen_ridge
 from nemo_minitron.pruning.selection import student_index
 from nemo_minitron.sources.tensors import ModelSource

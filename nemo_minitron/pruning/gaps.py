@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from nemo_minitron import hybrid
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PrunePlan, Scores
+from nemo_minitron.artifacts.blocks import Gap
 from nemo_minitron.axes import WRITERS, split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.defaults import GAP_RIDGE
@@ -40,13 +40,6 @@ from nemo_minitron.pruning.selection import shapes_of, student_index
 STREAM = "stream"  # of Scores: the mean log norm of the residual stream in front of each layer, and behind the last
 POST_NORMS = ("post_attention_norm", "post_mlp_norm")
 WRITES = {hybrid.MAMBA: "out.weight", hybrid.ATTENTION: "o.weight", hybrid.MLP: "down.weight"}
-
-
-class Gap(NamedTuple):
-    """A block of removed layers: the first of them, and the layer behind them, as numbered in the source."""
-
-    first: int
-    behind: int
 
 
 def gaps(plan: PrunePlan) -> list[Gap]:

@@ -23,12 +23,13 @@ from tolerances import LOGITS_PICO_FP32
 
 from nemo_minitron import hybrid
 from nemo_minitron.artifacts import Compensation, PrunePlan, Scores
+from nemo_minitron.artifacts.blocks import Gap
 from nemo_minitron.artifacts.dtypes import as_numbers
 from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
-from nemo_minitron.pruning.gaps import Gap, gap_scales, gaps, last_matrix, writes
+from nemo_minitron.pruning.gaps import gap_scales, gaps, last_matrix, writes
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.tensors import whole
 
