@@ -120,9 +120,8 @@ class _Ends:
         return hook
 
     def _keep(self, end: str, number: int, value: Tensor) -> None:
-        """A copy, because without gradients Megatron adds to the stream in place."""
         assert self._samples is not None
-        value = value.detach().to(torch.float32, copy=True)
+        value = value.detach().float()
         if self._split and end != "read":  # the input of a row-parallel matrix has all positions
             value = gather_first_dim(value, parallel_state.get_tensor_model_parallel_group())
         self._kept.setdefault((end, number), []).append(_Kept(self._samples, value))

@@ -215,7 +215,7 @@ def test_filled_gaps(world, plan, solved):
     student = HFSource(world / "filled")
     for name, tensor in made.tensors.items():
         found = student.read(name, whole(tensor.shape)).view(np.float32)
-        np.testing.assert_array_equal(found, (tensor * np.float64(made.scales.get(name, 1.0))).astype(np.float32))
+        np.testing.assert_array_equal(found, (tensor.astype(float) * made.scales.get(name, 1.0)).astype(np.float32))
     note = json.loads((world / "filled" / "minitron_compensation.json").read_text())
     assert set(note["filled gaps"]) == in_front
 

@@ -1,8 +1,8 @@
 """The matrix in front of dropped layers learns to write what they wrote: by hand in float64, in every layout.
 
-Mutations tried by hand, each of which makes tests here fail: the stream in front of the gap kept without a copy; the
-stream behind it not sent to the stage of the matrix; a token's weight left out; under sequence parallelism the rank's
-own positions alone; a row that fills up the schedule counted.
+Mutations tried by hand, each of which makes tests here fail: the stream behind the gap not sent to the stage of the
+matrix; a token's weight left out; under sequence parallelism the rank's own positions alone; a row that fills up the
+schedule counted.
 """
 
 from pathlib import Path

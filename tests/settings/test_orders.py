@@ -31,13 +31,13 @@ EVERY = (
     PruneOrder(HERE, Path("plan.json"), Path("out"), Path("solved")),
     PruneOrder(HERE, Path("plan.json"), Path("out")),
     CompensateOrder(HERE, {Path("p"): Path("a"), Path("\udce9"): Path("b")}, Path("text"), 1, 9, CALIBRATION, LAYOUT),
-    CompensateOrder(HERE, {Path("p"): Path("a")}, Path("text"), "auto", 9, CALIBRATION, LAYOUT, 2, 4, fill_gaps=True),
     RotateOrder(HERE, Path("text"), Path("sums.npy"), CALIBRATION, LAYOUT),
     CacheOrder(HERE, Path("text"), Path("out"), LAYOUT, 2),
     CacheOrder(Path("caf\udce9"), Path("text"), Path("out"), LAYOUT, 2),  # a name that is no UTF-8
     DistillOrder(HERE, None, Path("t"), Path("h"), Path("out"), Path("i"), Distillation(lm_weight=0.25), LAYOUT),
     DistillOrder(HERE, HERE, Path("t"), Path("h"), Path("o"), Path("i"), Distillation(), LAYOUT, 7, Path("plan.json")),
     FinetuneOrder(HERE, Path("data"), Path("out"), Finetuning(), LAYOUT),
+    CompensateOrder(HERE, {Path("p"): Path("a")}, Path("text"), "auto", 9, CALIBRATION, LAYOUT, 2, 4, fill_gaps=True),
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def test_processes_and_places():
         "out",
         "o",
         "out",
+        "a",
     ]
 
 
