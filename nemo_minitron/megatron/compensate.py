@@ -31,7 +31,14 @@ from nemo_minitron.megatron.reconstruct import reconstruct
 from nemo_minitron.pruning.cut import check_plan
 from nemo_minitron.pruning.defaults import AUTO
 from nemo_minitron.pruning.gaps import last_matrix
-from nemo_minitron.pruning.reconstruction import cut_blocks, cut_within, fitted_blocks, fitted_matrices, of_student
+from nemo_minitron.pruning.reconstruction import (
+    SHARES,
+    cut_blocks,
+    cut_within,
+    fitted_blocks,
+    fitted_matrices,
+    of_student,
+)
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
 from nemo_minitron.sources.open import open_source
@@ -168,7 +175,7 @@ class Fit:
         kept = {name: min(errors[name][1] / errors[name][0], 1.0) if errors[name][0] else 1.0 for name in in_order}
         notes: JsonObject = {
             "reconstruct": order.reconstruct, "reconstruct_batch": order.reconstruct_batch,
-            "held-out error of each sub-block, as a share of its start's": {n: round(x, 4) for n, x in kept.items()},
+            SHARES: {n: round(x, 4) for n, x in kept.items()},
         }  # fmt: skip
         both = {name: solved.tensors[name] for name in solved.tensors if name not in fitted} | fitted
         dataclasses.replace(solved, tensors=both, notes=solved.notes | notes).save(self.cut.out)

@@ -20,6 +20,8 @@ from nemo_minitron.axes import axis, owners, split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.selection import shapes_of
 
+SHARES = "held-out error of each sub-block, as a share of its start's"  # among a Compensation's notes
+
 
 @dataclasses.dataclass(frozen=True)
 class SubBlock:

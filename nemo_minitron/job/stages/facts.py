@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.artifacts import PrunePlan, Scores
 from nemo_minitron.artifacts.files import read_json
-from nemo_minitron.artifacts.parse import grouped, listed, mapped, text, whole
+from nemo_minitron.artifacts.parse import grouped, listed, mapped, number, text, whole
 from nemo_minitron.artifacts.records import NAME, read_numbers
 from nemo_minitron.artifacts.run_folder import RunFolder
 from nemo_minitron.export import CardFacts, write_card_figures
@@ -19,10 +21,19 @@ from nemo_minitron.mixture import expert_of
 from nemo_minitron.pruning.compensation import follows_a_cut
 from nemo_minitron.pruning.cut import COMPENSATION
 from nemo_minitron.pruning.defaults import AUTO
+from nemo_minitron.pruning.reconstruction import SHARES
 
 CUT = grouped(
     {"tensors": listed(text())},
-    {"samples": whole(), "sequence_length": whole(), "merged experts": mapped(mapped(listed(whole())))},
+    {
+        "samples": whole(),
+        "sequence_length": whole(),
+        "merged experts": mapped(mapped(listed(whole()))),
+        "filled gaps": listed(text()),
+        "scaled behind dropped layers": mapped(number()),
+        "reconstruct": whole(),
+        SHARES: mapped(number()),
+    },
 )
 ROTATED = "hidden channels are principal axes of the base's residual stream"
 CHAIN = grouped({"name": NAME}, {"chain": listed(grouped({"name": NAME}))})
@@ -87,22 +98,41 @@ def _in_place(run: Run) -> str:
     if not record.is_file():
         return "; ".join(rotated)
     notes = read_json(record, "the record of the cut", CUT)
+    return "; ".join([*rotated, *_fitted(notes), *_scaled(notes), *_merged(notes)])
+
+
+def _fitted(notes: dict[str, Any]) -> Iterator[str]:
+    """What was fitted to activations of the calibration."""
+    filled = notes.get("filled gaps", [])
     merged = notes.get("merged experts", {})  # no expert's matrix is re-fitted beside them
     refitted = [n for n in notes["tensors"] if follows_a_cut(n) and not (merged and expert_of(n) >= 0)]
-    parts = rotated
-    if refitted and {"ridge", "samples", "sequence_length"} <= notes.keys():
-        rows = f"{notes['samples']} samples of {notes['sequence_length']} tokens"
+    refitted = [name for name in refitted if name not in filled]
+    if {"ridge", "samples", "sequence_length"} <= notes.keys():
+        rows = f"on {notes['samples']} samples of {notes['sequence_length']} tokens"
         ridge = "chosen for each on held-out samples" if notes["ridge"] == AUTO else notes["ridge"]
-        how = f"by least squares, ridge {ridge}, on {rows}"
-        parts.append(f"{len(refitted)} matrices that lost inputs to the cut, re-fitted {how}")
+        if refitted:
+            how = f"by least squares, ridge {ridge}, {rows}"
+            yield f"{len(refitted)} matrices that lost inputs to the cut, re-fitted {how}"
+        if filled:
+            yield f"{len(filled)} matrices in front of dropped layers, re-fitted {rows} to write what these wrote"
+    shares = notes.get(SHARES, {})
+    if better := sum(share < 1 for share in shares.values()):
+        yield f"{better} of {len(shares)} sub-blocks that were cut, fitted as a whole in {notes['reconstruct']} passes"
+
+
+def _scaled(notes: dict[str, Any]) -> Iterator[str]:
     if notes.get("folded norms"):
-        parts.append("norms scaled, because hidden channels were cut")
+        yield "norms scaled, because hidden channels were cut"
+    if notes.get("scaled behind dropped layers"):
+        yield "what is written to the residual stream behind dropped layers, scaled to its length there"
     if notes.get("head residual"):
-        parts.append(f"kept heads with a part of the heads that were cut ({notes['head residual']})")
-    if merged:
+        yield f"kept heads with a part of the heads that were cut ({notes['head residual']})"
+
+
+def _merged(notes: dict[str, Any]) -> Iterator[str]:
+    if merged := notes.get("merged experts"):
         count = sum(len(joined) for groups in merged.values() for joined in groups.values())
-        parts.append(f"{count} dropped experts averaged into the kept ones with the most similar rows of the router")
-    return "; ".join(parts)
+        yield f"{count} dropped experts averaged into the kept ones with the most similar rows of the router"
 
 
 def _recipe(run: Run) -> str:

@@ -13,6 +13,10 @@ from nemo_minitron.job.stages.facts import ROTATED, _in_place, larger_files
 FITTED = {"ridge": 0.01, "samples": 4, "sequence_length": 36, "method": "least squares"}
 MERGED = {"merged experts": {"0": {"1": [0, 2], "3": [4]}, "2": {"0": [5]}}}
 HEADS = "1 matrices that lost inputs to the cut, re-fitted by least squares, ridge 0.01, on 4 samples of 36 tokens"
+FILLED = {"filled gaps": ["layers.1.down.weight"], "scaled behind dropped layers": {"2": 0.5}}
+WHOLE = {"reconstruct": 3, "held-out error of each sub-block, as a share of its start's": {"0 MLP": 0.9, "1 MLP": 1.0}}
+GAP = "1 matrices in front of dropped layers, re-fitted on 4 samples of 36 tokens to write what these wrote"
+SCALED = "what is written to the residual stream behind dropped layers, scaled to its length there"
 EXPERTS = "4 dropped experts averaged into the kept ones with the most similar rows of the router"
 
 
@@ -41,6 +45,13 @@ def test_a_base_that_is_no_folder_of_hugging_face(tmp_path):
             HEADS.replace("0.01", "chosen for each on held-out samples"),
         ),
         (["final_norm.weight"], {"folded norms": True}, "norms scaled, because hidden channels were cut"),
+        ([], {"scaled behind dropped layers": {"2": 0.5}}, SCALED),
+        (["layers.0.o.weight", "layers.1.down.weight"], FITTED | FILLED, f"{HEADS}; {GAP}; {SCALED}"),
+        (
+            ["layers.0.o.weight"],
+            FITTED | WHOLE,
+            f"{HEADS}; 1 of 2 sub-blocks that were cut, fitted as a whole in 3 passes",
+        ),
     ],
 )
 def test_in_place_of_slices(tmp_path, names, notes, words):
