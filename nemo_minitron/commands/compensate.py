@@ -110,7 +110,8 @@ def check_solvable(
         raise InputError("the plan drops no layers, so there is no gap to fill; leave --fill-gaps out")
     if not leaves_fits(plan, passes, fill_gaps):
         raise InputError(
-            "the plan cuts no neurons and no heads, so there is nothing to re-fit; cut without a compensation"
+            "the plan cuts no neurons and no heads, so there is nothing to re-fit; cut without a compensation, or give "
+            "--fill-gaps where it drops layers"
         )
     for name, value in (("ridge", ridge), ("memory", memory)):
         if value != AUTO and not (float(value) > 0 and math.isfinite(float(value))):

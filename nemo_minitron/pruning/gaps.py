@@ -70,7 +70,10 @@ def filling(plan: PrunePlan, name: str, sums: np.ndarray, growth: float) -> np.n
     size, hidden = shapes_of(plan.source)[origin][1], plan.source.hidden_size
     gram_DD, front_DH, behind_DH = np.split(sums, [size, size + hidden], axis=1)
     gram_KK, aim_DH = gram_DD[np.ix_(kept, kept)].copy(), behind_DH * math.exp(-growth) - front_DH
-    gram_KK[np.diag_indices(len(kept))] += GAP_RIDGE * np.trace(gram_KK) / len(kept)
+    damping = GAP_RIDGE * np.trace(gram_KK) / len(kept)
+    if not damping:  # all inputs that stay were always 0
+        return np.zeros((len(rows), len(kept)))
+    gram_KK[np.diag_indices(len(kept))] += damping
     return np.linalg.solve(gram_KK, aim_DH[np.ix_(kept, rows)]).T
 
 

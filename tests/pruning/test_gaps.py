@@ -29,7 +29,7 @@ from nemo_minitron.axes import split_expert, split_name
 from nemo_minitron.errors import InputError
 from nemo_minitron.families import from_hf
 from nemo_minitron.pruning import HFSource, prune
-from nemo_minitron.pruning.gaps import gap_scales, gaps, last_matrix, writes
+from nemo_minitron.pruning.gaps import filling, gap_scales, gaps, last_matrix, writes
 from nemo_minitron.pruning.student import Student
 from nemo_minitron.sources.tensors import whole
 
@@ -58,6 +58,13 @@ def test_the_last_matrix_in_front_of_a_gap(architecture, expected):
     """Of a gap that starts with each layer, and of none for the first: the embedding is not changed."""
     gaps_at = [Gap(first, first + 1) for first in range(architecture.num_layers + 1)]
     assert [last_matrix(architecture, gap) for gap in gaps_at] == expected
+
+
+def test_inputs_that_were_always_0_change_nothing():
+    source = smollm2(num_layers=3, hidden_size=6, ffn_hidden_size=8, num_attention_heads=3, head_dim=2, vocab_size=11)
+    plan = depth_plan(source, [0, 2])
+    sums = np.zeros((8, 8 + 2 * 6))
+    np.testing.assert_array_equal(filling(plan, "layers.0.down.weight", sums, 0.3), np.zeros((6, 8)))
 
 
 @pytest.mark.parametrize(
