@@ -18,8 +18,8 @@ from nemo_minitron.errors import InputError, nearest
 from nemo_minitron.importance.accumulator import Accumulator
 from nemo_minitron.importance.estimators import Estimator, Watch, estimators_of
 from nemo_minitron.importance.experts import ExpertAccumulator
+from nemo_minitron.importance.hooks import Hooks
 from nemo_minitron.importance.registry import Output, check_claimed
-from nemo_minitron.importance.samples import Samples, samples_of
 from nemo_minitron.importance.statistics import criterion
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Hook = Callable[[nn.Module, tuple, dict, Output], None]
 Watches = dict[tuple[str, int, int | None], tuple[Estimator, Watch]]
 
 
-class Collector:
+class Collector(Hooks):
     """Watches the model chunks of this rank while it is open. It leaves no hook behind, even after an error.
 
     `criteria`: one pass gathers all of them; Scores show the first. `axes`: the default is all of DEFAULT_AXES that the
@@ -60,10 +60,8 @@ class Collector:
         self.chunks = [unwrap(chunk) for chunk in chunks]
         self.accumulators: list[dict[str, Accumulator]] = []
         self.samples = self.tokens = 0
-        self._samples: Samples | None = None
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Collector:
+    def register(self) -> Iterator[RemovableHandle]:
         watched: list[Watches] = []
         refusal: str | None = None
         try:
@@ -79,28 +77,24 @@ class Collector:
                     kind = ExpertAccumulator if estimator.experts else Accumulator
                     accumulators[estimator.axis] = kind(estimator, self.pairs, chunk.config)
                 hook = hook_of(accumulators[estimator.axis], watch)
-                self._handles.append(watch.module.register_forward_hook(hook, with_kwargs=True))
+                yield watch.module.register_forward_hook(hook, with_kwargs=True)
                 if watch.before and self.method == ACTIVATION:
-                    self._handles.append(_seen_before(*watch.before))
+                    yield _seen_before(*watch.before)
             self.accumulators.append(accumulators)
             if self.method == ACTIVATION:
-                self._handles.append(chunk.register_forward_hook(self._flush(accumulators)))
-        return self
+                yield chunk.register_forward_hook(self._flush(accumulators))
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().__exit__(*exception)
         for accumulators in self.accumulators:
             for accumulator in accumulators.values():
                 accumulator.drop()
 
     def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        """Takes the next micro-batch. `first` is False when a later virtual stage of this rank gets it again."""
-        self._samples = samples_of(batch)
+        super().expect(batch, first)
         if first:
-            self.samples += self._samples.present
-            self.tokens += self._samples.tokens
+            self.samples += self.in_hand.present
+            self.tokens += self.in_hand.tokens
 
     def _known(self) -> set[str]:
         """The axes that estimators of this rank's modules could score, requested or not."""
@@ -127,19 +121,17 @@ class Collector:
     def _hook(self, accumulator: Accumulator, watch: Watch) -> Hook:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
-            assert self._samples is not None, "Collector.expect was not called before the forward pass"
             module_input = args[0] if args else kwargs["hidden_states"]
             values = watch.values(module, module_input.detach(), output)
-            accumulator.add(watch, values, self._samples)
+            accumulator.add(watch, values, self.in_hand)
 
         return hook
 
     def _gradient_hook(self, accumulator: Accumulator, watch: Watch) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
-            assert self._samples is not None, "Collector.expect was not called before the forward pass"
             assert watch.taylor is not None
             activation, values = watch.taylor(module, args[0] if args else kwargs["hidden_states"], output)
-            samples = self._samples
+            samples = self.in_hand
             activation.register_hook(lambda gradient: accumulator.add(watch, values(gradient), samples))
 
         return hook
@@ -147,9 +139,8 @@ class Collector:
     def _flush(self, accumulators: dict[str, Accumulator]) -> Callable[..., None]:
         @torch.no_grad()
         def flush(*_: object) -> None:
-            assert self._samples is not None
             for axis in sorted(accumulators):
-                accumulators[axis].flush(self._samples)
+                accumulators[axis].flush(self.in_hand)
 
         return flush
 

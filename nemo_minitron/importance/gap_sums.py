@@ -15,7 +15,7 @@ rank, D input channels on all ranks, H hidden channels, W = D + 2H columns of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +28,8 @@ from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.forward import evaluating, run_forward
-from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.importance.hooks import Hooks
+from nemo_minitron.importance.samples import Samples
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -66,8 +67,8 @@ class _Kept(NamedTuple):
     value: Tensor
 
 
-class _Ends:
-    """Hooks that keep both ends of the gaps of some micro-batches, until `add`."""
+class _Ends(Hooks):
+    """Keeps both ends of the gaps of some micro-batches, until `add`."""
 
     def __init__(self, chunks: Sequence[MegatronModule], gaps: Mapping[Gap, str | None]) -> None:
         layers = [(layer.layer_number - 1, layer) for chunk in chunks for layer in unwrap(chunk).decoder.layers]
@@ -81,31 +82,21 @@ class _Ends:
         self._sums: dict[Gap, Tensor] = {}
         zeros = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
         self._growth = {gap: zeros.clone() for gap in gaps if self._at_home(gap)}  # sum of the logarithms, tokens
-        self._samples: Samples | None = None
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> _Ends:
+    def register(self) -> Iterator[RemovableHandle]:
         fronts, behinds = {gap.first for gap in self.gaps}, {gap.behind for gap in self.gaps}
         writers = {gap.first: writer for gap, writer in self.gaps.items() if writer is not None}
         for number, layer in self._layers:
             if number + 1 in fronts:
-                self._handles.append(layer.register_forward_hook(self._output("front", number + 1)))
+                yield layer.register_forward_hook(self._output("front", number + 1))
             if number + 1 in behinds:
-                self._handles.append(layer.register_forward_hook(self._output("behind", number + 1)))
+                yield layer.register_forward_hook(self._output("behind", number + 1))
             if number == 0 and 0 in fronts:
-                self._handles.append(layer.register_forward_pre_hook(self._input("front", 0), with_kwargs=True))
+                yield layer.register_forward_pre_hook(self._input("front", 0), with_kwargs=True)
             if number + 1 in writers:
                 block, linear = LINEARS[writers[number + 1]]
                 read = getattr(getattr(layer, block), linear)
-                self._handles.append(read.register_forward_pre_hook(self._input("read", number + 1), with_kwargs=True))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        self._samples = samples_of(batch)
+                yield read.register_forward_pre_hook(self._input("read", number + 1), with_kwargs=True)
 
     def _output(self, end: str, number: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -120,11 +111,10 @@ class _Ends:
         return hook
 
     def _keep(self, end: str, number: int, value: Tensor) -> None:
-        assert self._samples is not None
         value = value.detach().float()
         if self._split and end != "read":  # the input of a row-parallel matrix has all positions
             value = gather_first_dim(value, parallel_state.get_tensor_model_parallel_group())
-        self._kept.setdefault((end, number), []).append(_Kept(self._samples, value))
+        self._kept.setdefault((end, number), []).append(_Kept(self.in_hand, value))
 
     # -- sums --------------------------------------------------------------------------------------------
     def _at_home(self, gap: Gap) -> bool:

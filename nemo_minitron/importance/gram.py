@@ -34,7 +34,7 @@ from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.estimators.moe import second_matrices
 from nemo_minitron.importance.experts import HALVES, align_of, by_expert, local_halves
 from nemo_minitron.importance.forward import evaluating, run_forward
-from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.importance.hooks import Hooks
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -113,8 +113,8 @@ class _Input:
     routes: MoETokenDispatcher | None = None
 
 
-class _Products:
-    """Hooks that add x x^T while they are open. Call `expect` before each micro-batch, as with a Collector."""
+class _Products(Hooks):
+    """Adds x x^T of each micro-batch."""
 
     def __init__(
         self, chunks: Iterable[MegatronModule], layers: set[int] | None, kinds: tuple[str, ...], halves: bool
@@ -128,20 +128,10 @@ class _Products:
             if layers is None or layer.layer_number - 1 in layers
             for linear_input in _inputs(layer, kinds)
         ]
-        self._samples: Samples | None = None
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> _Products:
+    def register(self) -> Iterator[RemovableHandle]:
         for watched in self._watched:
-            self._handles.append(watched.linear.register_forward_pre_hook(self._hook(watched)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        self._samples = samples_of(batch)
+            yield watched.linear.register_forward_pre_hook(self._hook(watched))
 
     def _hook(self, watched: _Input) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -153,14 +143,13 @@ class _Products:
 
     def _counted(self, watched: _Input, x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each name with the inputs of its tokens that count [N, C], and their halves int64 [N]."""
-        assert self._samples is not None
         x_NC = x.flatten(0, -2)
         if watched.routes is None:  # the input has all positions, also under sequence parallelism
-            half_N = self._samples.halves(split=False, length=len(x)).flatten()
-            at = slice(None) if self._samples.ids is None else half_N >= 0
+            half_N = self.in_hand.halves(split=False, length=len(x)).flatten()
+            at = slice(None) if self.in_hand.ids is None else half_N >= 0
             yield watched.names[None], x_NC[at], half_N[at]
             return
-        halves = local_halves(watched.routes, self._samples)
+        halves = local_halves(watched.routes, self.in_hand)
         half_of_expert = [halves[expert] for expert in watched.names if expert is not None]
         parts = by_expert(x_NC, list(map(len, half_of_expert)), align_of(watched.routes.config))
         for name, part_NC, half_N in zip(watched.names.values(), parts, half_of_expert, strict=True):

@@ -10,7 +10,7 @@ Shapes (docs/shapes.md): N tokens, S positions of the sequence, B sequences, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.collector import with_layers
 from nemo_minitron.importance.estimators import estimators_of
 from nemo_minitron.importance.forward import architecture_of, evaluating, run_forward
-from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.importance.hooks import Hooks
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -64,8 +64,8 @@ def _groups(split: bool) -> Iterator[torch.distributed.ProcessGroup]:
     yield parallel_state.get_pipeline_model_parallel_group()
 
 
-class _Stream:
-    """Hooks that add x x^T while they are open. Call `expect` before each micro-batch, as with a Collector."""
+class _Stream(Hooks):
+    """Adds x x^T of each micro-batch."""
 
     def __init__(self, chunks: Iterable[MegatronModule], architecture: Architecture) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
@@ -73,25 +73,15 @@ class _Stream:
         self.split = bool(config.sequence_parallel)
         self.sums_HH = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
         self._norms = [norm for chunk in self._models for norm in _norms(chunk, architecture)]
-        self._samples: Samples | None = None
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> _Stream:
-        self._handles = [norm.register_forward_pre_hook(self._hook(), with_kwargs=True) for norm in self._norms]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        self._samples = samples_of(batch)
+    def register(self) -> Iterator[RemovableHandle]:
+        for norm in self._norms:
+            yield norm.register_forward_pre_hook(self._hook(), with_kwargs=True)
 
     def _hook(self) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            assert self._samples is not None
             x_NH = (args[0] if args else kwargs["hidden_states"]).detach().flatten(0, -2)
-            ids_SB = self._samples.places(self.split)
+            ids_SB = self.in_hand.places(self.split)
             for part_NH in (x_NH if ids_SB is None else x_NH[(ids_SB >= 0).flatten()]).split(POSITIONS):
                 self._add(part_NH.float())
 

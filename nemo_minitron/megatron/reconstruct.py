@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nemo_minitron.backend.wrappers import unwrap
 from nemo_minitron.importance.batches import Batch, micro_batches
 from nemo_minitron.importance.forward import evaluating, run_forward
-from nemo_minitron.importance.samples import Samples, samples_of
+from nemo_minitron.importance.hooks import Hooks
 from nemo_minitron.pruning.reconstruction import SubBlock
 from nemo_minitron.settings.reconstruction import held_out
 from nemo_minitron.sources.mapping import is_expert
@@ -121,8 +121,8 @@ class Matrix:
         return float((sums[0] / sums[1]).sqrt())
 
 
-class Reconstruction:
-    """Hooks on the teacher's layers: while it is open, each micro-batch that passes the teacher fits or measures."""
+class Reconstruction(Hooks):
+    """Watches the teacher's layers: while it is open, each micro-batch that passes the teacher fits or measures."""
 
     def __init__(
         self, teacher: Sequence[MegatronModule], student: Sequence[MegatronModule], wanted: Blocks, steps: int
@@ -139,23 +139,18 @@ class Reconstruction:
             self._layers += [(number, layer)] if number in self.fits else []
         self.split = bool(unwrap(teacher[0]).config.sequence_parallel)
         self.mode = MEASURE
-        self._handles: list[RemovableHandle] = []
         self._seen: dict[tuple[int, str], Seen] = {}
-        self._samples: Samples | None = None
+        self._counts = False
 
-    def __enter__(self) -> Reconstruction:
+    def register(self) -> Iterator[RemovableHandle]:
         for number, name, block in self._blocks:
-            self._handles.append(block.register_forward_hook(self._keep(number, name), with_kwargs=True))
+            yield block.register_forward_hook(self._keep(number, name), with_kwargs=True)
         for number, layer in self._layers:
-            self._handles.append(layer.register_forward_hook(self._use(number)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+            yield layer.register_forward_hook(self._use(number))
 
     def expect(self, batch: Mapping[str, Tensor], first: bool = True) -> None:
-        self._samples = samples_of(batch) if batch["loss_mask"].any() else None  # None: it fills the schedule up
+        super().expect(batch, first)
+        self._counts = bool(batch["loss_mask"].any())  # a micro-batch without tokens fills the schedule up
 
     def _keep(self, number: int, name: str) -> Callable[[nn.Module, tuple, dict, Any], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -170,16 +165,15 @@ class Reconstruction:
             stream_SBH = (output[0] if isinstance(output, tuple) else output).detach().float()
             for name, fit in self.fits[number].items():
                 seen = self._seen.pop((number, name))
-                if self._samples is not None:
+                if self._counts:
                     getattr(fit, self.mode)(seen, self._shares(stream_SBH))
 
         return hook
 
     def _shares(self, stream_SBH: Tensor) -> Tensor:
         """What each position's squared error is multiplied by: 0 where it does not count."""
-        assert self._samples is not None
         share_SB = 1 / stream_SBH.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        ids_SB = self._samples.places(self.split)
+        ids_SB = self.in_hand.places(self.split)
         return share_SB if ids_SB is None else share_SB * (ids_SB >= 0)
 
 
