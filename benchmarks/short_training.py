@@ -31,22 +31,26 @@ def batch_of(row: Any) -> dict[str, Any]:
     return {"tokens": tokens, "labels": labels, "position_ids": places, "loss_mask": mask}
 
 
-def in_ddp(model: Any, precision: str, peak: float = 1e-5, least: float = 0.0) -> tuple[Any, Any]:
+def in_ddp(
+    model: Any, precision: str, peak: float = 1e-5, least: float = 0.0, distributed: bool = True
+) -> tuple[Any, Any]:
     """A model in Megatron's DDP, and its optimizer, as NeMo's strategy and this project's recipes have them.
 
-    Losses are summed and divided by the number of tokens, as in any distillation of this package.
+    Losses are summed and divided by the number of tokens, as in any distillation of this package. Without
+    `distributed`, the optimizer is not shared out: one process on a CPU is spared three copies of the whole model a
+    step, and the numbers are the same.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(model.config, ddp, model.train())
     config = OptimizerConfig(
         optimizer="adam", lr=peak, min_lr=least, bf16=precision == "bf16", weight_decay=0.1, adam_beta1=0.9,
-        adam_beta2=0.95, clip_grad=1.0, use_distributed_optimizer=True,
+        adam_beta2=0.95, clip_grad=1.0, use_distributed_optimizer=distributed,
     )  # fmt: skip
     return wrapped, get_megatron_optimizer(config, [wrapped])
 
@@ -84,7 +88,10 @@ class Training:
     def __init__(self, model: Any, steps: int, schedule: Schedule, precision: str = "bf16") -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        self.model, self.optimizer = in_ddp(model, precision, schedule.peak, schedule.least)
+        plain = precision == "fp32" and not next(model.parameters()).is_cuda
+        self.model, self.optimizer = in_ddp(model, precision, schedule.peak, schedule.least, distributed=not plain)
+        for group in self.optimizer.param_groups if plain else ():
+            group["fused"] = True  # torch's AdamW in one pass over the memory, not in twenty
         decay = schedule.weight_decay
         self.schedule = OptimizerParamScheduler(
             self.optimizer, 0.0, schedule.peak, schedule.least, min(schedule.warmup, steps - 1), steps, "cosine",
