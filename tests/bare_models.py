@@ -162,6 +162,8 @@ def _chunk(made: TransformerConfig, tied: bool, vp_stage: int | None) -> GPTMode
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in built.named_parameters():  # ones and zeros would hide what happens to them
+            if name.endswith("router.bias"):
+                parameter.zero_()  # Megatron-core 0.15 leaves it as the memory was, at times NaN
             if "norm" in name or name.endswith(("bias", ".D", "softmax_offset")):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in built.named_buffers():
