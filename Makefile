@@ -1,4 +1,4 @@
-# make venv | venv-bridge | demo | test | test-bridge | test-gpu | lint: each sets up what it needs, says what it does and how long it took.
+# make venv | venv-bridge | demo | test | test-bridge | test-long | test-gpu | lint: each sets up what it needs, says what it does and how long it took.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Megatron-Bridge needs Python 3.12: on the path, or pyenv's.
 PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python; do \
@@ -14,14 +14,16 @@ BRIDGE_PACKAGES := torch numpy scipy ml_dtypes pyarrow typer rich tqdm jinja2 ma
 BRIDGE_TESTS := tests/backend tests/distillation/test_cache_layouts.py tests/hosts/test_contract.py tests/hosts/bridge tests/test_docker.py \
   tests/hosts/test_fp8_models.py tests/hosts/test_cache_training.py tests/hosts/test_finetune_layouts.py \
   tests/hosts/test_distilled_families.py tests/hosts/test_training_gates.py tests/evaluation/test_mamba.py tests/evaluation/test_left_padding.py \
-  tests/importance/test_reap.py tests/importance/test_claims.py tests/megatron/test_moe_layouts.py tests/megatron/test_reconstruct.py tests/commands \
-  tests/cli/test_chain_command.py tests/cli/test_search_job.py tests/cli/test_nodes_compress.py \
+  tests/importance/test_reap.py tests/importance/test_claims.py tests/megatron/test_moe_layouts.py tests/commands tests/cli/test_chain_command.py
+# What is left to `make test-long`: NeMo's half tests the same code of this package.
+BRIDGE_LONG := tests/megatron/test_reconstruct.py tests/megatron/test_fill_gaps.py tests/cli/test_search_job.py tests/cli/test_nodes_compress.py \
   tests/cli/test_nemo_command.py tests/cli/test_trajectory_command.py
+PYTEST := python -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 
-.PHONY: venv venv-bridge demo test test-bridge test-gpu lint docs clean
+.PHONY: venv venv-bridge demo test test-bridge test-long test-gpu lint docs clean
 
 venv: $(VENV)/.ready
 
@@ -59,16 +61,22 @@ docs: venv
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q && echo "make docs: open site/index.html"
 
 test: venv lint
-	@echo "make test: every test on this machine, real processes over gloo (15 to 40 minutes on two cores)"
-	@start=$$SECONDS; $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10; code=$$?; \
+	@echo "make test: all but the long tests, real processes over gloo (15 to 30 minutes on two cores)"
+	@start=$$SECONDS; $(BIN)/$(PYTEST) tests -m "not long" --no-loadscope-reorder --durations=40; code=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; \
 	if test -n "$(PYTHON312)"; then $(MAKE) --no-print-directory test-bridge || code=1; \
 	else echo "make test: Megatron-Bridge is left out, because there is no Python 3.12 here"; fi; exit $$code
 
 test-bridge: venv-bridge
 	@echo "make test-bridge: what runs on Megatron-Bridge and its Megatron-core (6 to 15 minutes on two cores)"
-	@start=$$SECONDS; $(BRIDGE)/bin/python -m pytest $(wildcard $(BRIDGE_TESTS)) -q -n 2 --dist loadfile --durations=5; code=$$?; \
+	@start=$$SECONDS; $(BRIDGE)/bin/$(PYTEST) $(wildcard $(BRIDGE_TESTS)) -m "not long" --durations=30; code=$$?; \
 	echo "make test-bridge: $$((SECONDS - start)) s"; exit $$code
+
+test-long: venv venv-bridge
+	@echo "make test-long: the long tests that make test leaves out (10 to 20 minutes on two cores)"
+	@start=$$SECONDS; $(BIN)/$(PYTEST) tests -m long; code=$$?; \
+	$(BRIDGE)/bin/$(PYTEST) $(wildcard $(BRIDGE_TESTS)) -m long || code=1; $(BRIDGE)/bin/$(PYTEST) $(wildcard $(BRIDGE_LONG)) || code=1; \
+	echo "make test-long: $$((SECONDS - start)) s"; exit $$code
 
 test-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 test-gpu:

@@ -5,10 +5,11 @@ Arms: `model optimizer` (its selection and plain cut, on a CPU: `quality_peer.py
 `job` (what a job does by default: norms folded, matrices re-fitted, writers scaled behind dropped layers), `unscaled`
 (a job without the last, where a cut has layers and more), `rotated` (a job that turns the residual stream to its
 principal axes first, where a cut has hidden channels), `reconstructed` (a job whose sub-blocks are fitted as a whole in
-PASSES passes, where a cut has neurons or heads), and `filled` (a job that fills the gaps of dropped layers). Every arm
-reads the same calibration rows. Losses, in nats a token, are measured on held-out Wikipedia, a novel and Python's
-manual (`texts.py`); calibration and training read Wikipedia's other articles. Excess is the loss above the teacher's,
-and the ratio is to Model Optimizer's excess.
+PASSES passes, where a cut has neurons or heads), `filled` (a job that fills the gaps of dropped layers), and `both` (a
+job that rotates and fills, where a cut has layers and hidden channels). Every arm reads the same calibration rows.
+Losses, in nats a token, are measured on held-out Wikipedia, a novel and Python's manual (`texts.py`); calibration and
+training read Wikipedia's other articles. Excess is the loss above the teacher's, and the ratio is to Model Optimizer's
+excess.
 
 `--tokens N` trains the students, with each of `--seeds` (a seed draws the rows, the same for every arm), with the
 package's step and Megatron's optimizer, without a trainer. `--cuts` and `--arms` choose. Each measurement is written to
@@ -33,8 +34,9 @@ from short_training import Schedule, Training, batch_of
 from nemo_minitron.settings.precision import best_precision
 
 SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED = "slices", "unscaled", "job", "rotated", "reconstructed"
-FILLED = "filled"
-ARMS = (PEER, SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED, FILLED)
+FILLED, BOTH = "filled", "both"
+ROTATING, FILLING = (ROTATED, BOTH), (FILLED, BOTH)
+ARMS = (PEER, SLICES, UNSCALED, JOB, ROTATED, RECONSTRUCTED, FILLED, BOTH)
 PASSES = 4  # of the reconstruction
 CUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # ours, and Megatron's names of the same sizes
     "ffn 1024": ({"ffn": 1024}, {"ffn_hidden_size": 1024}),
@@ -134,7 +136,7 @@ class Bench:
         folder.mkdir(exist_ok=True)
         if arm == PEER:
             return self.peer(cut, folder)
-        before = "rotated " if arm == ROTATED else ""
+        before = "rotated " if arm in ROTATING else ""
         keep, scores, file = CUTS[cut][0], self.work / f"{before}scores.safetensors", folder / f"{before}plan.json"
         costs["score"] = self.once(scores, lambda out: self.minitron(
             "estimate", model, *self.calibrated(), "--out", out))  # fmt: skip
@@ -143,9 +145,9 @@ class Bench:
         plan = PrunePlan.load(file)
         if arm == SLICES:
             return plan, None, costs
-        more = {RECONSTRUCTED: ["--reconstruct", PASSES], FILLED: ["--fill-gaps"]}.get(arm, [])
+        more = ["--fill-gaps"] if arm in FILLING else ["--reconstruct", PASSES] if arm == RECONSTRUCTED else []
         name = arm if more else f"{before}compensation"
-        solved = folder / f"{name}.safetensors" if arm == FILLED or list(solvable(plan)) else None
+        solved = folder / f"{name}.safetensors" if arm in FILLING or list(solvable(plan)) else None
         if solved is not None:
             costs["compensate"] = self.once(solved, lambda out: self.minitron(
                 "compensate", model, file, *self.calibrated(), *more, "--out", out))  # fmt: skip
@@ -155,7 +157,7 @@ class Bench:
 
     def uncut(self, arm: str) -> tuple[str, dict[str, Cost]]:
         """(the model that an arm scores and cuts, the cost of making it)"""
-        if arm != ROTATED:
+        if arm not in ROTATING:
             return self.model, {}
         out = self.work / "rotated"
         costs = self.once(out / "config.json", lambda _: self.minitron(
@@ -254,8 +256,10 @@ class Bench:
 def _differs(cut: str, arm: str) -> bool:
     """Whether an arm is another student than the job's."""
     axes = {*CUTS[cut][0]}
+    if arm in (UNSCALED, BOTH):
+        return axes > ({"layers"} if arm == UNSCALED else {"layers", "hidden"})
     needed = {ROTATED: {"hidden"}, RECONSTRUCTED: {"ffn", "heads"}, FILLED: {"layers"}}.get(arm)
-    return axes > {"layers"} if arm == UNSCALED else needed is None or not needed.isdisjoint(axes)
+    return needed is None or not needed.isdisjoint(axes)
 
 
 def main() -> None:

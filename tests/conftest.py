@@ -33,6 +33,16 @@ def _installed(distribution):
         return None
 
 
+@pytest.fixture
+def forking(monkeypatch):
+    """What the test itself starts by `python -m` is forked, too (`forked.py`)."""
+    import subprocess
+
+    import forked
+
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", forked.Forked._execute_child)
+
+
 @pytest.fixture(scope="module")
 def one_process():
     """Megatron's groups of one process; other test files may have made them."""

@@ -109,6 +109,7 @@ def test_the_parts_are_listed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.nemo
 def test_a_job_is_killed_and_resumed_on_a_cpu(tmp_path):
     out = tmp_path / "job.json"
@@ -122,6 +123,7 @@ def test_a_job_is_killed_and_resumed_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.nemo
 def test_a_folder_becomes_a_student_on_a_cpu(tmp_path):
     out = tmp_path / "cut.json"

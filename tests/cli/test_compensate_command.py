@@ -72,6 +72,7 @@ def test_matrices_by_hand(world, plan, solved):
     assert solved.notes["method"] == "least squares"
 
 
+@pytest.mark.usefixtures("forking")
 def test_a_ridge_for_each_matrix(world, plan):
     """`--ridge auto`, in one process and in two pipeline stages, which have room for a layer's matrices."""
     minitron(world, "compensate", "teacher", "compensated.json", *ROWS, "--ridge", "auto", "--out", "auto.safetensors")
@@ -90,6 +91,7 @@ def test_a_ridge_for_each_matrix(world, plan):
             np.testing.assert_allclose(tensors[name], expected, rtol=0, atol=bound, err_msg=name)
 
 
+@pytest.mark.usefixtures("forking")
 def test_plans_stages_and_layers_one_by_one(world, plan, solved):
     """Two plans at once in two pipeline stages, memory for the matrices of one layer: the same, and by hand. What a
     killed run left is gone."""

@@ -104,6 +104,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bits(folder, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_ranks_share_an_odd_number_of_rows(folder, whole):
     """Two of data, two of a pipeline with virtual stages: three rows of the last batch do not count. The states show
     whose rows each chunk saw: with NeMo's data step watched on the first chunk alone their halves are wrong."""

@@ -63,6 +63,7 @@ def saved(disk):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("disk", ["64m"], indirect=True)
 def test_a_training_on_a_full_disk_ends_and_goes_on_afterwards(world, disk):
     """It gets full after the first checkpoint: log, losses and the next checkpoint have no place."""

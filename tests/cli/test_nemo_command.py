@@ -110,6 +110,7 @@ def test_a_run_through_the_local_executor_is_the_same_run(said, world):
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.long
 def test_minitron_hands_its_own_run_to_an_executor(said, world, monkeypatch):
     """What `nemo minitron` made is done before; the rest of the job follows."""
     monkeypatch.setenv("NEMORUN_HOME", str(world / "nemo-run"))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "demo.ipynb"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed here (pip install '.[test]')")
 
 

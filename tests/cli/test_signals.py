@@ -18,7 +18,8 @@ from nemo_minitron.pruning import prune
 from nemo_minitron.search import random_plan
 
 pytestmark = pytest.mark.slow
-RANKS, STEPS = 2, 400
+RANKS, STEPS = 2, 150
+long = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def until(condition, seconds):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=long), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_no_worker_outlives_the_command(teacher, tmp_path, number, code):
     """The signal goes to `minitron` alone. Without the lifeline in worker.py SIGKILL leaves torchrun and both
@@ -92,7 +94,9 @@ def rank_of(pid):
     ("number", "words", "patience"),
     [
         (signal.SIGKILL, "estimate ended with exit code 1: rank 1 was killed by SIGKILL", 600),
-        (signal.SIGSTOP, "estimate ended with exit code 1: rank 1 has made no progress for 1", 15),
+        pytest.param(
+            signal.SIGSTOP, "estimate ended with exit code 1: rank 1 has made no progress for 1", 15, marks=long
+        ),
     ],
 )
 def test_a_rank_that_dies_or_stalls_is_named(teacher, tmp_path, number, words, patience):
@@ -114,7 +118,7 @@ def rows(file):
     return file.read_text().splitlines()[1:] if file.exists() else []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=long)])
 def test_a_preempted_training_saves_and_goes_on(teacher, tmp_path, number, code):
     """SIGTERM reaches `minitron` and its worker, as Slurm sends it; Ctrl-C reaches the command's process group.
     No step but the last would be saved without it:

@@ -19,6 +19,7 @@ from tolerances import GRADIENT_BF16, KL_FP32, KL_GRADIENT_FP32, LOG_RATIO_GRADI
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "losses_worker.py"
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.long), 4]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_shards_equal_the_whole(world, name, dtype, results):
     for rank in results(world):
         assert len(rank["losses"]) == len(CASES)
@@ -59,7 +60,7 @@ def check(case, world):
     assert case["collectives"] == (several if world > 1 else 0), case
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_edges(world, results):
     """-inf for one model, both, and a whole shard; small losses at a high temperature; logits very far apart."""
     for rank in results(world):
@@ -84,7 +85,7 @@ def check_edge(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_fused_head(world, dtype, results):
     for rank in results(world):
         for case in rank["fused"]:

@@ -23,7 +23,7 @@ WORKER = Path(__file__).parent / "losses_worker.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_kernels(world, tmp_path):
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *start, str(WORKER), str(tmp_path), "triton"]
