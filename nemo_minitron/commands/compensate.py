@@ -24,7 +24,7 @@ from nemo_minitron.settings.calibration import Calibration
 from nemo_minitron.settings.cutting import MEMORY
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder
-from nemo_minitron.settings.reconstruction import rows_of_step
+from nemo_minitron.settings.reconstruction import SOLVED, START, rows_of_step
 from nemo_minitron.sources.tensors import ModelSource
 
 BYTES = int(MEMORY * 1e9)
@@ -84,6 +84,8 @@ def solve_for(
         for out in plans.values():
             for parts in out.parent.glob(f"{glob.escape(out.name)}*.parts"):
                 shutil.rmtree(parts, ignore_errors=True)
+            for begun in (out.with_name(f"{out.name}{end}") for end in (SOLVED, START)):
+                begun.unlink(missing_ok=True)
         raise
 
 

@@ -41,6 +41,7 @@ from nemo_minitron.pruning.reconstruction import (
 )
 from nemo_minitron.settings.layout import Layout
 from nemo_minitron.settings.orders import CompensateOrder, RotateOrder
+from nemo_minitron.settings.reconstruction import SOLVED, START
 from nemo_minitron.sources.open import open_source
 from nemo_minitron.sources.tensors import ModelSource
 from nemo_minitron.sources.tensors import whole as everything
@@ -142,8 +143,8 @@ class Fit:
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut  # whose file appears when all is done
-        self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}.solved"), fill_gaps=bool(cut.gaps))
-        self.start = Cut(cut_within(cut.plan), cut.out.with_name(f"{cut.out.name}.start"))
+        self.solved = Cut(cut.plan, cut.out.with_name(f"{cut.out.name}{SOLVED}"), fill_gaps=bool(cut.gaps))
+        self.start = Cut(cut_within(cut.plan), cut.out.with_name(f"{cut.out.name}{START}"))
 
     def run(self, order: CompensateOrder, host: Builder, source: ModelSource, teacher: list[MegatronModule]) -> None:
         """Puts the fitted matrices into the plan's Compensation. Collective."""

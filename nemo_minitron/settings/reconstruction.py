@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_minitron.errors import InputError
 from nemo_minitron.schema import asked_for
 
+SOLVED, START = ".solved", ".start"  # behind the name of a Compensation: the files that a reconstruction begins with
 HELD_OUT = 16  # one of so many rows is held out, and at least one step's
 
 
