@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_minitron.artifacts.statistics import aggregation_of
-from nemo_minitron.importance import accumulator, batches, collector, experts, reduction, samples
+from nemo_minitron.importance import accumulator, batches, collector, experts, hooks, reduction, samples
 from nemo_minitron.importance.accumulator import merge_over
 from nemo_minitron.importance.estimators import moe
 
@@ -104,7 +104,7 @@ def mask_cut_in_one_piece():
 @contextmanager
 def masks_ignored():
     original = samples.samples_of
-    with patch.object(collector, "samples_of", lambda batch: original({"tokens": batch["tokens"]})):
+    with patch.object(hooks, "samples_of", lambda batch: original({"tokens": batch["tokens"]})):
         yield
 
 
